@@ -1,0 +1,267 @@
+"""The typed configuration: its schema, its checks, and how a `_target_` node becomes an object.
+
+Everything a user can set is a field here or a field of the dataclass that a `_target_` names. What neither knows is
+refused, also when it comes with Hydra's `+`.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prefopt import UserError
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    path: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    train: str = MISSING
+    heldout: str | None = None
+    format: Any = MISSING
+    oracle: Any = None
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = MISSING
+    betas: list[float] = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+    max_grad_norm: float = MISSING
+
+
+@dataclass
+class WandbConfig:
+    project: str = MISSING
+    mode: str = MISSING
+
+
+@dataclass
+class LoggerConfig:
+    progress: bool = MISSING
+    wandb: WandbConfig | None = None
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = MISSING
+    max_new_tokens: int = MISSING
+    batch_size: int = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """What `python -m prefopt.train` reads; conf/train.yaml holds the defaults and says what each key means."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    objective: Any = MISSING
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: Any = MISSING
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    steps: int = MISSING
+    batch_size: int = MISSING
+    micro_batch_size: int = MISSING
+    eval_every: int = MISSING
+    save_every: int = MISSING
+    max_prompt_tokens: int = MISSING
+    max_completion_tokens: int = MISSING
+    heldout_pairs: int | None = None
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    runs_dir: str = MISSING
+
+
+@dataclass
+class SampleConfig:
+    """What `python -m prefopt.sample` reads (conf/sample.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prompts: str = MISSING
+    output: str = MISSING
+    samples_per_prompt: int = MISSING
+    oracle: Any = None
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+@dataclass
+class ReportConfig:
+    """What `python -m prefopt.report` reads (conf/report.yaml)."""
+
+    runs_dir: str = MISSING
+    output: str = MISSING
+
+
+def register() -> None:
+    """Make the schemas and the resolvers known to Hydra. Every program calls it before it composes."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="sample_schema", node=SampleConfig)
+    store.store(name="report_schema", node=ReportConfig)
+    OmegaConf.register_new_resolver("basename", lambda path: PurePath(path).name, replace=True)
+
+
+def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
+    """Resolve `node` into an instance of the dataclass `schema`. `prefix` leads the keys in messages.
+
+    Raises UserError that names all unknown keys, or the first key with a missing value, a wrong type, or a value that
+    the dataclass refuses with ValueError (whose message begins with the field's name).
+    """
+    unknown = _unknown_keys(node, schema, prefix)
+    if unknown:
+        raise UserError("\n".join(unknown))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(
+                f"no value for {', '.join(prefix + key for key in missing)}. Give it on the command line: "
+                f"{prefix}{missing[0]}=VALUE"
+            )
+        OmegaConf.resolve(merged)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
+    except OmegaConfBaseException as error:
+        raise UserError(f"{prefix}{_describe(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
+def build(node: Any, base: type[T], where: str) -> T:
+    """Make the object that `node`, a mapping with `_target_` and the fields of that dataclass, describes.
+
+    Raises UserError, its message led by `where`, for a target that is not a dataclass derived from `base`, for
+    unknown, missing or mistyped fields, and for values that the class refuses.
+    """
+    values = dict(node)
+    target = values.pop("_target_", None)
+    if not isinstance(target, str):
+        raise UserError(f"{where} needs a `_target_` that names a Python class, such as package.module.Class.")
+    try:
+        cls = get_class(target)
+    except Exception as error:  # whatever importing somebody's module raises
+        raise UserError(f"{where}._target_: cannot import {target!r}: {error}") from None
+    if not (dataclasses.is_dataclass(cls) and issubclass(cls, base)):
+        raise UserError(f"{where}._target_: {target} must be a dataclass derived from {base.__name__}.")
+    return parse(OmegaConf.create(values), cls, f"{where}.")  # type: ignore[return-value]  # cls derives from base
+
+
+def check(config: TrainConfig) -> None:
+    """Cross-field checks. Raises UserError that lists every problem found."""
+    problems = [
+        f"{key} must be at least 1, is {getattr(config, key)}"
+        for key in ("steps", "batch_size", "micro_batch_size", "eval_every", "save_every")
+        if getattr(config, key) < 1
+    ]
+    rules: list[tuple[bool, str]] = [
+        (config.heldout_pairs is None or config.heldout_pairs >= 1, "heldout_pairs must be at least 1, or null for all"),
+        (config.max_prompt_tokens >= 1, "max_prompt_tokens must be at least 1"),
+        (config.max_completion_tokens >= 1, "max_completion_tokens must be at least 1"),
+        (config.optimizer.lr > 0, f"optimizer.lr must be positive, is {config.optimizer.lr}"),
+        (len(config.optimizer.betas) == 2, f"optimizer.betas must be two numbers, is {config.optimizer.betas}"),
+        (config.optimizer.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative (0: no clipping)"),
+        (config.optimizer.weight_decay >= 0, "optimizer.weight_decay must not be negative"),
+        (config.seed >= 0, "seed must not be negative"),
+    ]
+    problems += [message for holds, message in rules if not holds]
+    problems += _sampling_problems(config.sampling)
+    if config.logger.wandb and config.logger.wandb.mode not in ("offline", "online"):
+        problems.append(f"logger.wandb.mode must be offline or online, is {config.logger.wandb.mode!r}")
+    if config.micro_batch_size >= 1 and config.batch_size % config.micro_batch_size:
+        problems.append(
+            f"batch_size={config.batch_size} must be a multiple of micro_batch_size={config.micro_batch_size}"
+        )
+    if config.dataset.oracle and not config.dataset.heldout:
+        problems.append("dataset.oracle samples the held-out prompts, and dataset.heldout is null: give a file")
+    problems += _hardware_problems(config)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_sample(config: SampleConfig) -> None:
+    """The same for `prefopt.sample`."""
+    problems = _sampling_problems(config.sampling) + _hardware_problems(config)
+    if config.samples_per_prompt < 1:
+        problems.append("samples_per_prompt must be at least 1")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def resolve_hardware(config: TrainConfig | SampleConfig) -> None:
+    """Replace device=auto and precision=auto by what they mean on this machine, so that records name it.
+
+    bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32.
+    """
+    import torch
+
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.precision == "auto":
+        if config.device.startswith("cuda"):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        config.precision = "bfloat16" if native else "float32"
+
+
+def _sampling_problems(sampling: SamplingConfig) -> list[str]:
+    rules = [
+        (sampling.temperature > 0, f"sampling.temperature must be positive, is {sampling.temperature}"),
+        (sampling.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1"),
+        (sampling.batch_size >= 1, "sampling.batch_size must be at least 1"),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _hardware_problems(config: TrainConfig | SampleConfig) -> list[str]:
+    import torch
+
+    problems = []
+    if config.precision not in ("auto", "bfloat16", "float32"):
+        problems.append(f"precision must be auto, bfloat16 or float32, is {config.precision!r}")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    if config.device not in devices:
+        problems.append(f"device {config.device!r} is not there. This machine has: {', '.join(devices)}")
+    return problems
+
+
+def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    problems = []
+    for key in node:
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean {prefix}{near[0]}?" if near else f" The keys here are: {', '.join(fields)}."
+            problems.append(f"unknown key {name}.{hint}")
+        elif dataclasses.is_dataclass(fields[key]) and OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
+            child = node[key]
+            if OmegaConf.is_dict(child):
+                problems += _unknown_keys(child, fields[key], f"{name}.")  # type: ignore[arg-type]
+    return problems
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    key = error.full_key or ""
+    message = (error.msg or str(error)).splitlines()[0]
+    return f"{key}: {message}" if key and key not in message else message

@@ -1,0 +1,1 @@
+"""From rows in a file to batches of token ids: formats -> tokenize -> sampler -> layout."""

@@ -1,0 +1,19 @@
+"""Which pair comes when: a pure function of (seed, epoch, position), so the order needs no state to resume."""
+
+import functools
+
+import torch
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of `n` pairs in one epoch; another seed or epoch gives another order."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def step_indices(n: int, seed: int, step: int, batch_size: int) -> list[int]:
+    """Indices of the pairs of optimizer step `step` (from 0). Epochs follow each other without a gap: a step may end
+    one and begin the next, and every pair comes exactly once an epoch."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [permutation(n, seed, position // n)[position % n] for position in positions]

@@ -1,0 +1,65 @@
+"""What the loop asks of the machinery below it. This is plain PyTorch in one process."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefopt.config import OptimizerConfig
+from prefopt.optim import adamw
+
+
+class Engine:
+    """Holds the policy and its optimizer. Weights and moments are float32; `autocast` computes in bfloat16 where
+    `precision` says so. Gradients add up over `backward` calls until `step`; the caller owns the denominator."""
+
+    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, precision: str):
+        self.policy, self.precision = policy, precision
+        self.optimizer = adamw(policy, config)
+        self.max_grad_norm = config.max_grad_norm
+        self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_gradients(self) -> Tensor:
+        """Clip to the configured global norm (0: leave as they are); return the norm before."""
+        limit = self.max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """{"weights", "moments"}: flat, named tensors; `load_state` takes them back exactly."""
+        moments = {
+            f"{name}/{key}": value
+            for name, p in self.parameters.items()
+            for key, value in self.optimizer.state[p].items()
+        }
+        return {"weights": {name: p.detach() for name, p in self.parameters.items()}, "moments": moments}
+
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Raises KeyError where the names are not exactly those of this policy's trainable parameters."""
+        weights, moments = state["weights"], state["moments"]
+        if weights.keys() != self.parameters.keys():
+            raise KeyError(f"parameters differ: {sorted(weights.keys() ^ self.parameters.keys())[:5]}")
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(weights[name])
+        for key, value in moments.items():
+            name, _, field = key.rpartition("/")
+            p = self.parameters[name]
+            # A clone of its own: fused AdamW updates moments in place.
+            self.optimizer.state[p][field] = value.to(p.device).clone()

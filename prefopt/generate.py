@@ -1,0 +1,85 @@
+"""Sampling from a policy with transformers' own generate."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt.config import SamplingConfig
+from prefopt.data.formats import Message
+from prefopt.data.tokenize import encode_prompt
+from prefopt.progress import track
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. `tokens` hold the terminator if `finished`; otherwise the token budget cut it off."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
+
+    Every row has a generator of its own, so a response depends on its seed and not on its neighbours in the batch.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device):
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        noise = torch.stack([torch.empty_like(s).exponential_(generator=g) for s, g in zip(scores, self.generators, strict=True)])
+        return scores.float() / self.temperature - noise.log()
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+    sampling: SamplingConfig,
+    seed: int,
+    samples_per_prompt: int = 1,
+    show_progress: bool = False,
+) -> list[list[Sample]]:
+    """Draw `samples_per_prompt` responses to each prompt from softmax(logits / temperature), without top-k or top-p.
+
+    Each response has its own random stream, seeded by (seed, prompt, its number).
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    jobs = [(p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)]
+    batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
+    results: dict[tuple[int, int], Sample] = {}
+    eos = tokenizer.eos_token_id
+    for batch in track(batches, "sampling", show_progress):
+        width = max(len(encoded[p]) for p, _ in batch)
+        # Left padding, as generate() wants it; the mask says which positions are real.
+        ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
+        mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
+        seeds = [_seed(seed, encoded[p], k) for p, k in batch]
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            logits_processor=LogitsProcessorList([_GumbelNoise(sampling.temperature, seeds, model.device)]),
+        )
+        for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
+            finished = eos in tokens
+            tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
+            text = tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
+            results[p, k] = Sample(encoded[p], tokens, text, finished)
+    return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+def _seed(seed: int, prompt: list[int], k: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}/{k}".encode()).digest()[:7], "big")

@@ -1,0 +1,293 @@
+"""The training loop, from top to bottom: evaluate, step, log, save. It knows no objective by name."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt import UserError
+from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from prefopt.config import TrainConfig
+from prefopt.data.formats import Message
+from prefopt.data.layout import padded, padded_pairs
+from prefopt.data.sampler import step_indices
+from prefopt.data.tokenize import TokenizedPair
+from prefopt.engine import Engine
+from prefopt.generate import Sample, sample
+from prefopt.loggers import Loggers, read_metrics
+from prefopt.logps import Logps, completion_logps
+from prefopt.metrics import Means, mean_and_error, pair_metrics, peak_memory_gib
+from prefopt.objectives.base import Objective, PairInputs
+from prefopt.optim import Schedule
+from prefopt.paths import cache_dir
+from prefopt.posthoc.oracle import Oracle
+from prefopt.progress import Bar, say, track
+from prefopt.run import Run
+
+# Policy and reference are the same function of the same weights before the first step; what is left is rounding.
+STEP0_TOLERANCE = 1e-3
+
+
+@dataclass
+class Job:
+    """Everything one run needs. `reference` is the initial policy, frozen; `prompts` are the held-out ones."""
+
+    config: TrainConfig
+    run: Run
+    objective: Objective
+    schedule: Schedule
+    engine: Engine
+    reference: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train_pairs: list[TokenizedPair]
+    heldout_pairs: list[TokenizedPair]
+    prompts: list[list[Message]]
+    oracle: Oracle | None
+    heldout_reference: list[Logps] = field(default_factory=list)  # filled by the first evaluation
+
+
+def train(job: Job) -> list[dict[str, Any]]:
+    """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations.
+
+    The order of pairs and the learning rate are functions of the step and there is no dropout, so weights, moments
+    and the step are the whole state: a run that goes on is bit for bit the run that was never interrupted.
+    """
+    config, run, engine = job.config, job.run, job.engine
+    start = 0
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint:
+        tensors, meta = load_checkpoint(checkpoint)
+        engine.load_state(tensors)
+        start = meta["step"]
+        say(f"  going on from step {start} of {config.steps} ({checkpoint})")
+    logger = Loggers(run, config.logger, start)
+    try:
+        if start == 0:
+            logger.log("heldout", 0, evaluate(job, 0))
+        with Bar("training", config.steps, config.logger.progress, done=start) as bar:
+            for step in range(start, config.steps):
+                metrics = train_step(job, step)
+                done = step + 1
+                logger.log("train", done, metrics)
+                if done % config.eval_every == 0 or done == config.steps:
+                    logger.log("heldout", done, evaluate(job, done))
+                if done % config.save_every == 0 and done < config.steps:
+                    save_checkpoint(run.checkpoints, done, engine.state(), {})
+                bar.advance(f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2f}")
+    finally:
+        logger.close()
+    return [row for row in read_metrics(run) if row["split"] == "heldout"]
+
+
+def train_step(job: Job, step: int) -> dict[str, Any]:
+    """One optimizer step over `batch_size` pairs, in micro-batches. Returns the step's metrics.
+
+    The loss is the mean over the pairs of the whole step, so gradients do not depend on the micro-batches (unless
+    the objective's scope is the micro-batch). Raises UserError, without touching the weights, if loss or gradient
+    is not finite.
+    """
+    config, engine = job.config, job.engine
+    began = time.monotonic()
+    indices = step_indices(len(job.train_pairs), config.seed, step, config.batch_size)
+    pairs = [job.train_pairs[i] for i in indices]
+    means = Means()
+    for micro_batch in chunks(pairs, config.micro_batch_size):
+        inputs = pair_inputs(job, micro_batch)
+        output = job.objective(inputs)
+        engine.backward(output.losses.sum() / config.batch_size)
+        means.add(pair_metrics(inputs, output))
+    gradient_norm = engine.clip_gradients()
+    metrics: dict[str, Any] = {**means.compute(), "n": len(pairs), "gradient_norm": gradient_norm.item()}
+    bad = [name for name in ("loss", "gradient_norm") if not torch.tensor(metrics[name]).isfinite()]
+    if bad:
+        raise UserError(
+            f"step {step + 1}: {' and '.join(bad)} not finite; the step was refused and the weights are unchanged. Its "
+            f"pairs: {', '.join(p.id for p in pairs)}. Look at these pairs, or lower optimizer.lr="
+            f"{config.optimizer.lr}; the same command goes on from the last checkpoint."
+        )
+    lr = config.optimizer.lr * job.schedule(step, config.steps)
+    engine.step(lr)
+    seconds = time.monotonic() - began
+    tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    return metrics | {
+        "lr": lr,
+        "pairs_per_second": len(pairs) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gib": peak_memory_gib(engine.device),
+    }
+
+
+def pair_inputs(job: Job, pairs: Sequence[TokenizedPair], reference: Logps | None = None) -> PairInputs:
+    """Score B pairs with the policy, and with the reference where the objective needs it and `reference`, the 2B
+    log-probs of the same batch, is not given."""
+    needs = job.objective.needs
+    batch = padded_pairs(pairs).to(job.engine.device)
+    with job.engine.autocast():
+        policy = completion_logps(job.engine.policy, batch, entropies="entropies" in needs)
+        if reference is None and "reference" in needs:
+            with torch.no_grad():
+                reference = completion_logps(job.reference, batch)
+    n = len(pairs)
+    inputs: dict[str, Any] = {
+        "policy_chosen_logps": policy.sums[:n],
+        "policy_rejected_logps": policy.sums[n:],
+        "chosen_lengths": policy.lengths[:n],
+        "rejected_lengths": policy.lengths[n:],
+    }
+    if reference is not None:
+        inputs |= {"reference_chosen_logps": reference.sums[:n], "reference_rejected_logps": reference.sums[n:]}
+    if policy.entropies is not None:
+        inputs |= {"chosen_entropies": policy.entropies[:n], "rejected_entropies": policy.entropies[n:]}
+    if "rewards" in needs:
+        for side in ("chosen", "rejected"):
+            rewards = [getattr(p, f"{side}_reward") for p in pairs]
+            inputs[f"{side}_rewards"] = torch.tensor(rewards, dtype=torch.float32, device=batch.input_ids.device)
+    return PairInputs(**inputs)
+
+
+def evaluate(job: Job, step: int) -> dict[str, Any]:
+    """Held-out pairs and, with an oracle, samples to the held-out prompts; says the main figures."""
+    metrics: dict[str, Any] = {}
+    if job.heldout_pairs:
+        metrics |= evaluate_pairs(job, step)
+    if job.oracle:
+        metrics |= initial_sample_metrics(job) if step == 0 else sample_metrics(job, step)
+    parts = []
+    if "accuracy" in metrics:
+        parts.append(f"held-out accuracy {metrics['accuracy']:.3f} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
+        parts.append(f"loss {metrics['loss']:.4f}")
+    if "oracle_reward" in metrics:
+        parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
+        parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
+        parts.append(f"length {metrics['sample_length']:.1f}")
+    say(f"  step {step}/{job.config.steps}: {', '.join(parts) or 'nothing to evaluate'}")
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_pairs(job: Job, step: int) -> dict[str, Any]:
+    """The pair metrics over the held-out pairs. At step 0 also the check that policy and reference agree.
+
+    The reference scores the very same micro-batches, once: its log-probs are kept for later evaluations.
+    """
+    micro_batches = chunks(job.heldout_pairs, job.config.micro_batch_size)
+    if not job.heldout_reference:
+        with job.engine.autocast():
+            for pairs in track(micro_batches, "reference", job.config.logger.progress):
+                job.heldout_reference.append(completion_logps(job.reference, padded_pairs(pairs).to(job.engine.device)))
+    means, largest = Means(), 0.0
+    scored = list(zip(micro_batches, job.heldout_reference, strict=True))
+    for pairs, reference in track(scored, "held-out pairs", job.config.logger.progress):
+        inputs = pair_inputs(job, pairs, reference)
+        values = pair_metrics(inputs, job.objective(inputs))
+        means.add(values)
+        for side in ("chosen", "rejected"):
+            largest = max(largest, values[f"{side}_logratio"].abs().max().item())
+    metrics = {**means.compute(), "n": len(job.heldout_pairs)}
+    if step == 0:
+        check_step0(job.objective, largest, metrics["loss"])
+    return metrics
+
+
+def check_step0(objective: Objective, largest_logratio: float, loss: float) -> None:
+    """Before the first step policy and reference are the same: every log-ratio is 0 and the loss is known.
+
+    Raises UserError if not; says so if they are.
+    """
+    expected = objective.step0_loss
+    if not largest_logratio <= STEP0_TOLERANCE:
+        raise UserError(
+            f"before the first step the policy differs from the reference: largest |log-ratio| {largest_logratio:.3g} "
+            "nats over the held-out pairs. They must be the same model, scored in the same way; this is a bug or a "
+            "model whose forward pass is random."
+        )
+    if expected is not None and not abs(loss - expected) <= STEP0_TOLERANCE:
+        raise UserError(f"before the first step the loss is {loss:.6f}; with policy = reference it must be {expected:.6f}")
+    known = f", loss {loss:.6f} = {expected:.6f}" if expected is not None else ""
+    say(f"  step 0: policy = reference (largest |log-ratio| {largest_logratio:.2g}{known})")
+
+
+def initial_sample_metrics(job: Job) -> dict[str, Any]:
+    """`sample_metrics` of the initial policy, which all the runs of a sweep share: drawn once, then read from the
+    user's cache under everything that decides them."""
+    config = job.config
+    key = [
+        job.run.record["initial_weights"],
+        job.tokenizer.chat_template,
+        job.prompts,
+        repr(job.oracle),
+        asdict(config.sampling),
+        [config.seed, config.precision, config.device],
+    ]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    cached = cache_dir() / "initial_samples" / digest
+    samples_file = job.run.folder / "samples" / "step_0000000.jsonl"
+    if not (cached / "metrics.json").is_file():
+        metrics = sample_metrics(job, 0)
+        cached.mkdir(parents=True, exist_ok=True)
+        _replace(cached / "samples.jsonl", samples_file.read_text())
+        _replace(cached / "metrics.json", json.dumps(metrics))
+    samples_file.parent.mkdir(exist_ok=True)
+    _replace(samples_file, (cached / "samples.jsonl").read_text())
+    return json.loads((cached / "metrics.json").read_text())
+
+
+@torch.no_grad()
+def sample_metrics(job: Job, step: int) -> dict[str, Any]:
+    """Draw one response to each held-out prompt and score it; write the texts to samples/.
+
+    `kl` estimates KL(policy || reference) in nats per response: the mean log-ratio over the policy's own samples,
+    unbiased at temperature 1.
+    """
+    assert job.oracle is not None
+    show = job.config.logger.progress
+    with job.engine.autocast():
+        drawn = sample(job.engine.policy, job.tokenizer, job.prompts, job.config.sampling, job.config.seed, 1, show)
+        samples = [responses[0] for responses in drawn]
+        logratios = [
+            logratio
+            for part in track(chunks(samples, 2 * job.config.micro_batch_size), "KL of samples", show)
+            for logratio in _logratios(job, part)
+        ]
+    rewards = [job.oracle(prompt, s.text) for prompt, s in zip(job.prompts, samples, strict=True)]
+    lines = [
+        {"prompt": prompt, "response": s.text, "finished": s.finished, "reward": reward, "logratio": logratio}
+        for prompt, s, reward, logratio in zip(job.prompts, samples, rewards, logratios, strict=True)
+    ]
+    folder = job.run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    _replace(folder / f"step_{step:07d}.jsonl", text)
+    reward, reward_se = mean_and_error(rewards)
+    kl, kl_se = mean_and_error(logratios)
+    return {
+        "oracle_reward": reward,
+        "oracle_reward_se": reward_se,
+        "kl": kl,
+        "kl_se": kl_se,
+        "sample_length": sum(len(s.tokens) for s in samples) / len(samples),
+        "sample_finished": sum(s.finished for s in samples) / len(samples),
+        "samples": len(samples),
+    }
+
+
+def _logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
+    batch = padded([(s.prompt_tokens, s.tokens) for s in samples]).to(job.engine.device)
+    policy, reference = completion_logps(job.engine.policy, batch), completion_logps(job.reference, batch)
+    return (policy.sums - reference.sums).tolist()
+
+
+def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _replace(path: Any, text: str) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,111 @@
+"""Load a causal language model and its tokenizer by name, folder, or GGUF file."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from prefopt import UserError
+from prefopt.config import ModelConfig
+from prefopt.data.tokenize import check_chat_template
+from prefopt.logps import check_head
+from prefopt.paths import cache_dir, resolve_path
+from prefopt.progress import say
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Raises UserError where there is none, or one without chat template or eos token."""
+    path = checkpoint_path(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("tokenizer", config, error)) from None
+    check_chat_template(tokenizer)
+    return tokenizer
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise UserError, before any weight is read, for a model that cannot be found."""
+    try:
+        AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("model", config, error)) from None
+
+
+def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
+    """Float32 weights in evaluation mode, with every dropout probability at 0, on `device`.
+
+    Raises UserError for a model that cannot be found or whose logits prefopt cannot compute.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
+        # bfloat16 weights loses small updates.
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint_path(config), revision=config.revision, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("model", config, error)) from None
+    check_head(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention modules
+    return model.to(device).eval()
+
+
+def checkpoint_path(config: ModelConfig) -> str:
+    """What transformers can load: the configured name or folder, or for a GGUF file its converted checkpoint."""
+    if not config.path.endswith(".gguf"):
+        return str(resolve_path(config.path)) if config.path.startswith("package://") else config.path
+    gguf = resolve_path(config.path)
+    if not gguf.is_file():
+        raise UserError(f"model file {config.path} does not exist.")
+    return str(_convert_gguf(gguf))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over the names and values of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _convert_gguf(gguf: Path) -> Path:
+    """Write a GGUF file's weights and tokenizer once as a plain float32 checkpoint into the user's cache folder."""
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
+    target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
+    if target.is_dir():
+        return target
+    say(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
+    transformers_logging.disable_progress_bar()
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained, so its weights move into one made from its config.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    model.save_pretrained(aside)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    try:
+        aside.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(aside)
+    return target
+
+
+def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"no {what} can be loaded from model.path={config.path}: {reason}\nGive a hub name (with network), a folder "
+        "that save_pretrained wrote, or model=smollm2_135m_offline."
+    )

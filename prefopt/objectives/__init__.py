@@ -1,0 +1,1 @@
+"""One file per objective. A new one needs a file here and a YAML in `conf/objective/`, and no edit elsewhere."""

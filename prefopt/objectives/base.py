@@ -1,0 +1,80 @@
+"""The contract between the training loop and an objective: `(B,)` tensors in, `(B,)` tensors out.
+
+An objective never sees a model, a batch or a config, so it can be called in float64 from a test. What it needs and
+over which pairs it takes statistics is declared on it, so the loop never asks for its name.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+Need = Literal["reference", "rewards", "entropies"]
+Scope = Literal["pair", "micro_batch", "step"]
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """What an objective may look at, for `B` pairs. Every tensor is `(B,)`, float32 in training, lengths included.
+
+    `*_logps` are sums over the completion's tokens (its terminator included) of log pi(token | what came before), in
+    nats; `*_lengths` count those tokens. `*_rewards` are prior rewards from the data. `*_entropies` are the
+    surrogates of `prefopt.logps.Logps.entropies`, whose gradient is that of the sequence entropy. An optional field
+    is None unless the objective lists it in `needs`.
+    """
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    reference_chosen_logps: Tensor | None = None
+    reference_rejected_logps: Tensor | None = None
+    chosen_rewards: Tensor | None = None
+    rejected_rewards: Tensor | None = None
+    chosen_entropies: Tensor | None = None
+    rejected_entropies: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """`losses` `(B,)` with gradient; the step's loss is their mean over all pairs of the optimizer step.
+
+    `*_scores` `(B,)`: reward accuracy is mean(chosen > rejected), margin is mean(chosen - rejected).
+    """
+
+    losses: Tensor
+    chosen_scores: Tensor
+    rejected_scores: Tensor
+
+
+class Objective(ABC):
+    """A frozen dataclass whose fields are its hyperparameters; its YAML names it with `_target_`.
+
+    `step0_loss` is the loss per pair that equal policy and reference give whatever the data (log 2 for DPO), or None
+    where there is no such constant. The run compares it with the loss it sees before its first step.
+    """
+
+    scope: ClassVar[Scope] = "pair"
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """Which optional fields of `PairInputs` must be filled."""
+
+    @property
+    def step0_loss(self) -> float | None:
+        return None
+
+    @abstractmethod
+    def __call__(self, inputs: PairInputs) -> ObjectiveOutput: ...
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`; for hyperparameters, whose errors become composition errors."""
+    if not condition:
+        raise ValueError(message)

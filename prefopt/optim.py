@@ -1,0 +1,62 @@
+"""The optimizer, and schedules as pure functions of the optimizer step."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prefopt.config import OptimizerConfig
+from prefopt.objectives.base import require
+
+
+class Schedule(ABC):
+    """A frozen dataclass; a YAML names it with `_target_`."""
+
+    @abstractmethod
+    def __call__(self, step: int, steps: int) -> float:
+        """The share of the peak learning rate at optimizer step `step` (0 .. steps - 1)."""
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Rises linearly over the first round(warmup * steps) steps, then falls to `final` along half a cosine.
+
+    Step 0 already moves: with w warm-up steps it has 1 / w of the peak, and step w - 1 reaches the peak.
+    """
+
+    warmup: float
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.warmup <= 1, f"warmup must be a share of the steps in [0, 1], got {self.warmup}")
+        require(0 <= self.final <= 1, f"final must be a share of the peak in [0, 1], got {self.final}")
+
+    def __call__(self, step: int, steps: int) -> float:
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; matrices decay, vectors (biases, norms) do not.
+
+    Raises TypeError for trainable parameters that are not float32: updates below their rounding would be lost.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in trainable:
+        if p.dtype != torch.float32:
+            raise TypeError(f"{name} is {p.dtype}; master weights must be float32")
+    return torch.optim.AdamW(
+        [
+            {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        fused=True,
+    )

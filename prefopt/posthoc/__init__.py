@@ -1,0 +1,1 @@
+"""Evaluations of a policy beside the training loop."""

@@ -1,0 +1,118 @@
+"""A run: what it is, where it lies, and what became of it.
+
+The folder's name says objective, model and data, and ends in a hash of everything that decides the result: the
+resolved config without the keys in VOLATILE, and the digests of the data files. The same command finds its run again.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from prefopt.config import TrainConfig
+
+# Where things are written, how they are shown, and how often they are saved changes no number.
+VOLATILE = ("runs_dir", "logger", "save_every")
+PACKAGES = ("prefopt", "torch", "transformers", "tokenizers", "hydra-core", "omegaconf", "safetensors", "numpy")
+
+
+class Run:
+    """`folder` holds record.json, metrics.jsonl, samples/, checkpoints/ and, when finished, policy/."""
+
+    def __init__(self, config: TrainConfig, objective_name: str, data_digests: dict[str, str]):
+        resolved = dataclasses.asdict(config)
+        identity = {key: value for key, value in resolved.items() if key not in VOLATILE}
+        text = json.dumps([identity, data_digests], sort_keys=True)
+        self.id = hashlib.sha256(text.encode()).hexdigest()[:8]
+        self.name = f"{objective_name}-{config.model.name}-{config.dataset.name}-{self.id}"
+        self.folder = Path(config.runs_dir) / self.name
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+        self.policy_folder = self.folder / "policy"
+        self.record: dict[str, Any] = {}
+        file = self.folder / "record.json"
+        if file.is_file():
+            self.record = json.loads(file.read_text())
+        else:
+            self.record = {"name": self.name, "id": self.id, "objective": objective_name, "status": "new"}
+        self.record |= {} if self.finished else {"config": resolved, "data_digests": data_digests}
+
+    @property
+    def finished(self) -> bool:
+        return self.record["status"] == "finished"
+
+    def start(self, **facts: Any) -> None:
+        """Mark the run as running here and now, and write down under which circumstances."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.update(
+            status="running",
+            started=self.record.get("started") or _now(),
+            command=" ".join(sys.orig_argv),
+            git=_git(),
+            versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+            machine=machine(),
+            error=None,
+            **facts,
+        )
+
+    def update(self, **facts: Any) -> None:
+        """Merge `facts` into the record and replace record.json in one step."""
+        self.record |= facts
+        aside = self.folder / "record.json.tmp"
+        aside.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+        os.replace(aside, self.folder / "record.json")
+
+    def finish(self, **facts: Any) -> None:
+        self.update(status="finished", finished=_now(), **facts)
+
+    def fail(self, error: str) -> None:
+        if self.folder.is_dir():
+            self.update(status="failed", finished=_now(), error=error)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, GPU names."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,116 @@
+"""Train one policy, or one per point of a grid.
+
+    python -m prefopt.train objective=dpo objective.beta=0.1
+    python -m prefopt.train -m objective=dpo,mmpo objective.beta=0.05,0.5
+
+A run that is finished is skipped, one that was interrupted goes on from its last checkpoint.
+"""
+
+import copy
+import shutil
+import traceback
+
+from omegaconf import DictConfig
+
+from prefopt import UserError
+from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
+from prefopt.program import program
+
+
+def train(cfg: DictConfig) -> None:
+    """Validate, build, loop, export. Everything that can be refused is refused before the model is loaded."""
+    from prefopt.data.formats import load_split
+    from prefopt.loggers import check_logger
+    from prefopt.objectives.base import Objective
+    from prefopt.optim import Schedule
+    from prefopt.posthoc.oracle import Oracle
+    from prefopt.progress import say
+    from prefopt.run import Run
+
+    config = parse(cfg, TrainConfig)
+    check(config)
+    resolve_hardware(config)
+    objective = build(config.objective, Objective, "objective")
+    schedule = build(config.schedule, Schedule, "schedule")
+    oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
+    check_logger(config.logger)
+    names = ["train", "heldout"] if config.dataset.heldout else ["train"]
+    splits = {name: load_split(config.dataset, name) for name in names}
+    if "rewards" in objective.needs:
+        check_rewards(objective.name, {name: split.pairs for name, split in splits.items()})
+
+    run = Run(config, objective.name, {name: split.digest for name, split in splits.items()})
+    if run.finished:
+        say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+        return
+    say(f"{run.folder}: {config.steps} steps of {config.batch_size} pairs, {config.precision} on {config.device}")
+
+    from prefopt.data.tokenize import tokenize_pairs
+    from prefopt.models.load import check_model, load_model, load_tokenizer, weights_digest
+
+    check_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    tokenized, counts = {}, {}
+    for name, split in splits.items():
+        tokenized[name], drops = tokenize_pairs(
+            tokenizer, split.pairs, config.max_prompt_tokens, config.max_completion_tokens
+        )
+        counts[name] = {"pairs": len(tokenized[name]), "dropped": dict(split.drops + drops)}
+        dropped = ", ".join(f"{reason} {n}" for reason, n in counts[name]["dropped"].items()) or "none"  # type: ignore[attr-defined]
+        say(f"  {name}: {len(tokenized[name])} pairs; dropped: {dropped}")
+        if not tokenized[name]:
+            raise UserError(
+                f"no pair is left of the {name} split ({dropped}). Raise max_prompt_tokens={config.max_prompt_tokens}, "
+                "or look at the data."
+            )
+
+    from prefopt.checkpoint import export
+    from prefopt.engine import Engine
+    from prefopt.loop import Job
+    from prefopt.loop import train as loop
+
+    policy = load_model(config.model, config.device)
+    digest = weights_digest(policy)
+    if run.record.get("initial_weights", digest) != digest:
+        raise UserError(
+            f"{run.folder} was begun from other weights than model.path={config.model.path} holds now. Remove the "
+            "folder to begin again, or bring the old weights back."
+        )
+    run.start(initial_weights=digest, data=counts)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    engine = Engine(policy, config.optimizer, config.precision)
+    heldout = tokenized.get("heldout", [])[: config.heldout_pairs]
+    prompts = [pair.prompt for pair in splits["heldout"].pairs] if oracle else []
+    job = Job(
+        config, run, objective, schedule, engine, reference, tokenizer, tokenized["train"], heldout, prompts, oracle
+    )
+    try:
+        evaluations = loop(job)
+        export(policy, tokenizer, run.policy_folder)
+    except Exception:
+        run.fail(traceback.format_exc())
+        raise
+    run.finish(evaluations=evaluations, final_weights=weights_digest(policy))
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    say(f"  finished; the policy is in {run.policy_folder}")
+
+
+def check_rewards(name: str, splits: dict[str, list]) -> None:  # type: ignore[type-arg]
+    """Raise UserError if a pair lacks a prior reward that the objective needs."""
+    for split, pairs in splits.items():
+        lacking = sum(p.chosen_reward is None or p.rejected_reward is None for p in pairs)
+        if lacking:
+            raise UserError(
+                f"objective {name} needs the prior rewards of both completions, and {lacking} of {len(pairs)} {split} "
+                "pairs have none. Give chosen_reward and rejected_reward in the rows, or responses with rewards "
+                "(dataset.format ScoredResponses)."
+            )
+
+
+@program("train")
+def main(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ A run that is finished is skipped, one that was interrupted goes on from its las
 
 import copy
 import shutil
+import time
 import traceback
 
 from omegaconf import DictConfig
@@ -69,6 +70,7 @@ def train(cfg: DictConfig) -> None:
     from prefopt.loop import Job
     from prefopt.loop import train as loop
 
+    began = time.monotonic()
     policy = load_model(config.model, config.device)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:
@@ -90,7 +92,7 @@ def train(cfg: DictConfig) -> None:
     except Exception:
         run.fail(traceback.format_exc())
         raise
-    run.finish(evaluations=evaluations, final_weights=weights_digest(policy))
+    run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     say(f"  finished; the policy is in {run.policy_folder}")
 

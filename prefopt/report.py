@@ -1,0 +1,266 @@
+"""Read the records of finished runs; write a table (Markdown, CSV) and a figure (PNG, SVG).
+
+    python -m prefopt.report runs_dir=runs output=results/mine
+
+Everything comes from record.json files, nothing from names or logs.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from prefopt import UserError
+from prefopt.config import ReportConfig, parse
+from prefopt.program import program
+from prefopt.progress import say
+from prefopt.run import VOLATILE
+
+Record = dict[str, Any]
+# Okabe and Ito's palette, told apart with every kind of colour vision; one colour per objective, in order of name.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*X"
+
+
+def read_records(runs_dir: Path) -> list[Record]:
+    """Finished runs below `runs_dir`, by objective, beta and name. Says which runs are left out.
+
+    Raises UserError if there is none.
+    """
+    records = []
+    for file in sorted(runs_dir.glob("*/record.json")):
+        record = json.loads(file.read_text())
+        if record["status"] == "finished":
+            records.append(record)
+        else:
+            say(f"left out: {file.parent} is {record['status']}; run its command again: {record.get('command')}")
+    if not records:
+        raise UserError(f"no finished run in {runs_dir}. Train one first: python -m prefopt.train runs_dir={runs_dir}")
+    return sorted(records, key=lambda r: (r["objective"], beta(r) or 0.0, r["name"]))
+
+
+def beta(record: Record) -> float | None:
+    value = record["config"]["objective"].get("beta")
+    return None if value is None else float(value)
+
+
+def labels(records: list[Record]) -> list[str]:
+    """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ."""
+    flat = [dict(_flatten(r["config"])) for r in records]
+    names = []
+    for record, config in zip(records, flat, strict=True):
+        siblings = [c for c, r in zip(flat, records, strict=True) if r["objective"] == record["objective"]]
+        differing = [
+            f"{key}={config.get(key)}"
+            for key in sorted(config)
+            if key != "objective.beta" and key.split(".")[0] not in VOLATILE and len({repr(c.get(key)) for c in siblings}) > 1
+        ]
+        parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else []) + differing
+        names.append(" ".join(parts))
+    return names
+
+
+COLUMNS = {
+    "run": "run",
+    "objective": "objective",
+    "beta": "β",
+    "accuracy": "held-out accuracy",
+    "oracle_reward": "oracle reward ± s.e.",
+    "kl": "KL to reference ± s.e. (nats)",
+    "chosen_logps_drift": "chosen log-prob drift (nats)",
+    "sample_length": "length (tokens)",
+}
+
+
+def table_rows(records: list[Record]) -> list[dict[str, Any]]:
+    """One row per initial policy, then one per run; numbers as they are. A row's `*_se` stands beside its mean.
+
+    The drift is the mean log-prob of the held-out chosen completions at the end minus that at the start.
+    """
+    rows = []
+    seen = set()
+    for record in records:
+        key = record["initial_weights"], record["config"]["dataset"]["name"], record["config"]["seed"]
+        if key not in seen and record["evaluations"]:
+            seen.add(key)
+            row = _row(record["evaluations"][0], record["evaluations"][0])
+            name = f"initial policy ({record['config']['model']['name']})"
+            # Before training, accuracy is a matter of the objective's scores alone: a tie, or the reference's opinion.
+            rows.append(row | {"run": "", "objective": name, "beta": None, "accuracy": None})
+    for record, label in zip(records, labels(records), strict=True):
+        evaluations = record["evaluations"] or [{}]
+        row = _row(evaluations[-1], evaluations[0])
+        rows.append(row | {"run": record["name"], "objective": label.partition(" β")[0], "beta": beta(record)})
+    return rows
+
+
+def write_tables(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> list[Path]:
+    """table.csv with full precision, table.md as people read it with where it came from."""
+    folder = Path(config.output)
+    csv_file, markdown_file = folder / "table.csv", folder / "table.md"
+    with csv_file.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = [c for c in COLUMNS if c != "run"] + ["run"]
+    lines = [
+        "| " + " | ".join(COLUMNS[c] for c in shown) + " |",
+        "|" + "|".join(" --- " if c in ("run", "objective") else " ---: " for c in shown) + "|",
+        *("| " + " | ".join(cells(row)[c] for c in shown) + " |" for row in rows),
+        "",
+        *provenance(records, config),
+    ]
+    markdown_file.write_text("\n".join(lines) + "\n")
+    return [markdown_file, csv_file]
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as text: what was not measured is a dash."""
+
+    def number(key: str, digits: int) -> str:
+        value = row.get(key)
+        if value is None or math.isnan(value):
+            return "–"
+        error = row.get(f"{key}_se")
+        return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+    return {
+        "run": row["run"] or "–",
+        "objective": row["objective"],
+        "beta": "–" if row["beta"] is None else f"{row['beta']:g}",
+        "accuracy": number("accuracy", 2),
+        "oracle_reward": number("oracle_reward", 3),
+        "kl": number("kl", 2),
+        "chosen_logps_drift": number("chosen_logps_drift", 2),
+        "sample_length": number("sample_length", 1),
+    }
+
+
+def provenance(records: list[Record], config: ReportConfig) -> list[str]:
+    """Sentences that say from what the table was made, and where."""
+    machines = {json.dumps(r["machine"]): r["machine"] for r in records}.values()
+    places = "; ".join(
+        f"{m['cores']} cores of {m['processor']} ({m['instructions']}), {m['memory_gib']:.0f} GiB"
+        + (f", {', '.join(m['gpus'])}" if m["gpus"] else "")
+        for m in machines
+    )
+    commits = {f"{r['git']['commit'][:10]}{' with changes' if r['git']['dirty'] else ''}" for r in records if r["git"]}
+    versions = {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for r in records}
+    evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
+    return [
+        f"Made by `python -m prefopt.report runs_dir={config.runs_dir} output={config.output}` from {len(records)} runs "
+        f"({sum(r['seconds'] for r in records) / 60:.1f} minutes of training and evaluation in all).",
+        f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
+        f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
+        f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over {evaluated.get('samples', 0)} "
+        "responses, one to each held-out prompt; s.e. over these, with one training seed per run.",
+    ]
+
+
+def draw(records: list[Record], output: Path) -> list[Path]:
+    """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per initial policy
+    and data set. Returns nothing if no run was evaluated by an oracle."""
+    import logging
+
+    import matplotlib as mpl
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Hydra lets its notes on fonts through
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
+    if not sampled:
+        return []
+    panels = sorted({_panel(r) for r in sampled})
+    colours = dict(zip(sorted({r["objective"] for r in sampled}), COLOURS * 9, strict=False))
+    markers = dict(zip(sorted({beta(r) or 0.0 for r in sampled}), MARKERS * 9, strict=False))
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}):
+        size = (5.2 * len(panels) + 0.2, 3.6)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        names = dict(zip([r["name"] for r in sampled], labels(sampled), strict=True))
+        for axis, panel in zip(axes[0], panels, strict=True):
+            members = [r for r in sampled if _panel(r) == panel]
+            start = members[0]["evaluations"][0]["oracle_reward"]
+            axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label="initial policy", zorder=1)
+            for record in members:
+                points = record["evaluations"]
+                style = markers[beta(record) or 0.0]
+                hollow = MARKERS.index(style) % 2 == 1
+                axis.errorbar(
+                    [p["kl"] for p in points],
+                    [p["oracle_reward"] for p in points],
+                    xerr=[0.0] * (len(points) - 1) + [points[-1]["kl_se"]],
+                    yerr=[0.0] * (len(points) - 1) + [points[-1]["oracle_reward_se"]],
+                    color=colours[record["objective"]],
+                    marker=style,
+                    markersize=5,
+                    markerfacecolor="white" if hollow else None,
+                    linestyle="--" if hollow else "-",
+                    linewidth=1.4,
+                    elinewidth=0.8,
+                    alpha=0.9,
+                    label=names[record["name"]],
+                )
+            axis.set_xlabel("KL to the reference (nats per response)")
+            axis.set_ylabel("oracle reward (mean over held-out prompts)")
+            axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
+            axis.legend(frameon=False, fontsize=8)
+        files = [output / "reward_kl.png", output / "reward_kl.svg"]
+        figure.savefig(files[0], dpi=160)
+        figure.savefig(files[1], metadata={"Date": None})
+        plt.close(figure)
+    return files
+
+
+@program("report")
+def main(cfg: DictConfig) -> None:
+    config = parse(cfg, ReportConfig)
+    records = read_records(Path(config.runs_dir))
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    rows = table_rows(records)
+    shown = [c for c in COLUMNS if c != "run"]
+    table = Table(*(COLUMNS[c] for c in shown))
+    for row in rows:
+        table.add_row(*(cells(row)[c] for c in shown))
+    # Wide enough for the table where the output is not a terminal.
+    Console(width=None if os.isatty(1) else 140).print(table)
+    for file in write_tables(rows, records, config) + draw(records, output):
+        print(file)
+
+
+def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    drift = last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None
+    return {
+        "run": None,
+        "objective": None,
+        "beta": None,
+        "accuracy": last.get("accuracy"),
+        **{key: last.get(key) for key in ("oracle_reward", "oracle_reward_se", "kl", "kl_se")},
+        "chosen_logps_drift": drift,
+        "sample_length": last.get("sample_length"),
+        "step": last.get("step"),
+    }
+
+
+def _panel(record: Record) -> tuple[str, str]:
+    return record["config"]["model"]["name"], record["config"]["dataset"]["name"]
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """model/ (a tiny random Llama with its tokenizer), train.jsonl and heldout.jsonl."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_tiny(folder / "model")
+    tiny.write_pairs(folder / "train.jsonl", 12)
+    tiny.write_pairs(folder / "heldout.jsonl", 6, start=100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overrides(tiny_folder):
+    """overrides(runs_dir) -> the command line of a 4-step run of the tiny model."""
+    return lambda runs: tiny.tiny_overrides(tiny_folder / "model", tiny_folder, runs)
+
+
+@pytest.fixture(scope="session")
+def grid(tiny_folder, overrides, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A finished grid of the tiny model with an oracle: (runs folder, the process)."""
+    runs = tmp_path_factory.mktemp("grid")
+    oracle = "dataset.oracle={_target_: prefopt.posthoc.oracle.Vader}"
+    process = tiny.run_program(
+        "-m", *overrides(runs), oracle, "sampling.max_new_tokens=6", "objective=dpo,mmpo", "objective.beta=0.05,0.5",
+        env={"PREFOPT_CACHE": str(tiny_folder / "cache")},
+    )  # fmt: skip
+    return runs, process

@@ -1,0 +1,114 @@
+"""Log-probs against hand-made examples, enumeration and plain formulas."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from prefopt import UserError
+from prefopt.data.layout import padded
+from prefopt.logps import check_head, completion_logps
+from tests.tiny import ROOT, tiny_model
+
+
+class LookupModel:
+    """A language model whose next-token logits depend on the current token only: logits = table[token]."""
+
+    def __init__(self, table: torch.Tensor):
+        self.table = table
+        self.head = nn.Identity()
+
+    def base_model(self, input_ids, attention_mask):
+        return SimpleNamespace(last_hidden_state=self.table[input_ids])
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+class PrefixModel(LookupModel):
+    """Logits depend on the whole prefix, through a table over (previous token, current token)."""
+
+    def base_model(self, input_ids, attention_mask):
+        previous = torch.cat([torch.zeros_like(input_ids[:, :1]), input_ids[:, :-1]], 1)
+        return SimpleNamespace(last_hidden_state=self.table[previous, input_ids])
+
+
+def test_five_tokens_by_hand():
+    """Prompt [3, 1], completion [4, 0, 2] (2 the terminator): three transitions count, 1->4, 4->0 and 0->2."""
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    log = table.log_softmax(-1)
+    result = completion_logps(LookupModel(table), padded([([3, 1], [4, 0, 2]), ([3], [2])]))  # type: ignore[arg-type]
+    assert result.sums[0].item() == pytest.approx((log[1, 4] + log[4, 0] + log[0, 2]).item())
+    assert result.sums[1].item() == pytest.approx(log[3, 2].item())
+    assert result.lengths.tolist() == [3, 1]
+
+
+def test_padding_and_neighbours_change_nothing():
+    model = tiny_model(50).double()
+    rows = [([1, 2, 3], [4, 5, 2]), ([7], [8, 9, 10, 11, 2]), ([1, 2, 3, 4, 5, 6], [2])]
+    together = completion_logps(model, padded(rows))
+    alone = torch.cat([completion_logps(model, padded([row])).sums for row in rows])
+    assert torch.allclose(together.sums.double(), alone.double(), atol=1e-5)
+
+
+def test_equals_the_models_own_logits():
+    model = tiny_model(50)
+    prompt, completion = [1, 2, 3], [4, 5, 6, 2]
+    ids = torch.tensor([prompt + completion])
+    log = model(ids).logits.double().log_softmax(-1)
+    expected = sum(log[0, i - 1, ids[0, i]].item() for i in range(3, 7))
+    assert completion_logps(model, padded([(prompt, completion)])).sums.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    table = 20 * torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 40, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    low = LookupModel(table.bfloat16())
+    exact = table.bfloat16().double().log_softmax(-1)
+    expected = sum(exact[a, b].item() for a, b in itertools.pairwise([3, *tokens]))
+    result = completion_logps(low, padded([([3], tokens)]))  # type: ignore[arg-type]
+    assert result.sums.dtype == torch.float32
+    assert result.sums.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_entropy_surrogate_has_the_gradient_of_the_sequence_entropy():
+    """Enumerate all sequences of length 3 over 3 tokens: the expected gradient of the surrogate, over sequences drawn
+    from the policy, is the gradient of the policy's exact sequence entropy."""
+    vocabulary, length = 3, 3
+    table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    sequences = list(itertools.product(range(vocabulary), repeat=length))
+    batch = padded([([1], list(s)) for s in sequences])
+    result = completion_logps(PrefixModel(table), batch, entropies=True)  # type: ignore[arg-type]
+    probabilities = result.sums.double().exp()
+    assert probabilities.sum().item() == pytest.approx(1)
+    exact = -(probabilities * probabilities.log()).sum()
+    (expected,) = torch.autograd.grad(exact, table, retain_graph=True)
+    (estimated,) = torch.autograd.grad((probabilities.detach() * result.entropies.double()).sum(), table)
+    assert torch.allclose(expected, estimated, atol=1e-5)
+    assert expected.abs().max() > 0.05
+
+
+def test_entropy_of_a_uniform_policy():
+    result = completion_logps(LookupModel(torch.zeros(8, 8)), padded([([1], [2, 3])]), entropies=True)  # type: ignore[arg-type]
+    # H_1 + H_2 + H_2 * log pi(y_1), with every H = log 8 and log pi = -log 8
+    assert result.entropies.item() == pytest.approx(2 * math.log(8) - math.log(8) ** 2, rel=1e-6)
+
+
+def test_models_that_change_their_logits_are_refused():
+    model = tiny_model(50)
+    check_head(model)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="final_logit_softcapping=30"):
+        check_head(model)
+
+
+def test_log_softmax_is_called_in_one_place():
+    offenders = [
+        file.name
+        for file in (ROOT / "prefopt").rglob("*.py")
+        if "log_softmax(" in file.read_text() and file.name != "logps.py"
+    ]
+    assert offenders == []

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from prefopt.config import OptimizerConfig
+from prefopt.engine import Engine
+from prefopt.optim import Cosine, adamw
+from tests.tiny import tiny_model
+
+CONFIG = OptimizerConfig(lr=1e-3, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+
+
+def test_cosine_by_hand():
+    schedule = Cosine(warmup=0.2, final=0.1)
+    assert [schedule(step, 10) for step in (0, 1, 2)] == pytest.approx([0.5, 1.0, 1.0])
+    assert schedule(6, 10) == pytest.approx(0.1 + 0.9 / 2)
+    assert 0.1 < schedule(9, 10) < 0.2
+    assert Cosine(warmup=0.0)(0, 1) == 1.0
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = tiny_model(50)
+    decayed, plain = adamw(model, CONFIG).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in plain["params"]} == {1}
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_low_precision_master_weights_are_refused():
+    with pytest.raises(TypeError, match="float32"):
+        adamw(tiny_model(50).bfloat16(), CONFIG)
+
+
+def test_a_tiny_learning_rate_still_moves_float32_weights():
+    engine = Engine(tiny_model(50), CONFIG, "bfloat16")
+    before = {name: p.detach().clone() for name, p in engine.parameters.items()}
+    with engine.autocast():
+        loss = engine.policy(torch.tensor([[1, 2, 3, 4]]), labels=torch.tensor([[1, 2, 3, 4]])).loss
+    engine.backward(loss)
+    engine.step(5e-7)
+    assert all(not torch.equal(p, before[name]) for name, p in engine.parameters.items())
+
+
+@pytest.mark.parametrize(("limit", "after"), [(0.5, 0.5), (0.0, 20.0)])
+def test_clipping_reports_the_norm_before(limit, after):
+    model = tiny_model(50)
+    engine = Engine(model, OptimizerConfig(1e-3, [0.9, 0.99], 1e-8, 0.0, limit), "float32")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    next(model.parameters()).grad[0, 0] = 20.0  # type: ignore[index]
+    assert engine.clip_gradients().item() == pytest.approx(20.0)
+    assert next(model.parameters()).grad[0, 0].item() == pytest.approx(after, rel=1e-4)  # type: ignore[index]
+
+
+def test_engine_state_round_trip_continues_bit_for_bit():
+    def step(engine: Engine) -> None:
+        ids = torch.tensor([[1, 2, 3, 4]])
+        engine.backward(engine.policy(ids, labels=ids).loss)
+        engine.clip_gradients()
+        engine.step(1e-3)
+
+    first = Engine(tiny_model(50), CONFIG, "float32")
+    step(first)
+    state = {group: {k: v.clone() for k, v in values.items()} for group, values in first.state().items()}
+    second = Engine(tiny_model(50, seed=1), CONFIG, "float32")
+    second.load_state(state)
+    for engine in (first, second):
+        step(engine)
+    for a, b in zip(first.parameters.values(), second.parameters.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_model_is_refused():
+    engine = Engine(tiny_model(50), CONFIG, "float32")
+    state = engine.state()
+    state["weights"].pop(next(iter(state["weights"])))
+    with pytest.raises(KeyError, match="parameters differ"):
+        engine.load_state(state)

@@ -162,7 +162,7 @@ def build(node: Any, base: type[T], where: str) -> T:
         raise UserError(f"{where}._target_: cannot import {target!r}: {error}") from None
     if not (dataclasses.is_dataclass(cls) and issubclass(cls, base)):
         raise UserError(f"{where}._target_: {target} must be a dataclass derived from {base.__name__}.")
-    return parse(OmegaConf.create(values), cls, f"{where}.")  # type: ignore[return-value]  # cls derives from base
+    return parse(OmegaConf.create(values), cls, f"{where}.")
 
 
 def check(config: TrainConfig) -> None:
@@ -173,7 +173,10 @@ def check(config: TrainConfig) -> None:
         if getattr(config, key) < 1
     ]
     rules: list[tuple[bool, str]] = [
-        (config.heldout_pairs is None or config.heldout_pairs >= 1, "heldout_pairs must be at least 1, or null for all"),
+        (
+            config.heldout_pairs is None or config.heldout_pairs >= 1,
+            "heldout_pairs must be at least 1, or null for all",
+        ),
         (config.max_prompt_tokens >= 1, "max_prompt_tokens must be at least 1"),
         (config.max_completion_tokens >= 1, "max_completion_tokens must be at least 1"),
         (config.optimizer.lr > 0, f"optimizer.lr must be positive, is {config.optimizer.lr}"),

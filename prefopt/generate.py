@@ -34,9 +34,11 @@ class _GumbelNoise(LogitsProcessor):
         self.temperature = temperature
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        noise = torch.stack([torch.empty_like(s).exponential_(generator=g) for s, g in zip(scores, self.generators, strict=True)])
-        return scores.float() / self.temperature - noise.log()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        rows = zip(scores, self.generators, strict=True)
+        noise = torch.stack([torch.empty_like(row).exponential_(generator=generator) for row, generator in rows])
+        return scores / self.temperature - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
 
 
 @torch.no_grad()
@@ -54,7 +56,9 @@ def sample(
     Each response has its own random stream, seeded by (seed, prompt, its number).
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    jobs = [(p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)]
+    jobs = [
+        (p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)
+    ]
     batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
     results: dict[tuple[int, int], Sample] = {}
     eos = tokenizer.eos_token_id
@@ -64,7 +68,7 @@ def sample(
         ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
         mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
         seeds = [_seed(seed, encoded[p], k) for p, k in batch]
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=sampling.max_new_tokens,
@@ -76,7 +80,7 @@ def sample(
         for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
             finished = eos in tokens
             tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
-            text = tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
+            text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
             results[p, k] = Sample(encoded[p], tokens, text, finished)
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
 

@@ -1,11 +1,11 @@
 """Where metrics go: metrics.jsonl always, wandb if asked for."""
 
 import json
-import os
 from typing import Any
 
 from prefopt import UserError
 from prefopt.config import LoggerConfig
+from prefopt.paths import write_whole
 from prefopt.run import Run
 
 
@@ -24,9 +24,7 @@ class Loggers:
 
     def __init__(self, run: Run, config: LoggerConfig, start: int):
         kept = [row for row in read_metrics(run) if row["step"] <= start] if start else []
-        aside = run.metrics_file.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(aside, run.metrics_file)
+        write_whole(run.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = run.metrics_file.open("a")
         self.wandb: Any = None
         if config.wandb:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from prefopt.logps import Logps, completion_logps
 from prefopt.metrics import Means, mean_and_error, pair_metrics, peak_memory_gib
 from prefopt.objectives.base import Objective, PairInputs
 from prefopt.optim import Schedule
-from prefopt.paths import cache_dir
+from prefopt.paths import cache_dir, write_whole
 from prefopt.posthoc.oracle import Oracle
 from prefopt.progress import Bar, say, track
 from prefopt.run import Run
@@ -208,7 +207,9 @@ def check_step0(objective: Objective, largest_logratio: float, loss: float) -> N
             "model whose forward pass is random."
         )
     if expected is not None and not abs(loss - expected) <= STEP0_TOLERANCE:
-        raise UserError(f"before the first step the loss is {loss:.6f}; with policy = reference it must be {expected:.6f}")
+        raise UserError(
+            f"before the first step the loss is {loss:.6f}; with policy = reference it must be {expected:.6f}"
+        )
     known = f", loss {loss:.6f} = {expected:.6f}" if expected is not None else ""
     say(f"  step 0: policy = reference (largest |log-ratio| {largest_logratio:.2g}{known})")
 
@@ -230,11 +231,9 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
     samples_file = job.run.folder / "samples" / "step_0000000.jsonl"
     if not (cached / "metrics.json").is_file():
         metrics = sample_metrics(job, 0)
-        cached.mkdir(parents=True, exist_ok=True)
-        _replace(cached / "samples.jsonl", samples_file.read_text())
-        _replace(cached / "metrics.json", json.dumps(metrics))
-    samples_file.parent.mkdir(exist_ok=True)
-    _replace(samples_file, (cached / "samples.jsonl").read_text())
+        write_whole(cached / "samples.jsonl", samples_file.read_text())
+        write_whole(cached / "metrics.json", json.dumps(metrics))
+    write_whole(samples_file, (cached / "samples.jsonl").read_text())
     return json.loads((cached / "metrics.json").read_text())
 
 
@@ -260,10 +259,8 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
         {"prompt": prompt, "response": s.text, "finished": s.finished, "reward": reward, "logratio": logratio}
         for prompt, s, reward, logratio in zip(job.prompts, samples, rewards, logratios, strict=True)
     ]
-    folder = job.run.folder / "samples"
-    folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    _replace(folder / f"step_{step:07d}.jsonl", text)
+    write_whole(job.run.folder / "samples" / f"step_{step:07d}.jsonl", text)
     reward, reward_se = mean_and_error(rewards)
     kl, kl_se = mean_and_error(logratios)
     return {
@@ -285,9 +282,3 @@ def _logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _replace(path: Any, text: str) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text)
-    os.replace(aside, path)

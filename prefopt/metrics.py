@@ -46,7 +46,7 @@ def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tenso
         "chosen_length": inputs.chosen_lengths,
         "rejected_length": inputs.rejected_lengths,
     }
-    if inputs.reference_chosen_logps is not None and inputs.reference_rejected_logps is not None:
+    if inputs.reference_chosen_logps is not None:
         metrics["chosen_logratio"] = inputs.policy_chosen_logps - inputs.reference_chosen_logps
         metrics["rejected_logratio"] = inputs.policy_rejected_logps - inputs.reference_rejected_logps
     return metrics

@@ -1,4 +1,4 @@
-"""Where things lie: files inside installed packages, and the user's cache folder."""
+"""Where things lie: files inside installed packages, the user's cache folder, and how a file comes to be."""
 
 import importlib.util
 import os
@@ -26,3 +26,11 @@ def cache_dir() -> Path:
     if "PREFOPT_CACHE" in os.environ:
         return Path(os.environ["PREFOPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    aside.replace(path)

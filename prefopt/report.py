@@ -60,7 +60,9 @@ def labels(records: list[Record]) -> list[str]:
         differing = [
             f"{key}={config.get(key)}"
             for key in sorted(config)
-            if key != "objective.beta" and key.split(".")[0] not in VOLATILE and len({repr(c.get(key)) for c in siblings}) > 1
+            if key != "objective.beta"
+            and key.split(".")[0] not in VOLATILE
+            and len({repr(c.get(key)) for c in siblings}) > 1
         ]
         parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else []) + differing
         names.append(" ".join(parts))
@@ -155,12 +157,12 @@ def provenance(records: list[Record], config: ReportConfig) -> list[str]:
     versions = {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for r in records}
     evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
     return [
-        f"Made by `python -m prefopt.report runs_dir={config.runs_dir} output={config.output}` from {len(records)} runs "
-        f"({sum(r['seconds'] for r in records) / 60:.1f} minutes of training and evaluation in all).",
+        f"Made by `python -m prefopt.report runs_dir={config.runs_dir} output={config.output}` from {len(records)} "
+        f"runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes of training and evaluation in all).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
-        f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over {evaluated.get('samples', 0)} "
-        "responses, one to each held-out prompt; s.e. over these, with one training seed per run.",
+        f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "
+        f"{evaluated.get('samples', 0)} responses, one to each held-out prompt; s.e. over these, with one training seed per run.",
     ]
 
 
@@ -181,7 +183,10 @@ def draw(records: list[Record], output: Path) -> list[Path]:
     panels = sorted({_panel(r) for r in sampled})
     colours = dict(zip(sorted({r["objective"] for r in sampled}), COLOURS * 9, strict=False))
     markers = dict(zip(sorted({beta(r) or 0.0 for r in sampled}), MARKERS * 9, strict=False))
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}):
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
+    with plt.rc_context(style):
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
+    ):
         size = (5.2 * len(panels) + 0.2, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         names = dict(zip([r["name"] for r in sampled], labels(sampled), strict=True))
@@ -191,15 +196,15 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label="initial policy", zorder=1)
             for record in members:
                 points = record["evaluations"]
-                style = markers[beta(record) or 0.0]
-                hollow = MARKERS.index(style) % 2 == 1
+                marker = markers[beta(record) or 0.0]
+                hollow = MARKERS.index(marker) % 2 == 1
                 axis.errorbar(
                     [p["kl"] for p in points],
                     [p["oracle_reward"] for p in points],
                     xerr=[0.0] * (len(points) - 1) + [points[-1]["kl_se"]],
                     yerr=[0.0] * (len(points) - 1) + [points[-1]["oracle_reward_se"]],
                     color=colours[record["objective"]],
-                    marker=style,
+                    marker=marker,
                     markersize=5,
                     markerfacecolor="white" if hollow else None,
                     linestyle="--" if hollow else "-",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import TrainConfig
+from prefopt.paths import write_whole
 
 # Where things are written, how they are shown, and how often they are saved changes no number.
 VOLATILE = ("runs_dir", "logger", "save_every")
@@ -50,7 +51,6 @@ class Run:
 
     def start(self, **facts: Any) -> None:
         """Mark the run as running here and now, and write down under which circumstances."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.update(
             status="running",
             started=self.record.get("started") or _now(),
@@ -65,9 +65,7 @@ class Run:
     def update(self, **facts: Any) -> None:
         """Merge `facts` into the record and replace record.json in one step."""
         self.record |= facts
-        aside = self.folder / "record.json.tmp"
-        aside.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
-        os.replace(aside, self.folder / "record.json")
+        write_whole(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, **facts: Any) -> None:
         self.update(status="finished", finished=_now(), **facts)

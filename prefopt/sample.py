@@ -8,7 +8,6 @@ also holds `responses` (texts), `finished` (did the response end by itself?) and
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from prefopt import UserError
 from prefopt.config import SampleConfig, build, check_sample, parse, resolve_hardware
 from prefopt.data.formats import as_messages, read_rows
+from prefopt.paths import write_whole
 from prefopt.program import program
 from prefopt.progress import say
 
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
             raise UserError(f"{where}: {error}.") from None
         rows.append(row)
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
 
     # Imported here, so that bad input is refused before transformers is loaded.
     import torch
@@ -56,10 +56,8 @@ def main(cfg: DictConfig) -> None:
         if oracle:
             row["rewards"] = [round(oracle(prompt, s.text), 6) for s in drawn]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    aside = output.with_name(f"{output.name}.tmp")
     # mtime=0, so that the same samples give the same file.
-    aside.write_bytes(gzip.compress(lines, mtime=0) if output.suffix == ".gz" else lines)
-    os.replace(aside, output)
+    write_whole(output, gzip.compress(lines, mtime=0) if output.suffix == ".gz" else lines)
     say(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
 
 

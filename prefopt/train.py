@@ -10,12 +10,16 @@ import copy
 import shutil
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
 from prefopt.program import program
+
+if TYPE_CHECKING:
+    from prefopt.data.formats import Pair
 
 
 def train(cfg: DictConfig) -> None:
@@ -97,7 +101,7 @@ def train(cfg: DictConfig) -> None:
     say(f"  finished; the policy is in {run.policy_folder}")
 
 
-def check_rewards(name: str, splits: dict[str, list]) -> None:  # type: ignore[type-arg]
+def check_rewards(name: str, splits: dict[str, list["Pair"]]) -> None:
     """Raise UserError if a pair lacks a prior reward that the objective needs."""
     for split, pairs in splits.items():
         lacking = sum(p.chosen_reward is None or p.rejected_reward is None for p in pairs)

@@ -61,7 +61,7 @@ def test_split_fields_select_rows_and_drops_are_counted(tmp_path):
 def test_gzip_is_read_by_its_name(tmp_path):
     plain = write_pairs(tmp_path / "a.jsonl", 3)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    assert list(r for _, r in read_rows(str(plain))) == list(r for _, r in read_rows(f"{plain}.gz"))
+    assert [r for _, r in read_rows(str(plain))] == [r for _, r in read_rows(f"{plain}.gz")]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,10 @@ def test_gzip_is_read_by_its_name(tmp_path):
         (None, r"does not exist"),
         ("", r"is empty"),
         ("\n\n", r"is empty"),
-        ('{"prompt": "Hello", "chosen": "x"}', r"pairs\.jsonl, row 1 has no field 'rejected' \(its fields: prompt, chosen"),
+        (
+            '{"prompt": "Hello", "chosen": "x"}',
+            r"pairs\.jsonl, row 1 has no field 'rejected' \(its fields: prompt, chosen",
+        ),
         (json.dumps(GOOD) + "\n" + '{"chosen": "x", "rejected": "y"}', r"row 2 has no field 'prompt'"),
         (json.dumps(GOOD) + "\n{oops", r"row 2 is not JSON"),
         ("[1, 2]", r"row 1 must be a JSON object, is a list"),
@@ -146,4 +149,6 @@ def test_the_embedded_data_is_what_its_readme_says():
     train = load_split(config, "train")
     assert len(train.pairs) + sum(train.drops.values()) == 384
     assert all(p.chosen_reward > p.rejected_reward for p in train.pairs)  # type: ignore[operator]
-    assert {dataclasses.astuple(p)[0] for p in train.pairs}.isdisjoint(p.id for p in load_split(config, "heldout").pairs)
+    assert {dataclasses.astuple(p)[0] for p in train.pairs}.isdisjoint(
+        p.id for p in load_split(config, "heldout").pairs
+    )

@@ -228,9 +228,7 @@ def test_mmpo_ablations():
     assert torch.allclose(MMPO(0.5, length_normalize=True)(x).losses, MMPO(0.5)(per_token).losses)
     bonus = MMPO(0.5)(x).losses - MMPO(0.5, entropy_bonus=True)(x).losses
     assert torch.allclose(bonus, 0.5 * (x.chosen_entropies + x.rejected_entropies))
-    bonus = (
-        MMPO(0.5, length_normalize=True)(x).losses - MMPO(0.5, length_normalize=True, entropy_bonus=True)(x).losses
-    )
+    bonus = MMPO(0.5, length_normalize=True)(x).losses - MMPO(0.5, length_normalize=True, entropy_bonus=True)(x).losses
     assert torch.allclose(bonus, 0.5 * (x.chosen_entropies / n_w + x.rejected_entropies / n_l))
 
 

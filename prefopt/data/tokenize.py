@@ -100,7 +100,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_gen
     )
     assert isinstance(ids, list)
     assert all(isinstance(i, int) for i in ids)
-    return ids
+    return ids  # type: ignore[return-value]  # just asserted
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -56,7 +56,7 @@ def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention modules
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]  # its decorator hides the signature
 
 
 def checkpoint_path(config: ModelConfig) -> str:
@@ -74,7 +74,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -6,12 +6,16 @@ over which pairs it takes statistics is declared on it, so the loop never asks f
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 Need = Literal["reference", "rewards", "entropies"]
 Scope = Literal["pair", "micro_batch", "step"]
+
+# The default of tensors that only some objectives need. Not typed as optional: an objective that declares a need may
+# rely on it, and one that does not must not touch it (None would fail at once).
+_ABSENT: Any = None
 
 
 @dataclass(frozen=True)
@@ -20,20 +24,20 @@ class PairInputs:
 
     `*_logps` are sums over the completion's tokens (its terminator included) of log pi(token | what came before), in
     nats; `*_lengths` count those tokens. `*_rewards` are prior rewards from the data. `*_entropies` are the
-    surrogates of `prefopt.logps.Logps.entropies`, whose gradient is that of the sequence entropy. An optional field
-    is None unless the objective lists it in `needs`.
+    surrogates of `prefopt.logps.Logps.entropies`, whose gradient is that of the sequence entropy. What the objective
+    does not list in `needs` may be None.
     """
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
-    reference_chosen_logps: Tensor | None = None
-    reference_rejected_logps: Tensor | None = None
-    chosen_rewards: Tensor | None = None
-    rejected_rewards: Tensor | None = None
-    chosen_entropies: Tensor | None = None
-    rejected_entropies: Tensor | None = None
+    reference_chosen_logps: Tensor = _ABSENT
+    reference_rejected_logps: Tensor = _ABSENT
+    chosen_rewards: Tensor = _ABSENT
+    rejected_rewards: Tensor = _ABSENT
+    chosen_entropies: Tensor = _ABSENT
+    rejected_entropies: Tensor = _ABSENT
 
 
 @dataclass(frozen=True)

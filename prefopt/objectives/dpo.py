@@ -32,8 +32,6 @@ class DPO(Objective):
         return math.log(2)
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
-        assert inputs.reference_chosen_logps is not None
-        assert inputs.reference_rejected_logps is not None
         chosen = self.beta * (inputs.policy_chosen_logps - inputs.reference_chosen_logps)
         rejected = self.beta * (inputs.policy_rejected_logps - inputs.reference_rejected_logps)
         z = chosen - rejected

@@ -54,8 +54,6 @@ class MMPO(Objective):
         return q[0], q[1]
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
-        assert inputs.reference_chosen_logps is not None
-        assert inputs.reference_rejected_logps is not None
         chosen_n = inputs.chosen_lengths if self.length_normalize else 1
         rejected_n = inputs.rejected_lengths if self.length_normalize else 1
         q_chosen, q_rejected = self._marginal_rewards(
@@ -65,8 +63,6 @@ class MMPO(Objective):
         rejected = inputs.policy_rejected_logps / rejected_n + q_rejected
         losses = -torch.logaddexp(chosen, rejected) - self.auxiliary_weight * logsigmoid(chosen - rejected)
         if self.entropy_bonus:
-            assert inputs.chosen_entropies is not None
-            assert inputs.rejected_entropies is not None
             entropies = inputs.chosen_entropies / chosen_n + inputs.rejected_entropies / rejected_n
             losses = losses - self.beta * entropies
         return ObjectiveOutput(losses, chosen.detach(), rejected.detach())

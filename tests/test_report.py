@@ -1,0 +1,85 @@
+"""Tables and figures from the records of the tiny grid."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from prefopt.report import labels, read_records, table_rows
+from tests.tiny import records, run_program
+
+
+@pytest.fixture(scope="module")
+def report(grid, tmp_path_factory):
+    runs, _ = grid
+    output = tmp_path_factory.mktemp("report")
+    return runs, output, run_program(f"runs_dir={runs}", f"output={output}", program="report")
+
+
+def test_it_prints_the_table_and_last_the_paths(report):
+    _, output, process = report
+    assert process.returncode == 0, process.stderr
+    names = ["table.md", "table.csv", "reward_kl.png", "reward_kl.svg"]
+    assert process.stdout.splitlines()[-4:] == [str(output / name) for name in names]
+    assert "oracle reward" in process.stdout
+    assert process.stderr == ""
+
+
+def test_the_csv_holds_the_records_numbers(report):
+    runs, output, _ = report
+    with (output / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["objective"], r["beta"]) for r in rows[1:]] == [
+        ("dpo", "0.05"), ("dpo", "0.5"), ("mmpo", "0.05"), ("mmpo", "0.5")
+    ]  # fmt: skip
+    by_name = {r["name"]: r["evaluations"] for r in records(runs)}
+    for row in rows[1:]:
+        first, last = by_name[row["run"]][0], by_name[row["run"]][-1]
+        assert float(row["oracle_reward"]) == last["oracle_reward"]
+        assert float(row["kl_se"]) == last["kl_se"]
+        assert float(row["chosen_logps_drift"]) == pytest.approx(last["chosen_logps"] - first["chosen_logps"])
+    assert rows[0]["objective"] == "initial policy (model)"
+    assert float(rows[0]["kl"]) == 0
+
+
+def test_the_markdown_says_where_it_comes_from(report):
+    _, output, _ = report
+    text = (output / "table.md").read_text()
+    assert text.count("\n| ") == 6
+    for part in ("python -m prefopt.report", "Machine: ", "Commit: ", "torch ", "± "):
+        assert part in text
+
+
+def test_the_figure_has_its_labels(report):
+    _, output, _ = report
+    assert (output / "reward_kl.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (output / "reward_kl.svg").read_text()
+
+
+def test_runs_that_differ_elsewhere_are_told_apart(grid, tmp_path):
+    runs, _ = grid
+    for seed, record in enumerate(records(runs)[:2]):
+        record["config"]["seed"], record["config"]["objective"]["beta"] = seed, 0.1
+        record["name"] += str(seed)
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "record.json").write_text(json.dumps(record))
+    found = read_records(tmp_path)
+    assert labels(found) == ["dpo β=0.1 seed=0", "dpo β=0.1 seed=1"]
+
+
+def test_unfinished_runs_are_left_out_and_named(grid, tmp_path, capsys):
+    runs, _ = grid
+    for i, status in enumerate(["finished", "failed"]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "record.json").write_text(json.dumps(records(runs)[0] | {"status": status}))
+    assert len(read_records(tmp_path)) == 1
+    assert "1 is failed" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_runs_without_evaluation_have_dashes(grid):
+    runs, _ = grid
+    record = records(runs)[0] | {"evaluations": []}
+    (row,) = table_rows([record])
+    assert row["oracle_reward"] is None
+    assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())

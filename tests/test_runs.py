@@ -1,0 +1,169 @@
+"""Runs as a user starts them: whole processes of the tiny model, killed, repeated, and looked at."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tests.test_loop import TIMING
+from tests.tiny import ROOT, command, records, run_program
+
+
+def timeless(file) -> list[dict]:
+    return [{k: v for k, v in json.loads(row).items() if k not in TIMING} for row in file.read_text().splitlines()]
+
+
+def test_a_grid_trains_evaluates_and_leaves_records(grid):
+    runs, process = grid
+    assert process.returncode == 0, process.stderr
+    found = records(runs)
+    assert len(found) == 4
+    assert "step 0: policy = reference (largest |log-ratio| 0, loss 0.693147 = 0.693147)" in process.stderr
+    for record in found:
+        assert record["status"] == "finished"
+        assert [e["step"] for e in record["evaluations"]] == [0, 2, 4]
+        assert record["name"].startswith(f"{record['objective']}-model-train.jsonl-")
+        assert record["data"]["train"] == {"pairs": 12, "dropped": {}}
+        assert record["initial_weights"] != record["final_weights"]
+        assert len(record["data_digests"]["train"]) == 64
+        assert record["versions"]["torch"] == torch.__version__
+        assert record["machine"]["cores"] >= 1
+        first, last = record["evaluations"][0], record["evaluations"][-1]
+        assert first["kl"] == 0
+        assert first["chosen_logratio"] == 0
+        assert last["samples"] == 6
+        rows = timeless(runs / record["name"] / "metrics.jsonl")
+        assert [(r["step"], r["split"]) for r in rows] == [
+            (0, "heldout"), (1, "train"), (2, "train"), (2, "heldout"), (3, "train"), (4, "train"), (4, "heldout")
+        ]  # fmt: skip
+        samples = (runs / record["name"] / "samples" / "step_0000004.jsonl").read_text().splitlines()
+        assert len(samples) == 6
+        assert {"prompt", "response", "finished", "reward", "logratio"} == set(json.loads(samples[0]))
+    assert len({json.dumps(r["evaluations"][0]["oracle_reward"]) for r in found}) == 1
+
+
+def test_the_exported_policy_loads_and_is_the_trained_one(grid, tiny_folder):
+    runs, _ = grid
+    folder = runs / records(runs)[0]["name"]
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32)
+    assert not torch.equal(policy.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt", return_dict=False)
+    assert policy(ids).logits.isfinite().all()
+    assert not list(folder.glob("checkpoints/*"))
+
+
+def test_the_same_command_skips_what_is_finished(grid, overrides):
+    runs, _ = grid
+    before = {file: file.stat().st_mtime_ns for file in runs.glob("*/*") if "multirun" not in str(file)}
+    oracle = "dataset.oracle={_target_: prefopt.posthoc.oracle.Vader}"
+    again = run_program(*overrides(runs), oracle, "sampling.max_new_tokens=6", "objective.beta=0.05")
+    assert again.returncode == 0
+    assert "finished, skipped" in again.stderr
+    assert {f: f.stat().st_mtime_ns for f in runs.glob("*/*") if "multirun" not in str(f)} == before
+
+
+@pytest.mark.parametrize("objective", ["dpo", "mmpo"])
+def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides, tmp_path):
+    args = [f"objective={objective}", "steps=12", "eval_every=4", "save_every=3"]
+    whole = run_program(*overrides(tmp_path / "whole"), *args)
+    assert whole.returncode == 0, whole.stderr
+    runs = tmp_path / "killed"
+    process = subprocess.Popen(command(*overrides(runs), *args), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(runs.glob("*/checkpoints/step_000000[369]")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert records(runs)[0]["status"] == "running"
+    resumed = run_program(*overrides(runs), *args)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step" in resumed.stderr
+    (a,), (b,) = records(tmp_path / "whole"), records(runs)
+    assert a["final_weights"] == b["final_weights"]
+    weights = [load_file(root / a["name"] / "policy" / "model.safetensors") for root in (tmp_path / "whole", runs)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    metrics = [timeless(root / a["name"] / "metrics.jsonl") for root in (tmp_path / "whole", runs)]
+    assert metrics[0] == metrics[1]
+    assert a["evaluations"] == b["evaluations"]
+
+
+def test_the_identity_of_a_run(overrides, tmp_path, tiny_folder):
+    """Where things are written and how they are shown is not part of it; numbers and data are."""
+    from hydra import compose, initialize_config_dir
+
+    from prefopt.config import TrainConfig, parse, register
+    from prefopt.run import Run
+
+    register()
+
+    def run_id(*changes: str, data: str = "d") -> str:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = parse(compose("train", [*overrides(tmp_path), *changes]), TrainConfig)
+        return Run(config, "dpo", {"train": data}).id
+
+    base = run_id()
+    assert base == run_id("runs_dir=elsewhere") == run_id("logger=progress") == run_id("save_every=2")
+    others = [run_id("objective.beta=0.2"), run_id("seed=1"), run_id("micro_batch_size=1"), run_id(data="e")]
+    assert len({base, *others}) == 5
+
+
+def test_other_weights_under_the_same_name_are_refused(overrides, tiny_folder, tmp_path):
+    from tests.tiny import save_tiny
+
+    model = save_tiny(tmp_path / "model")
+    args = [*overrides(tmp_path / "runs"), f"model.path={model}", "steps=2"]
+    assert run_program(*args).returncode == 0
+    file = next((tmp_path / "runs").glob("*/record.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    save_tiny(model, seed=5)
+    process = run_program(*args)
+    assert process.returncode == 2
+    assert "was begun from other weights" in process.stderr
+
+
+def test_a_failing_job_does_not_stop_the_grid(overrides, tmp_path):
+    process = run_program("-m", *overrides(tmp_path), "steps=1", "objective.beta=-1,0.1")
+    assert process.returncode == 2
+    assert "error: objective.beta must be positive, got -1.0" in process.stderr
+    assert "failed:\n" in process.stderr
+    assert [r["status"] for r in records(tmp_path)] == ["finished"]
+
+
+def test_a_run_that_breaks_records_why(overrides, tmp_path):
+    process = run_program(*overrides(tmp_path), "optimizer.lr=1e30", "optimizer.max_grad_norm=0")
+    assert process.returncode == 2
+    assert "not finite; the step was refused" in process.stderr
+    (record,) = records(tmp_path)
+    assert record["status"] == "failed"
+    assert "not finite" in record["error"]
+
+
+def test_wandb_offline_gets_the_metrics(overrides, tmp_path):
+    pytest.importorskip("wandb")
+    process = run_program(*overrides(tmp_path), "logger=wandb", "logger.progress=false", "steps=1")
+    assert process.returncode == 0, process.stderr
+    (record,) = records(tmp_path)
+    assert list((tmp_path / record["name"]).glob(f"wandb/offline-run-*-{record['id']}/*.wandb"))
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path):
+    tensors = {"weights": {"a": torch.ones(3)}, "moments": {"a/exp_avg": torch.zeros(3)}}
+    save_checkpoint(tmp_path, 1, tensors, {})
+    save_checkpoint(tmp_path, 2, tensors, {"note": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_0000002"]
+    (tmp_path / "step_0000003.tmp").mkdir()  # what a kill during a save leaves
+    latest = latest_checkpoint(tmp_path)
+    assert latest
+    loaded, meta = load_checkpoint(latest)
+    assert meta == {"step": 2, "note": 1}
+    assert all(torch.equal(loaded[g][k], tensors[g][k]) for g in tensors for k in tensors[g])
+    save_checkpoint(tmp_path, 3, tensors, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_0000003"]

@@ -162,7 +162,8 @@ def provenance(records: list[Record], config: ReportConfig) -> list[str]:
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
         f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "
-        f"{evaluated.get('samples', 0)} responses, one to each held-out prompt; s.e. over these, with one training seed per run.",
+        f"{evaluated.get('samples', 0)} responses, one to each held-out prompt; "
+        "s.e. over these, with one training seed per run.",
     ]
 
 
@@ -185,8 +186,6 @@ def draw(records: list[Record], output: Path) -> list[Path]:
     markers = dict(zip(sorted({beta(r) or 0.0 for r in sampled}), MARKERS * 9, strict=False))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
     with plt.rc_context(style):
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
-    ):
         size = (5.2 * len(panels) + 0.2, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         names = dict(zip([r["name"] for r in sampled], labels(sampled), strict=True))

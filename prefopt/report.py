@@ -184,7 +184,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
     panels = sorted({_panel(r) for r in sampled})
     colours = dict(zip(sorted({r["objective"] for r in sampled}), COLOURS * 9, strict=False))
     markers = dict(zip(sorted({beta(r) or 0.0 for r in sampled}), MARKERS * 9, strict=False))
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
     with plt.rc_context(style):
         size = (5.2 * len(panels) + 0.2, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")

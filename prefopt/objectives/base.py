@@ -55,24 +55,21 @@ class ObjectiveOutput:
 class Objective(ABC):
     """A frozen dataclass whose fields are its hyperparameters; its YAML names it with `_target_`.
 
-    `step0_loss` is the loss per pair that equal policy and reference give whatever the data (log 2 for DPO), or None
-    where there is no such constant. The run compares it with the loss it sees before its first step.
+    A subclass sets the three class attributes, or makes them properties where a hyperparameter decides:
+
+    * `needs`: which optional fields of `PairInputs` must be filled;
+    * `scope`: over which pairs a pair's loss takes statistics (`pair`: none but its own);
+    * `step0_loss`: the loss per pair that equal policy and reference give whatever the data (log 2 for DPO), None
+      where there is no such constant. The run compares it with the loss it sees before its first step.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset()
     scope: ClassVar[Scope] = "pair"
+    step0_loss: ClassVar[float | None] = None
 
     @property
     def name(self) -> str:
         return type(self).__name__.lower()
-
-    @property
-    @abstractmethod
-    def needs(self) -> frozenset[Need]:
-        """Which optional fields of `PairInputs` must be filled."""
-
-    @property
-    def step0_loss(self) -> float | None:
-        return None
 
     @abstractmethod
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput: ...

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import Need, Objective, ObjectiveOutput, PairInputs, require
+from prefopt.objectives.base import Objective, ObjectiveOutput, PairInputs, require
 
 
 @dataclass(frozen=True)
@@ -16,20 +16,15 @@ class DPO(Objective):
     Scores are beta * u. Raises ValueError for beta <= 0 or e outside [0, 0.5).
     """
 
+    needs = frozenset({"reference"})
+    step0_loss = math.log(2)
+
     beta: float
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"reference"})
-
-    @property
-    def step0_loss(self) -> float:
-        return math.log(2)
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
         chosen = self.beta * (inputs.policy_chosen_logps - inputs.reference_chosen_logps)

@@ -39,11 +39,11 @@ class MMPO(Objective):
         require(self.auxiliary_weight >= 0, f"auxiliary_weight must not be negative, got {self.auxiliary_weight}")
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
         return frozenset({"reference", "entropies"} if self.entropy_bonus else {"reference"})
 
     @property
-    def scope(self) -> Scope:  # type: ignore[override]  # a property here because a switch decides it
+    def scope(self) -> Scope:  # type: ignore[override]
         return "micro_batch" if self.normalize_rewards else "pair"
 
     def _marginal_rewards(self, reference_chosen: Tensor, reference_rejected: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import Need, Objective, ObjectiveOutput, PairInputs, require
+from prefopt.objectives.base import Objective, ObjectiveOutput, PairInputs, require
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class SimPO(Objective):
     @property
     def gamma(self) -> float:
         return self.gamma_beta_ratio * self.beta
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset()
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
         chosen, rejected = inputs.policy_chosen_logps, inputs.policy_rejected_logps

@@ -1,0 +1,84 @@
+"""What the README and the YAML files tell people to type works."""
+
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from prefopt.config import ReportConfig, SampleConfig, TrainConfig, build, check, parse, register
+from prefopt.objectives.base import Objective
+from prefopt.optim import Schedule
+from tests.tiny import ROOT, run_program
+
+README = (ROOT / "README.md").read_text()
+YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "report": ReportConfig}
+
+
+def commands() -> list[str]:
+    texts = [
+        README,
+        (ROOT / "prefopt/data/README.md").read_text().replace("\\\n", " "),
+        *(f.read_text() for f in YAMLS),
+    ]
+    found = [m.group(1).strip() for text in texts for m in re.finditer(r"python -m (prefopt\.\w+[^`\n#(]*)", text)]
+    # `hinge` is the objective that the README lets the reader write; the test below writes it.
+    return sorted({c for c in found if "=hinge" not in c})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_compose(command):
+    program, *overrides = shlex.split(command)
+    name = program.removeprefix("prefopt.")
+    schema = SCHEMAS[name]
+    grid = [[f"{key}={value}" for value in values.split(",")] if "[" not in values else [o]
+            for o in overrides if o != "-m" and not o.startswith("--")
+            for key, _, values in [o.partition("=")]]  # fmt: skip
+    register()
+    for point in itertools.product(*grid):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = parse(compose(name, list(point)), schema)
+        if isinstance(config, TrainConfig):
+            check(config)
+            build(config.objective, Objective, "objective")
+            build(config.schedule, Schedule, "schedule")
+
+
+def test_there_are_commands_to_test():
+    assert len(commands()) >= 15
+    assert {c.split()[0] for c in commands()} == {"prefopt.train", "prefopt.sample", "prefopt.report"}
+
+
+def test_an_objective_is_one_file_and_one_yaml(tiny_folder, overrides, tmp_path):
+    """The README's own example, written into a copy of the checkout: it trains, and the objective tests find it."""
+    blocks = re.findall(r"`((?:prefopt|conf)/objective[^`]*)`:\n\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert [path for path, _ in blocks] == ["prefopt/objectives/hinge.py", "conf/objective/hinge.yaml"]
+    copy = tmp_path / "copy"
+    for folder in ("prefopt", "conf", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, text in blocks:
+        (copy / path).write_text(text)
+    process = run_program(*overrides(tmp_path / "runs"), "objective=hinge", "objective.beta=0.2", "steps=2", cwd=copy)
+    assert process.returncode == 0, process.stderr
+    assert list((tmp_path / "runs").glob("hinge-*/policy/model.safetensors"))
+    arguments = ["-q", "-p", "no:cacheprovider", "tests/test_objectives.py", "-k", "hinge"]
+    tests = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=copy, capture_output=True, text=True)
+    assert re.search(r"^[5-9] passed", tests.stdout.splitlines()[-1]), tests.stdout
+
+
+def test_every_objective_is_in_the_readme():
+    for config in (ROOT / "conf" / "objective").glob("*.yaml"):
+        assert f"| `{config.stem}` |" in README
+
+
+def test_make_help_lists_the_targets_of_the_readme():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = {line.split()[0] for line in text.splitlines()}
+    assert {"help", "setup", "demo", "test"} <= listed
+    for target in re.findall(r"(?:^|`)make\s([a-z-]+)", README, re.MULTILINE):
+        assert target in listed

@@ -78,6 +78,7 @@ class TrainConfig:
     steps: int = MISSING
     batch_size: int = MISSING
     micro_batch_size: int = MISSING
+    layout: str = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
     max_prompt_tokens: int = MISSING
@@ -186,6 +187,8 @@ def check(config: TrainConfig) -> None:
         (config.seed >= 0, "seed must not be negative"),
     ]
     problems += [message for holds, message in rules if not holds]
+    if config.layout not in ("prefix_shared", "padded"):
+        problems.append(f"layout must be prefix_shared or padded, is {config.layout!r}")
     problems += _sampling_problems(config.sampling)
     if config.logger.wandb and config.logger.wandb.mode not in ("offline", "online"):
         problems.append(f"logger.wandb.mode must be offline or online, is {config.logger.wandb.mode!r}")

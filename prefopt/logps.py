@@ -6,7 +6,6 @@ the log-sum-exp, whatever the model computes in. Policy and reference go through
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,7 +15,7 @@ from prefopt.data.layout import Batch
 
 @dataclass(frozen=True)
 class Logps:
-    """Per row of a batch, `(R,)` float32. `sums`: nats over the completion; `lengths`: its tokens.
+    """Per completion of a batch, `(C,)` float32. `sums`: nats over the completion; `lengths`: its tokens.
 
     `entropies`, if asked for, is the surrogate of MMPO's appendix B.2,
     sum_t [H_t + stopgrad(H_t) * log pi(y_<t | x)], H_t the entropy of the next-token distribution at position t:
@@ -29,20 +28,19 @@ class Logps:
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False) -> Logps:
-    """Score every row's completion. The token at position t is predicted from the hidden state at t - 1, so the
-    first completion token is scored from the prompt's last position."""
-    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    target = batch.completion_mask[:, 1:]
-    labels = batch.input_ids[:, 1:][target]
-    logits = model.get_output_embeddings()(hidden[:, :-1][target]).float()  # (completion tokens, vocabulary)
+    """Score every completion of the batch."""
+    hidden = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+    ).last_hidden_state
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.sources]).float()  # (N, vocabulary)
     logps = logits.log_softmax(-1)
-    token_logps = _rows(logps.gather(-1, labels[:, None])[:, 0], target)
+    token_logps = _by_completion(logps.gather(-1, batch.labels[:, None])[:, 0], batch)
     surrogate = None
     if entropies:
-        token_entropies = _rows(-(logps.exp() * logps).sum(-1), target)
+        token_entropies = _by_completion(-(logps.exp() * logps).sum(-1), batch)
         before = token_logps.cumsum(-1) - token_logps
         surrogate = (token_entropies + token_entropies.detach() * before).sum(-1)
-    return Logps(token_logps.sum(-1), target.sum(-1).float(), surrogate)
+    return Logps(token_logps.sum(-1), batch.lengths, surrogate)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -56,6 +54,8 @@ def check_head(model: PreTrainedModel) -> None:
             )
 
 
-def _rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Put the values of the mask's True places, in order, back into their rows; zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def _by_completion(values: Tensor, batch: Batch) -> Tensor:
+    """(N,) -> (C, longest), zero behind each completion's end. Every place is written once, so the sums over it are
+    the same in every run, on a GPU too."""
+    grid = values.new_zeros(len(batch.lengths), int(batch.offsets.max()) + 1)
+    return grid.index_put((batch.completions, batch.offsets), values)

@@ -14,7 +14,7 @@ from prefopt import UserError
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.config import TrainConfig
 from prefopt.data.formats import Message
-from prefopt.data.layout import padded, padded_pairs
+from prefopt.data.layout import LAYOUTS, Layout, padded
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.engine import Engine
@@ -48,6 +48,7 @@ class Job:
     heldout_pairs: list[TokenizedPair]
     prompts: list[list[Message]]
     oracle: Oracle | None
+    layout: Layout = LAYOUTS["padded"]
     heldout_reference: list[Logps] = field(default_factory=list)  # filled by the first evaluation
 
 
@@ -126,7 +127,7 @@ def pair_inputs(job: Job, pairs: Sequence[TokenizedPair], reference: Logps | Non
     """Score B pairs with the policy, and with the reference where the objective needs it and `reference`, the 2B
     log-probs of the same batch, is not given."""
     needs = job.objective.needs
-    batch = padded_pairs(pairs).to(job.engine.device)
+    batch = job.layout(pairs).to(job.engine.device)
     with job.engine.autocast():
         policy = completion_logps(job.engine.policy, batch, entropies="entropies" in needs)
         if reference is None and "reference" in needs:
@@ -179,7 +180,7 @@ def evaluate_pairs(job: Job, step: int) -> dict[str, Any]:
     if not job.heldout_reference:
         with job.engine.autocast():
             for pairs in track(micro_batches, "reference", job.config.logger.progress):
-                job.heldout_reference.append(completion_logps(job.reference, padded_pairs(pairs).to(job.engine.device)))
+                job.heldout_reference.append(completion_logps(job.reference, job.layout(pairs).to(job.engine.device)))
     means, largest = Means(), 0.0
     scored = list(zip(micro_batches, job.heldout_reference, strict=True))
     for pairs, reference in track(scored, "held-out pairs", job.config.logger.progress):
@@ -249,11 +250,12 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
     with job.engine.autocast():
         drawn = sample(job.engine.policy, job.tokenizer, job.prompts, job.config.sampling, job.config.seed, 1, show)
         samples = [responses[0] for responses in drawn]
-        logratios = [
-            logratio
-            for part in track(chunks(samples, 2 * job.config.micro_batch_size), "KL of samples", show)
-            for logratio in _logratios(job, part)
-        ]
+        # By length, so that little is computed on padding.
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_tokens) + len(samples[i].tokens))
+        logratios = [0.0] * len(samples)
+        for part in track(chunks(order, 2 * job.config.micro_batch_size), "KL of samples", show):
+            for i, logratio in zip(part, _logratios(job, [samples[i] for i in part]), strict=True):
+                logratios[i] = logratio
     rewards = [job.oracle(prompt, s.text) for prompt, s in zip(job.prompts, samples, strict=True)]
     lines = [
         {"prompt": prompt, "response": s.text, "finished": s.finished, "reward": reward, "logratio": logratio}

@@ -73,6 +73,7 @@ def train(cfg: DictConfig) -> None:
     from prefopt.engine import Engine
     from prefopt.loop import Job
     from prefopt.loop import train as loop
+    from prefopt.models.probe import choose_layout
 
     began = time.monotonic()
     policy = load_model(config.model, config.device)
@@ -85,10 +86,22 @@ def train(cfg: DictConfig) -> None:
     run.start(initial_weights=digest, data=counts)
     reference = copy.deepcopy(policy).requires_grad_(False)
     engine = Engine(policy, config.optimizer, config.precision)
+    layout = choose_layout(config.layout, policy, tokenized["train"])
     heldout = tokenized.get("heldout", [])[: config.heldout_pairs]
     prompts = [pair.prompt for pair in splits["heldout"].pairs] if oracle else []
     job = Job(
-        config, run, objective, schedule, engine, reference, tokenizer, tokenized["train"], heldout, prompts, oracle
+        config,
+        run,
+        objective,
+        schedule,
+        engine,
+        reference,
+        tokenizer,
+        tokenized["train"],
+        heldout,
+        prompts,
+        oracle,
+        layout,
     )
     try:
         evaluations = loop(job)

@@ -132,8 +132,9 @@ def test_layout_docstring():
 def test_padded_pairs_put_chosen_before_rejected():
     pairs = [TokenizedPair("a", [1], [5, 2], [6, 7, 2]), TokenizedPair("b", [1, 3], [8, 2], [9, 2])]
     batch = padded_pairs(pairs)
-    completions = [row[mask].tolist() for row, mask in zip(batch.input_ids, batch.completion_mask, strict=True)]
+    completions = [batch.labels[batch.completions == c].tolist() for c in range(4)]
     assert completions == [[5, 2], [8, 2], [6, 7, 2], [9, 2]]
+    assert batch.lengths.tolist() == [2, 2, 3, 2]
     assert batch.attention_mask.sum(-1).tolist() == [3, 4, 4, 4]
 
 

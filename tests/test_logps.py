@@ -21,7 +21,7 @@ class LookupModel:
         self.table = table
         self.head = nn.Identity()
 
-    def base_model(self, input_ids, attention_mask):
+    def base_model(self, input_ids, attention_mask, position_ids):
         return SimpleNamespace(last_hidden_state=self.table[input_ids])
 
     def get_output_embeddings(self):
@@ -31,7 +31,7 @@ class LookupModel:
 class PrefixModel(LookupModel):
     """Logits depend on the whole prefix, through a table over (previous token, current token)."""
 
-    def base_model(self, input_ids, attention_mask):
+    def base_model(self, input_ids, attention_mask, position_ids):
         previous = torch.cat([torch.zeros_like(input_ids[:, :1]), input_ids[:, :-1]], 1)
         return SimpleNamespace(last_hidden_state=self.table[previous, input_ids])
 

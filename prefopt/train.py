@@ -70,12 +70,14 @@ def train(cfg: DictConfig) -> None:
             )
 
     from prefopt.checkpoint import export
-    from prefopt.engine import Engine
+    from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
     from prefopt.models.probe import choose_layout
 
     began = time.monotonic()
+    if config.device == "cpu":
+        keep_freed_memory()
     policy = load_model(config.model, config.device)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:

@@ -168,7 +168,7 @@ def test_simpo_closed_form_and_gamma_from_the_ratio():
 
 
 def mmpo_by_hand(x: PairInputs, beta: float, margin: float, a: float) -> list[float]:
-    """The spec's formulas in plain Python, over the 2B rewards of the batch."""
+    """The paper's formulas in plain Python, over the 2B rewards of the batch."""
     q_w = [margin + beta * r for r in x.reference_chosen_logps.tolist()]
     q_l = [beta * r for r in x.reference_rejected_logps.tolist()]
     low, high = min(q_w + q_l), max(q_w + q_l)
@@ -199,6 +199,16 @@ def test_mmpo_gradient_is_theorem_3_2(normalize):
     assert torch.allclose(x.policy_rejected_logps.grad, -torch.sigmoid(-gap))
 
 
+def test_mmpo_at_a_1_is_maximum_likelihood_on_the_chosen_completion():
+    """-logsumexp(s_w, s_l) - log sigma(s_w - s_l) = -s_w: beta, margin and the rejected side move no weight."""
+    x = inputs()
+    output = MMPO(0.5)(x)
+    assert torch.allclose(output.losses, -output.chosen_scores)
+    output.losses.sum().backward()
+    assert torch.allclose(x.policy_chosen_logps.grad, -torch.ones(4).double())
+    assert torch.allclose(x.policy_rejected_logps.grad, torch.zeros(4).double(), atol=1e-12)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_mmpo_gradient_ignores_a_constant_in_all_rewards(normalize):
     gradients = []
@@ -209,7 +219,7 @@ def test_mmpo_gradient_ignores_a_constant_in_all_rewards(normalize):
             reference_chosen_logps=x.reference_chosen_logps + shift,
             reference_rejected_logps=x.reference_rejected_logps + shift,
         )
-        MMPO(0.5, normalize_rewards=normalize)(x).losses.sum().backward()
+        MMPO(0.5, normalize_rewards=normalize, auxiliary_weight=0.3)(x).losses.sum().backward()
         gradients.append((x.policy_chosen_logps.grad.clone(), x.policy_rejected_logps.grad.clone()))
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-6)

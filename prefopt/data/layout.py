@@ -37,8 +37,9 @@ class Batch:
     lengths: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in values.items()}
+        return Batch(**moved)
 
 
 Layout = Callable[[Sequence[TokenizedPair]], Batch]

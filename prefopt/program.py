@@ -6,14 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import register
 
-CONF = Path(__file__).parents[1] / "conf"
+ROOT = Path(__file__).parents[1]
+
+
+class SweepFiles(SearchPathPlugin):
+    """Lets `+sweep=NAME` find sweeps/sweep/NAME.yaml, from whatever folder the program is called."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("prefopt", f"file://{ROOT / 'sweeps'}")
 
 
 def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -42,8 +52,9 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
                     failures.append(_describe(error))
 
             register()
+            Plugins.instance().register(SweepFiles)
             try:
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
+                hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(run)()
             except KeyboardInterrupt:
                 print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                 sys.exit(130)

@@ -51,7 +51,7 @@ def train(cfg: DictConfig) -> None:
     say(f"{run.folder}: {config.steps} steps of {config.batch_size} pairs, {config.precision} on {config.device}")
 
     from prefopt.data.tokenize import tokenize_pairs
-    from prefopt.models.load import check_model, load_model, load_tokenizer, weights_digest
+    from prefopt.models.load import check_model, check_vocabulary, load_model, load_tokenizer, weights_digest
 
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -79,6 +79,7 @@ def train(cfg: DictConfig) -> None:
     if config.device == "cpu":
         keep_freed_memory()
     policy = load_model(config.model, config.device)
+    check_vocabulary(policy, tokenizer)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:
         raise UserError(

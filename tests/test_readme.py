@@ -9,14 +9,16 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
 
 from prefopt.config import ReportConfig, SampleConfig, TrainConfig, build, check, parse, register
 from prefopt.objectives.base import Objective
 from prefopt.optim import Schedule
+from prefopt.program import SweepFiles
 from tests.tiny import ROOT, run_program
 
 README = (ROOT / "README.md").read_text()
-YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
+YAMLS = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")])
 SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "report": ReportConfig}
 
 
@@ -40,6 +42,7 @@ def test_commands_compose(command):
             for o in overrides if o != "-m" and not o.startswith("--")
             for key, _, values in [o.partition("=")]]  # fmt: skip
     register()
+    Plugins.instance().register(SweepFiles)
     for point in itertools.product(*grid):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = parse(compose(name, list(point)), schema)

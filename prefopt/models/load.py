@@ -36,6 +36,16 @@ def check_model(config: ModelConfig) -> None:
         raise UserError(_cannot_load("model", config, error)) from None
 
 
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a tokenizer with more tokens than the model has embeddings."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model {rows} embeddings: "
+            "they do not belong together."
+        )
+
+
 def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
     """Float32 weights in evaluation mode, with every dropout probability at 0, on `device`.
 
@@ -45,11 +55,17 @@ def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
     try:
         # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
         # bfloat16 weights loses small updates.
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint_path(config), revision=config.revision, dtype=torch.float32
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            checkpoint_path(config), revision=config.revision, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("model", config, error)) from None
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        lacking = [str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
+        raise UserError(
+            f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
+            f"{', '.join(sorted(lacking)[:3])}. They would be random; get the checkpoint again."
+        )
     check_head(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

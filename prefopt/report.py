@@ -158,7 +158,7 @@ def provenance(records: list[Record], config: ReportConfig) -> list[str]:
     evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
     return [
         f"Made by `python -m prefopt.report runs_dir={config.runs_dir} output={config.output}` from {len(records)} "
-        f"runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes of training and evaluation in all).",
+        f"runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
         f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "

@@ -37,6 +37,7 @@ CASES = {
     "micro-batches": (["batch_size=4", "micro_batch_size=3"], ["must be a multiple of micro_batch_size=3"]),
     "device": (["device=cuda:7"], ["device 'cuda:7' is not there", "auto, cpu"]),
     "precision": (["precision=float16"], ["precision must be auto, bfloat16 or float32"]),
+    "layout": (["layout=packed"], ["layout must be prefix_shared or padded, is 'packed'"]),
     "temperature": (["sampling.temperature=0"], ["sampling.temperature must be positive"]),
     "warm-up": (["schedule.warmup=2"], ["schedule.warmup must be a share"]),
     "missing value": (["dataset=jsonl", "dataset.name=x"], ["no value for dataset.train", "dataset.train=VALUE"]),

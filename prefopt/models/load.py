@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ def check_model(config: ModelConfig) -> None:
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError for a tokenizer with more tokens than the model has embeddings."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model {rows} embeddings: "
@@ -55,11 +56,12 @@ def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
     try:
         # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
         # bfloat16 weights loses small updates.
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint_path(config), revision=config.revision, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("model", config, error)) from None
+    model, loading = loaded
     if loading["missing_keys"] or loading["mismatched_keys"]:
         lacking = [str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
         raise UserError(
@@ -71,8 +73,8 @@ def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention modules
-    return model.to(device).eval()  # type: ignore[arg-type]  # its decorator hides the signature
+            module.attention_dropout = 0.0  # a plain attribute of attention modules
+    return model.to(device).eval()
 
 
 def checkpoint_path(config: ModelConfig) -> str:

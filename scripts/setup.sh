@@ -9,7 +9,8 @@ if ! command -v "$python" > /dev/null; then
     exit 1
 fi
 echo "setting up .venv with the versions of constraints.txt (about two minutes)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# A venv without pip is what Debian leaves behind where the package python3-venv is missing.
+[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 pip setuptools torch
 pip --no-build-isolation -e '.[offline,dev]'

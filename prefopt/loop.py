@@ -155,7 +155,10 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
     """Held-out pairs and, with an oracle, samples to the held-out prompts; says the main figures."""
     metrics: dict[str, Any] = {}
     if job.heldout_pairs:
-        metrics |= evaluate_pairs(job, step)
+        metrics |= evaluate_pairs(job, step, job.heldout_pairs)
+    elif step == 0:  # for its check alone
+        first = step_indices(len(job.train_pairs), job.config.seed, 0, job.config.batch_size)
+        evaluate_pairs(job, 0, [job.train_pairs[i] for i in first])
     if job.oracle:
         metrics |= initial_sample_metrics(job) if step == 0 else sample_metrics(job, step)
     parts = []
@@ -171,25 +174,25 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate_pairs(job: Job, step: int) -> dict[str, Any]:
-    """The pair metrics over the held-out pairs. At step 0 also the check that policy and reference agree.
+def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """The pair metrics over `pairs`, the same in every call. At step 0 also the check that policy and reference agree.
 
     The reference scores the very same micro-batches, once: its log-probs are kept for later evaluations.
     """
-    micro_batches = chunks(job.heldout_pairs, job.config.micro_batch_size)
+    micro_batches = chunks(pairs, job.config.micro_batch_size)
     if not job.heldout_reference:
         with job.engine.autocast():
-            for pairs in track(micro_batches, "reference", job.config.logger.progress):
-                job.heldout_reference.append(completion_logps(job.reference, job.layout(pairs).to(job.engine.device)))
+            for part in track(micro_batches, "reference", job.config.logger.progress):
+                job.heldout_reference.append(completion_logps(job.reference, job.layout(part).to(job.engine.device)))
     means, largest = Means(), 0.0
     scored = list(zip(micro_batches, job.heldout_reference, strict=True))
-    for pairs, reference in track(scored, "held-out pairs", job.config.logger.progress):
-        inputs = pair_inputs(job, pairs, reference)
+    for part, reference in track(scored, "held-out pairs", job.config.logger.progress):
+        inputs = pair_inputs(job, part, reference)
         values = pair_metrics(inputs, job.objective(inputs))
         means.add(values)
         for side in ("chosen", "rejected"):
             largest = max(largest, values[f"{side}_logratio"].abs().max().item())
-    metrics = {**means.compute(), "n": len(job.heldout_pairs)}
+    metrics = {**means.compute(), "n": len(pairs)}
     if step == 0:
         check_step0(job.objective, largest, metrics["loss"])
     return metrics
@@ -204,7 +207,7 @@ def check_step0(objective: Objective, largest_logratio: float, loss: float) -> N
     if not largest_logratio <= STEP0_TOLERANCE:
         raise UserError(
             f"before the first step the policy differs from the reference: largest |log-ratio| {largest_logratio:.3g} "
-            "nats over the held-out pairs. They must be the same model, scored in the same way; this is a bug or a "
+            "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
             "model whose forward pass is random."
         )
     if expected is not None and not abs(loss - expected) <= STEP0_TOLERANCE:

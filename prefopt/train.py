@@ -36,6 +36,11 @@ def train(cfg: DictConfig) -> None:
     check(config)
     resolve_hardware(config)
     objective = build(config.objective, Objective, "objective")
+    if objective.scope == "step" and config.micro_batch_size != config.batch_size:
+        raise UserError(
+            f"objective {objective.name} takes statistics over all pairs of a step, which is exact only in one "
+            f"micro-batch so far: set micro_batch_size={config.batch_size}."
+        )
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
     check_logger(config.logger)

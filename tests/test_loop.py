@@ -11,7 +11,7 @@ from prefopt.config import LoggerConfig, OptimizerConfig
 from prefopt.data.formats import Pairs, read_rows
 from prefopt.data.tokenize import tokenize_pairs
 from prefopt.engine import Engine
-from prefopt.loop import Job, check_step0, evaluate_pairs, train_step
+from prefopt.loop import Job, check_step0, evaluate, evaluate_pairs, train_step
 from prefopt.metrics import Means, mean_and_error
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.mmpo import MMPO
@@ -105,9 +105,9 @@ def test_a_non_finite_step_is_refused_with_the_ids_of_its_pairs(tmp_path):
 def test_evaluation_is_the_mean_over_pairs_also_with_an_uneven_last_batch(tmp_path):
     j = job(SimPO(2.0, 0.5), tmp_path)
     assert len(j.heldout_pairs) == 5
-    uneven = evaluate_pairs(j, 0)
+    uneven = evaluate_pairs(j, 0, j.heldout_pairs)
     j.config.micro_batch_size, j.heldout_reference = 5, []
-    whole = evaluate_pairs(j, 0)
+    whole = evaluate_pairs(j, 0, j.heldout_pairs)
     assert uneven == pytest.approx(whole, rel=1e-5)
     assert uneven["n"] == 5
 
@@ -117,7 +117,7 @@ def test_a_policy_that_is_not_the_reference_stops_the_run(tmp_path):
     with torch.no_grad():
         j.engine.policy.get_output_embeddings().weight.mul_(1.01)
     with pytest.raises(UserError, match="differs from the reference"):
-        evaluate_pairs(j, 0)
+        evaluate_pairs(j, 0, j.heldout_pairs)
 
 
 def test_a_loss_that_is_not_its_constant_stops_the_run():
@@ -138,3 +138,15 @@ def test_means_are_over_all_values_whatever_their_portions():
 def test_mean_and_error():
     assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, (1 / 3) ** 0.5))
     assert mean_and_error([1.0])[1] != mean_and_error([1.0])[1]  # nan: one value has no spread
+
+
+def test_step_0_is_checked_on_training_pairs_where_none_are_held_out(tmp_path, capsys):
+    j = job(DPO(0.1), tmp_path)
+    j.heldout_pairs = []
+    assert evaluate(j, 0) == {}
+    assert "policy = reference" in capsys.readouterr().err
+    with torch.no_grad():
+        j.engine.policy.get_output_embeddings().weight.mul_(1.01)
+    j.heldout_reference = []
+    with pytest.raises(UserError, match="differs from the reference"):
+        evaluate(j, 0)

@@ -2,8 +2,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny
+
+torch.set_num_threads(1)  # as in tests/tiny.py
 
 
 @pytest.fixture(scope="session")

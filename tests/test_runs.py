@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tests.test_loop import TIMING
-from tests.tiny import ROOT, command, records, run_program
+from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
 
 
 def timeless(file) -> list[dict]:
@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides
     whole = run_program(*overrides(tmp_path / "whole"), *args)
     assert whole.returncode == 0, whole.stderr
     runs = tmp_path / "killed"
-    process = subprocess.Popen(command(*overrides(runs), *args), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*overrides(runs), *args), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(runs.glob("*/checkpoints/step_000000[369]")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

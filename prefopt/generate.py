@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from prefopt.config import SamplingConfig
 from prefopt.data.formats import Message
 from prefopt.data.tokenize import encode_prompt
-from prefopt.progress import track
+from prefopt.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class _GumbelNoise(LogitsProcessor):
     Every row has a generator of its own, so a response depends on its seed and not on its neighbours in the batch.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device):
-        self.temperature = temperature
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device, bar: Bar):
+        self.temperature, self.bar = temperature, bar
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         rows = zip(scores, self.generators, strict=True)
         noise = torch.stack([torch.empty_like(row).exponential_(generator=generator) for row, generator in rows])
+        self.bar.advance()
         return scores / self.temperature - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
 
 
@@ -62,26 +63,28 @@ def sample(
     batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
     results: dict[tuple[int, int], Sample] = {}
     eos = tokenizer.eos_token_id
-    for batch in track(batches, "sampling", show_progress):
-        width = max(len(encoded[p]) for p, _ in batch)
-        # Left padding, as generate() wants it; the mask says which positions are real.
-        ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
-        mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
-        seeds = [_seed(seed, encoded[p], k) for p, k in batch]
-        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            logits_processor=LogitsProcessorList([_GumbelNoise(sampling.temperature, seeds, model.device)]),
-        )
-        for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
-            finished = eos in tokens
-            tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
-            text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
-            results[p, k] = Sample(encoded[p], tokens, text, finished)
+    with Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar:  # counts token positions
+        for n, batch in enumerate(batches, start=1):
+            width = max(len(encoded[p]) for p, _ in batch)
+            # Left padding, as generate() wants it; the mask says which positions are real.
+            ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
+            mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
+            seeds = [_seed(seed, encoded[p], k) for p, k in batch]
+            output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=eos,
+                logits_processor=LogitsProcessorList([_GumbelNoise(sampling.temperature, seeds, model.device, bar)]),
+            )
+            for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
+                finished = eos in tokens
+                tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
+                text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
+                results[p, k] = Sample(encoded[p], tokens, text, finished)
+            bar.advance(by=n * sampling.max_new_tokens - bar.done)  # a batch may end early
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
 
 

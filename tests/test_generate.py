@@ -6,6 +6,7 @@ import torch
 from prefopt.config import SamplingConfig
 from prefopt.data.formats import as_messages
 from prefopt.generate import _GumbelNoise, sample
+from prefopt.progress import Bar
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -41,7 +42,7 @@ def test_samples_end_with_the_terminator_or_are_unfinished():
 def test_gumbel_noise_samples_the_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     n = 4000
-    noise = _GumbelNoise(temperature, range(n), torch.device("cpu"))
+    noise = _GumbelNoise(temperature, range(n), torch.device("cpu"), Bar("", 1, show=False))
     picks = noise(torch.zeros(n, 1, dtype=torch.long), logits.repeat(n, 1)).argmax(-1)
     expected = (logits / temperature).softmax(-1)
     observed = torch.bincount(picks, minlength=4) / n

@@ -10,7 +10,7 @@ import copy
 import shutil
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -19,7 +19,11 @@ from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
 from prefopt.program import program
 
 if TYPE_CHECKING:
-    from prefopt.data.formats import Pair
+    from transformers import PreTrainedTokenizerBase
+
+    from prefopt.data.formats import Split
+    from prefopt.data.tokenize import TokenizedPair
+    from prefopt.objectives.base import Objective
 
 
 def train(cfg: DictConfig) -> None:
@@ -36,18 +40,12 @@ def train(cfg: DictConfig) -> None:
     check(config)
     resolve_hardware(config)
     objective = build(config.objective, Objective, "objective")
-    if objective.scope == "step" and config.micro_batch_size != config.batch_size:
-        raise UserError(
-            f"objective {objective.name} takes statistics over all pairs of a step, which is exact only in one "
-            f"micro-batch so far: set micro_batch_size={config.batch_size}."
-        )
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
     check_logger(config.logger)
     names = ["train", "heldout"] if config.dataset.heldout else ["train"]
     splits = {name: load_split(config.dataset, name) for name in names}
-    if "rewards" in objective.needs:
-        check_rewards(objective.name, {name: split.pairs for name, split in splits.items()})
+    check_objective(objective, config, splits)
 
     run = Run(config, objective.name, {name: split.digest for name, split in splits.items()})
     if run.finished:
@@ -55,24 +53,13 @@ def train(cfg: DictConfig) -> None:
         return
     say(f"{run.folder}: {config.steps} steps of {config.batch_size} pairs, {config.precision} on {config.device}")
 
-    from prefopt.data.tokenize import tokenize_pairs
     from prefopt.models.load import check_model, check_vocabulary, load_model, load_tokenizer, weights_digest
 
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
     tokenized, counts = {}, {}
     for name, split in splits.items():
-        tokenized[name], drops = tokenize_pairs(
-            tokenizer, split.pairs, config.max_prompt_tokens, config.max_completion_tokens
-        )
-        counts[name] = {"pairs": len(tokenized[name]), "dropped": dict(split.drops + drops)}
-        dropped = ", ".join(f"{reason} {n}" for reason, n in counts[name]["dropped"].items()) or "none"  # type: ignore[attr-defined]
-        say(f"  {name}: {len(tokenized[name])} pairs; dropped: {dropped}")
-        if not tokenized[name]:
-            raise UserError(
-                f"no pair is left of the {name} split ({dropped}). Raise max_prompt_tokens={config.max_prompt_tokens}, "
-                "or look at the data."
-            )
+        tokenized[name], counts[name] = tokenize(name, split, tokenizer, config)
 
     from prefopt.checkpoint import export
     from prefopt.engine import Engine, keep_freed_memory
@@ -122,16 +109,40 @@ def train(cfg: DictConfig) -> None:
     say(f"  finished; the policy is in {run.policy_folder}")
 
 
-def check_rewards(name: str, splits: dict[str, list["Pair"]]) -> None:
-    """Raise UserError if a pair lacks a prior reward that the objective needs."""
-    for split, pairs in splits.items():
-        lacking = sum(p.chosen_reward is None or p.rejected_reward is None for p in pairs)
+def check_objective(objective: "Objective", config: TrainConfig, splits: dict[str, "Split"]) -> None:
+    """Raise UserError for a need or a scope of the objective that data or settings cannot serve."""
+    if objective.scope == "step" and config.micro_batch_size != config.batch_size:
+        raise UserError(
+            f"objective {objective.name} takes statistics over all pairs of a step, which is exact only in one "
+            f"micro-batch so far: set micro_batch_size={config.batch_size}."
+        )
+    for name, split in splits.items() if "rewards" in objective.needs else []:
+        lacking = sum(p.chosen_reward is None or p.rejected_reward is None for p in split.pairs)
         if lacking:
             raise UserError(
-                f"objective {name} needs the prior rewards of both completions, and {lacking} of {len(pairs)} {split} "
-                "pairs have none. Give chosen_reward and rejected_reward in the rows, or responses with rewards "
-                "(dataset.format ScoredResponses)."
+                f"objective {objective.name} needs the prior rewards of both completions, and {lacking} of "
+                f"{len(split.pairs)} {name} pairs have none. Give chosen_reward and rejected_reward in the rows, or "
+                "responses with rewards (dataset.format ScoredResponses)."
             )
+
+
+def tokenize(
+    name: str, split: "Split", tokenizer: "PreTrainedTokenizerBase", config: TrainConfig
+) -> tuple[list["TokenizedPair"], dict[str, Any]]:
+    """The split's tokenized pairs and the counts for the record. Raises UserError where no pair is left."""
+    from prefopt.data.tokenize import tokenize_pairs
+    from prefopt.progress import say
+
+    pairs, drops = tokenize_pairs(tokenizer, split.pairs, config.max_prompt_tokens, config.max_completion_tokens)
+    drops += split.drops
+    dropped = ", ".join(f"{reason} {n}" for reason, n in drops.items()) or "none"
+    say(f"  {name}: {len(pairs)} pairs; dropped: {dropped}")
+    if not pairs:
+        raise UserError(
+            f"no pair is left of the {name} split ({dropped}). Raise max_prompt_tokens={config.max_prompt_tokens}, "
+            "or look at the data."
+        )
+    return pairs, {"pairs": len(pairs), "dropped": dict(drops)}
 
 
 @program("train")

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests import tiny
 
 torch.set_num_threads(1)  # as in tests/tiny.py
+# No timed assertions: a busy machine must not fail a property.
+settings.register_profile("prefopt", deadline=None)
+settings.load_profile("prefopt")
 
 
 @pytest.fixture(scope="session")

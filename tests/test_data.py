@@ -58,6 +58,25 @@ def test_split_fields_select_rows_and_drops_are_counted(tmp_path):
     assert train.digest == heldout.digest
 
 
+def test_what_an_objective_needs_is_checked_against_the_data(tmp_path):
+    from types import SimpleNamespace
+
+    from prefopt.train import check_objective
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (GOOD, GOOD | {"chosen_reward": 1, "rejected_reward": 0})))
+    splits = {"train": load_split(dataset(train=str(file)), "train")}
+    config = SimpleNamespace(batch_size=4, micro_batch_size=2)
+    objective = SimpleNamespace(name="mappo", needs={"rewards"}, scope="pair")
+    with pytest.raises(UserError, match=r"needs the prior rewards .* 1 of 2 train pairs have none"):
+        check_objective(objective, config, splits)  # type: ignore[arg-type]
+    objective.needs, objective.scope = set(), "step"
+    with pytest.raises(UserError, match="set micro_batch_size=4"):
+        check_objective(objective, config, splits)  # type: ignore[arg-type]
+    config.micro_batch_size = 4
+    check_objective(objective, config, splits)  # type: ignore[arg-type]
+
+
 def test_gzip_is_read_by_its_name(tmp_path):
     plain = write_pairs(tmp_path / "a.jsonl", 3)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))

@@ -24,7 +24,7 @@ def one(pair: Pair, max_prompt=100, max_completion=100, tokenizer=TOKENIZER):
 
 
 @given(PLAIN, PLAIN, PLAIN, st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_prompt_and_completion_make_the_rendered_conversation(prompt, chosen, rejected, finished):
     p = pair(prompt, chosen, rejected, chosen_finished=finished)
     result = one(p, 1000, 1000)

@@ -1,5 +1,6 @@
 """The real SmolLM2-135M: minutes on two cores, hence `make test-slow`."""
 
+import json
 import os
 
 import pytest
@@ -87,22 +88,21 @@ def test_bfloat16_is_close_to_float32_where_the_hardware_has_it(smollm2):
 
 
 def test_a_short_real_run_learns(tmp_path):
-    """One DPO run of four steps on the embedded data: log 2 at step 0, a positive margin on held-out pairs after."""
-    settings = [
-        "steps=4",
-        "batch_size=4",
-        "heldout_pairs=8",
-        "dataset.oracle=null",
-        "eval_every=4",
-        "optimizer.lr=5e-5",
-    ]
-    process = run_program(*settings, f"runs_dir={tmp_path}", env={"OMP_NUM_THREADS": str(THREADS)})
+    """DPO on four real pairs, seen four times: log 2 at step 0, then their chosen sides win."""
+    pairs = load_split(dataset("sentiment_offline"), "train").pairs[:4]
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    file = tmp_path / "four.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["dataset=jsonl", f"dataset.train={file}", f"dataset.heldout={file}", f"runs_dir={tmp_path}"]
+    settings = ["steps=4", "batch_size=4", "eval_every=4", "optimizer.lr=5e-5"]
+    process = run_program(*data, *settings, env={"OMP_NUM_THREADS": str(THREADS)})
     assert process.returncode == 0, process.stderr
     (record,) = records(tmp_path)
     first, last = record["evaluations"]
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert last["margin"] > 0
-    assert last["loss"] < first["loss"]
+    assert last["loss"] < 0.9 * first["loss"]
+    assert last["accuracy"] == 1
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / record["name"] / "policy", dtype=torch.float32)
     assert (
         weights_digest(policy)

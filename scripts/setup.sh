@@ -9,8 +9,11 @@ if ! command -v "$python" > /dev/null; then
     exit 1
 fi
 echo "setting up .venv with the versions of constraints.txt (about two minutes)"
-# A venv without pip is what Debian leaves behind where the package python3-venv is missing.
-[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
+# Debian's Python makes no venv with pip unless its package python3-venv is there; the outer pip can put one in.
+if [ ! -x .venv/bin/pip ] && ! "$python" -m venv --clear .venv > /dev/null 2>&1; then
+    "$python" -m venv --clear --without-pip .venv
+    "$python" -m pip --python .venv/bin/python install --quiet --disable-pip-version-check pip
+fi
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 echo "1/3 torch"
 pip setuptools torch

@@ -16,7 +16,7 @@ from prefopt.config import TrainConfig
 from prefopt.data.formats import Message
 from prefopt.data.layout import LAYOUTS, Layout, padded
 from prefopt.data.sampler import step_indices
-from prefopt.data.tokenize import TokenizedPair
+from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.engine import Engine
 from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
@@ -224,8 +224,8 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
     config = job.config
     key = [
         job.run.record["initial_weights"],
-        job.tokenizer.chat_template,
-        job.prompts,
+        job.run.record["versions"],
+        [encode_prompt(job.tokenizer, prompt) for prompt in job.prompts],
         repr(job.oracle),
         asdict(config.sampling),
         [config.seed, config.precision, config.device],

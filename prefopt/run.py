@@ -21,7 +21,17 @@ from prefopt.paths import write_whole
 
 # Where things are written, how they are shown, and how often they are saved changes no number.
 VOLATILE = ("runs_dir", "logger", "save_every")
-PACKAGES = ("prefopt", "torch", "transformers", "tokenizers", "hydra-core", "omegaconf", "safetensors", "numpy")
+PACKAGES = (
+    "prefopt",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "numpy",
+    "vaderSentiment",
+)
 
 
 class Run:

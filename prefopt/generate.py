@@ -36,8 +36,9 @@ class _GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
-        rows = zip(scores, self.generators, strict=True)
-        noise = torch.stack([torch.empty_like(row).exponential_(generator=generator) for row, generator in rows])
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
         self.bar.advance()
         return scores / self.temperature - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
 

@@ -99,7 +99,9 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
     for record, label in zip(records, labels(records), strict=True):
         evaluations = record["evaluations"] or [{}]
         row = _row(evaluations[-1], evaluations[0])
-        rows.append(row | {"run": record["name"], "objective": label.partition(" β")[0], "beta": beta(record)})
+        # beta has a column of its own; what else tells the run apart stays with the objective's name.
+        objective = " ".join(part for part in label.split(" ") if not part.startswith("β="))
+        rows.append(row | {"run": record["name"], "objective": objective, "beta": beta(record)})
     return rows
 
 

@@ -66,6 +66,7 @@ def test_runs_that_differ_elsewhere_are_told_apart(grid, tmp_path):
         (tmp_path / str(seed) / "record.json").write_text(json.dumps(record))
     found = read_records(tmp_path)
     assert labels(found) == ["dpo β=0.1 seed=0", "dpo β=0.1 seed=1"]
+    assert [row["objective"] for row in table_rows(found)][-2:] == ["dpo seed=0", "dpo seed=1"]
 
 
 def test_unfinished_runs_are_left_out_and_named(grid, tmp_path, capsys):

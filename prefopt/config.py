@@ -6,9 +6,10 @@ refused, also when it comes with Hydra's `+`.
 
 import dataclasses
 import difflib
+import inspect
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
@@ -18,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt import UserError
 
 T = TypeVar("T")
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -84,6 +87,7 @@ class TrainConfig:
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
+    squeeze_alarm: float | None = None
     seed: int = MISSING
     precision: str = MISSING
     device: str = MISSING
@@ -119,6 +123,11 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="report_schema", node=ReportConfig)
+    # A wrapper (MaPPO) chooses its base among the other objectives: objective/base=NAME is conf/objective/NAME.yaml.
+    for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):
+        node = OmegaConf.load(file)
+        if "defaults" not in node:
+            store.store(group="objective/base", name=file.stem, node=node, package="objective.base")
     OmegaConf.register_new_resolver("basename", lambda path: PurePath(path).name, replace=True)
 
 
@@ -150,9 +159,12 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
 def build(node: Any, base: type[T], where: str) -> T:
     """Make the object that `node`, a mapping with `_target_` and the fields of that dataclass, describes.
 
-    Raises UserError, its message led by `where`, for a target that is not a dataclass derived from `base`, for
-    unknown, missing or mistyped fields, and for values that the class refuses.
+    A field whose type is a class of ours (MaPPO's base) is built the same way from the mapping below it. Raises
+    UserError, its message led by `where`, for a target that is not a dataclass derived from `base`, for unknown,
+    missing or mistyped fields, and for values that the class refuses.
     """
+    if not OmegaConf.is_dict(node) and not isinstance(node, dict):
+        raise UserError(f"{where} must be a mapping with `_target_`, is {node!r}.")
     values = dict(node)
     target = values.pop("_target_", None)
     if not isinstance(target, str):
@@ -163,7 +175,22 @@ def build(node: Any, base: type[T], where: str) -> T:
         raise UserError(f"{where}._target_: cannot import {target!r}: {error}") from None
     if not (dataclasses.is_dataclass(cls) and issubclass(cls, base)):
         raise UserError(f"{where}._target_: {target} must be a dataclass derived from {base.__name__}.")
-    return parse(OmegaConf.create(values), cls, f"{where}.")
+    types, fields = get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]  # just checked
+    parts = [f.name for f in fields if inspect.isabstract(types[f.name])]
+    for name in parts:
+        if name not in values:
+            raise UserError(f"no value for {where}.{name}; it needs a mapping with `_target_`.")
+    built = {name: build(values.pop(name), types[name], f"{where}.{name}") for name in parts}
+    if not built:
+        return parse(OmegaConf.create(values), cls, f"{where}.")
+    plain = dataclasses.make_dataclass(
+        cls.__name__, [(f.name, types[f.name], f) for f in fields if f.name not in parts]
+    )
+    rest = dataclasses.asdict(parse(OmegaConf.create(values), plain, f"{where}."))
+    try:
+        return cls(**rest, **built)
+    except ValueError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def check(config: TrainConfig) -> None:
@@ -185,6 +212,10 @@ def check(config: TrainConfig) -> None:
         (config.optimizer.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative (0: no clipping)"),
         (config.optimizer.weight_decay >= 0, "optimizer.weight_decay must not be negative"),
         (config.seed >= 0, "seed must not be negative"),
+        (
+            config.squeeze_alarm is None or config.squeeze_alarm > 0,
+            f"squeeze_alarm must be positive, or null for none, is {config.squeeze_alarm}",
+        ),
     ]
     problems += [message for holds, message in rules if not holds]
     if config.layout not in ("prefix_shared", "padded"):

@@ -1,11 +1,13 @@
-"""Log-probabilities of completions: the only place that calls log-softmax.
+"""Log-probabilities and rewards of completions: the only place that calls log-softmax.
 
 The head is applied to those hidden states alone that predict a completion token, and logits become float32 before
 the log-sum-exp, whatever the model computes in. Policy and reference go through the same function.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,10 +31,7 @@ class Logps:
 
 def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False) -> Logps:
     """Score every completion of the batch."""
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
-    ).last_hidden_state
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.sources]).float()  # (N, vocabulary)
+    logits = model.get_output_embeddings()(_hidden(model, batch)[batch.sources]).float()  # (N, vocabulary)
     logps = logits.log_softmax(-1)
     token_logps = _by_completion(logps.gather(-1, batch.labels[:, None])[:, 0], batch)
     surrogate = None
@@ -41,6 +40,26 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
         before = token_logps.cumsum(-1) - token_logps
         surrogate = (token_entropies + token_entropies.detach() * before).sum(-1)
     return Logps(token_logps.sum(-1), batch.lengths, surrogate)
+
+
+def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The scalar head `model.score` on the last token of every completion, `(C,)` float32."""
+    hidden = last_hidden_states(model, batch).float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return cast(torch.nn.Linear, model.score)(hidden)[:, 0]
+
+
+def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`(C, hidden)`: the backbone's output on the last token of every completion."""
+    return _hidden(model, batch)[batch.ends]
+
+
+def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(R * T, hidden): the backbone's last hidden states, which the batch's indices point into."""
+    output = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+    )
+    return output.last_hidden_state.flatten(0, 1)
 
 
 def check_head(model: PreTrainedModel) -> None:

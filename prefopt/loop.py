@@ -4,25 +4,26 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt import UserError
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.config import TrainConfig
 from prefopt.data.formats import Message
-from prefopt.data.layout import LAYOUTS, Layout, padded
+from prefopt.data.layout import LAYOUTS, Batch, Layout, padded
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.engine import Engine
 from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
-from prefopt.logps import Logps, completion_logps
-from prefopt.metrics import Means, mean_and_error, pair_metrics, peak_memory_gib
-from prefopt.objectives.base import Objective, PairInputs
+from prefopt.logps import Logps, completion_logps, completion_rewards
+from prefopt.metrics import mean_and_error, peak_memory_gib, step_metrics
+from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
 from prefopt.optim import Schedule
 from prefopt.paths import cache_dir, write_whole
 from prefopt.posthoc.oracle import Oracle
@@ -35,14 +36,15 @@ STEP0_TOLERANCE = 1e-3
 
 @dataclass
 class Job:
-    """Everything one run needs. `reference` is the initial policy, frozen; `prompts` are the held-out ones."""
+    """Everything one run needs. `reference` is the initial policy, frozen, or None where a reward model is trained;
+    `prompts` are the held-out ones; `state` is the objective's."""
 
     config: TrainConfig
     run: Run
     objective: Objective
     schedule: Schedule
     engine: Engine
-    reference: PreTrainedModel
+    reference: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     train_pairs: list[TokenizedPair]
     heldout_pairs: list[TokenizedPair]
@@ -50,13 +52,18 @@ class Job:
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
     heldout_reference: list[Logps] = field(default_factory=list)  # filled by the first evaluation
+    state: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = self.objective.initial_state()
 
 
 def train(job: Job) -> list[dict[str, Any]]:
     """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations.
 
-    The order of pairs and the learning rate are functions of the step and there is no dropout, so weights, moments
-    and the step are the whole state: a run that goes on is bit for bit the run that was never interrupted.
+    The order of pairs and the learning rate are functions of the step and there is no dropout, so weights, moments,
+    the objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
+    interrupted.
     """
     config, run, engine = job.config, job.run, job.engine
     start = 0
@@ -64,6 +71,7 @@ def train(job: Job) -> list[dict[str, Any]]:
     if checkpoint:
         tensors, meta = load_checkpoint(checkpoint)
         engine.load_state(tensors)
+        job.state = tensors["objective"]
         start = meta["step"]
         say(f"  going on from step {start} of {config.steps} ({checkpoint})")
     logger = Loggers(run, config.logger, start)
@@ -78,8 +86,8 @@ def train(job: Job) -> list[dict[str, Any]]:
                 if done % config.eval_every == 0 or done == config.steps:
                     logger.log("heldout", done, evaluate(job, done))
                 if done % config.save_every == 0 and done < config.steps:
-                    save_checkpoint(run.checkpoints, done, engine.state(), {})
-                bar.advance(f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2f}")
+                    save_checkpoint(run.checkpoints, done, engine.state() | {"objective": job.state}, {})
+                bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
     finally:
         logger.close()
     return [row for row in read_metrics(run) if row["split"] == "heldout"]
@@ -88,22 +96,15 @@ def train(job: Job) -> list[dict[str, Any]]:
 def train_step(job: Job, step: int) -> dict[str, Any]:
     """One optimizer step over `batch_size` pairs, in micro-batches. Returns the step's metrics.
 
-    The loss is the mean over the pairs of the whole step, so gradients do not depend on the micro-batches (unless
-    the objective's scope is the micro-batch). Raises UserError, without touching the weights, if loss or gradient
-    is not finite.
+    Raises UserError, without touching the weights, if loss or gradient is not finite.
     """
     config, engine = job.config, job.engine
     began = time.monotonic()
     indices = step_indices(len(job.train_pairs), config.seed, step, config.batch_size)
     pairs = [job.train_pairs[i] for i in indices]
-    means = Means()
-    for micro_batch in chunks(pairs, config.micro_batch_size):
-        inputs = pair_inputs(job, micro_batch)
-        output = job.objective(inputs)
-        engine.backward(output.losses.sum() / config.batch_size)
-        means.add(pair_metrics(inputs, output))
+    scored = accumulate_gradients(job, step, pairs)
     gradient_norm = engine.clip_gradients()
-    metrics: dict[str, Any] = {**means.compute(), "n": len(pairs), "gradient_norm": gradient_norm.item()}
+    metrics: dict[str, Any] = {**step_metrics(job.objective, scored), "gradient_norm": gradient_norm.item()}
     bad = [name for name in ("loss", "gradient_norm") if not torch.tensor(metrics[name]).isfinite()]
     if bad:
         raise UserError(
@@ -113,8 +114,10 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
         )
     lr = config.optimizer.lr * job.schedule(step, config.steps)
     engine.step(lr)
+    job.state = scored[-1][1].state
     seconds = time.monotonic() - began
-    tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    sides = job.objective.sides
+    tokens = sum(len(p.prompt) + len(getattr(p, side)) for p in pairs for side in sides)
     return metrics | {
         "lr": lr,
         "pairs_per_second": len(pairs) / seconds,
@@ -123,32 +126,89 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     }
 
 
+def accumulate_gradients(
+    job: Job, step: int, pairs: Sequence[TokenizedPair]
+) -> list[tuple[PairInputs, ObjectiveOutput]]:
+    """Add up the gradient of the step's loss, the mean over `pairs` (or over their chosen tokens, where the objective
+    says so), micro-batch by micro-batch. It does not depend on the micro-batches unless the objective's scope is one.
+
+    An objective over the whole step cannot be differentiated in parts. Its gradient has two factors, though: by the
+    `(B,)` log-probs, which is cheap once they are all known, and of the log-probs by the weights. So a first pass
+    collects the log-probs without graph, the objective is differentiated on them, and a second pass backpropagates
+    sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first, so there is no dropout.
+    """
+    objective, engine = job.objective, job.engine
+    denominator = sum(len(p.chosen) for p in pairs) if objective.per == "chosen_token" else len(pairs)
+    micro_batches = chunks(pairs, job.config.micro_batch_size)
+    scored = []
+    if objective.scope != "step" or len(micro_batches) == 1:
+        for micro_batch in micro_batches:
+            inputs = pair_inputs(job, micro_batch)
+            if objective.scope == "step":
+                inputs = whole_step(job, step, [inputs])
+            output = objective(inputs)
+            engine.backward(output.losses.sum() / denominator)
+            scored.append((inputs, output))
+        return scored
+    with torch.no_grad():
+        inputs = whole_step(job, step, [pair_inputs(job, micro_batch) for micro_batch in micro_batches])
+    leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
+    output = objective(inputs)
+    total = output.losses.sum() / denominator
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    start = 0
+    for micro_batch in micro_batches:
+        tensors = policy_tensors(job, job.layout(micro_batch).to(engine.device))
+        part = slice(start, start + len(micro_batch))
+        engine.backward(torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum())
+        start += len(micro_batch)
+    return [(inputs, output)]
+
+
+def whole_step(job: Job, step: int, parts: Sequence[PairInputs]) -> PairInputs:
+    """All pairs of a step, with what only objectives of that scope may read: the state, and noise drawn for it."""
+    inputs = concatenate(parts)
+    n = len(inputs.chosen_lengths)
+    generator = torch.Generator().manual_seed(job.config.seed * 1_000_003 + step)
+    noise = torch.rand(n, generator=generator).to(inputs.chosen_lengths.device)
+    return replace(inputs, noise=noise, state=job.state)
+
+
 def pair_inputs(job: Job, pairs: Sequence[TokenizedPair], reference: Logps | None = None) -> PairInputs:
-    """Score B pairs with the policy, and with the reference where the objective needs it and `reference`, the 2B
+    """Score B pairs with the policy, and with the reference where the objective needs it and `reference`, the
     log-probs of the same batch, is not given."""
     needs = job.objective.needs
     batch = job.layout(pairs).to(job.engine.device)
-    with job.engine.autocast():
-        policy = completion_logps(job.engine.policy, batch, entropies="entropies" in needs)
-        if reference is None and "reference" in needs:
-            with torch.no_grad():
-                reference = completion_logps(job.reference, batch)
-    n = len(pairs)
-    inputs: dict[str, Any] = {
-        "policy_chosen_logps": policy.sums[:n],
-        "policy_rejected_logps": policy.sums[n:],
-        "chosen_lengths": policy.lengths[:n],
-        "rejected_lengths": policy.lengths[n:],
-    }
+    inputs = policy_tensors(job, batch)
+    if reference is None and "reference" in needs:
+        assert job.reference is not None
+        with torch.no_grad(), job.engine.autocast():
+            reference = completion_logps(job.reference, batch)
     if reference is not None:
-        inputs |= {"reference_chosen_logps": reference.sums[:n], "reference_rejected_logps": reference.sums[n:]}
-    if policy.entropies is not None:
-        inputs |= {"chosen_entropies": policy.entropies[:n], "rejected_entropies": policy.entropies[n:]}
+        inputs |= by_side(job, "reference_{}_logps", reference.sums)
+    inputs |= by_side(job, "{}_lengths", batch.lengths)
     if "rewards" in needs:
-        for side in ("chosen", "rejected"):
+        for side in job.objective.sides:
             rewards = [getattr(p, f"{side}_reward") for p in pairs]
             inputs[f"{side}_rewards"] = torch.tensor(rewards, dtype=torch.float32, device=batch.input_ids.device)
     return PairInputs(**inputs)
+
+
+def policy_tensors(job: Job, batch: Batch) -> dict[str, Any]:
+    """What the model in training gives, by the names of `PairInputs`: the tensors that carry gradient."""
+    with job.engine.autocast():
+        if job.objective.trains == "reward_model":
+            return by_side(job, "policy_{}_rewards", completion_rewards(job.engine.policy, batch))
+        logps = completion_logps(job.engine.policy, batch, entropies="entropies" in job.objective.needs)
+    tensors = by_side(job, "policy_{}_logps", logps.sums)
+    return tensors if logps.entropies is None else tensors | by_side(job, "{}_entropies", logps.entropies)
+
+
+def by_side(job: Job, name: str, values: Tensor) -> dict[str, Any]:
+    """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected."""
+    sides = job.objective.sides
+    return {name.format(side): part for side, part in zip(sides, values.chunk(len(sides)), strict=True)}
 
 
 def evaluate(job: Job, step: int) -> dict[str, Any]:
@@ -164,12 +224,20 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
     parts = []
     if "accuracy" in metrics:
         parts.append(f"held-out accuracy {metrics['accuracy']:.3f} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
+    if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
     if "oracle_reward" in metrics:
         parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
         parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
         parts.append(f"length {metrics['sample_length']:.1f}")
     say(f"  step {step}/{job.config.steps}: {', '.join(parts) or 'nothing to evaluate'}")
+    fall, limit = -metrics.get("chosen_logratio_per_token", 0.0), job.config.squeeze_alarm
+    if limit is not None and fall > limit:
+        say(
+            f"  squeezing: the held-out chosen completions have lost {fall:.2f} nats per token since the start, more "
+            f"than squeeze_alarm={limit:g} (the rejected ones {-metrics.get('rejected_logratio_per_token', 0):.2f}). "
+            "Lower optimizer.lr, or hold the chosen ones up with objective.nll_weight."
+        )
     return metrics
 
 
@@ -177,45 +245,50 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
 def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
     """The pair metrics over `pairs`, the same in every call. At step 0 also the check that policy and reference agree.
 
-    The reference scores the very same micro-batches, once: its log-probs are kept for later evaluations.
+    The reference scores the very same micro-batches, once: its log-probs are kept for later evaluations. An objective
+    whose scope is the step sees all pairs at once, with its state as it stands.
     """
     micro_batches = chunks(pairs, job.config.micro_batch_size)
-    if not job.heldout_reference:
-        with job.engine.autocast():
-            for part in track(micro_batches, "reference", job.config.logger.progress):
+    show = job.config.logger.progress
+    if job.reference and not job.heldout_reference:
+        for part in track(micro_batches, "reference", show):
+            with job.engine.autocast():
                 job.heldout_reference.append(completion_logps(job.reference, job.layout(part).to(job.engine.device)))
-    means, largest = Means(), 0.0
-    scored = list(zip(micro_batches, job.heldout_reference, strict=True))
-    for part, reference in track(scored, "held-out pairs", job.config.logger.progress):
-        inputs = pair_inputs(job, part, reference)
-        values = pair_metrics(inputs, job.objective(inputs))
-        means.add(values)
-        for side in ("chosen", "rejected"):
-            largest = max(largest, values[f"{side}_logratio"].abs().max().item())
-    metrics = {**means.compute(), "n": len(pairs)}
+    references: Sequence[Logps | None] = job.heldout_reference or [None] * len(micro_batches)
+    both = list(zip(micro_batches, references, strict=True))
+    parts = [pair_inputs(job, part, reference) for part, reference in track(both, "held-out pairs", show)]
+    if job.objective.scope == "step":
+        parts = [whole_step(job, 0, parts)]
+    scored = [(inputs, job.objective(inputs)) for inputs in parts]
+    metrics = step_metrics(job.objective, scored)
     if step == 0:
-        check_step0(job.objective, largest, metrics["loss"])
+        check_step0(job.objective, [inputs for inputs, _ in scored], metrics["loss"])
     return metrics
 
 
-def check_step0(objective: Objective, largest_logratio: float, loss: float) -> None:
+def check_step0(objective: Objective, scored: Sequence[PairInputs], loss: float) -> None:
     """Before the first step policy and reference are the same: every log-ratio is 0 and the loss is known.
 
     Raises UserError if not; says so if they are.
     """
+    found = []
+    logratios = [getattr(x, f"{side}_logratios") for x in scored for side in objective.sides if x.has_reference]
+    if logratios:
+        largest = torch.cat(logratios).abs().max().item()
+        if not largest <= STEP0_TOLERANCE:
+            raise UserError(
+                f"before the first step the policy differs from the reference: largest |log-ratio| {largest:.3g} "
+                "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
+                "model whose forward pass is random."
+            )
+        found.append(f"policy = reference (largest |log-ratio| {largest:.2g})")
     expected = objective.step0_loss
-    if not largest_logratio <= STEP0_TOLERANCE:
-        raise UserError(
-            f"before the first step the policy differs from the reference: largest |log-ratio| {largest_logratio:.3g} "
-            "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
-            "model whose forward pass is random."
-        )
-    if expected is not None and not abs(loss - expected) <= STEP0_TOLERANCE:
-        raise UserError(
-            f"before the first step the loss is {loss:.6f}; with policy = reference it must be {expected:.6f}"
-        )
-    known = f", loss {loss:.6f} = {expected:.6f}" if expected is not None else ""
-    say(f"  step 0: policy = reference (largest |log-ratio| {largest_logratio:.2g}{known})")
+    if expected is not None:
+        if not abs(loss - expected) <= STEP0_TOLERANCE * max(1.0, abs(expected)):
+            raise UserError(f"before the first step the loss is {loss:.6f}; it must be {expected:.6f} there")
+        found.append(f"loss {loss:.6f} = {expected:.6f}")
+    if found:
+        say(f"  step 0: {', '.join(found)}")
 
 
 def initial_sample_metrics(job: Job) -> dict[str, Any]:
@@ -281,6 +354,7 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
 
 def _logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
     batch = padded([(s.prompt_tokens, s.tokens) for s in samples]).to(job.engine.device)
+    assert job.reference is not None
     policy, reference = completion_logps(job.engine.policy, batch), completion_logps(job.reference, batch)
     return (policy.sums - reference.sums).tolist()
 

@@ -2,53 +2,90 @@
 
 import math
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefopt.objectives.base import ObjectiveOutput, PairInputs
+from prefopt.objectives.base import Objective, ObjectiveOutput, PairInputs
+
+QUANTILES = (0.1, 0.5, 0.9)
 
 
 class Means:
-    """Running means of named `(B,)` tensors. Values stay on their device until `compute`."""
+    """Running means of named values. They stay on their device until `compute`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float | Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
+        """`(B,)` each."""
         for name, value in values.items():
-            total = value.detach().double().sum()
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.counts[name] = self.counts.get(name, 0) + value.numel()
+            self.add_ratio(name, value.sum(dtype=torch.float64), value.numel())
+
+    def add_ratio(self, name: str, numerator: Tensor, denominator: float | Tensor) -> None:
+        """The mean is the sum of numerators over the sum of denominators."""
+        self.sums[name] = self.sums.get(name, 0) + numerator.detach().double()
+        self.counts[name] = self.counts.get(name, 0) + denominator
 
     def compute(self) -> dict[str, float]:
-        means = torch.stack(list(self.sums.values())) / torch.tensor(
-            list(self.counts.values()), device=next(iter(self.sums.values())).device
-        )
-        return dict(zip(self.sums, means.tolist(), strict=True))
+        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+def step_metrics(objective: Objective, scored: Sequence[tuple[PairInputs, ObjectiveOutput]]) -> dict[str, Any]:
+    """Loss, pair metrics, `n` pairs, and the objective's diagnostics under its name, over all parts of a step."""
+    means = Means()
+    for inputs, output in scored:
+        pairs = output.losses.numel()
+        per = inputs.chosen_lengths.sum() if objective.per == "chosen_token" else pairs
+        means.add_ratio("loss", output.losses.sum(dtype=torch.float64), per)
+        means.add(pair_metrics(inputs, output))
+    metrics: dict[str, Any] = {**means.compute(), "n": sum(output.losses.numel() for _, output in scored)}
+    for name in scored[0][1].diagnostics:
+        parts = [output.diagnostics[name] for _, output in scored]
+        metrics |= {f"{objective.name}/{key}": value for key, value in _summary(name, parts).items()}
+    return metrics
+
+
+def _summary(name: str, parts: Sequence[Tensor]) -> dict[str, float]:
+    """As `ObjectiveOutput` says: a share, a mean with quantiles, or a statistic of the step."""
+    if parts[0].ndim == 0:
+        return {name: torch.stack(list(parts)).double().mean().item()}
+    values = torch.cat(list(parts))
+    mean = {name: values.double().mean().item()}
+    if values.dtype == torch.bool:
+        return mean
+    quantiles = values.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64, device=values.device)).tolist()
+    return mean | {f"{name}_p{round(100 * q)}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
 
 
 def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tensor]:
-    """Per pair, `(B,)` each. Log-probs and log-ratios in nats, `_per_token` divided by the completion's length.
+    """Per pair, `(B,)` each, where there is something to compute them from. Log-probs and log-ratios in nats,
+    `_per_token` divided by the completion's length.
 
     A tie counts neither as right nor is it hidden: `tie_rate` stands beside `accuracy`.
     """
-    metrics = {
-        "loss": output.losses,
-        "accuracy": (output.chosen_scores > output.rejected_scores).float(),
-        "tie_rate": (output.chosen_scores == output.rejected_scores).float(),
-        "margin": output.chosen_scores - output.rejected_scores,
-        "chosen_logps": inputs.policy_chosen_logps,
-        "rejected_logps": inputs.policy_rejected_logps,
-        "chosen_logps_per_token": inputs.policy_chosen_logps / inputs.chosen_lengths,
-        "rejected_logps_per_token": inputs.policy_rejected_logps / inputs.rejected_lengths,
-        "chosen_length": inputs.chosen_lengths,
-        "rejected_length": inputs.rejected_lengths,
-    }
-    if inputs.reference_chosen_logps is not None:
-        metrics["chosen_logratio"] = inputs.policy_chosen_logps - inputs.reference_chosen_logps
-        metrics["rejected_logratio"] = inputs.policy_rejected_logps - inputs.reference_rejected_logps
+    metrics = {}
+    if output.chosen_scores is not None and output.rejected_scores is not None:
+        metrics["accuracy"] = (output.chosen_scores > output.rejected_scores).float()
+        metrics["tie_rate"] = (output.chosen_scores == output.rejected_scores).float()
+        metrics["margin"] = output.chosen_scores - output.rejected_scores
+    for side in ("chosen", "rejected"):
+        lengths = getattr(inputs, f"{side}_lengths")
+        if lengths is None:
+            continue
+        metrics[f"{side}_length"] = lengths
+        logps = getattr(inputs, f"policy_{side}_logps")
+        if logps is None:
+            continue
+        metrics[f"{side}_logps"] = logps
+        metrics[f"{side}_logps_per_token"] = logps / lengths
+        if inputs.has_reference:
+            logratios = getattr(inputs, f"{side}_logratios")
+            metrics[f"{side}_logratio"] = logratios
+            metrics[f"{side}_logratio_per_token"] = logratios / lengths
     return metrics
 
 

@@ -3,7 +3,6 @@
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -14,9 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from prefopt import UserError
-from prefopt.config import register
-
-ROOT = Path(__file__).parents[1]
+from prefopt.config import ROOT, register
 
 
 class SweepFiles(SearchPathPlugin):

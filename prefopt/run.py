@@ -20,7 +20,7 @@ from prefopt.config import TrainConfig
 from prefopt.paths import write_whole
 
 # Where things are written, how they are shown, and how often they are saved changes no number.
-VOLATILE = ("runs_dir", "logger", "save_every")
+VOLATILE = ("runs_dir", "logger", "save_every", "squeeze_alarm")
 PACKAGES = (
     "prefopt",
     "torch",

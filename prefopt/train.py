@@ -7,6 +7,7 @@ A run that is finished is skipped, one that was interrupted goes on from its las
 """
 
 import copy
+import math
 import shutil
 import time
 import traceback
@@ -42,18 +43,28 @@ def train(cfg: DictConfig) -> None:
     objective = build(config.objective, Objective, "objective")
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
+    if objective.trains == "reward_model":
+        oracle = None  # it draws no samples
     check_logger(config.logger)
     names = ["train", "heldout"] if config.dataset.heldout else ["train"]
     splits = {name: load_split(config.dataset, name) for name in names}
-    check_objective(objective, config, splits)
+    check_objective(objective, splits)
 
     run = Run(config, objective.name, {name: split.digest for name, split in splits.items()})
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
     say(f"{run.folder}: {config.steps} steps of {config.batch_size} pairs, {config.precision} on {config.device}")
+    say(f"  objective: {describe(objective)}")
 
-    from prefopt.models.load import check_model, check_vocabulary, load_model, load_tokenizer, weights_digest
+    from prefopt.models.load import (
+        check_model,
+        check_vocabulary,
+        load_model,
+        load_reward_model,
+        load_tokenizer,
+        weights_digest,
+    )
 
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -62,6 +73,7 @@ def train(cfg: DictConfig) -> None:
         tokenized[name], counts[name] = tokenize(name, split, tokenizer, config)
 
     from prefopt.checkpoint import export
+    from prefopt.data.layout import chosen_only
     from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
@@ -70,7 +82,8 @@ def train(cfg: DictConfig) -> None:
     began = time.monotonic()
     if config.device == "cpu":
         keep_freed_memory()
-    policy = load_model(config.model, config.device)
+    reward_model = objective.trains == "reward_model"
+    policy = (load_reward_model if reward_model else load_model)(config.model, config.device)
     check_vocabulary(policy, tokenizer)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:
@@ -79,9 +92,9 @@ def train(cfg: DictConfig) -> None:
             "folder to begin again, or bring the old weights back."
         )
     run.start(initial_weights=digest, data=counts)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = None if reward_model else copy.deepcopy(policy).requires_grad_(False)
     engine = Engine(policy, config.optimizer, config.precision)
-    layout = choose_layout(config.layout, policy, tokenized["train"])
+    layout = chosen_only if objective.sides == ("chosen",) else choose_layout(config.layout, policy, tokenized["train"])
     heldout = tokenized.get("heldout", [])[: config.heldout_pairs]
     prompts = [pair.prompt for pair in splits["heldout"].pairs] if oracle else []
     job = Job(
@@ -109,13 +122,8 @@ def train(cfg: DictConfig) -> None:
     say(f"  finished; the policy is in {run.policy_folder}")
 
 
-def check_objective(objective: "Objective", config: TrainConfig, splits: dict[str, "Split"]) -> None:
-    """Raise UserError for a need or a scope of the objective that data or settings cannot serve."""
-    if objective.scope == "step" and config.micro_batch_size != config.batch_size:
-        raise UserError(
-            f"objective {objective.name} takes statistics over all pairs of a step, which is exact only in one "
-            f"micro-batch so far: set micro_batch_size={config.batch_size}."
-        )
+def check_objective(objective: "Objective", splits: dict[str, "Split"]) -> None:
+    """Raise UserError for a need of the objective that the data cannot serve."""
     for name, split in splits.items() if "rewards" in objective.needs else []:
         lacking = sum(p.chosen_reward is None or p.rejected_reward is None for p in split.pairs)
         if lacking:
@@ -124,6 +132,21 @@ def check_objective(objective: "Objective", config: TrainConfig, splits: dict[st
                 f"{len(split.pairs)} {name} pairs have none. Give chosen_reward and rejected_reward in the rows, or "
                 "responses with rewards (dataset.format ScoredResponses)."
             )
+        low, high = objective.reward_range or (-math.inf, math.inf)
+        for pair in split.pairs:
+            for reward in (pair.chosen_reward, pair.rejected_reward):
+                if reward is not None and not low <= reward <= high:
+                    raise UserError(
+                        f"objective {objective.name} needs rewards in [{low:g}, {high:g}]; {pair.id} of the {name} "
+                        f"split has {reward:g}. Bring them there: a reward model's raw outputs r by 1 / (1 + exp(-r)), "
+                        "scores from 1 to 10 by (r - 1) / 9."
+                    )
+
+
+def describe(objective: "Objective") -> str:
+    """Name, hyperparameters, and what follows from them."""
+    derived = ", ".join(f"{name} = {value:g}" for name, value in objective.derived.items())
+    return f"{objective!r}" + (f", so {derived}" if derived else "")
 
 
 def tokenize(

@@ -66,15 +66,25 @@ def test_what_an_objective_needs_is_checked_against_the_data(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in (GOOD, GOOD | {"chosen_reward": 1, "rejected_reward": 0})))
     splits = {"train": load_split(dataset(train=str(file)), "train")}
-    config = SimpleNamespace(batch_size=4, micro_batch_size=2)
-    objective = SimpleNamespace(name="mappo", needs={"rewards"}, scope="pair")
+    objective = SimpleNamespace(name="mappo", needs={"rewards"}, reward_range=(0.0, 1.0))
     with pytest.raises(UserError, match=r"needs the prior rewards .* 1 of 2 train pairs have none"):
-        check_objective(objective, config, splits)  # type: ignore[arg-type]
-    objective.needs, objective.scope = set(), "step"
-    with pytest.raises(UserError, match="set micro_batch_size=4"):
-        check_objective(objective, config, splits)  # type: ignore[arg-type]
-    config.micro_batch_size = 4
-    check_objective(objective, config, splits)  # type: ignore[arg-type]
+        check_objective(objective, splits)  # type: ignore[arg-type]
+    objective.needs = set()
+    check_objective(objective, splits)  # type: ignore[arg-type]
+
+
+def test_rewards_outside_an_objectives_range_are_refused_with_the_way_out(tmp_path):
+    from prefopt.objectives.dpo import DPO
+    from prefopt.objectives.madpo import MADPO
+    from prefopt.objectives.mappo import MaPPO
+    from prefopt.train import check_objective
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(GOOD | {"chosen_reward": 7.5, "rejected_reward": 0}))
+    splits = {"train": load_split(dataset(train=str(file)), "train")}
+    with pytest.raises(UserError, match=r"needs rewards in \[0, 1\]; .* has 7\.5.* \(r - 1\) / 9"):
+        check_objective(MaPPO(DPO(0.1)), splits)
+    check_objective(MADPO(0.1), splits)
 
 
 def test_gzip_is_read_by_its_name(tmp_path):

@@ -1,30 +1,40 @@
 """The loop in process, on the tiny model: step 0, accumulation, refusal of non-finite steps."""
 
 import copy
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prefopt import UserError
-from prefopt.config import LoggerConfig, OptimizerConfig
+from prefopt.config import LoggerConfig, ModelConfig, OptimizerConfig
 from prefopt.data.formats import Pairs, read_rows
+from prefopt.data.layout import LAYOUTS, chosen_only
+from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import tokenize_pairs
 from prefopt.engine import Engine
-from prefopt.loop import Job, check_step0, evaluate, evaluate_pairs, train_step
+from prefopt.loop import Job, accumulate_gradients, check_step0, evaluate, evaluate_pairs, train_step
 from prefopt.metrics import Means, mean_and_error
+from prefopt.models.load import load_reward_model
+from prefopt.objectives.__main__ import objectives
+from prefopt.objectives.base import PairInputs
+from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.madpo import MADPO
+from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.mmpo import MMPO
+from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
 from prefopt.optim import Cosine
-from tests.tiny import tiny_model, tiny_tokenizer, write_pairs
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pairs
 
 TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
 def job(objective, tmp_path, **changes) -> Job:
     config = SimpleNamespace(
-        **{"steps": 4, "batch_size": 8, "micro_batch_size": 2, "seed": 0}
+        **{"steps": 4, "batch_size": 8, "micro_batch_size": 2, "seed": 0, "squeeze_alarm": None}
         | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}
         | changes
     )
@@ -32,11 +42,18 @@ def job(objective, tmp_path, **changes) -> Job:
     rows = [Pairs()(row) for _, row in read_rows(str(write_pairs(tmp_path / "pairs.jsonl", 16)))]
     pairs, drops = tokenize_pairs(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
     assert not drops
-    policy = tiny_model(len(tokenizer)).eval()
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reward_model, layout = objective.trains == "reward_model", LAYOUTS["padded"]
+    if reward_model:
+        folder = save_tiny(tmp_path / "model")
+        policy = load_reward_model(ModelConfig("tiny", str(folder)), "cpu")
+    else:
+        policy = tiny_model(len(tokenizer)).eval()
+    reference = None if reward_model else copy.deepcopy(policy).requires_grad_(False)
+    if objective.sides == ("chosen",):
+        layout = chosen_only
     engine = Engine(policy, config.optimizer, "float32")
     return Job(
-        config, None, objective, Cosine(0.25), engine, reference, tokenizer, pairs, pairs[:5], [], None  # type: ignore[arg-type]
+        config, None, objective, Cosine(0.25), engine, reference, tokenizer, pairs, pairs[:5], [], None, layout,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -57,18 +74,100 @@ def test_step_0_of_dpo_is_log_2_with_zero_margin(tmp_path):
     assert metrics["lr"] == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("objective", [DPO(0.5), SimPO(2.0, 0.5), MMPO(0.1, normalize_rewards=False)])
+INDEPENDENT = {name: o for name, o, _ in objectives() if o.scope != "micro_batch"} | {
+    "mmpo-raw": MMPO(0.1, normalization="none", auxiliary_weight=0.5),
+    "mmpo-step": MMPO(0.1, normalization="step", auxiliary_weight=0.5),
+    "mmpo-step-entropy": MMPO(0.1, normalization="step", auxiliary_weight=0.5, entropy_bonus=True),
+    "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
+    "beta_dpo-nll": BetaDPO(0.1, nll_weight=0.3),
+}
+
+
+@pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in INDEPENDENT.items()])
 def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
-    results = [gradients(job(objective, tmp_path, micro_batch_size=size)) for size in (1, 2, 4, 8)]
+    """Eight pairs of which one was dropped, so that a micro-batch is short; after a step, so that policy and reference
+    differ and running moments have moved."""
+    results = []
+    for size in (1, 2, 4, 8):
+        j = job(objective, tmp_path, micro_batch_size=8)
+        train_step(j, 0)
+        j.config.micro_batch_size = size
+        scored = accumulate_gradients(j, 1, j.train_pairs[:7])
+        assert sum(output.losses.numel() for _, output in scored) == 7
+        state = scored[-1][1].state
+        results.append({name: p.grad.clone() for name, p in j.engine.parameters.items()} | state)
+    assert any(value.abs().max() > 1e-4 for value in results[0].values())
     for other in results[1:]:
         for name, expected in results[0].items():
-            assert torch.allclose(expected, other[name], atol=2e-6, rtol=1e-4), name
+            scale = max(1.0, expected.abs().max().item())
+            assert torch.allclose(expected, other[name], atol=2e-6 * scale, rtol=1e-4), name
 
 
 def test_mmpo_normalization_depends_on_the_micro_batch_as_its_scope_says(tmp_path):
     objective = MMPO(5.0, margin=0.1, length_normalize=True, auxiliary_weight=0.0)
     a, b = (gradients(job(objective, tmp_path, micro_batch_size=size)) for size in (1, 4))
     assert any(not torch.allclose(a[name], b[name], atol=2e-6, rtol=1e-4) for name in a)
+
+
+def test_the_state_of_an_objective_moves_with_each_step_and_not_with_evaluations(tmp_path):
+    j = job(BetaDPO(0.5), tmp_path)
+    assert j.state == {"mean": 0.0, "scale": 1.0}
+    train_step(j, 0)
+    after_one = dict(j.state)
+    assert after_one["scale"] == pytest.approx(0.9)  # policy = reference: all gaps are 0
+    evaluate_pairs(j, 1, j.heldout_pairs)
+    assert j.state == after_one
+    metrics = train_step(j, 1)
+    assert j.state["mean"] != after_one["mean"]
+    assert metrics["beta_dpo/kept"] == 6 / 8
+    assert metrics["beta_dpo/running_mean"] == pytest.approx(j.state["mean"].item())
+
+
+def test_sft_is_the_mean_over_tokens(tmp_path):
+    j = job(SFT(), tmp_path, micro_batch_size=2)
+    pairs = [j.train_pairs[i] for i in step_indices(16, 0, 0, 8)]
+    assert len({len(p.chosen) for p in pairs}) > 1
+    logits = [
+        j.engine.policy(torch.tensor([p.prompt + p.chosen])).logits[0, len(p.prompt) - 1 : -1].log_softmax(-1)
+        for p in pairs
+    ]
+    logps = [log[range(len(p.chosen)), p.chosen] for log, p in zip(logits, pairs, strict=True)]
+    metrics = train_step(j, 0)
+    assert metrics["loss"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-6)
+    assert "accuracy" not in metrics
+    assert "rejected_logps" not in metrics
+
+
+def test_diagnostics_are_logged_under_the_objectives_name(tmp_path):
+    metrics = train_step(job(MADPO(0.1), tmp_path), 0)
+    assert metrics["madpo/saturation"] == 0
+    for key in ("madpo/weight", "madpo/weight_p10", "madpo/weight_p50", "madpo/weight_p90"):
+        assert metrics[key] == pytest.approx(MADPO(0.1).weights(torch.tensor(0.7)).item())  # all rows: 0.9 - 0.2
+    metrics = train_step(job(MaPPO(DPO(0.1)), tmp_path), 0)
+    assert metrics["mappo_dpo/delta_r_p50"] == pytest.approx(0.7)
+    assert "mappo_dpo/saturation" in metrics
+    assert "mmpo/chosen_reward_p90" in train_step(job(MMPO(0.1), tmp_path), 0)
+
+
+def test_the_squeezing_alarm(tmp_path, capsys):
+    """Training both sides down, as an objective that sees only their difference may do."""
+
+    @dataclass(frozen=True)
+    class Squeeze(DPO):
+        def losses(self, inputs, chosen, rejected):
+            return chosen + 2 * rejected
+
+    j = job(Squeeze(1.0, nll_weight=0.0), tmp_path, squeeze_alarm=0.05)
+    evaluate(j, 1)
+    assert "squeezing" not in capsys.readouterr().err
+    for step in range(4):
+        train_step(j, step)
+    evaluate(j, 4)
+    assert "have lost" in (said := capsys.readouterr().err)
+    assert "squeeze_alarm=0.05" in said
+    j.config.squeeze_alarm = None
+    evaluate(j, 4)
+    assert "squeezing" not in capsys.readouterr().err
 
 
 def test_the_reference_never_changes(tmp_path):
@@ -94,8 +193,6 @@ def test_a_non_finite_step_is_refused_with_the_ids_of_its_pairs(tmp_path):
     before = [p.detach().clone() for p in j.engine.policy.parameters()]
     with pytest.raises(UserError, match="step 1: loss and gradient_norm not finite") as error:
         train_step(j, 0)
-    from prefopt.data.sampler import step_indices
-
     for i in step_indices(16, 0, 0, 2):
         assert j.train_pairs[i].id in str(error.value)
     after = list(j.engine.policy.parameters())
@@ -121,11 +218,13 @@ def test_a_policy_that_is_not_the_reference_stops_the_run(tmp_path):
 
 
 def test_a_loss_that_is_not_its_constant_stops_the_run():
-    check_step0(DPO(0.1), 0.0, 0.693147)
-    with pytest.raises(UserError, match=r"loss is 0\.700000; with policy = reference it must be 0\.693147"):
-        check_step0(DPO(0.1), 0.0, 0.7)
+    zero, lost = torch.zeros(2), torch.tensor([0.0, float("nan")])
+    same = [PairInputs(zero, zero, reference_chosen_logps=zero, reference_rejected_logps=zero)]
+    check_step0(DPO(0.1), same, 0.693147)
+    with pytest.raises(UserError, match=r"loss is 0\.700000; it must be 0\.693147"):
+        check_step0(DPO(0.1), same, 0.7)
     with pytest.raises(UserError, match="differs from the reference"):
-        check_step0(DPO(0.1), float("nan"), 0.693147)
+        check_step0(DPO(0.1), [replace(same[0], policy_chosen_logps=lost)], 0.693147)
 
 
 def test_means_are_over_all_values_whatever_their_portions():

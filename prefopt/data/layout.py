@@ -23,8 +23,9 @@ class Batch:
     `input_ids` (R, T) int64. `attention_mask`: (R, T) int64, 1 on real tokens, or (R, 1, T, T) bool, True where a
     query may look. `position_ids` (R, T) int64, or None for the model's default. Per completion token, (N,) int64 each:
     `sources`, the flat index in (R, T) of the hidden state that predicts it; `labels`, its id; `completions`, which
-    completion it belongs to; `offsets`, its place in it. `lengths` (C,) float32. Everything comes from lengths and
-    nothing from token ids, so a tokenizer whose pad is its eos is safe.
+    completion it belongs to; `offsets`, its place in it. Per completion, (C,): `lengths` float32; `ends` int64, the
+    flat index of its last token's hidden state. Everything comes from lengths and nothing from token ids, so a
+    tokenizer whose pad is its eos is safe.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Batch:
     completions: Tensor
     offsets: Tensor
     lengths: Tensor
+    ends: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -55,6 +57,8 @@ def padded(sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
     [[1, 1, 1, 1], [1, 1, 0, 0]]
     >>> batch.sources.tolist(), batch.labels.tolist(), batch.completions.tolist()
     ([1, 2, 4], [7, 2, 8], [0, 0, 1])
+    >>> batch.ends.tolist()
+    [3, 5]
     """
     input_ids = _rows([prompt + completion for prompt, completion in sequences])
     width = input_ids.shape[1]
@@ -63,7 +67,13 @@ def padded(sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
     starts = [r * width + len(prompt) for r, (prompt, _) in enumerate(sequences)]
     # A token is predicted from the position before it; the first one from the prompt's last position.
     sources = [[start - 1 + i for i in range(len(c))] for start, (_, c) in zip(starts, sequences, strict=True)]
-    return _batch(input_ids, attention_mask, None, sources, [completion for _, completion in sequences])
+    ends = [start + len(c) - 1 for start, (_, c) in zip(starts, sequences, strict=True)]
+    return _batch(input_ids, attention_mask, None, sources, [completion for _, completion in sequences], ends)
+
+
+def chosen_only(pairs: Sequence[TokenizedPair]) -> Batch:
+    """B rows and completions: the chosen sides, for objectives that read no other."""
+    return padded([(p.prompt, p.chosen) for p in pairs])
 
 
 def padded_pairs(pairs: Sequence[TokenizedPair]) -> Batch:
@@ -81,6 +91,8 @@ def prefix_shared(pairs: Sequence[TokenizedPair]) -> Batch:
     [1, 1, 0, 0, 1]
     >>> batch.sources.tolist(), batch.labels.tolist(), batch.completions.tolist()
     ([1, 2, 1], [7, 2, 8], [0, 0, 1])
+    >>> batch.ends.tolist()
+    [3, 4]
     """
     input_ids = _rows([p.prompt + p.chosen + p.rejected for p in pairs])
     width = input_ids.shape[1]
@@ -99,7 +111,9 @@ def prefix_shared(pairs: Sequence[TokenizedPair]) -> Batch:
         after = last_prompt + len(p.chosen)
         rejected_sources.append([last_prompt] + [after + i for i in range(1, len(p.rejected))])
     completions = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    return _batch(input_ids, attention_mask, position_ids, chosen_sources + rejected_sources, completions)
+    ends = [r * width + int(last) - 1 for r, last in enumerate(first_rejected[:, 0])]
+    ends += [end + len(p.rejected) for end, p in zip(ends, pairs, strict=True)]
+    return _batch(input_ids, attention_mask, position_ids, chosen_sources + rejected_sources, completions, ends)
 
 
 LAYOUTS: dict[str, Layout] = {"padded": padded_pairs, "prefix_shared": prefix_shared}
@@ -118,6 +132,7 @@ def _batch(
     position_ids: Tensor | None,
     sources: list[list[int]],
     completions: list[list[int]],
+    ends: list[int],
 ) -> Batch:
     assert all(completions), "every completion holds at least one token"
     return Batch(
@@ -129,4 +144,5 @@ def _batch(
         completions=torch.tensor([c for c, completion in enumerate(completions) for _ in completion]),
         offsets=torch.tensor([i for completion in completions for i in range(len(completion))]),
         lengths=torch.tensor([float(len(completion)) for completion in completions]),
+        ends=torch.tensor(ends),
     )

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from prefopt import UserError
@@ -52,28 +59,60 @@ def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
 
     Raises UserError for a model that cannot be found or whose logits prefopt cannot compute.
     """
+    model, lacking = _from_pretrained(AutoModelForCausalLM, config)
+    if lacking:
+        raise UserError(
+            f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
+            f"{', '.join(lacking[:3])}. They would be random; get the checkpoint again."
+        )
+    check_head(model)
+    return _ready(model, device)
+
+
+def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
+    """The same backbone with a scalar head `score` (hidden -> 1, no bias), which starts at zero.
+
+    Raises UserError for a model that cannot be found or that already is a reward model.
+    """
+    model, lacking = _from_pretrained(AutoModelForSequenceClassification, config, num_labels=1)
+    if lacking != ["score.weight"]:
+        raise UserError(
+            f"objective=reward puts a new head on a causal language model; {config.path} "
+            + (
+                f"lacks {', '.join(lacking[:3])}."
+                if lacking
+                else "already has one. Start from the model it was made of."
+            )
+        )
+    torch.nn.init.zeros_(cast(torch.nn.Linear, model.score).weight)
+    # transformers reads the last token that is not padding. Where pad is the terminator that would be the wrong one:
+    # without a pad id it refuses batches instead.
+    if model.config.pad_token_id == model.config.eos_token_id:
+        model.config.pad_token_id = None
+    return _ready(model, device)
+
+
+def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model in float32, and the names of weights that its checkpoint lacks or holds in another shape."""
     transformers_logging.disable_progress_bar()
     try:
         # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
         # bfloat16 weights loses small updates.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint_path(config), revision=config.revision, dtype=torch.float32, output_loading_info=True
+        model, loading = auto.from_pretrained(
+            checkpoint_path(config), revision=config.revision, dtype=torch.float32, output_loading_info=True, **changes
         )
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("model", config, error)) from None
-    model, loading = loaded
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        lacking = [str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
-        raise UserError(
-            f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
-            f"{', '.join(sorted(lacking)[:3])}. They would be random; get the checkpoint again."
-        )
-    check_head(model)
+    return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
+
+
+def _ready(model: torch.nn.Module, device: str) -> Any:
+    """On its device, in evaluation mode, without dropout."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # a plain attribute of attention modules
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention modules
     return model.to(device).eval()
 
 

@@ -3,28 +3,29 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefopt.data.layout import LAYOUTS, Layout, padded_pairs, prefix_shared
+from prefopt.data.layout import LAYOUTS, Batch, Layout, padded_pairs, prefix_shared
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.logps import completion_logps
+from prefopt.logps import completion_logps, last_hidden_states
 from prefopt.progress import say
 
-# Nats per completion in float32; leaks and wrong positions are off by far more.
+# Nats per completion (or units of a hidden state) in float32; leaks and wrong positions are off by far more.
 TOLERANCE = 0.02
 
 
 @torch.no_grad()
 def choose_layout(name: str, model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
     """The layout `name`; or the padded one, with a line that says why, if the model's log-probs of the longest of
-    `pairs` differ between the two (sliding windows, recurrent layers, attention that ignores a 4D mask)."""
+    `pairs` differ between the two (sliding windows, recurrent layers, attention that ignores a 4D mask). A reward model
+    has no log-probs, and its head is zero at first: there the last hidden states are compared."""
     if name == "padded":
         return LAYOUTS[name]
     longest = [max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))]
-    expected = completion_logps(model, padded_pairs(longest).to(model.device)).sums
+    expected = _numbers(model, padded_pairs(longest).to(model.device))
     try:
-        shared = completion_logps(model, prefix_shared(longest).to(model.device)).sums
-        difference = (shared - expected).abs().max().item()
+        difference = (_numbers(model, prefix_shared(longest).to(model.device)) - expected).abs().max().item()
         reason = f"log-probs would differ by {difference:.2g} nats"
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         difference, reason = float("inf"), str(error).splitlines()[0]
@@ -32,3 +33,9 @@ def choose_layout(name: str, model: PreTrainedModel, pairs: Sequence[TokenizedPa
         return LAYOUTS[name]
     say(f"  layout: padded, because {model.config.model_type} cannot share prefixes here ({reason})")
     return LAYOUTS["padded"]
+
+
+def _numbers(model: PreTrainedModel, batch: Batch) -> Tensor:
+    if hasattr(model, "score"):
+        return last_hidden_states(model, batch)
+    return completion_logps(model, batch).sums

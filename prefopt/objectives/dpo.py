@@ -3,32 +3,39 @@
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import Objective, ObjectiveOutput, PairInputs, require
+from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
 
 
 @dataclass(frozen=True)
-class DPO(Objective):
+class DPO(Pairwise):
     """loss = -(1 - e) log sigma(z) - e log sigma(-z),  z = beta (u_w - u_l),  u = log pi - log pi_ref.
 
     `label_smoothing` e is the assumed rate of flipped labels (the cDPO note by Mitchell, 2023); 0 is plain DPO.
     Scores are beta * u. Raises ValueError for beta <= 0 or e outside [0, 0.5).
     """
 
+    equation = "−(1−ε) log σ(z) − ε log σ(−z), z = β(u_w − u_l)"
+    paper = "2305.18290, Eq. 7"
     needs = frozenset({"reference"})
-    step0_loss = math.log(2)
+    loss_at_reference = math.log(2)
 
     beta: float
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
-    def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
-        chosen = self.beta * (inputs.policy_chosen_logps - inputs.reference_chosen_logps)
-        rejected = self.beta * (inputs.policy_rejected_logps - inputs.reference_rejected_logps)
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         z = chosen - rejected
-        losses = -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
-        return ObjectiveOutput(losses, chosen.detach(), rejected.detach())
+        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {"saturation": saturated(chosen - rejected)}

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import Objective, ObjectiveOutput, PairInputs, require
+from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
 
 
 @dataclass(frozen=True)
-class SimPO(Objective):
+class SimPO(Pairwise):
     """loss = -log sigma(beta (lp_w / n_w - lp_l / n_l) - gamma),  gamma = gamma_beta_ratio * beta; no reference.
 
     The paper tunes the ratio gamma / beta, so the ratio is what is configured. `length_normalize=false` takes sums
@@ -16,21 +17,33 @@ class SimPO(Objective):
     Raises ValueError for beta <= 0.
     """
 
+    equation = "−log σ(β(lp_w/n_w − lp_l/n_l) − γ), γ given as γ/β"
+    paper = "2405.14734, Eq. 6"
+
     beta: float
     gamma_beta_ratio: float
     length_normalize: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta > 0, f"beta must be positive, got {self.beta}")
 
     @property
     def gamma(self) -> float:
         return self.gamma_beta_ratio * self.beta
 
-    def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
+    @property
+    def derived(self) -> dict[str, float]:
+        return {"gamma": self.gamma}
+
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
         chosen, rejected = inputs.policy_chosen_logps, inputs.policy_rejected_logps
         if self.length_normalize:
             chosen, rejected = chosen / inputs.chosen_lengths, rejected / inputs.rejected_lengths
-        chosen, rejected = self.beta * chosen, self.beta * rejected
-        losses = -logsigmoid(chosen - rejected - self.gamma)
-        return ObjectiveOutput(losses, chosen.detach(), rejected.detach())
+        return self.beta * chosen, self.beta * rejected
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -logsigmoid(chosen - rejected - self.gamma)
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {"saturation": saturated(chosen - rejected - self.gamma)}

@@ -1,0 +1,37 @@
+"""Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, Eq. 5)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+
+
+@dataclass(frozen=True)
+class CPO(Pairwise):
+    """loss = -log sigma(beta (lp_w - lp_l)) - nll_weight lp_w;  no reference.
+
+    The likelihood term is part of this objective: `nll_weight` is the papers' lambda (0.2 in arXiv 2507.21183, Eq. 15).
+    `nll_reduction=sum` is the formula as written; with `token_mean`, lambda weighs -lp_w / n_w as in public code, and
+    the same number weighs about n_w times less. Scores are beta * lp. Raises ValueError for beta <= 0.
+    """
+
+    equation = "−log σ(β(lp_w − lp_l)) − λ lp_w, λ = nll_weight"
+    paper = "2401.08417, Eq. 5"
+
+    beta: float
+    nll_weight: float = field(default=0.2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, f"beta must be positive, got {self.beta}")
+
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        return self.beta * inputs.policy_chosen_logps, self.beta * inputs.policy_rejected_logps
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -logsigmoid(chosen - rejected)
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {"saturation": saturated(chosen - rejected)}

@@ -1,0 +1,65 @@
+"""Margin-adaptive direct preference optimization (arXiv 2510.05342)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+
+
+@dataclass(frozen=True)
+class MADPO(Pairwise):
+    """loss = w(h) * -log sigma(beta (u_w - u_l)),  h = r_w - r_l the reward model's margin (it may be negative).
+
+        c(h) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) exp(decay (|h| - tau)))     c(tau) = 1
+        w(h) = sigma(c(h) h) / sigma(h)  where h > -tau,  else 1
+
+    Right pairs within tau count more than in DPO, those beyond it less. The rewards are raw outputs of a Bradley-Terry
+    reward model (log-odds), not probabilities. `c_min` null is 1 / c_max; `decay` is the paper's lambda. Scores are
+    beta * u. Raises ValueError for beta <= 0, c_max <= 1, c_min outside (0, 1), decay <= 0 or tau <= 0.
+    """
+
+    equation = "w(h) · (−log σ(β(u_w − u_l))), w(h) = σ(c(h)h)/σ(h) if h > −τ else 1, h = r_w − r_l"
+    paper = "2510.05342"
+    needs = frozenset({"reference", "rewards"})
+
+    beta: float
+    c_max: float = 2.0
+    c_min: float | None = None
+    decay: float = 1.0
+    tau: float = math.log(0.999 / 0.001)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, f"beta must be positive, got {self.beta}")
+        require(self.c_max > 1, f"c_max must be above 1, got {self.c_max}")
+        require(0 < self._c_min < 1, f"c_min must be between 0 and 1, got {self.c_min}")
+        require(self.decay > 0, f"decay must be positive, got {self.decay}")
+        require(self.tau > 0, f"tau must be positive, got {self.tau}")
+
+    @property
+    def _c_min(self) -> float:
+        return 1 / self.c_max if self.c_min is None else self.c_min
+
+    def coefficients(self, h: Tensor) -> Tensor:
+        """c(h)."""
+        ratio = math.log((self.c_max - 1) / (1 - self._c_min))
+        return self._c_min + (self.c_max - self._c_min) * torch.sigmoid(-ratio - self.decay * (h.abs() - self.tau))
+
+    def weights(self, h: Tensor) -> Tensor:
+        """w(h)."""
+        weights = (logsigmoid(self.coefficients(h) * h) - logsigmoid(h)).exp()
+        return torch.where(h > -self.tau, weights, 1.0)
+
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return self.weights(inputs.chosen_rewards - inputs.rejected_rewards) * -logsigmoid(chosen - rejected)
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        h = inputs.chosen_rewards - inputs.rejected_rewards
+        return {"weight": self.weights(h), "reward_margin": h, "saturation": saturated(chosen - rejected)}

@@ -1,0 +1,41 @@
+"""Provably robust DPO under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409, Eq. 12)."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+
+
+@dataclass(frozen=True)
+class RobustDPO(Pairwise):
+    """loss = (-(1 - e) log sigma(z) + e log sigma(-z)) / (1 - 2 e),  z = beta (u_w - u_l).
+
+    An unbiased estimate of DPO's loss when a share e (`flip_rate`) of the labels is flipped; unlike label smoothing it
+    is not bounded below. Scores are beta * u. Raises ValueError for beta <= 0 or e outside [0, 0.5).
+    """
+
+    equation = "(−(1−ε) log σ(z) + ε log σ(−z)) / (1−2ε), z = β(u_w − u_l)"
+    paper = "2403.00409, Eq. 12"
+    needs = frozenset({"reference"})
+    loss_at_reference = math.log(2)
+
+    beta: float
+    flip_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, f"beta must be positive, got {self.beta}")
+        require(0 <= self.flip_rate < 0.5, f"flip_rate must be in [0, 0.5), got {self.flip_rate}")
+
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        z = chosen - rejected
+        return (self.flip_rate * logsigmoid(-z) - (1 - self.flip_rate) * logsigmoid(z)) / (1 - 2 * self.flip_rate)
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {"saturation": saturated(chosen - rejected)}

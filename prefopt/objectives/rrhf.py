@@ -1,0 +1,33 @@
+"""Rank responses to align with human feedback, on pairs (Yuan et al. 2023, arXiv 2304.05302, Eq. 2 to 4)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn.functional import relu
+
+from prefopt.objectives.base import PairInputs, Pairwise
+
+
+@dataclass(frozen=True)
+class RRHF(Pairwise):
+    """loss = max(0, s_l - s_w) - nll_weight lp_w,  s = lp / n;  no reference, no margin, no beta.
+
+    The ranking term is zero as soon as the chosen completion scores higher. Scores are s.
+    """
+
+    equation = "max(0, lp_l/n_l − lp_w/n_w) − lp_w"
+    paper = "2304.05302, Eq. 2–4"
+
+    nll_weight: float = field(default=1.0, kw_only=True)
+
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        return (
+            inputs.policy_chosen_logps / inputs.chosen_lengths,
+            inputs.policy_rejected_logps / inputs.rejected_lengths,
+        )
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return relu(rejected - chosen)
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {"ranked_right": chosen > rejected}

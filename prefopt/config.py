@@ -123,10 +123,11 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="report_schema", node=ReportConfig)
-    # A wrapper (MaPPO) chooses its base among the other objectives: objective/base=NAME is conf/objective/NAME.yaml.
+    # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:
+    # objective/base=NAME is conf/objective/NAME.yaml.
     for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):
         node = OmegaConf.load(file)
-        if "defaults" not in node:
+        if "nll_weight" in node:
             store.store(group="objective/base", name=file.stem, node=node, package="objective.base")
     OmegaConf.register_new_resolver("basename", lambda path: PurePath(path).name, replace=True)
 

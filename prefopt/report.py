@@ -47,7 +47,9 @@ def read_records(runs_dir: Path) -> list[Record]:
 
 
 def beta(record: Record) -> float | None:
-    value = record["config"]["objective"].get("beta")
+    """The objective's beta, or that of its base where it wraps one."""
+    objective = record["config"]["objective"]
+    value = objective.get("beta", objective.get("base", {}).get("beta"))
     return None if value is None else float(value)
 
 
@@ -60,7 +62,7 @@ def labels(records: list[Record]) -> list[str]:
         differing = [
             f"{key}={config.get(key)}"
             for key in sorted(config)
-            if key != "objective.beta"
+            if key not in ("objective.beta", "objective.base.beta")
             and key.split(".")[0] not in VOLATILE
             and len({repr(c.get(key)) for c in siblings}) > 1
         ]
@@ -184,8 +186,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
     if not sampled:
         return []
     panels = sorted({_panel(r) for r in sampled})
-    colours = dict(zip(sorted({r["objective"] for r in sampled}), COLOURS * 9, strict=False))
-    markers = dict(zip(sorted({beta(r) or 0.0 for r in sampled}), MARKERS * 9, strict=False))
+    colours, markers = _styles(sampled)
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
     with plt.rc_context(style):
         size = (5.2 * len(panels) + 0.2, 3.6)
@@ -197,7 +198,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label="initial policy", zorder=1)
             for record in members:
                 points = record["evaluations"]
-                marker = markers[beta(record) or 0.0]
+                marker = markers[record["objective"], beta(record)]
                 hollow = MARKERS.index(marker) % 2 == 1
                 axis.errorbar(
                     [p["kl"] for p in points],
@@ -217,7 +218,10 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.set_xlabel("KL to the reference (nats per response)")
             axis.set_ylabel("oracle reward (mean over held-out prompts)")
             axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
-            axis.legend(frameon=False, fontsize=8)
+            if len(members) <= 8:
+                axis.legend(frameon=False, fontsize=8)
+            else:
+                axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         files = [output / "reward_kl.png", output / "reward_kl.svg"]
         figure.savefig(files[0], dpi=160)
         figure.savefig(files[1], metadata={"Date": None})
@@ -254,6 +258,21 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
         "sample_length": last.get("sample_length"),
         "step": last.get("step"),
     }
+
+
+def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
+    """A colour per objective, and a marker per objective and beta: the same for the first, second, ... beta of each
+    objective, and others for the objectives that must use a colour again."""
+    names = sorted({r["objective"] for r in records})
+    betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
+    most = max(len(values) for values in betas.values())
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    markers: dict[tuple[str, float | None], str] = {}
+    for record in records:
+        name, value = record["objective"], beta(record)
+        place = names.index(name) // len(COLOURS) * most + betas[name].index(value or 0.0)
+        markers[name, value] = MARKERS[place % len(MARKERS)]
+    return colours, markers
 
 
 def _panel(record: Record) -> tuple[str, str]:

@@ -144,9 +144,9 @@ def check_objective(objective: "Objective", splits: dict[str, "Split"]) -> None:
 
 
 def describe(objective: "Objective") -> str:
-    """Name, hyperparameters, and what follows from them."""
+    """Hyperparameters, and what follows from them."""
     derived = ", ".join(f"{name} = {value:g}" for name, value in objective.derived.items())
-    return f"{objective!r}" + (f", so {derived}" if derived else "")
+    return f"{objective!r}" + (f": {derived}" if derived else "")
 
 
 def tokenize(

@@ -26,6 +26,17 @@ CASES = {
     "objective's key": (["objective.gamma=1"], ["Could not override 'objective.gamma'"]),
     "objective's key with plus": (["+objective.gamma=1"], ["unknown key objective.gamma"]),
     "another objective's key": (["objective=simpo", "+objective.label_smoothing=0.1"], ["objective.label_smoothing"]),
+    "a key of a relative": (["objective=ipo", "objective.label_smoothing=0.1"], ["Could not override 'objective.lab"]),
+    "unused alpha": (["objective=f_dpo", "objective.alpha=0.5"], ["objective.alpha must be null unless divergence="]),
+    "base": (["objective=mappo", "objective/base=nonsense"], ["Could not find 'objective/base/nonsense'", "simpo"]),
+    "base of another kind": (["objective=mappo", "objective/base=sft"], ["Could not find 'objective/base/sft'", "dpo"]),
+    "base by target": (
+        ["objective=mappo", "objective.base._target_=prefopt.objectives.sft.SFT"],
+        ["objective.base._target_", "derived from Pairwise"],
+    ),
+    "base's value": (["objective=mappo", "objective.base.beta=0"], ["objective.base.beta must be positive, got 0.0"]),
+    "base of no wrapper": (["objective=dpo", "objective/base=dpo"], ["Could not override 'objective/base'"]),
+    "alarm": (["squeeze_alarm=0"], ["squeeze_alarm must be positive, or null"]),
     "type": (["steps=many"], ["steps", "Integer"]),
     "float for int": (["steps=1.5"], ["steps", "Integer"]),
     "objective's type": (["objective.beta=strong"], ["objective.beta", "Float"]),
@@ -54,6 +65,31 @@ def test_bad_command_lines(case, tmp_path):
     arguments, messages = CASES[case]
     refused(run_program(*arguments, f"runs_dir={tmp_path}/runs"), *messages)
     assert not list(tmp_path.glob("runs/*/record.json"))
+
+
+def test_an_objective_that_needs_rewards_says_which_are_missing(tiny_folder, tmp_path):
+    rows = [json.loads(line) for line in (tiny_folder / "train.jsonl").read_text().splitlines()]
+    bare, high = tmp_path / "bare.jsonl", tmp_path / "high.jsonl"
+    bare.write_text("".join(json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}) + "\n" for row in rows))
+    high.write_text("".join(json.dumps(row | {"chosen_reward": 8.5}) + "\n" for row in rows))
+    overrides = [
+        "model=hub",
+        "model.path=no/such-model",
+        "dataset=jsonl",
+        f"runs_dir={tmp_path}/runs",
+        "objective=mappo",
+    ]
+    refused(
+        run_program(*overrides, f"dataset.train={bare}", f"dataset.heldout={bare}"),
+        "mappo_dpo needs the prior rewards of both completions, and 12 of 12 train pairs have none",
+        "chosen_reward and rejected_reward",
+    )
+    refused(
+        run_program(*overrides, f"dataset.train={high}", f"dataset.heldout={high}"),
+        "needs rewards in [0, 1]",
+        "of the train split has 8.5",
+        "1 / (1 + exp(-r))",
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +146,7 @@ def test_help_lists_the_choices(program):
     process = run_program("--help", program=program)
     assert process.returncode == 0
     if program == "train":
-        assert "objective: dpo, mmpo, simpo" in process.stdout
+        assert "objective: beta_dpo, cal_dpo, cpo, dpo, f_dpo" in process.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from prefopt.data.formats import Pairs, read_rows
+from prefopt.data.layout import padded_pairs, prefix_shared
+from prefopt.data.tokenize import tokenize_pairs
+from prefopt.logps import completion_rewards
 from tests.test_loop import TIMING
 from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
 
@@ -24,7 +28,7 @@ def test_a_grid_trains_evaluates_and_leaves_records(grid):
     assert process.returncode == 0, process.stderr
     found = records(runs)
     assert len(found) == 4
-    assert "step 0: policy = reference (largest |log-ratio| 0, loss 0.693147 = 0.693147)" in process.stderr
+    assert "step 0: policy = reference (largest |log-ratio| 0), loss 0.693147 = 0.693147" in process.stderr
     for record in found:
         assert record["status"] == "finished"
         assert [e["step"] for e in record["evaluations"]] == [0, 2, 4]
@@ -70,7 +74,7 @@ def test_the_same_command_skips_what_is_finished(grid, overrides):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/*") if "multirun" not in str(f)} == before
 
 
-@pytest.mark.parametrize("objective", ["dpo", "mmpo"])
+@pytest.mark.parametrize("objective", ["dpo", "mmpo", "beta_dpo"])  # beta_dpo: two passes, and a state of its own
 def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides, tmp_path):
     args = [f"objective={objective}", "steps=12", "eval_every=4", "save_every=3"]
     whole = run_program(*overrides(tmp_path / "whole"), *args)
@@ -93,6 +97,40 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides
     metrics = [timeless(root / a["name"] / "metrics.jsonl") for root in (tmp_path / "whole", runs)]
     assert metrics[0] == metrics[1]
     assert a["evaluations"] == b["evaluations"]
+
+
+def test_a_reward_model_trains_and_its_export_gives_the_same_scores(overrides, tiny_folder, tmp_path):
+    process = run_program(*overrides(tmp_path), "objective=reward", "steps=8")
+    assert process.returncode == 0, process.stderr
+    assert "step 0: loss 0.693147 = 0.693147" in process.stderr
+    (record,) = records(tmp_path)
+    first, *_, last = record["evaluations"]
+    assert first["tie_rate"] == 1
+    assert last["accuracy"] == 1
+    assert "kl" not in last
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / record["name"] / "policy", dtype=torch.float32
+    )
+    assert model.config.pad_token_id is None  # pad is eos here: by it transformers would read the wrong token
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    rows = [Pairs()(row) for _, row in read_rows(str(tiny_folder / "heldout.jsonl"))]
+    pairs, _ = tokenize_pairs(tokenizer, rows, 1800, 512)  # type: ignore[arg-type]
+    for layout in (padded_pairs, prefix_shared):
+        ours = completion_rewards(model, layout(pairs))
+        theirs = [model(torch.tensor([p.prompt + c])).logits.item() for side in ("chosen", "rejected") for p in pairs
+                  for c in [getattr(p, side)]]  # fmt: skip
+        assert ours.tolist() == pytest.approx(theirs, abs=1e-5)
+    margins = ours[: len(pairs)] - ours[len(pairs) :]
+    assert last["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
+    assert last["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), abs=1e-4)
+
+
+def test_a_reward_model_cannot_begin_from_another(overrides, tiny_folder, tmp_path):
+    assert run_program(*overrides(tmp_path), "objective=reward").returncode == 0
+    (record,) = records(tmp_path)
+    again = run_program(*overrides(tmp_path), "objective=reward", f"model.path={tmp_path / record['name'] / 'policy'}")
+    assert again.returncode == 2
+    assert "already has one" in again.stderr
 
 
 def test_the_identity_of_a_run(overrides, tmp_path, tiny_folder):

@@ -95,6 +95,7 @@ def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
 def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model in float32, and the names of weights that its checkpoint lacks or holds in another shape."""
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is judged below, not in a table on the screen
     try:
         # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
         # bfloat16 weights loses small updates.

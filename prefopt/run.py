@@ -5,6 +5,7 @@ resolved config without the keys in VOLATILE, and the digests of the data files.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -104,7 +105,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _git() -> dict[str, Any] | None:
+    """Of the code that this process runs, so asked once: later runs of a sweep may find another checkout."""
+
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -31,11 +31,38 @@ class ModelConfig:
 
 
 @dataclass
+class PoliciesConfig:
+    """What is done about a defect of a row: keep, drop or fail. Every one is counted."""
+
+    wrong_roles: str = "fail"  # turns that do not alternate, or do not end with the assistant (cannot be kept)
+    sides_part_early: str = "drop"  # two conversations that differ before their last turn (cannot be kept)
+    no_preference: str = "drop"  # scored responses without two different rewards (cannot be kept)
+    empty_completion: str = "drop"
+    identical: str = "drop"  # chosen is rejected
+    tied_rewards: str = "keep"  # the rewards of the two sides are equal
+    duplicate_prompt: str = "keep"  # the prompt came before in this split
+    prompt_in_heldout: str = "drop"  # a training prompt that is also held out
+    prompt_too_long: str = "drop"  # drop, fail, or cut: it loses its beginning
+    identical_after_truncation: str = "drop"
+
+
+@dataclass
 class DatasetConfig:
+    """A source of rows (train, heldout and how to read them), or a mixture of several (`sources`)."""
+
     name: str = MISSING
-    train: str = MISSING
+    train: str | None = None
     heldout: str | None = None
-    format: Any = MISSING
+    train_split: str = "train"
+    heldout_split: str = "heldout"
+    revision: str | None = None
+    format: Any = None
+    columns: dict[str, str] = field(default_factory=dict)
+    reward_scale: list[float] | None = None
+    weight: float | None = None
+    count: int | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    policies: PoliciesConfig = field(default_factory=PoliciesConfig)
     oracle: Any = None
 
 
@@ -117,12 +144,36 @@ class ReportConfig:
     output: str = MISSING
 
 
+@dataclass
+class PrefetchConfig:
+    """What `python -m prefopt.prefetch` reads (conf/prefetch.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    also: list[str] = field(default_factory=list)
+    check: bool = MISSING
+
+
+@dataclass
+class DataReportConfig:
+    """What `python -m prefopt.data_report` reads (conf/data_report.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    max_prompt_tokens: int = MISSING
+    max_completion_tokens: int = MISSING
+    evaluation_prompts: list[str] = field(default_factory=list)
+    output: str = MISSING
+
+
 def register() -> None:
     """Make the schemas and the resolvers known to Hydra. Every program calls it before it composes."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="report_schema", node=ReportConfig)
+    store.store(name="prefetch_schema", node=PrefetchConfig)
+    store.store(name="data_report_schema", node=DataReportConfig)
     # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:
     # objective/base=NAME is conf/objective/NAME.yaml.
     for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):
@@ -228,8 +279,6 @@ def check(config: TrainConfig) -> None:
         problems.append(
             f"batch_size={config.batch_size} must be a multiple of micro_batch_size={config.micro_batch_size}"
         )
-    if config.dataset.oracle and not config.dataset.heldout:
-        problems.append("dataset.oracle samples the held-out prompts, and dataset.heldout is null: give a file")
     problems += _hardware_problems(config)
     if problems:
         raise UserError("\n".join(problems))

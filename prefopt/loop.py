@@ -46,8 +46,8 @@ class Job:
     engine: Engine
     reference: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
-    train_pairs: list[TokenizedPair]
-    heldout_pairs: list[TokenizedPair]
+    train_pairs: Sequence[TokenizedPair]
+    heldout_pairs: Sequence[TokenizedPair]
     prompts: list[list[Message]]
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
@@ -138,7 +138,7 @@ def accumulate_gradients(
     sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first, so there is no dropout.
     """
     objective, engine = job.objective, job.engine
-    denominator = sum(len(p.chosen) for p in pairs) if objective.per == "chosen_token" else len(pairs)
+    denominator = sum(p.learnt for p in pairs) if objective.per == "chosen_token" else len(pairs)
     micro_batches = chunks(pairs, job.config.micro_batch_size)
     scored = []
     if objective.scope != "step" or len(micro_batches) == 1:

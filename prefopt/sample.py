@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import SampleConfig, build, check_sample, parse, resolve_hardware
-from prefopt.data.formats import as_messages, read_rows
+from prefopt.data.formats import as_messages
+from prefopt.data.sources import read_rows
 from prefopt.paths import write_whole
 from prefopt.program import program
 from prefopt.progress import say

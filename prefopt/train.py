@@ -7,6 +7,7 @@ A run that is finished is skipped, one that was interrupted goes on from its las
 """
 
 import copy
+import functools
 import math
 import shutil
 import time
@@ -20,20 +21,17 @@ from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
 from prefopt.program import program
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from prefopt.data.formats import Split
-    from prefopt.data.tokenize import TokenizedPair
     from prefopt.objectives.base import Objective
 
 
 def train(cfg: DictConfig) -> None:
     """Validate, build, loop, export. Everything that can be refused is refused before the model is loaded."""
-    from prefopt.data.formats import load_split
+    from prefopt.data.dataset import check_dataset, has_heldout, split_digest
     from prefopt.loggers import check_logger
     from prefopt.objectives.base import Objective
     from prefopt.optim import Schedule
     from prefopt.posthoc.oracle import Oracle
+    from prefopt.prefetch import missing
     from prefopt.progress import say
     from prefopt.run import Run
 
@@ -46,17 +44,18 @@ def train(cfg: DictConfig) -> None:
     if objective.trains == "reward_model":
         oracle = None  # it draws no samples
     check_logger(config.logger)
-    names = ["train", "heldout"] if config.dataset.heldout else ["train"]
-    splits = {name: load_split(config.dataset, name) for name in names}
-    check_objective(objective, splits)
-
-    run = Run(config, objective.name, {name: split.digest for name, split in splits.items()})
+    check_dataset(config.dataset)
+    if lacking := missing(config.model, config.dataset):
+        raise UserError("\n".join(lacking))
+    names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
+    run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
     say(f"{run.folder}: {config.steps} steps of {config.batch_size} pairs, {config.precision} on {config.device}")
     say(f"  objective: {describe(objective)}")
 
+    from prefopt.data.cache import Limits, prepare
     from prefopt.models.load import (
         check_model,
         check_vocabulary,
@@ -68,9 +67,15 @@ def train(cfg: DictConfig) -> None:
 
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    tokenized, counts = {}, {}
-    for name, split in splits.items():
-        tokenized[name], counts[name] = tokenize(name, split, tokenizer, config)
+    data = prepare(
+        config.dataset,
+        tokenizer,
+        Limits(config.max_prompt_tokens, config.max_completion_tokens),
+        functools.partial(check_rewards, objective),
+        config.logger.progress,
+    )
+    if data["train"].counts["kind"] == "chats" and "rejected" in objective.sides:
+        raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
 
     from prefopt.checkpoint import export
     from prefopt.data.layout import chosen_only
@@ -91,12 +96,13 @@ def train(cfg: DictConfig) -> None:
             f"{run.folder} was begun from other weights than model.path={config.model.path} holds now. Remove the "
             "folder to begin again, or bring the old weights back."
         )
-    run.start(initial_weights=digest, data=counts)
+    run.start(initial_weights=digest, data={name: split.counts for name, split in data.items()})
     reference = None if reward_model else copy.deepcopy(policy).requires_grad_(False)
     engine = Engine(policy, config.optimizer, config.precision)
-    layout = chosen_only if objective.sides == ("chosen",) else choose_layout(config.layout, policy, tokenized["train"])
-    heldout = tokenized.get("heldout", [])[: config.heldout_pairs]
-    prompts = [pair.prompt for pair in splits["heldout"].pairs] if oracle else []
+    only_chosen = objective.sides == ("chosen",)
+    layout = chosen_only if only_chosen else choose_layout(config.layout, policy, data["train"].pairs[:256])
+    heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
+    prompts = data["heldout"].prompts if oracle else []
     job = Job(
         config,
         run,
@@ -105,7 +111,7 @@ def train(cfg: DictConfig) -> None:
         engine,
         reference,
         tokenizer,
-        tokenized["train"],
+        data["train"].pairs,
         heldout,
         prompts,
         oracle,
@@ -122,50 +128,30 @@ def train(cfg: DictConfig) -> None:
     say(f"  finished; the policy is in {run.policy_folder}")
 
 
-def check_objective(objective: "Objective", splits: dict[str, "Split"]) -> None:
-    """Raise UserError for a need of the objective that the data cannot serve."""
-    for name, split in splits.items() if "rewards" in objective.needs else []:
-        lacking = sum(p.chosen_reward is None or p.rejected_reward is None for p in split.pairs)
-        if lacking:
+def check_rewards(objective: "Objective", split: str, rewards: dict[str, Any]) -> None:
+    """Raise UserError where the objective needs other prior rewards than the split has (`reward_summary`)."""
+    if "rewards" not in objective.needs:
+        return
+    if rewards["lacking"]:
+        raise UserError(
+            f"objective {objective.name} needs the prior rewards of both completions, and {rewards['lacking']} of "
+            f"{rewards['items']} {split} items have none. Give chosen_reward and rejected_reward in the rows (other "
+            "names: dataset.columns), or responses with rewards (dataset.format ScoredResponses)."
+        )
+    low, high = objective.reward_range or (-math.inf, math.inf)
+    for reward, item in (rewards["low"], rewards["high"]):
+        if not low <= reward <= high:
             raise UserError(
-                f"objective {objective.name} needs the prior rewards of both completions, and {lacking} of "
-                f"{len(split.pairs)} {name} pairs have none. Give chosen_reward and rejected_reward in the rows, or "
-                "responses with rewards (dataset.format ScoredResponses)."
+                f"objective {objective.name} needs rewards in [{low:g}, {high:g}]; {item} of the {split} split has "
+                f"{reward:g}. For scores with known ends set dataset.reward_scale=[lowest,highest]; the raw outputs r "
+                "of a reward model go through 1 / (1 + exp(-r))."
             )
-        low, high = objective.reward_range or (-math.inf, math.inf)
-        for pair in split.pairs:
-            for reward in (pair.chosen_reward, pair.rejected_reward):
-                if reward is not None and not low <= reward <= high:
-                    raise UserError(
-                        f"objective {objective.name} needs rewards in [{low:g}, {high:g}]; {pair.id} of the {name} "
-                        f"split has {reward:g}. Bring them there: a reward model's raw outputs r by 1 / (1 + exp(-r)), "
-                        "scores from 1 to 10 by (r - 1) / 9."
-                    )
 
 
 def describe(objective: "Objective") -> str:
     """Hyperparameters, and what follows from them."""
     derived = ", ".join(f"{name} = {value:g}" for name, value in objective.derived.items())
     return f"{objective!r}" + (f": {derived}" if derived else "")
-
-
-def tokenize(
-    name: str, split: "Split", tokenizer: "PreTrainedTokenizerBase", config: TrainConfig
-) -> tuple[list["TokenizedPair"], dict[str, Any]]:
-    """The split's tokenized pairs and the counts for the record. Raises UserError where no pair is left."""
-    from prefopt.data.tokenize import tokenize_pairs
-    from prefopt.progress import say
-
-    pairs, drops = tokenize_pairs(tokenizer, split.pairs, config.max_prompt_tokens, config.max_completion_tokens)
-    drops += split.drops
-    dropped = ", ".join(f"{reason} {n}" for reason, n in drops.items()) or "none"
-    say(f"  {name}: {len(pairs)} pairs; dropped: {dropped}")
-    if not pairs:
-        raise UserError(
-            f"no pair is left of the {name} split ({dropped}). Raise max_prompt_tokens={config.max_prompt_tokens}, "
-            "or look at the data."
-        )
-    return pairs, {"pairs": len(pairs), "dropped": dict(drops)}
 
 
 @program("train")

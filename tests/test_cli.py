@@ -74,20 +74,20 @@ def test_an_objective_that_needs_rewards_says_which_are_missing(tiny_folder, tmp
     high.write_text("".join(json.dumps(row | {"chosen_reward": 8.5}) + "\n" for row in rows))
     overrides = [
         "model=hub",
-        "model.path=no/such-model",
+        f"model.path={tiny_folder}/model",
         "dataset=jsonl",
         f"runs_dir={tmp_path}/runs",
         "objective=mappo",
     ]
     refused(
         run_program(*overrides, f"dataset.train={bare}", f"dataset.heldout={bare}"),
-        "mappo_dpo needs the prior rewards of both completions, and 12 of 12 train pairs have none",
+        "mappo_dpo needs the prior rewards of both completions, and 12 of 12 heldout items have none",
         "chosen_reward and rejected_reward",
     )
     refused(
         run_program(*overrides, f"dataset.train={high}", f"dataset.heldout={high}"),
         "needs rewards in [0, 1]",
-        "of the train split has 8.5",
+        "of the heldout split has 8.5",
         "1 / (1 + exp(-r))",
     )
 
@@ -97,9 +97,9 @@ def test_an_objective_that_needs_rewards_says_which_are_missing(tiny_folder, tmp
     [
         ("", [], ["is empty"]),
         ('{"prompt": "Hi", "chosen": "x", "rejected": "y"}\n{"prompt": "Hi"}', [], ["bad.jsonl, row 2 has no field"]),
-        ('{"prompt": "Hi", "chosen": "x", "rejected": "x"}', [], ["no pair is left", "identical: 1"]),
-        ('{"prompt": "Hi", "chosen": " ", "rejected": "x"}', [], ["no pair is left", "empty_completion 1"]),
-        ('{"prompt": "Hi", "chosen": "y", "rejected": "x"}', ["max_prompt_tokens=3"], ["prompt_too_long 1"]),
+        ('{"prompt": "Hi", "chosen": "x", "rejected": "x"}', [], ["nothing is left", "identical: 1"]),
+        ('{"prompt": "Hi", "chosen": " ", "rejected": "x"}', [], ["nothing is left", "empty_completion: 1"]),
+        ('{"prompt": "Hi", "chosen": "y", "rejected": "x"}', ["max_prompt_tokens=3"], ["prompt_too_long 6"]),
     ],
 )  # fmt: skip
 def test_bad_data_files(rows, changes, messages, tiny_folder, tmp_path):
@@ -123,7 +123,7 @@ def test_sample_writes_what_the_data_format_reads(tiny_folder, tmp_path):
     more = ["samples_per_prompt=4", "sampling.max_new_tokens=6"]
     process = run_program(*arguments, *more, program="sample")
     assert process.returncode == 0, process.stderr
-    from prefopt.data.formats import read_rows
+    from prefopt.data.sources import read_rows
 
     rows = [row for _, row in read_rows(str(output))]
     assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]

@@ -9,10 +9,11 @@ import torch
 
 from prefopt import UserError
 from prefopt.config import LoggerConfig, ModelConfig, OptimizerConfig
-from prefopt.data.formats import Pairs, read_rows
+from prefopt.data.formats import Chat, Pairs
 from prefopt.data.layout import LAYOUTS, chosen_only
 from prefopt.data.sampler import step_indices
-from prefopt.data.tokenize import tokenize_pairs
+from prefopt.data.sources import read_rows
+from prefopt.data.tokenize import encode, tokenize
 from prefopt.engine import Engine
 from prefopt.loop import Job, accumulate_gradients, check_step0, evaluate, evaluate_pairs, train_step
 from prefopt.metrics import Means, mean_and_error
@@ -40,7 +41,7 @@ def job(objective, tmp_path, **changes) -> Job:
     )
     tokenizer = tiny_tokenizer()
     rows = [Pairs()(row) for _, row in read_rows(str(write_pairs(tmp_path / "pairs.jsonl", 16)))]
-    pairs, drops = tokenize_pairs(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
+    pairs, drops, _ = tokenize(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
     assert not drops
     reward_model, layout = objective.trains == "reward_model", LAYOUTS["padded"]
     if reward_model:
@@ -136,6 +137,32 @@ def test_sft_is_the_mean_over_tokens(tmp_path):
     assert metrics["loss"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-6)
     assert "accuracy" not in metrics
     assert "rejected_logps" not in metrics
+
+
+def test_sft_on_chats_counts_every_assistant_turn_and_nothing_else(tmp_path):
+    j = job(SFT(), tmp_path, micro_batch_size=2, batch_size=3)
+    turns = ["Hello", "Hi.", "A river?", "Long and loud.", "Soup?", "Good."]
+    chats = [
+        Chat(str(n), [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns[:n])])
+        for n in (2, 4, 6)
+    ]
+    j.train_pairs, drops, _ = tokenize(j.tokenizer, chats, 100, 100)
+    assert not drops
+    expected = []
+    for chat in chats:
+        ids, counted = [], []  # turn by turn, as the template writes them
+        for message in chat.messages:
+            opening = encode(j.tokenizer, [f"<|im_start|>{message['role']}\n"])[0]
+            said = encode(j.tokenizer, [message["content"] + "<|im_end|>"])[0]
+            after = encode(j.tokenizer, ["\n"])[0]
+            ids += opening + said + after
+            counted += [False] * len(opening) + [message["role"] == "assistant"] * len(said) + [False] * len(after)
+        logits = j.engine.policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected += [logits[i - 1, ids[i]].item() for i in range(len(ids)) if counted[i]]
+    assert sum(p.learnt for p in j.train_pairs) == len(expected)
+    metrics = train_step(j, 0)
+    assert metrics["loss"] == pytest.approx(-sum(expected) / len(expected), rel=1e-5)
+    assert metrics["chosen_length"] == pytest.approx(len(expected) / 3)
 
 
 def test_diagnostics_are_logged_under_the_objectives_name(tmp_path):

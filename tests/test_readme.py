@@ -11,7 +11,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
-from prefopt.config import ReportConfig, SampleConfig, TrainConfig, build, check, parse, register
+from prefopt.config import (
+    DataReportConfig,
+    PrefetchConfig,
+    ReportConfig,
+    SampleConfig,
+    TrainConfig,
+    build,
+    check,
+    parse,
+    register,
+)
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.optim import Schedule
@@ -20,7 +30,13 @@ from tests.tiny import ROOT, run_program
 
 README = (ROOT / "README.md").read_text()
 YAMLS = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")])
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "report": ReportConfig}
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "report": ReportConfig,
+    "prefetch": PrefetchConfig,
+    "data_report": DataReportConfig,
+}
 
 
 def commands() -> list[str]:
@@ -56,7 +72,7 @@ def test_commands_compose(command):
 
 def test_there_are_commands_to_test():
     assert len(commands()) >= 15
-    assert {c.split()[0] for c in commands()} == {"prefopt.train", "prefopt.sample", "prefopt.report"}
+    assert {c.split()[0] for c in commands()} == {f"prefopt.{name}" for name in SCHEMAS}
 
 
 def test_an_objective_is_one_file_and_one_yaml(tiny_folder, overrides, tmp_path):

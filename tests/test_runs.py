@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from prefopt.data.formats import Pairs, read_rows
+from prefopt.data.formats import Pairs
 from prefopt.data.layout import padded_pairs, prefix_shared
-from prefopt.data.tokenize import tokenize_pairs
+from prefopt.data.sources import read_rows
+from prefopt.data.tokenize import tokenize
 from prefopt.logps import completion_rewards
 from tests.test_loop import TIMING
 from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
@@ -33,7 +34,13 @@ def test_a_grid_trains_evaluates_and_leaves_records(grid):
         assert record["status"] == "finished"
         assert [e["step"] for e in record["evaluations"]] == [0, 2, 4]
         assert record["name"].startswith(f"{record['objective']}-model-train.jsonl-")
-        assert record["data"]["train"] == {"pairs": 12, "dropped": {}}
+        assert record["data"]["train"] == {
+            "items": 12,
+            "kind": "pairs",
+            "sources": {"train.jsonl": 12},
+            "dropped": {},
+            "kept": {},
+        }
         assert record["initial_weights"] != record["final_weights"]
         assert len(record["data_digests"]["train"]) == 64
         assert record["versions"]["torch"] == torch.__version__
@@ -114,7 +121,7 @@ def test_a_reward_model_trains_and_its_export_gives_the_same_scores(overrides, t
     assert model.config.pad_token_id is None  # pad is eos here: by it transformers would read the wrong token
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
     rows = [Pairs()(row) for _, row in read_rows(str(tiny_folder / "heldout.jsonl"))]
-    pairs, _ = tokenize_pairs(tokenizer, rows, 1800, 512)  # type: ignore[arg-type]
+    pairs, *_ = tokenize(tokenizer, rows, 1800, 512)  # type: ignore[arg-type]
     for layout in (padded_pairs, prefix_shared):
         ours = completion_rewards(model, layout(pairs))
         theirs = [model(torch.tensor([p.prompt + c])).logits.item() for side in ("chosen", "rejected") for p in pairs

@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, resolve_hardware
-from prefopt.data.formats import as_messages, load_split, read_rows
+from prefopt.data.dataset import load_split
+from prefopt.data.formats import as_messages
 from prefopt.data.layout import padded, padded_pairs
-from prefopt.data.tokenize import tokenize_pairs
+from prefopt.data.sources import read_rows
+from prefopt.data.tokenize import tokenize
 from prefopt.generate import sample
 from prefopt.logps import completion_logps
 from prefopt.models.load import checkpoint_path, load_model, load_tokenizer, weights_digest
@@ -47,7 +49,7 @@ def test_the_converted_checkpoint_is_what_transformers_reads_from_the_gguf(smoll
 def test_log_probs_are_those_of_the_models_own_logits(smollm2):
     model, tokenizer = smollm2
     split = load_split(dataset("sentiment_offline"), "heldout")
-    pairs, _ = tokenize_pairs(tokenizer, split.pairs[:2], 1800, 512)
+    pairs, *_ = tokenize(tokenizer, split.pairs[:2], 1800, 512)
     with torch.no_grad():
         sums = completion_logps(model, padded_pairs(pairs)).sums
         for row, (prompt, completion) in enumerate(
@@ -78,7 +80,7 @@ def test_bfloat16_is_close_to_float32_where_the_hardware_has_it(smollm2):
         pytest.skip("this processor emulates bfloat16, many times slower than float32")
     model, tokenizer = smollm2
     split = load_split(dataset("sentiment_offline"), "heldout")
-    pairs, _ = tokenize_pairs(tokenizer, split.pairs[:8], 1800, 512)
+    pairs, *_ = tokenize(tokenizer, split.pairs[:8], 1800, 512)
     batch = padded([(p.prompt, p.chosen) for p in pairs])
     with torch.no_grad():
         exact = completion_logps(model, batch).sums

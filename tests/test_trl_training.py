@@ -10,8 +10,9 @@ import pytest
 from torch.optim.lr_scheduler import LambdaLR
 
 from prefopt.config import OptimizerConfig
-from prefopt.data.formats import Pairs, read_rows
+from prefopt.data.formats import Pairs
 from prefopt.data.sampler import step_indices
+from prefopt.data.sources import read_rows
 from prefopt.loop import Job, train_step
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.ipo import IPO

@@ -1,17 +1,14 @@
-"""Rows as people keep them -> `Pair`. A format is a frozen dataclass called on one row; a YAML names it."""
+"""Rows as people keep them -> `Pair` or `Chat`. A format is a frozen dataclass called on one row; a YAML names it."""
 
-import gzip
 import hashlib
 import json
+import math
+import random
+import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from prefopt import UserError
-from prefopt.config import DatasetConfig, build
-from prefopt.paths import resolve_path
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
@@ -28,88 +25,219 @@ class Pair:
     rejected_finished: bool = True
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation to be learnt: every assistant turn counts."""
+
+    id: str
+    messages: list[Message]
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a row gives no pair; counted under `reason`."""
+    """Why a row gives nothing; counted under `reason`, a field of `prefopt.config.PoliciesConfig`."""
 
     reason: str
+    detail: str = ""
+
+
+Item = Pair | Chat
 
 
 class Format(ABC):
     @abstractmethod
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Item | Drop | Sequence[Item]:
         """Raise KeyError for a missing field and ValueError for a field of the wrong kind."""
 
 
 @dataclass(frozen=True)
 class Pairs(Format):
-    """{prompt, chosen, rejected} and optionally id, chosen_reward, rejected_reward. A prompt is text or messages."""
+    """{prompt, chosen, rejected} and optionally id, system, chosen_reward, rejected_reward.
+
+    `prompt` is text or messages that end with the user's turn; `chosen` and `rejected` are text, or a list of one
+    assistant message. `system` is text that opens the conversation.
+    """
 
     def __call__(self, row: dict[str, Any]) -> Pair | Drop:
-        prompt, chosen, rejected = as_messages(row["prompt"]), text(row, "chosen"), text(row, "rejected")
-        if chosen == rejected:
-            return Drop("identical")
-        return Pair(
-            id=str(row["id"]) if "id" in row else content_id(prompt),
-            prompt=prompt,
-            chosen=chosen,
-            rejected=rejected,
-            chosen_reward=number(row, "chosen_reward") if "chosen_reward" in row else None,
-            rejected_reward=number(row, "rejected_reward") if "rejected_reward" in row else None,
-        )
+        prompt = as_messages(row["prompt"])
+        if row.get("system"):
+            prompt = [{"role": "system", "content": text(row, "system")}, *prompt]
+        return role_problem(prompt) or _pair(row, prompt, completion(row, "chosen"), completion(row, "rejected"))
+
+
+@dataclass(frozen=True)
+class ImplicitPrompt(Format):
+    """{chosen, rejected}: two conversations (or texts) with a common beginning, which is the prompt.
+
+    Conversations are lists of messages that part in their last one, the assistant's (ultrafeedback_binarized,
+    orca_dpo_pairs; a `prompt` field beside them is not read). Texts part behind their longest common beginning that
+    ends at a blank, which becomes the user's turn. Sides that part before the last turn are dropped
+    (`sides_part_early`).
+    """
+
+    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+        chosen, rejected = row["chosen"], row["rejected"]
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            start = common_prefix(chosen, rejected)
+            start = max((m.end() for m in re.finditer(r"\s+", chosen[:start])), default=0)
+            if not chosen[:start].strip():
+                raise ValueError("chosen and rejected have no common beginning that could be the prompt")
+            prompt = [{"role": "user", "content": chosen[:start].strip()}]
+            return _pair(row, prompt, chosen[start:], rejected[start:])
+        return _part(row, messages(chosen, "chosen"), messages(rejected, "rejected"))
+
+
+@dataclass(frozen=True)
+class Transcripts(Format):
+    """{chosen, rejected}: texts "\\n\\nHuman: ... \\n\\nAssistant: ..." with a common beginning (Anthropic hh-rlhf)."""
+
+    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+        return _part(row, transcript(text(row, "chosen")), transcript(text(row, "rejected")))
 
 
 @dataclass(frozen=True)
 class ScoredResponses(Format):
-    """{prompt, responses: [text], rewards: [number], finished: [bool]}: one pair per prompt, best against worst.
+    """{prompt, responses: [text], rewards: [number], finished: [bool]}: pairs chosen among n scored responses.
 
-    `finished` (optional) says which responses ended by themselves. Of equal rewards the first is taken; a row whose
-    rewards are all equal is a tie.
+    `pairing`:
+    * `best_worst`: one pair, the highest reward against the lowest;
+    * `best_random`: the highest against another one, drawn by the row's content, so the same in every run;
+    * `all`: every two responses whose rewards are at least `min_gap` apart.
+
+    `min_gap` is also the least gap of the first two. `finished` (optional) says which responses ended by themselves.
+    Of equal rewards the first is taken; a row without two different rewards (at least `min_gap` apart) is dropped
+    (`no_preference`).
     """
 
     pairing: str = "best_worst"
+    min_gap: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.pairing != "best_worst":
-            raise ValueError(f"pairing must be best_worst, got {self.pairing!r}")
+        if self.pairing not in ("best_worst", "best_random", "all"):
+            raise ValueError(f"pairing must be best_worst, best_random or all, got {self.pairing!r}")
+        if self.min_gap < 0:
+            raise ValueError(f"min_gap must not be negative, got {self.min_gap}")
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Pair | Drop | list[Item]:
         prompt, responses, rewards = as_messages(row["prompt"]), row["responses"], row["rewards"]
         finished = row.get("finished", [True] * len(responses))
         if not responses or not len(responses) == len(rewards) == len(finished):
             raise ValueError("responses, rewards and finished must be lists of one length of at least 1")
+        name = str(row["id"]) if "id" in row else content_id(prompt)
+
+        def pair(w: int, l: int, name: str) -> Pair:
+            return Pair(
+                id=name,
+                prompt=prompt,
+                chosen=responses[w],
+                rejected=responses[l],
+                chosen_finished=finished[w],
+                rejected_finished=finished[l],
+                chosen_reward=rewards[w],
+                rejected_reward=rewards[l],
+            )
+
+        def apart(w: int, l: int) -> bool:
+            return rewards[w] > rewards[l] and rewards[w] - rewards[l] >= self.min_gap
+
+        rewards = [finite(reward, "each of 'rewards'") for reward in rewards]
         order = sorted(range(len(rewards)), key=lambda i: rewards[i])
-        worst, best = order[0], rewards.index(rewards[order[-1]])
-        if rewards[best] == rewards[worst]:
-            return Drop("tied_rewards")
-        return Pair(
-            id=str(row["id"]) if "id" in row else content_id(prompt),
-            prompt=prompt,
-            chosen=responses[best],
-            rejected=responses[worst],
-            chosen_finished=finished[best],
-            rejected_finished=finished[worst],
-            chosen_reward=float(rewards[best]),
-            rejected_reward=float(rewards[worst]),
-        )
+        best, worst = rewards.index(rewards[order[-1]]), order[0]
+        if problem := role_problem(prompt):
+            return problem
+        if self.pairing == "all":
+            indices = [(w, l) for w in range(len(rewards)) for l in range(len(rewards)) if apart(w, l)]
+            return [pair(w, l, f"{name}/{w}-{l}") for w, l in indices] or Drop("no_preference")
+        if self.pairing == "best_random":
+            others = [i for i in range(len(rewards)) if apart(best, i)]
+            worst = random.Random(content_id(prompt)).choice(others) if others else best
+        return pair(best, worst, name) if apart(best, worst) else Drop("no_preference")
+
+
+@dataclass(frozen=True)
+class Chats(Format):
+    """{messages: [{role, content}]}: conversations for supervised fine-tuning (smol-smoltalk, UltraChat)."""
+
+    def __call__(self, row: dict[str, Any]) -> Chat | Drop:
+        chat = messages(row["messages"], "messages")
+        if problem := role_problem(chat[:-1], last=chat[-1]["role"]):
+            return problem
+        return Chat(str(row["id"]) if "id" in row else content_id(chat), chat)
+
+
+def _pair(row: dict[str, Any], prompt: list[Message], chosen: str, rejected: str) -> Pair:
+    return Pair(
+        id=str(row["id"]) if "id" in row else content_id(prompt, chosen, rejected),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_reward=number(row, "chosen_reward") if row.get("chosen_reward") is not None else None,
+        rejected_reward=number(row, "rejected_reward") if row.get("rejected_reward") is not None else None,
+    )
+
+
+def _part(row: dict[str, Any], chosen: list[Message], rejected: list[Message]) -> Pair | Drop:
+    """Two whole conversations that must differ in nothing but their last message, the assistant's."""
+    for side in (chosen, rejected):
+        if problem := role_problem(side[:-1], last=side[-1]["role"]):
+            return problem
+    if chosen[:-1] != rejected[:-1]:
+        return Drop("sides_part_early", f"they share {common_prefix(chosen, rejected)} turns")
+    return _pair(row, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def role_problem(prompt: list[Message], last: str = "assistant") -> Drop | None:
+    """A Drop unless an optional system message is followed by user and assistant in turn, the user's turn last, and
+    `last` is the assistant."""
+    roles = [m["role"] for m in prompt]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or len(turns) % 2 == 0 or last != "assistant":
+        return Drop("wrong_roles", f"the turns are {', '.join([*roles, last])}")
+    return None
+
+
+def transcript(conversation: str) -> list[Message]:
+    """hh-rlhf's text as messages. Raises ValueError where it does not begin with a speaker."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", conversation)
+    if parts[0].strip() or len(parts) < 3:
+        raise ValueError("a transcript must begin with '\\n\\nHuman: '")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def as_messages(prompt: Any) -> list[Message]:
-    """A prompt as chat messages that end with the user's turn. Raises ValueError where it is neither text nor that."""
+    """A prompt as chat messages. Raises ValueError where it is neither text nor messages, or empty."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError("field 'prompt' must be text or a list of messages")
-    for message in prompt:
-        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
-            raise ValueError("each message of 'prompt' must have the text fields 'role' and 'content'")
-    if prompt[-1]["role"] != "user":
-        raise ValueError(f"'prompt' must end with the user's turn, ends with role {prompt[-1]['role']!r}")
-    if not prompt[-1]["content"].strip():
+    found = messages(prompt, "prompt")
+    if not found[-1]["content"].strip():
         raise ValueError("'prompt' is empty")
-    return prompt
+    return found
+
+
+def messages(value: Any, key: str) -> list[Message]:
+    """Raises ValueError unless `value` is a list of {"role": text, "content": text}; other fields are left out."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {key!r} must be text or a list of messages")
+    for message in value:
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            raise ValueError(f"each message of {key!r} must have the text fields 'role' and 'content'")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def completion(row: dict[str, Any], key: str) -> str:
+    """Text, or the content of a list of one assistant message."""
+    if isinstance(row[key], list):
+        found = messages(row[key], key)
+        if len(found) != 1 or found[0]["role"] != "assistant":
+            raise ValueError(f"field {key!r} must be text or a single assistant message; for whole conversations use "
+                             "dataset.format._target_=prefopt.data.formats.ImplicitPrompt")  # fmt: skip
+        return found[0]["content"]
+    return text(row, key)
 
 
 def text(row: dict[str, Any], key: str) -> str:
@@ -119,80 +247,21 @@ def text(row: dict[str, Any], key: str) -> str:
 
 
 def number(row: dict[str, Any], key: str) -> float:
-    if isinstance(row[key], bool) or not isinstance(row[key], int | float) or row[key] != row[key]:
-        raise ValueError(f"field {key!r} must be a number, is {row[key]!r}")
-    return float(row[key])
+    return finite(row[key], f"field {key!r}")
 
 
-def content_id(prompt: list[Message]) -> str:
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:12]
+def finite(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, is {value!r}")
+    return float(value)
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:row", object) for each line of a JSONL file (gzip where the name ends in .gz).
-
-    Raises UserError, naming file and row, for a file that is missing or empty and for a line that is not an object.
-    """
-    file = resolve_path(path)
-    if not file.is_file():
-        raise UserError(f"data file {path} does not exist. Give the path of a JSONL file.")
-    found = False
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        try:
-            for n, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, row {n}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where} is not JSON: {error}. Each line must be one JSON object.") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{where} must be a JSON object, is a {type(row).__name__}.")
-                found = True
-                yield where, row
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"data file {path} cannot be read: {error}. It must be UTF-8 JSONL.") from None
-    if not found:
-        raise UserError(f"data file {path} is empty. It must hold one JSON object a line.")
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """The number of equal items at the beginning of both."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@dataclass(frozen=True)
-class Split:
-    """The pairs of one split in file order, what was dropped and why, and the SHA-256 of the file they came from."""
-
-    pairs: list[Pair]
-    digest: str
-    drops: Counter[str] = field(default_factory=Counter)
-
-
-def load_split(dataset: DatasetConfig, split: str) -> Split:
-    """Read split "train" or "heldout". Rows that carry a `split` field are used only in the split of that name.
-
-    Raises UserError for unreadable files, for bad rows (file and row number), and where no pair is left.
-    """
-    path = dataset.train if split == "train" else dataset.heldout
-    assert path is not None
-    make = build(dataset.format, Format, "dataset.format")
-    pairs, drops = [], Counter[str]()
-    for where, row in read_rows(path):
-        if row.get("split", split) != split:
-            continue
-        try:
-            result = make(row)
-        except KeyError as error:
-            fields = ", ".join(row) or "none"
-            raise UserError(
-                f"{where} has no field {error} (its fields: {fields}). "
-                f"{type(make).__name__} rows are: {(type(make).__doc__ or '').splitlines()[0]}"
-            ) from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: {error}.") from None
-        if isinstance(result, Drop):
-            drops[result.reason] += 1
-        else:
-            pairs.append(result)
-    if not pairs:
-        counts = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or f"no row has split {split!r}"
-        raise UserError(f"no pair is left of {path} for the {split} split ({counts}).")
-    return Split(pairs, hashlib.sha256(resolve_path(path).read_bytes()).hexdigest(), drops)
+def content_id(*parts: Any) -> str:
+    """Twelve hexadecimal digits of the content's SHA-256. One part is hashed as itself."""
+    value = parts[0] if len(parts) == 1 else parts
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -7,7 +7,7 @@ token is predicted from.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,19 @@ def padded(sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
 
 
 def chosen_only(pairs: Sequence[TokenizedPair]) -> Batch:
-    """B rows and completions: the chosen sides, for objectives that read no other."""
-    return padded([(p.prompt, p.chosen) for p in pairs])
+    """B rows and completions: the chosen sides, for objectives that read no other. Of a chat, the tokens that the
+    assistant wrote, in all its turns, are one completion."""
+    batch = padded([(p.prompt, p.chosen) for p in pairs])
+    counts = [p.chosen_mask or [True] * len(p.chosen) for p in pairs]
+    mask = torch.tensor([counted for mask in counts for counted in mask])
+    return replace(
+        batch,
+        sources=batch.sources[mask],
+        labels=batch.labels[mask],
+        completions=batch.completions[mask],
+        offsets=torch.tensor([i for p in pairs for i in range(p.learnt)]),
+        lengths=torch.tensor([float(p.learnt) for p in pairs]),
+    )
 
 
 def padded_pairs(pairs: Sequence[TokenizedPair]) -> Batch:

@@ -1,4 +1,4 @@
-"""The one place where conversations become token ids: for training, sampling and evaluation alike.
+"""The one place where conversations become token ids: for training, reward models, sampling and evaluation alike.
 
 A chat template writes every special token itself, so templated text never gets a second BOS. Where prompt and
 completion part is found on tokens, not on characters: merges across the boundary belong to the completion.
@@ -6,17 +6,24 @@ completion part is found on tokens, not on characters: merges across the boundar
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt import UserError
-from prefopt.data.formats import Message, Pair
+from prefopt.config import PoliciesConfig
+from prefopt.data.formats import Chat, Item, Message, Pair, common_prefix
+from prefopt.progress import say
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of one pair; both completions follow the same prompt ids. Completions hold at least one token."""
+    """Token ids of one pair; both completions follow the same prompt ids. Completions hold at least one token.
+
+    Of a chat, `chosen` is all that follows its first prompt, `rejected` is empty, and `chosen_mask` says which tokens
+    of `chosen` the assistant wrote.
+    """
 
     id: str
     prompt: list[int]
@@ -24,11 +31,31 @@ class TokenizedPair:
     rejected: list[int]
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    chosen_mask: list[bool] | None = None
+    source: str = ""
+
+    @property
+    def learnt(self) -> int:
+        """The number of chosen tokens that count."""
+        return len(self.chosen) if self.chosen_mask is None else sum(self.chosen_mask)
+
+
+class Tokenized(NamedTuple):
+    """What can be trained on; how many items cannot, by reason; and how many of what is there was changed:
+    `cut_prompts`, `cut_completions` (each side counts), and `shrunk_prompts`, whose template writes a generation prompt
+    that a finished turn does not begin with."""
+
+    pairs: list[TokenizedPair]
+    dropped: Counter[str]
+    noted: Counter[str]
+
+
+DEFAULTS = PoliciesConfig()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
     """Ids of the conversation up to and including what opens the assistant's turn."""
-    return _render(tokenizer, prompt, add_generation_prompt=True)
+    return encode(tokenizer, [render(tokenizer, prompt, True)])[0]
 
 
 def encode_completion(
@@ -38,52 +65,101 @@ def encode_completion(
 
     What a template writes after the terminator is dropped. Raises UserError if it writes no terminator at all.
     """
-    ids = _render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False)
-    start = _common_prefix(ids, encode_prompt(tokenizer, prompt))
-    try:
-        end = ids.index(tokenizer.eos_token_id, start)
-    except ValueError:
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with the eos token "
-            f"{tokenizer.eos_token!r}, so the policy could not learn to stop. Set the tokenizer's eos_token to the "
-            "token that its template writes there."
-        ) from None
-    return ids[: end + 1] if finished else ids[:end]
+    opened, whole = encode(tokenizer, _rendered(tokenizer, prompt, completion))
+    return _to_the_end(tokenizer, whole, common_prefix(whole, opened), finished)
 
 
-def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_prompt_tokens: int, max_completion_tokens: int
-) -> tuple[list[TokenizedPair], Counter[str]]:
-    """Tokenize; return the pairs that can be trained on and the count of those that cannot, by reason.
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    policies: PoliciesConfig = DEFAULTS,
+) -> Tokenized:
+    """Tokenize what can be trained on, and count what cannot.
 
-    The shared prompt is the longest common token prefix of the rendered prompt and both conversations. A completion
-    over its budget loses its end (and so its terminator); a prompt over its budget drops the pair, as do empty
-    completions and completions that are identical after the cut.
+    A pair's shared prompt is the longest common token prefix of the rendered prompt and both conversations. A
+    completion over its budget loses its end (and so its terminator), each side by its own. A prompt over its budget
+    drops the pair, or with policy `cut` loses its beginning (a BOS stays). Completions that are empty, or identical
+    after the cut, drop it. Of a chat, what goes beyond `max_prompt_tokens` + `max_completion_tokens` is lost.
     """
-    kept, drops = [], Counter[str]()
-    for pair in pairs:
-        prompt = encode_prompt(tokenizer, pair.prompt)
-        chosen = encode_completion(tokenizer, pair.prompt, pair.chosen, pair.chosen_finished)
-        rejected = encode_completion(tokenizer, pair.prompt, pair.rejected, pair.rejected_finished)
-        start = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
-        shared, chosen, rejected = (
-            prompt[:start],
-            chosen[start : start + max_completion_tokens],
-            rejected[start : start + max_completion_tokens],
-        )
-        if not pair.chosen.strip() or not pair.rejected.strip() or not chosen or not rejected:
-            drops["empty_completion"] += 1
-        elif len(shared) > max_prompt_tokens:
-            drops["prompt_too_long"] += 1
-        elif chosen == rejected:
-            drops["identical_after_truncation"] += 1
+    policy = asdict(policies)
+    kept: list[TokenizedPair] = []
+    dropped, noted = Counter[str](), Counter[str]()
+    pairs = [item for item in items if isinstance(item, Pair)]
+    texts = [text for p in pairs for text in _rendered(tokenizer, p.prompt, p.chosen, p.rejected)]
+    ids = iter(encode(tokenizer, texts))
+    for item in items:
+        made: TokenizedPair | str
+        changes = Counter[str]()
+        if isinstance(item, Pair):
+            prompt, chosen, rejected = next(ids), next(ids), next(ids)
+            chosen = _to_the_end(tokenizer, chosen, common_prefix(chosen, prompt), item.chosen_finished)
+            rejected = _to_the_end(tokenizer, rejected, common_prefix(rejected, prompt), item.rejected_finished)
+            start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+            shared = prompt[:start]
+            changes["shrunk_prompts"] += start < len(prompt)
+            changes["cut_completions"] += sum(len(side) - start > max_completion_tokens for side in (chosen, rejected))
+            if len(shared) > max_prompt_tokens and policy["prompt_too_long"] == "cut":
+                changes["cut_prompts"] += 1
+                bos = shared[:1] if shared[0] == tokenizer.bos_token_id else []
+                shared = bos + shared[len(shared) - max_prompt_tokens + len(bos) :]
+            made = _pair(
+                item,
+                shared,
+                chosen[start : start + max_completion_tokens],
+                rejected[start : start + max_completion_tokens],
+                max_prompt_tokens,
+            )
         else:
-            kept.append(TokenizedPair(pair.id, shared, chosen, rejected, pair.chosen_reward, pair.rejected_reward))
-    return kept, drops
+            made = _chat(tokenizer, item, max_prompt_tokens, max_completion_tokens, changes)
+        if isinstance(made, TokenizedPair):
+            kept.append(made)
+            noted += changes
+        elif policy[made] == "fail":
+            raise UserError(f"{item.source} {item.id}: {made.replace('_', ' ')}; dataset.policies.{made} is fail.")
+        else:
+            dropped[made] += 1
+    return Tokenized(kept, dropped, noted)
+
+
+def _pair(item: Pair, prompt: list[int], chosen: list[int], rejected: list[int], limit: int) -> TokenizedPair | str:
+    if not chosen or not rejected:
+        return "empty_completion"
+    if len(prompt) > limit:
+        return "prompt_too_long"
+    if chosen == rejected and item.chosen != item.rejected:
+        return "identical_after_truncation"
+    return TokenizedPair(
+        item.id, prompt, chosen, rejected, item.chosen_reward, item.rejected_reward, source=item.source
+    )
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, item: Chat, prompt_limit: int, limit: int, changes: Counter[str]
+) -> TokenizedPair | str:
+    """Each assistant turn from where it parts from its generation prompt to its terminator."""
+    whole = encode(tokenizer, [render(tokenizer, item.messages, False)])[0]
+    mask = [False] * len(whole)
+    first = end = 0
+    for i, message in enumerate(item.messages):
+        if message["role"] == "assistant":
+            opened, _ = _rendered(tokenizer, item.messages[:i], message["content"])
+            start = common_prefix(whole, encode(tokenizer, [opened])[0])
+            end = len(_to_the_end(tokenizer, whole, start, True))
+            mask[start:end] = [True] * (end - start)
+            first = first or start
+    if first > prompt_limit:
+        return "prompt_too_long"
+    changes["cut_completions"] += end > prompt_limit + limit
+    end = min(end, prompt_limit + limit)
+    made = TokenizedPair(item.id, whole[:first], whole[first:end], [], chosen_mask=mask[first:end], source=item.source)
+    return made if made.learnt else "empty_completion"
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a tokenizer without chat template or eos token."""
+    """Raise UserError for a tokenizer without chat template or eos token, or whose template opens with two BOS. Says so
+    where a finished turn begins otherwise than the generation prompt."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template. Use an instruction-tuned model, or save "
@@ -91,17 +167,58 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos token, so no completion could end.")
+    prompt = [{"role": "user", "content": "Hello"}]
+    opened, closed = _rendered(tokenizer, prompt, "Hi")
+    if encode(tokenizer, [closed])[0][:2] == [tokenizer.bos_token_id] * 2:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} opens with two BOS tokens: {closed[:60]!r}.")
+    if not closed.startswith(opened) or not closed[len(opened) :].lstrip().startswith("Hi"):
+        at = common_prefix(opened, closed)
+        say(
+            f"  chat template of {tokenizer.name_or_path}: a finished turn begins otherwise than the generation "
+            f"prompt: after {opened[max(0, at - 20) : at]!r} comes {closed[at : at + 40]!r}, not "
+            f"{opened[at : at + 40]!r}. The difference counts as part of the completion."
+        )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-    # return_dict is explicit because its default has changed between versions; a dict here would have a len() of 2.
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
-    assert isinstance(ids, list)
-    assert all(isinstance(i, int) for i in ids)
-    return ids  # type: ignore[return-value]  # just asserted
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *completions: str) -> list[str]:
+    """The prompt with what opens the assistant's turn; then the conversation with each completion.
+
+    Raises UserError where the template writes the prompt otherwise in one of them: what differs would count as the
+    assistant's words.
+    """
+    alone = render(tokenizer, prompt, False)
+    answers = [[*prompt, {"role": "assistant", "content": c}] for c in completions]
+    texts = [render(tokenizer, prompt, True), *(render(tokenizer, answer, False) for answer in answers)]
+    for text in texts:
+        if not text.startswith(alone):
+            at = common_prefix(alone, text)
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} writes this prompt otherwise once it is answered: "
+                f"after {alone[max(0, at - 40) : at]!r} comes {text[at : at + 40]!r}, not "
+                f"{alone[at : at + 40]!r}. Use a template that does not (leave out system messages if it moves them)."
+            )
+    return texts
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
+    """The conversation as the template writes it."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    assert isinstance(text, str)
+    return text
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of templated texts: nothing is added to them. Many at once, because the tokenizer uses all cores for them."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _to_the_end(tokenizer: PreTrainedTokenizerBase, whole: list[int], start: int, finished: bool) -> list[int]:
+    try:
+        end = whole.index(tokenizer.eos_token_id, start)
+    except ValueError:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with the eos token "
+            f"{tokenizer.eos_token!r}, so the policy could not learn to stop. Set the tokenizer's eos_token to the "
+            "token that its template writes there."
+        ) from None
+    return whole[: end + 1] if finished else whole[:end]

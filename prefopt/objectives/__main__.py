@@ -73,11 +73,10 @@ def main() -> None:
     if parser.parse_args().markdown:
         print(markdown())
         return
-    table = Table(show_lines=True)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold", no_wrap=column in ("objective", "scope"))
-    for row in rows():
-        table.add_row(*row)
+    # Three columns, so that it can be read in a terminal of 80 characters.
+    table = Table("objective", "loss per pair, hyperparameters", "needs; scope; paper", show_lines=True)
+    for name, equation, needs, scope, defaults, paper in rows():
+        table.add_row(name, f"{equation}\n{defaults}", f"{needs}; {scope}\n{paper}")
     console = Console()
     console.print(table, markup=False)
     console.print(NOTATION, highlight=False)

@@ -1,4 +1,4 @@
-"""Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, Eq. 5)."""
+"""Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417; 2507.21183, Eq. 15)."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ class CPO(Pairwise):
     """
 
     equation = "−log σ(β(lp_w − lp_l)) − λ lp_w, λ = nll_weight"
-    paper = "2401.08417, Eq. 5"
+    paper = "2401.08417; 2507.21183, Eq. 15"
 
     beta: float
     nll_weight: float = field(default=0.2, kw_only=True)

@@ -1,4 +1,4 @@
-"""Generalized preference optimization: convex losses of DPO's margin (Tang et al. 2024, arXiv 2402.05749, Table 1)."""
+"""Generalized preference optimization: convex losses of DPO's margin (Tang et al. 2024, arXiv 2402.05749)."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class GPO(Pairwise):
     """
 
     equation = "f(β(u_w − u_l)), f(z): log(1+e^−z) | max(0, 1−z) | (z−1)² | e^−z | max(0, 1−z)² | (1+e^z)^−2"
-    paper = "2402.05749, Table 1"
+    paper = "2402.05749"
     needs = frozenset({"reference"})
 
     beta: float

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization on pairs (Ethayarajh et al. 2024, arXiv 2402.01306, Eq. 8)."""
+"""Kahneman-Tversky optimization on pairs (Ethayarajh et al. 2024, arXiv 2402.01306)."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class KTO(Pairwise):
     """
 
     equation = "½(1 − σ(β(u_w − z))) + ½(1 − σ(β(z − u_l))), z = max(0, mean u over the step)"
-    paper = "2402.01306, Eq. 8"
+    paper = "2402.01306"
     needs = frozenset({"reference"})
     scope = "step"
 

@@ -1,4 +1,4 @@
-"""Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, Eq. 6 and 7)."""
+"""Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691)."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class ORPO(Pairwise):
     """
 
     equation = "−lp_w/n_w − λ log σ(s_w − s_l), s = log p/(1−p), p = exp(lp/n)"
-    paper = "2403.07691, Eq. 6"
+    paper = "2403.07691"
 
     odds_weight: float
     nll_weight: float = field(default=1.0, kw_only=True)

@@ -1,4 +1,4 @@
-"""Provably robust DPO under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409, Eq. 12)."""
+"""Provably robust DPO under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409)."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class RobustDPO(Pairwise):
     """
 
     equation = "(−(1−ε) log σ(z) + ε log σ(−z)) / (1−2ε), z = β(u_w − u_l)"
-    paper = "2403.00409, Eq. 12"
+    paper = "2403.00409"
     needs = frozenset({"reference"})
     loss_at_reference = math.log(2)
 

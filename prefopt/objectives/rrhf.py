@@ -1,4 +1,4 @@
-"""Rank responses to align with human feedback, on pairs (Yuan et al. 2023, arXiv 2304.05302, Eq. 2 to 4)."""
+"""Rank responses to align with human feedback, on pairs (Yuan et al. 2023, arXiv 2304.05302)."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ class RRHF(Pairwise):
     """
 
     equation = "max(0, lp_l/n_l − lp_w/n_w) − lp_w"
-    paper = "2304.05302, Eq. 2–4"
+    paper = "2304.05302"
 
     nll_weight: float = field(default=1.0, kw_only=True)
 

@@ -1,0 +1,238 @@
+"""Tokenized data on disk: memory-mapped Arrow files, made once and shared by all runs on this machine.
+
+The key covers everything that decides the tokens: the data's digests, how rows are read, the tokenizer and its
+template, the length policy, and the code of reading and tokenizing itself. A set of files is written aside and renamed,
+so it is there whole or not at all; two processes that make the same one at once make it twice, and one of them wins.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from prefopt import UserError
+from prefopt.config import DatasetConfig, PoliciesConfig
+from prefopt.data.dataset import Split, described, has_heldout, load_split, prompt_of, sources, split_digest
+from prefopt.data.formats import Item, Message
+from prefopt.data.tokenize import TokenizedPair, tokenize
+from prefopt.paths import cache_dir
+from prefopt.progress import Bar, say
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "prompt": pa.list_(pa.int32()),
+        "chosen": pa.list_(pa.int32()),
+        "rejected": pa.list_(pa.int32()),
+        "chosen_reward": pa.float64(),
+        "rejected_reward": pa.float64(),
+        "chosen_mask": pa.list_(pa.bool_()),
+        "source": pa.string(),
+    }
+)
+CHUNK = 1000  # items tokenized at a time
+
+
+class TokenizedPairs(Sequence[TokenizedPair]):
+    """The rows of an Arrow file, read from the memory map when they are asked for."""
+
+    def __init__(self, file: Path):
+        self.table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedPair]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        (row,) = self.table.slice(index % len(self), 1).to_pylist()
+        return TokenizedPair(**row)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One split, ready to be batched. `prompts` are the held-out ones as messages (of the training split: none);
+    `counts` goes into the run's record; `rewards` says what rewards its items have."""
+
+    pairs: Sequence[TokenizedPair]
+    prompts: list[list[Message]]
+    counts: dict[str, Any]
+    rewards: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The length policy, in tokens."""
+
+    prompt: int
+    completion: int
+
+
+Check = Callable[[str, dict[str, Any]], None]
+
+
+def prepare(
+    dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, check: Check, show: bool = True
+) -> dict[str, Prepared]:
+    """The splits "train" and, where there is one, "heldout"; from the cache, or read, tokenized and cached.
+
+    `check(split, rewards)` may refuse the data before they are tokenized; `rewards` is `reward_summary`. Raises
+    UserError where a split has no item left.
+    """
+    names = ["heldout", "train"] if has_heldout(dataset) else ["train"]
+    folder = cache_dir() / "tokenized" / _key(dataset, tokenizer, limits, names)
+    if not folder.is_dir():
+        _make(dataset, tokenizer, limits, names, folder, check, show)
+    prepared = {}
+    for name in reversed(names):
+        meta = json.loads((folder / f"{name}.json").read_text())
+        check(name, meta["rewards"])
+        prepared[name] = Prepared(TokenizedPairs(folder / f"{name}.arrow"), **meta)
+        say(f"  {name}: {describe(meta['counts'])}")
+    return prepared
+
+
+def reward_summary(split: Split) -> dict[str, Any]:
+    """{"items", "lacking" a reward, "low": [reward, id], "high": [reward, id]}; the last two may be None."""
+    scored = [p for p in split.pairs if p.chosen_reward is not None and p.rejected_reward is not None]
+    both = [(reward, p.id) for p in scored for reward in (p.chosen_reward, p.rejected_reward)]
+    return {
+        "items": len(split.items),
+        "lacking": len(split.items) - len(scored),
+        "low": min(both, default=None),
+        "high": max(both, default=None),
+    }
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """The counts of a split on one line."""
+    parts = [f"{counts['items']} {counts['kind']}"]
+    if len(counts["sources"]) > 1:
+        parts[0] += f" ({', '.join(f'{name} {n}' for name, n in counts['sources'].items())})"
+    parts.append(f"dropped: {', '.join(f'{reason} {n}' for reason, n in counts['dropped'].items()) or 'none'}")
+    if counts["kept"]:
+        parts.append(f"kept: {', '.join(f'{reason} {n}' for reason, n in counts['kept'].items())}")
+    return "; ".join(parts)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what decides its tokens: vocabulary and merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        rules |= {"padding": None, "truncation": None}  # settings of its last use
+    state = [
+        type(tokenizer).__name__,
+        rules,
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, names: list[str]) -> str:
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    parts = [
+        {name: split_digest(dataset, name) for name in names},
+        described(dataset),
+        tokenizer_digest(tokenizer),
+        [limits.prompt, limits.completion],
+        [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _make(
+    dataset: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    names: list[str],
+    folder: Path,
+    check: Check,
+    show: bool,
+) -> None:
+    splits: dict[str, Split] = {}
+    for name in names:
+        prompts = [prompt_of(item) for item in splits["heldout"].items] if "heldout" in splits else []
+        splits[name] = load_split(dataset, name, prompts)
+        check(name, reward_summary(splits[name]))
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        for name, split in splits.items():
+            policies = {name: source.policies for name, source in sources(dataset).items()}
+            counts, kept = _write(aside / f"{name}.arrow", name, split, tokenizer, limits, policies, show)
+            prompts = [prompt_of(item) for item in split.items if item.id in kept] if name == "heldout" else []
+            meta = {"prompts": prompts, "counts": counts, "rewards": reward_summary(split)}
+            (aside / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
+        try:
+            aside.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(
+    file: Path,
+    name: str,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    policies: dict[str, PoliciesConfig],
+    show: bool,
+) -> tuple[dict[str, Any], set[str]]:
+    """Tokenize a split chunk by chunk into `file`; returns its counts, and the ids of what is in it."""
+    dropped, kept, counted, ids = Counter(split.drops), Counter(split.kept), Counter[str](), set[str]()
+    with (
+        pa.OSFile(str(file), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+        Bar(f"tokenizing {name}", len(split.items), show) as bar,
+    ):
+        for source, items in _chunks(split.items):
+            done = tokenize(tokenizer, items, limits.prompt, limits.completion, policies[source])
+            writer.write_batch(pa.RecordBatch.from_pylist([vars(p) for p in done.pairs], schema=SCHEMA))
+            dropped += done.dropped
+            kept += done.noted
+            counted[source] += len(done.pairs)
+            ids.update(p.id for p in done.pairs)
+            bar.advance(by=len(items))
+    if not ids:
+        said = ", ".join(f"{reason} {k}" for reason, k in dropped.items()) or "none"
+        raise UserError(
+            f"nothing is left of the {name} split (dropped: {said}). Raise max_prompt_tokens={limits.prompt}, or look "
+            "at the data."
+        )
+    counts = {
+        "items": counted.total(),
+        "kind": "pairs" if split.pairs else "chats",
+        "sources": dict(counted),
+        "dropped": dict(dropped),
+        "kept": dict(kept),
+    }
+    return counts, ids
+
+
+def _chunks(items: list[Item]) -> Iterator[tuple[str, list[Item]]]:
+    """(source, up to CHUNK items of it)."""
+    for source, group in itertools.groupby(items, key=lambda item: item.source):
+        whole = list(group)
+        for start in range(0, len(whole), CHUNK):
+            yield source, whole[start : start + CHUNK]

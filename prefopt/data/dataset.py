@@ -1,0 +1,231 @@
+"""A data set: one source or a mixture of them -> the pairs (or chats) of a split, every drop counted."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from prefopt import UserError
+from prefopt.config import DatasetConfig, PoliciesConfig, build, parse
+from prefopt.data.formats import Chat, Drop, Format, Item, Message, Pair, content_id
+from prefopt.data.sources import digest, read_rows
+
+CANNOT_BE_KEPT = ("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long", "identical_after_truncation")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The items of one split in the order of their sources, what was dropped (or kept in spite of it) and why, and how
+    many came from each source."""
+
+    items: list[Item]
+    drops: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [item for item in self.items if isinstance(item, Pair)]
+
+
+def check_policies(policies: PoliciesConfig, where: str = "dataset") -> None:
+    """Raise UserError for a policy that does not exist, or not for that defect."""
+    for reason, policy in asdict(policies).items():
+        allowed = ["drop", "fail"] + ["keep"] * (reason not in CANNOT_BE_KEPT) + ["cut"] * (reason == "prompt_too_long")
+        if policy not in allowed:
+            raise UserError(f"{where}.policies.{reason} must be one of {', '.join(allowed)}, is {policy!r}.")
+
+
+def sources(config: DatasetConfig) -> dict[str, DatasetConfig]:
+    """The sources of a mixture by name; a data set that is none is its own only source.
+
+    Raises UserError for a source with an unknown key or without rows to read, and for a mixture with rows of its own.
+    """
+    if not config.sources:
+        if not config.train:
+            raise UserError("no value for dataset.train. Give it on the command line: dataset.train=VALUE")
+        return {config.name: config}
+    if config.train or config.heldout:
+        raise UserError("a data set has either train (and heldout) or sources, not both.")
+    if config.policies != PoliciesConfig():
+        raise UserError("the policies of a mixture are those of its sources: dataset.sources.NAME.policies.REASON=...")
+    found = {}
+    for name, node in config.sources.items():
+        source = parse(OmegaConf.create(node), DatasetConfig, f"dataset.sources.{name}.")
+        if source.sources or not source.train:
+            raise UserError(f"dataset.sources.{name} needs rows of its own: dataset.sources.{name}.train=VALUE")
+        found[name] = source
+    return found
+
+
+def check_dataset(config: DatasetConfig) -> None:
+    """Raise UserError for a data set that cannot be read as it is described, before any row is read."""
+    for name, source in sources(config).items():
+        where = _key(config, name)
+        build(source.format, Format, f"{where}.format")
+        check_policies(source.policies, where)
+        if source.weight is not None and source.count is not None:
+            raise UserError(f"{where}: give weight (a share of its rows) or count (a number of them), not both.")
+        if source.weight is not None and source.weight <= 0:
+            raise UserError(f"{where}.weight must be positive, is {source.weight}.")
+        if source.count is not None and source.count < 1:
+            raise UserError(f"{where}.count must be at least 1, is {source.count}.")
+        scale = source.reward_scale
+        if scale is not None and not (len(scale) == 2 and scale[0] < scale[1]):
+            raise UserError(f"{where}.reward_scale must be [lowest, highest] reward, is {scale}.")
+    if config.oracle and not has_heldout(config):
+        raise UserError("dataset.oracle samples the held-out prompts, and dataset.heldout is null: give a file")
+
+
+def has_heldout(config: DatasetConfig) -> bool:
+    return any(source.heldout for source in sources(config).values())
+
+
+def split_digest(config: DatasetConfig, split: str) -> str:
+    """Of the files that the split is read from."""
+    digests = [digest(*place) for source in sources(config).values() if (place := _place(source, split))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list[Message]] = ()) -> Split:
+    """Read split "train" or "heldout". Training items whose prompt is among `heldout_prompts` are `prompt_in_heldout`.
+
+    A source's `weight` or `count` takes that many of its training items: whole passes over them, and for the rest those
+    whose content hashes lowest, so that a subset is the same whatever else is in the mixture.
+
+    Raises UserError for unreadable files, for bad rows (file and row number), for a reason whose policy is to fail, and
+    where nothing is left.
+    """
+    drops, kept, counts = Counter[str](), Counter[str](), Counter[str]()
+    held_out, seen = {content_id(p) for p in heldout_prompts}, set[str]()
+    items: list[Item] = []
+
+    def stays(name: str, policies: PoliciesConfig, defects: list[str], where: str, detail: str = "") -> bool:
+        """Whether a row with these defects is used; counts the first for which it is not."""
+        for reason in defects:
+            policy = getattr(policies, reason)
+            if policy == "fail":
+                raise UserError(
+                    f"{where}: {reason.replace('_', ' ')}{f' ({detail})' if detail else ''}. Mend the row, or set "
+                    f"{_key(config, name)}.policies.{reason}=drop."
+                )
+            if policy == "drop":
+                drops[reason] += 1
+                return False
+        return True
+
+    for name, source in sources(config).items():
+        place = _place(source, split)
+        found: list[tuple[Item, list[str]]] = []
+        for where, item in _items(source, *place) if place else ():
+            if isinstance(item, Drop):
+                stays(name, source.policies, [item.reason], where, item.detail)
+                continue
+            item = replace(_scaled(item, source, where), source=name)
+            prompt = content_id(prompt_of(item))
+            defects = _defects(item)
+            defects += ["duplicate_prompt"] * (prompt in seen) + ["prompt_in_heldout"] * (prompt in held_out)
+            if stays(name, source.policies, defects, where):
+                seen.add(prompt)
+                found.append((item, defects))
+        if split == "train":
+            found = _portion(found, source)
+        counts[name] += len(found)
+        items += [item for item, _ in found]
+        kept.update(reason for _, defects in found for reason in defects)
+    if not items:
+        said = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
+        raise UserError(f"nothing is left of the {split} split of data set {config.name} ({said}).")
+    if len({type(item) for item in items}) > 1:
+        raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
+    return Split(items, drops, kept, counts)
+
+
+def prompt_of(item: Item) -> list[Message]:
+    """What a pair answers; of a chat, what comes before the assistant's first turn."""
+    if isinstance(item, Pair):
+        return item.prompt
+    first = next(i for i, m in enumerate(item.messages) if m["role"] == "assistant")
+    return item.messages[:first]
+
+
+def _key(config: DatasetConfig, name: str) -> str:
+    """Where the source's settings are on the command line."""
+    return f"dataset.sources.{name}" if config.sources else "dataset"
+
+
+def _place(source: DatasetConfig, split: str) -> tuple[str, str, str | None] | None:
+    """(path, name of the split there, revision), or None where the source has no such split."""
+    path, there = (source.train, source.train_split) if split == "train" else (source.heldout, source.heldout_split)
+    return (path, there, source.revision) if path else None
+
+
+def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -> Iterable[tuple[str, Item | Drop]]:
+    make = build(source.format, Format, "dataset.format")
+    for where, row in read_rows(path, split, revision):
+        try:
+            made = make(_renamed(row, source.columns))
+        except KeyError as error:
+            fields = ", ".join(row) or "none"
+            raise UserError(
+                f"{where} has no field {error} (its fields: {fields}). {type(make).__name__} rows are: "
+                f"{(type(make).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
+            ) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: {error}.") from None
+        for item in [made] if isinstance(made, Pair | Chat | Drop) else made:
+            yield where, item
+
+
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row with our names; theirs may lead into a nested object ("metadata.score")."""
+    renamed = dict(row)
+    for ours, theirs in columns.items():
+        value: Any = row
+        for key in theirs.split("."):
+            value = value[key]
+        renamed[ours] = value
+    return renamed
+
+
+def _scaled(item: Item, source: DatasetConfig, where: str) -> Item:
+    if not isinstance(item, Pair) or source.reward_scale is None:
+        return item
+    low, high = source.reward_scale
+    rewards: dict[str, Any] = {}
+    for side in ("chosen_reward", "rejected_reward"):
+        value = getattr(item, side)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{where}: {side} {value:g} is outside dataset.reward_scale={source.reward_scale}.")
+        rewards[side] = None if value is None else (value - low) / (high - low)
+    return replace(item, **rewards)
+
+
+def _defects(item: Item) -> list[str]:
+    if isinstance(item, Chat):
+        return ["empty_completion"] * any(m["role"] == "assistant" and not m["content"].strip() for m in item.messages)
+    tied = item.chosen_reward is not None and item.chosen_reward == item.rejected_reward
+    empty = not item.chosen.strip() or not item.rejected.strip()
+    return ["empty_completion"] * empty + ["identical"] * (item.chosen == item.rejected) + ["tied_rewards"] * tied
+
+
+def _portion(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:
+    if source.weight is None and source.count is None:
+        return items
+    wanted = round(source.weight * len(items)) if source.weight is not None else source.count
+    assert wanted is not None
+    passes, rest = divmod(wanted, max(1, len(items)))
+    order = sorted(range(len(items)), key=lambda i: content_id("portion", items[i][0].id))
+    chosen = sorted(order[:rest])
+    return items * passes + [items[i] for i in chosen]
+
+
+def described(config: DatasetConfig) -> str:
+    """What decides the items of a data set beside the files' content, as text for a key."""
+    values = {name: {k: v for k, v in vars(source).items() if k not in ("oracle", "train", "heldout")}
+              for name, source in sources(config).items()}  # fmt: skip
+    return json.dumps(values, sort_keys=True, default=lambda value: asdict(value))

@@ -1,0 +1,184 @@
+"""Rows from wherever they lie: JSON, JSONL, their gzips, Parquet, a local folder, or a data set on the hub."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import constants
+from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
+
+from prefopt import UserError
+from prefopt.paths import resolve_path
+
+
+class Lacking(UserError):
+    """Why a model or a data set cannot be used on this machine without the hub."""
+
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+Row = dict[str, Any]
+
+
+def read_rows(path: str, split: str = "train", revision: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Yield ("file, row n", row).
+
+    `path` is a file (see SUFFIXES; JSON holds one list), a folder or a hub name. `split` chooses among the splits of a
+    folder or a hub data set. A file is one split, but rows that carry a field `split` are yielded for that split alone.
+    Raises UserError, naming file and row, for what is missing, empty or not readable.
+    """
+    file = resolve_path(path)
+    if not path.endswith(SUFFIXES):
+        rows = _from_datasets(path, split, revision)
+    elif not file.is_file():
+        raise UserError(
+            f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name."
+        )
+    elif path.endswith(".parquet"):
+        rows = _from_parquet(path, file)
+    else:
+        rows = _from_json(path, file)
+    found, splits = False, set()
+    for where, row in rows:
+        found = True
+        splits.add(row.get("split", split))
+        if row.get("split", split) == split:
+            yield where, row
+    if not found:
+        raise UserError(f"data file {path} is empty. It must hold at least one row.")
+    if split not in splits:
+        raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(map(str, splits)))}.")
+
+
+def digest(path: str, split: str = "train", revision: str | None = None) -> str:
+    """A digest of the content: SHA-256 of the file; of a folder, over all its files; of a hub data set, the fingerprint
+    that `datasets` gives this split."""
+    file = resolve_path(path)
+    if file.is_file():
+        return _sha256(file)
+    if file.is_dir():
+        files = sorted(f for f in file.rglob("*") if f.is_file())
+        text = "".join(f"{f.relative_to(file)} {_sha256(f)}\n" for f in files)
+        return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
+    if path.endswith(SUFFIXES):
+        raise UserError(f"data file {path} does not exist.")
+    return str(_load(path, split, revision)._fingerprint)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _from_json(path: str, file: Path) -> Iterator[tuple[str, Row]]:
+    opener = gzip.open if path.endswith(".gz") else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as stream:
+            if path.removesuffix(".gz").endswith(".json"):
+                values = json.load(stream)
+                if not isinstance(values, list):
+                    raise UserError(f"{path} must hold a list of JSON objects, is a {type(values).__name__}.")
+                yield from ((where, _object(where, v)) for where, v in _numbered(path, values))
+                return
+            for n, line in enumerate(stream, start=1):
+                if line.strip():
+                    where = f"{path}, row {n}"
+                    try:
+                        value = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise UserError(f"{where} is not JSON: {error}. Each line must be one JSON object.") from None
+                    yield where, _object(where, value)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}. For one object a line, name the file .jsonl") from None
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"data file {path} cannot be read: {error}. It must be UTF-8 text.") from None
+
+
+def _from_parquet(path: str, file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(file).iter_batches()
+        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"data file {path} cannot be read: {str(error).splitlines()[0]}.") from None
+
+
+def _from_datasets(path: str, split: str, revision: str | None) -> Iterator[tuple[str, Row]]:
+    for where, row in _numbered(path, _load(path, split, revision)):
+        row.pop("split", None)  # a folder's or a hub data set's splits are its own
+        yield where, row
+
+
+def _load(path: str, split: str, revision: str | None) -> Any:
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    datasets.disable_progress_bars()
+    local = resolve_path(path)
+    try:
+        if local.is_dir():
+            return datasets.load_dataset(str(local), split=split)
+        if not (constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE):
+            return datasets.load_dataset(path, split=split, revision=revision)
+        # With the hub off, load_dataset would read the newest copy there is, whatever its revision.
+        config, version, commit = prepared(path, revision).parts[-3:]
+        name = path.rpartition("/")[2]
+        cached = Cache(repo_id=path, dataset_name=name, config_name=config, version=version, hash=commit)
+        return cached.as_dataset(split=split)
+    except Lacking as error:
+        raise UserError(
+            f"the data set {path}: the hub is switched off, and {error}. Give a file or a folder, or fetch it on a "
+            "machine with network: python -m prefopt.prefetch dataset=..."
+        ) from None
+    except Exception as error:  # `datasets` raises a dozen kinds for what is not there
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the data set {path} (split {split}) cannot be loaded: {reason}\nGive a file, a folder, or a hub name; "
+            "its splits are chosen by dataset.train_split and dataset.heldout_split."
+        ) from None
+
+
+def prepared(path: str, revision: str | None = None, config: str | None = None) -> Path:
+    """The folder of a hub data set's prepared copy: CACHE/OWNER___NAME/CONFIGURATION/VERSION/COMMIT. Asks no network.
+
+    Raises Lacking where there is none of this revision and configuration.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, name = path.rpartition("/")
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    repository = cache / (f"{owner}___" * bool(owner) + camelcase_to_snakecase(name))
+    commit = cached_commit(path, "dataset", revision)
+    # Only a finished copy has this file; a folder that is being prepared is called COMMIT.incomplete.
+    copies = [f.parent for f in repository.glob("*/*/*/dataset_info.json") if not f.parent.name.endswith(".incomplete")]
+    found = [f for f in copies if config in (None, f.parts[-3]) and f.name == commit]
+    if not found:
+        others = sorted({f"{f.parts[-3]} at {f.name}" for f in copies})
+        raise Lacking(f"{cache} has no copy of it" + f" (there is {', '.join(others)})" * bool(others))
+    if len(found) > 1:
+        raise Lacking(f"it has several configurations ({', '.join(sorted(f.parts[-3] for f in found))}): name one")
+    return found[0]
+
+
+def cached_commit(path: str, repo_type: str, revision: str | None) -> str | None:
+    """The commit that the hub's cache knows this revision by."""
+    revision = revision or constants.DEFAULT_REVISION
+    if REGEX_COMMIT_HASH.fullmatch(revision):
+        return revision
+    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=path, repo_type=repo_type) / "refs" / revision
+    return ref.read_text() if ref.is_file() else None
+
+
+def _numbered(path: str, values: Any) -> Iterator[tuple[str, Row]]:
+    return ((f"{path}, row {n}", cast(Row, value)) for n, value in enumerate(values, start=1))
+
+
+def _object(where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a JSON object, is a {type(value).__name__}.")
+    return value

@@ -109,6 +109,7 @@ class TrainConfig:
     batch_size: int = MISSING
     micro_batch_size: int = MISSING
     layout: str = MISSING
+    logits: str = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
     max_prompt_tokens: int = MISSING
@@ -272,6 +273,8 @@ def check(config: TrainConfig) -> None:
     problems += [message for holds, message in rules if not holds]
     if config.layout not in ("prefix_shared", "padded"):
         problems.append(f"layout must be prefix_shared or padded, is {config.layout!r}")
+    if config.logits not in ("tiled", "dense"):
+        problems.append(f"logits must be tiled or dense, is {config.logits!r}")
     problems += _sampling_problems(config.sampling)
     if config.logger.wandb and config.logger.wandb.mode not in ("offline", "online"):
         problems.append(f"logger.wandb.mode must be offline or online, is {config.logger.wandb.mode!r}")

@@ -1,7 +1,8 @@
 """Log-probabilities and rewards of completions: the only place that calls log-softmax.
 
-The head is applied to those hidden states alone that predict a completion token, and logits become float32 before
-the log-sum-exp, whatever the model computes in. Policy and reference go through the same function.
+The head is applied to those hidden states alone that predict a completion token, tile by tile of the vocabulary, and
+logits become float32 before the log-sum-exp, whatever the model computes in. Policy and reference go through the same
+function.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from prefopt import UserError
 from prefopt.data.layout import Batch
+from prefopt.tiled import tiled_logps
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,23 @@ class Logps:
     entropies: Tensor | None = None
 
 
-def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False) -> Logps:
-    """Score every completion of the batch."""
-    logits = model.get_output_embeddings()(_hidden(model, batch)[batch.sources]).float()  # (N, vocabulary)
-    logps = logits.log_softmax(-1)
-    token_logps = _by_completion(logps.gather(-1, batch.labels[:, None])[:, 0], batch)
+def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True) -> Logps:
+    """Score every completion of the batch; `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.tiled`).
+
+    A head that is not a plain linear layer (one with an adapter on it, say) is computed whole.
+    """
+    head, hidden = cast(torch.nn.Module, model.get_output_embeddings()), _hidden(model, batch)[batch.sources]
+    found: Tensor | None = None  # (N,) entropies
+    if tiled and type(head) is torch.nn.Linear:
+        chosen, found = tiled_logps(hidden, head, batch.labels)
+    else:
+        logps = head(hidden).float().log_softmax(-1)
+        chosen = logps.gather(-1, batch.labels[:, None])[:, 0]
+        found = -(logps.exp() * logps).sum(-1) if entropies else None
+    token_logps = _by_completion(chosen, batch)
     surrogate = None
-    if entropies:
-        token_entropies = _by_completion(-(logps.exp() * logps).sum(-1), batch)
+    if entropies and found is not None:
+        token_entropies = _by_completion(found, batch)
         before = token_logps.cumsum(-1) - token_logps
         surrogate = (token_entropies + token_entropies.detach() * before).sum(-1)
     return Logps(token_logps.sum(-1), batch.lengths, surrogate)

@@ -57,6 +57,10 @@ class Job:
     def __post_init__(self) -> None:
         self.state = self.objective.initial_state()
 
+    @property
+    def tiled(self) -> bool:
+        return self.config.logits == "tiled"
+
 
 def train(job: Job) -> list[dict[str, Any]]:
     """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations.
@@ -184,7 +188,7 @@ def pair_inputs(job: Job, pairs: Sequence[TokenizedPair], reference: Logps | Non
     if reference is None and "reference" in needs:
         assert job.reference is not None
         with torch.no_grad(), job.engine.autocast():
-            reference = completion_logps(job.reference, batch)
+            reference = completion_logps(job.reference, batch, tiled=job.tiled)
     if reference is not None:
         inputs |= by_side(job, "reference_{}_logps", reference.sums)
     inputs |= by_side(job, "{}_lengths", batch.lengths)
@@ -200,7 +204,8 @@ def policy_tensors(job: Job, batch: Batch) -> dict[str, Any]:
     with job.engine.autocast():
         if job.objective.trains == "reward_model":
             return by_side(job, "policy_{}_rewards", completion_rewards(job.engine.policy, batch))
-        logps = completion_logps(job.engine.policy, batch, entropies="entropies" in job.objective.needs)
+        entropies = "entropies" in job.objective.needs
+        logps = completion_logps(job.engine.policy, batch, entropies, job.tiled)
     tensors = by_side(job, "policy_{}_logps", logps.sums)
     return tensors if logps.entropies is None else tensors | by_side(job, "{}_entropies", logps.entropies)
 
@@ -253,7 +258,8 @@ def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[
     if job.reference and not job.heldout_reference:
         for part in track(micro_batches, "reference", show):
             with job.engine.autocast():
-                job.heldout_reference.append(completion_logps(job.reference, job.layout(part).to(job.engine.device)))
+                batch = job.layout(part).to(job.engine.device)
+                job.heldout_reference.append(completion_logps(job.reference, batch, tiled=job.tiled))
     references: Sequence[Logps | None] = job.heldout_reference or [None] * len(micro_batches)
     both = list(zip(micro_batches, references, strict=True))
     parts = [pair_inputs(job, part, reference) for part, reference in track(both, "held-out pairs", show)]
@@ -355,8 +361,8 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
 def _logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
     batch = padded([(s.prompt_tokens, s.tokens) for s in samples]).to(job.engine.device)
     assert job.reference is not None
-    policy, reference = completion_logps(job.engine.policy, batch), completion_logps(job.reference, batch)
-    return (policy.sums - reference.sums).tolist()
+    policy, reference = (completion_logps(m, batch, tiled=job.tiled).sums for m in (job.engine.policy, job.reference))
+    return (policy - reference).tolist()
 
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

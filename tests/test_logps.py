@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import prefopt.tiled
 from prefopt import UserError
 from prefopt.data.layout import padded
 from prefopt.logps import check_head, completion_logps
@@ -112,3 +113,68 @@ def test_log_softmax_is_called_in_one_place():
         if "log_softmax(" in file.read_text() and file.name != "logps.py"
     ]
     assert offenders == []
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("tile", [1, 7, 50, 4096])
+def test_tiled_equals_dense_in_values_and_gradients(monkeypatch, tie, tile):
+    """Log-probs, entropies, and the gradients of every weight and of a tied one; tiles that divide the vocabulary and
+    tiles that do not."""
+    monkeypatch.setattr(prefopt.tiled, "TILE", tile)
+    rows = [([3, 4], [5, 6, 49]), ([7], [0]), ([1, 2, 3], [49, 0, 48, 7])]
+    results = []
+    for tiled in (True, False):
+        model = tiny_model(50, tie_word_embeddings=tie).double()
+        result = completion_logps(model, padded(rows), entropies=True, tiled=tiled)
+        weights = torch.tensor([1.0, -2.0, 0.5])
+        ((result.sums + 0.3 * result.entropies) * weights).sum().backward()
+        results.append([result.sums, result.entropies, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_tiled_gradient_in_float64():
+    """Finite differences of log-probs and entropies by hidden states, weight and bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    labels = torch.tensor([0, 8, 3])
+    tensors = draw(3, 4), draw(9, 4), draw(9)
+    # The sums are float32 by design, so the steps must be large and the tolerance is theirs.
+    assert torch.autograd.gradcheck(
+        lambda *t: prefopt.tiled.TiledLogps.apply(*t, labels), tensors, eps=1e-2, atol=2e-3, rtol=1e-2
+    )
+
+
+def test_tiled_at_extreme_logits_and_in_bfloat16():
+    head = torch.nn.Linear(2, 3 * 4096 + 5, bias=True)
+    with torch.no_grad():
+        head.weight.mul_(0)
+        head.bias.copy_(torch.linspace(-1e4, 1e4, len(head.bias)))
+    logps, entropies = prefopt.tiled.tiled_logps(torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1]))
+    exact = head.bias.double().log_softmax(-1)
+    assert logps.tolist() == pytest.approx([exact[0].item(), exact[-1].item()], rel=1e-6)
+    assert entropies.tolist() == pytest.approx([-(exact.exp() * exact).sum().item()] * 2, rel=1e-4)
+    head, hidden = torch.nn.Linear(64, 9000), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 4095, 4096, 8999, 77])
+    with torch.autocast("cpu", torch.bfloat16):
+        low, _ = prefopt.tiled.tiled_logps(hidden, head, labels)
+        dense = head(hidden).float().log_softmax(-1)[range(5), labels]
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, dense, atol=1e-5)
+
+
+def test_a_head_with_something_on_it_is_computed_whole():
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny_model(50, tie_word_embeddings=False)
+    plain = completion_logps(model, padded([([3], [4, 5])])).sums
+    model.lm_head.__class__ = Louder
+    louder = completion_logps(model, padded([([3], [4, 5])])).sums
+    logits = 2 * torch.nn.Linear.forward(model.lm_head, model.model(torch.tensor([[3, 4]])).last_hidden_state)
+    assert louder.item() == pytest.approx(logits.log_softmax(-1)[0, [0, 1], [4, 5]].sum().item(), rel=1e-5)
+    assert louder != plain

@@ -35,7 +35,7 @@ TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 def job(objective, tmp_path, **changes) -> Job:
     config = SimpleNamespace(
-        **{"steps": 4, "batch_size": 8, "micro_batch_size": 2, "seed": 0, "squeeze_alarm": None}
+        **{"steps": 4, "batch_size": 8, "micro_batch_size": 2, "seed": 0, "squeeze_alarm": None, "logits": "tiled"}
         | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}
         | changes
     )

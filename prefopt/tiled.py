@@ -1,0 +1,83 @@
+"""Log-probs of given tokens without the matrix of logits: tile by tile of the vocabulary, forward and backward.
+
+[tokens x vocabulary] is the largest tensor of a preference step and most of its memory at vocabularies of 100,000 and
+more. Here only [tokens x TILE] is there at a time; the backward pass computes each tile's logits again.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+TILE = 4096  # columns of the vocabulary at a time
+
+
+class TiledLogps(torch.autograd.Function):
+    """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> log-probs (N) of the labels and entropies (N) of
+    the distributions, float32. Products are computed in `hidden`'s dtype, log-sum-exp and sums in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(labels)
+        top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
+        # With d = logit - top: the sum of exp(d), and that of exp(d) d, which gives the entropy.
+        total, weighted, chosen = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(3))
+        for start, logits in _tiles(hidden, weight, bias):
+            higher = torch.maximum(top, logits.amax(-1))
+            lower = torch.where(total > 0, top - higher, 0.0)
+            above = logits - higher[:, None]
+            powers = above.exp()
+            weighted = (weighted + total * lower) * lower.exp() + (powers * above).sum(-1)
+            total = total * lower.exp() + powers.sum(-1)
+            top = higher
+            inside = (labels >= start) & (labels < start + logits.shape[1])
+            found = logits.gather(-1, (labels - start).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            chosen = torch.where(inside, found, chosen)
+        # `top` is subtracted first: added to the logarithm it would swallow its digits.
+        entropies = total.log() - weighted / total
+        ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies)
+        return chosen - top - total.log(), entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, top, log_total, entropies = ctx.saved_tensors
+        of_logps, of_entropies = (g[:, None] for g in gradients)
+        # Sums over tiles stay in float32, whatever the products are computed in.
+        hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start, logits in _tiles(hidden, weight, bias):
+            end = start + logits.shape[1]
+            logps = logits - top[:, None] - log_total[:, None]
+            slope = -logps.exp() * (of_logps + of_entropies * (logps + entropies[:, None]))
+            inside = ((labels >= start) & (labels < end)).nonzero()[:, 0]
+            slope[inside, labels[inside] - start] += of_logps[inside, 0]
+            low = slope.to(hidden.dtype)
+            hidden_gradient += low @ weight[start:end].to(hidden.dtype)
+            if weight_gradient is not None:
+                weight_gradient[start:end] = low.T @ hidden
+            if bias_gradient is not None:
+                bias_gradient[start:end] = slope.sum(0)
+        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None
+
+
+def tiled_logps(hidden: Tensor, head: torch.nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs (N) of `labels` (N) and entropies (N) of softmax(head(hidden)), hidden (N, H); float32.
+
+    Under autocast the products are computed in its dtype, as the head itself would.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        logps, entropies = TiledLogps.apply(hidden, head.weight, head.bias, labels)
+    return logps, entropies
+
+
+def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """(first column, (N, up to TILE) float32 logits)."""
+    for start in range(0, len(weight), TILE):
+        part = weight[start : start + TILE].to(hidden.dtype)
+        yield start, linear(hidden, part, None if bias is None else bias[start : start + TILE].to(hidden.dtype)).float()

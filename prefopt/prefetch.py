@@ -9,7 +9,6 @@ its repository that transformers reads, in the hub's cache; a data set is what `
 """
 
 import json
-import logging
 import re
 import shlex
 import sys
@@ -222,8 +221,6 @@ def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
 
 def prefetch(config: PrefetchConfig) -> None:
     """Print a line for each item, and fetch it unless `config.check`. Raises UserError that names all that failed."""
-    for client in ("httpx", "httpx2"):
-        logging.getLogger(client).setLevel(logging.WARNING)  # no line for each request
     if not sys.stderr.isatty():
         disable_progress_bars()
     todo = items(config.model, config.dataset, config.also)

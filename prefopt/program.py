@@ -1,5 +1,6 @@
 """What every command-line program shares: Hydra composes, errors are shown, the exit code tells."""
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
                     code = 1
                     failures.append(_describe(error))
 
+            for client in ("httpx", "httpx2"):  # Hydra's root logger would show a line for each request to the hub
+                logging.getLogger(client).setLevel(logging.WARNING)
             register()
             Plugins.instance().register(SweepFiles)
             try:

@@ -30,14 +30,13 @@ from transformers import PreTrainedTokenizerBase
 from prefopt import UserError
 from prefopt.config import DataReportConfig, parse
 from prefopt.data.cache import Limits, Prepared, TokenizedPairs, prepare, tokenizer_digest
-from prefopt.data.dataset import check_dataset, load_split, prompt_of, split_digest
+from prefopt.data.dataset import check_dataset, load_split, prompt_of, sources, split_digest
 from prefopt.data.formats import Message, as_messages
 from prefopt.data.sources import read_rows
-from prefopt.data.tokenize import TokenizedPair
+from prefopt.figures import COLOURS, plotting, save
 from prefopt.paths import write_whole
 from prefopt.program import program
 from prefopt.progress import say
-from prefopt.report import COLOURS
 
 UNLIMITED = Limits(sys.maxsize, sys.maxsize)
 BARS = 30  # of a histogram, at most about so many
@@ -101,6 +100,12 @@ def length_limits(config: DataReportConfig) -> dict[str, int]:
     return {"prompt": prompt, "chosen": completion, "rejected": completion, "whole chat": prompt + completion}
 
 
+def policies_of(config: DataReportConfig) -> dict[str, str]:
+    """The policy of each defect; of a mixture, those of its sources."""
+    policies = [asdict(source.policies) for source in sources(config.dataset).values()]
+    return {defect: " / ".join(sorted({p[defect] for p in policies})) for defect in policies[0]}
+
+
 def count_sections(config: DataReportConfig, splits: Splits) -> list[Section]:
     """Items by split and source, and defects by reason."""
     kind = next(iter(splits.values())).counts["kind"]
@@ -109,7 +114,7 @@ def count_sections(config: DataReportConfig, splits: Splits) -> list[Section]:
         rows += [(name, source, n) for source, n in split.counts["sources"].items()]
         rows.append((name, "all, within the length limits", split.counts["items"]))
     found = {name: split.counts["dropped"] | split.counts["kept"] for name, split in splits.items()}
-    policy = asdict(config.dataset.policies)
+    policy = policies_of(config)
     reasons = dict.fromkeys([*policy, *(reason for counts in found.values() for reason in counts)])
     defects = [(r, policy.get(r, "keep"), *(counts.get(r, 0) for counts in found.values())) for r in reasons]
     return [
@@ -194,7 +199,7 @@ def overlap_section(config: DataReportConfig, splits: Splits, evaluation: dict[s
         notes += [f"In {name} and {other}: {examples}"] if hits else []
     if len(splits) > 1:
         counts = splits["train"].counts["dropped"] | splits["train"].counts["kept"]
-        policy = config.dataset.policies.prompt_in_heldout
+        policy = policies_of(config)["prompt_in_heldout"]
         notes.insert(1, f"prompt_in_heldout (policy {policy}) counted {counts.get('prompt_in_heldout', 0)} of train.")
     columns = ("prompts of", "compared with", "its prompts", "rows in both", "share of rows")
     return [Section("Overlap of prompts", 2, columns, rows, notes)] if rows else []
@@ -216,7 +221,7 @@ def examples(tokenizer: PreTrainedTokenizerBase, split: Prepared) -> str:
     blocks = []
     for index in sorted({0, len(split.pairs) // 2, len(split.pairs) - 1}):
         item = split.pairs[index]
-        chosen = marked(tokenizer, item.prompt + item.chosen, [False] * len(item.prompt) + _mask(item))
+        chosen = marked(tokenizer, item.prompt + item.chosen, [False] * len(item.prompt) + item.mask)
         blocks.append(
             f"Row {index + 1}, `{item.id}`, {len(item.prompt)} + {len(item.chosen)} tokens"
             f"{_reward(item.chosen_reward)}:\n\n{fenced(chosen)}"
@@ -281,30 +286,15 @@ def show(section: Section) -> None:
 
 def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
     """Histograms of the lengths, a row of panels per split, and of the reward gaps where there are rewards."""
-    import logging
-
-    import matplotlib as mpl
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Hydra lets its notes on fonts through
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     kind, limits = next(iter(splits.values())).counts["kind"], length_limits(config)
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
     files: list[Path] = []
-
-    def save(figure: Any, name: str) -> None:
-        files.extend([output / f"{name}.png", output / f"{name}.svg"])
-        figure.savefig(files[-2], dpi=160)
-        figure.savefig(files[-1], metadata={"Date": None})
-        plt.close(figure)
 
     def histogram(axis: Any, values: np.ndarray, edges: np.ndarray, colour: str, label: str) -> None:
         shares = np.full(len(values), 1 / len(values))
         look = {"histtype": "stepfilled", "edgecolor": colour, "facecolor": (colour, 0.3), "linewidth": 1.2}
         axis.hist(np.clip(values, edges[0], edges[-1]), edges, weights=shares, label=label, **look)
 
-    with plt.rc_context(style):
+    with plotting() as plt:
         size = (9.0, 2.6 * len(splits) + 0.3)
         figure, axes = plt.subplots(len(splits), 2, figsize=size, squeeze=False, sharex="col", layout="constrained")
         measured = {name: lengths(split) for name, split in splits.items()}
@@ -323,7 +313,7 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
                 axis.legend(frameon=False, fontsize=8)
             longest = " (last bar: and longer)" if values.max() > edges[-1] else ""
             axes[-1, column].set_xlabel(f"tokens{longest}")
-        save(figure, "lengths")
+        files += save(figure, output, "lengths")
 
         gaps = {name: gaps for name, split in splits.items() if len(gaps := reward_gaps(split))}
         if gaps:
@@ -338,7 +328,7 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
                 axis.set_xlabel("reward gap: chosen − rejected")
                 axis.set_ylabel("share of pairs")
                 axis.legend(frameon=False, fontsize=8)
-            save(figure, "reward_gaps")
+            files += save(figure, output, "reward_gaps")
     return files
 
 
@@ -397,10 +387,6 @@ def main(cfg: DictConfig) -> None:
         show(section)
     for file in (output / "report.md", output / "report.csv", *figures):
         print(file)
-
-
-def _mask(item: TokenizedPair) -> list[bool]:
-    return [True] * len(item.chosen) if item.chosen_mask is None else item.chosen_mask
 
 
 def _reward(reward: float | None) -> str:

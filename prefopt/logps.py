@@ -37,16 +37,16 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
     A head that is not a plain linear layer (one with an adapter on it, say) is computed whole.
     """
     head, hidden = cast(torch.nn.Module, model.get_output_embeddings()), _hidden(model, batch)[batch.sources]
-    found: Tensor | None = None  # (N,) entropies
+    found: Tensor | None  # (N,) entropies
     if tiled and type(head) is torch.nn.Linear:
-        chosen, found = tiled_logps(hidden, head, batch.labels)
+        chosen, found = tiled_logps(hidden, head, batch.labels, entropies)
     else:
         logps = head(hidden).float().log_softmax(-1)
         chosen = logps.gather(-1, batch.labels[:, None])[:, 0]
         found = -(logps.exp() * logps).sum(-1) if entropies else None
     token_logps = _by_completion(chosen, batch)
     surrogate = None
-    if entropies and found is not None:
+    if found is not None:
         token_entropies = _by_completion(found, batch)
         before = token_logps.cumsum(-1) - token_logps
         surrogate = (token_entropies + token_entropies.detach() * before).sum(-1)

@@ -31,7 +31,9 @@ class Means:
         self.counts[name] = self.counts.get(name, 0) + denominator
 
     def compute(self) -> dict[str, float]:
-        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+        """Values leave their device together: a transfer for each would stop a GPU as often."""
+        means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
+        return dict(zip(self.sums, means.tolist(), strict=True))
 
 
 def step_metrics(objective: Objective, scored: Sequence[tuple[PairInputs, ObjectiveOutput]]) -> dict[str, Any]:

@@ -19,13 +19,12 @@ from rich.table import Table
 
 from prefopt import UserError
 from prefopt.config import ReportConfig, parse
+from prefopt.figures import COLOURS, plotting, save
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import VOLATILE
 
 Record = dict[str, Any]
-# Okabe and Ito's palette, told apart with every kind of colour vision; one colour per objective, in order of name.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*X"
 
 
@@ -174,21 +173,12 @@ def provenance(records: list[Record], config: ReportConfig) -> list[str]:
 def draw(records: list[Record], output: Path) -> list[Path]:
     """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per initial policy
     and data set. Returns nothing if no run was evaluated by an oracle."""
-    import logging
-
-    import matplotlib as mpl
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Hydra lets its notes on fonts through
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
     panels = sorted({_panel(r) for r in sampled})
     colours, markers = _styles(sampled)
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
-    with plt.rc_context(style):
+    with plotting() as plt:
         size = (5.2 * len(panels) + 0.2, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         names = dict(zip([r["name"] for r in sampled], labels(sampled), strict=True))
@@ -222,11 +212,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
                 axis.legend(frameon=False, fontsize=8)
             else:
                 axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        files = [output / "reward_kl.png", output / "reward_kl.svg"]
-        figure.savefig(files[0], dpi=160)
-        figure.savefig(files[1], metadata={"Date": None})
-        plt.close(figure)
-    return files
+        return save(figure, output, "reward_kl")
 
 
 @program("report")

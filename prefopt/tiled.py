@@ -16,10 +16,13 @@ TILE = 4096  # columns of the vocabulary at a time
 
 class TiledLogps(torch.autograd.Function):
     """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> log-probs (N) of the labels and entropies (N) of
-    the distributions, float32. Products are computed in `hidden`'s dtype, log-sum-exp and sums in float32."""
+    the distributions, float32; None in their place unless `with_entropies`. Products are computed in `hidden`'s dtype,
+    log-sum-exp and sums in float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_entropies: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         n = len(labels)
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
         # With d = logit - top: the sum of exp(d), and that of exp(d) d, which gives the entropy.
@@ -29,21 +32,21 @@ class TiledLogps(torch.autograd.Function):
             lower = torch.where(total > 0, top - higher, 0.0)
             above = logits - higher[:, None]
             powers = above.exp()
-            weighted = (weighted + total * lower) * lower.exp() + (powers * above).sum(-1)
+            if with_entropies:
+                weighted = (weighted + total * lower) * lower.exp() + (powers * above).sum(-1)
             total = total * lower.exp() + powers.sum(-1)
             top = higher
             inside = (labels >= start) & (labels < start + logits.shape[1])
             found = logits.gather(-1, (labels - start).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
             chosen = torch.where(inside, found, chosen)
         # `top` is subtracted first: added to the logarithm it would swallow its digits.
-        entropies = total.log() - weighted / total
+        entropies = total.log() - weighted / total if with_entropies else None
         ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies)
         return chosen - top - total.log(), entropies
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logps: Tensor, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, top, log_total, entropies = ctx.saved_tensors
-        of_logps, of_entropies = (g[:, None] for g in gradients)
         # Sums over tiles stay in float32, whatever the products are computed in.
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -51,20 +54,25 @@ class TiledLogps(torch.autograd.Function):
         for start, logits in _tiles(hidden, weight, bias):
             end = start + logits.shape[1]
             logps = logits - top[:, None] - log_total[:, None]
-            slope = -logps.exp() * (of_logps + of_entropies * (logps + entropies[:, None]))
+            pull = of_logps[:, None]
+            if entropies is not None and of_entropies is not None:  # both are, or neither
+                pull = pull + of_entropies[:, None] * (logps + entropies[:, None])
+            slope = -logps.exp() * pull
             inside = ((labels >= start) & (labels < end)).nonzero()[:, 0]
-            slope[inside, labels[inside] - start] += of_logps[inside, 0]
+            slope[inside, labels[inside] - start] += of_logps[inside]
             low = slope.to(hidden.dtype)
             hidden_gradient += low @ weight[start:end].to(hidden.dtype)
             if weight_gradient is not None:
                 weight_gradient[start:end] = low.T @ hidden
             if bias_gradient is not None:
                 bias_gradient[start:end] = slope.sum(0)
-        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None
+        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None
 
 
-def tiled_logps(hidden: Tensor, head: torch.nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs (N) of `labels` (N) and entropies (N) of softmax(head(hidden)), hidden (N, H); float32.
+def tiled_logps(
+    hidden: Tensor, head: torch.nn.Linear, labels: Tensor, with_entropies: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (N) of `labels` (N) and entropies (N), if asked for, of softmax(head(hidden)), hidden (N, H); float32.
 
     Under autocast the products are computed in its dtype, as the head itself would.
     """
@@ -72,8 +80,7 @@ def tiled_logps(hidden: Tensor, head: torch.nn.Linear, labels: Tensor) -> tuple[
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        logps, entropies = TiledLogps.apply(hidden, head.weight, head.bias, labels)
-    return logps, entropies
+        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies)
 
 
 def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:

@@ -41,7 +41,8 @@ def train(cfg: DictConfig) -> None:
     objective = build(config.objective, Objective, "objective")
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
-    if objective.trains == "reward_model":
+    reward_model = objective.trains == "reward_model"
+    if reward_model:
         oracle = None  # it draws no samples
     check_logger(config.logger)
     check_dataset(config.dataset)
@@ -87,7 +88,6 @@ def train(cfg: DictConfig) -> None:
     began = time.monotonic()
     if config.device == "cpu":
         keep_freed_memory()
-    reward_model = objective.trains == "reward_model"
     policy = (load_reward_model if reward_model else load_model)(config.model, config.device)
     check_vocabulary(policy, tokenizer)
     digest = weights_digest(policy)

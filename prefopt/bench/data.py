@@ -1,9 +1,9 @@
-"""How fast preference data are prepared: rows -> tokens on disk -> first batch, at UltraFeedback's size.
+"""How fast preference data are prepared: rows -> tokens on disk -> first pair, as many as UltraFeedback has.
 
     python -m prefopt.bench.data
 
-Makes 60,000 rows with UltraFeedback's lengths (about 140 tokens of prompt, 270 of each completion) out of the embedded
-texts, and prepares them with the SmolLM2 tokenizer in a cache folder of its own, once and then again from the cache.
+Makes 60,000 rows (about 120 tokens of prompt, 250 of each completion) out of the embedded texts, and
+prepares them with the SmolLM2 tokenizer in a cache folder of its own, once and then again from the cache.
 """
 
 import json

@@ -167,19 +167,21 @@ def _make(
     show: bool,
 ) -> None:
     splits: dict[str, Split] = {}
+    rewards: dict[str, dict[str, Any]] = {}
+    policies = {name: source.policies for name, source in sources(dataset).items()}
     for name in names:
         prompts = [prompt_of(item) for item in splits["heldout"].items] if "heldout" in splits else []
         splits[name] = load_split(dataset, name, prompts)
-        check(name, reward_summary(splits[name]))
+        rewards[name] = reward_summary(splits[name])
+        check(name, rewards[name])
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         for name, split in splits.items():
-            policies = {name: source.policies for name, source in sources(dataset).items()}
             counts, kept = _write(aside / f"{name}.arrow", name, split, tokenizer, limits, policies, show)
             prompts = [prompt_of(item) for item in split.items if item.id in kept] if name == "heldout" else []
-            meta = {"prompts": prompts, "counts": counts, "rewards": reward_summary(split)}
+            meta = {"prompts": prompts, "counts": counts, "rewards": rewards[name]}
             (aside / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
         try:
             aside.rename(folder)

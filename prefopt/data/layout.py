@@ -75,8 +75,7 @@ def chosen_only(pairs: Sequence[TokenizedPair]) -> Batch:
     """B rows and completions: the chosen sides, for objectives that read no other. Of a chat, the tokens that the
     assistant wrote, in all its turns, are one completion."""
     batch = padded([(p.prompt, p.chosen) for p in pairs])
-    counts = [p.chosen_mask or [True] * len(p.chosen) for p in pairs]
-    mask = torch.tensor([counted for mask in counts for counted in mask])
+    mask = torch.tensor([counted for p in pairs for counted in p.mask])
     return replace(
         batch,
         sources=batch.sources[mask],

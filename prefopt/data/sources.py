@@ -1,5 +1,6 @@
 """Rows from wherever they lie: JSON, JSONL, their gzips, Parquet, a local folder, or a data set on the hub."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -68,6 +69,13 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
 
 
 def _sha256(file: Path) -> str:
+    status = file.stat()
+    return _sha256_of(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256_of(file: Path, size: int, changed_ns: int) -> str:
+    """Read once per process: the run's identity, the cache's key and the next job of a sweep all ask for it."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -35,9 +35,14 @@ class TokenizedPair:
     source: str = ""
 
     @property
+    def mask(self) -> list[bool]:
+        """Which tokens of `chosen` count: of a pair, all."""
+        return [True] * len(self.chosen) if self.chosen_mask is None else self.chosen_mask
+
+    @property
     def learnt(self) -> int:
         """The number of chosen tokens that count."""
-        return len(self.chosen) if self.chosen_mask is None else sum(self.chosen_mask)
+        return sum(self.mask)
 
 
 class Tokenized(NamedTuple):

@@ -209,6 +209,28 @@ class Pairwise(Objective):
         return self.compare(inputs)
 
 
+@dataclass(frozen=True)
+class ImplicitReward(Pairwise):
+    """A pairwise objective whose terms are DPO's implicit rewards beta * u, u = log pi - log pi_ref.
+
+    Raises ValueError for beta <= 0.
+    """
+
+    needs = frozenset({"reference"})
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, f"beta must be positive, got {self.beta}")
+
+    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
+
+    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {"saturation": saturated(chosen - rejected)}
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition`; for hyperparameters, whose errors become composition errors."""
     if not condition:
@@ -224,16 +246,21 @@ def exp_until(x: Tensor, limit: float = 40.0) -> Tensor:
     """exp(x) up to x = `limit` nats, its tangent beyond: convex, with a gradient everywhere, and finite in float32.
 
     >>> exp_until(torch.tensor([0.0, 1e4])).tolist()
-    [1.0, 2.3446394163718265e+21]
+    [1.0, 2.3446726229884173e+21]
     """
     return x.clamp(max=limit).exp() * (1 + relu(x - limit))
+
+
+def initial_moments() -> dict[str, Tensor]:
+    """Mean 0 and scale 1: the public implementations start at scale 0 without correction, which divides zero by zero
+    while the policy still is the reference."""
+    return {"mean": torch.tensor(0.0), "scale": torch.tensor(1.0)}
 
 
 def running_moments(state: dict[str, Tensor], values: Tensor, momentum: float = 0.9) -> dict[str, Tensor]:
     """`state` {"mean", "scale"} moved towards mean and standard deviation of `values` `(B,)`, detached.
 
-    A single value has no spread and counts as 0. Objectives start at mean 0 and scale 1: the public implementations
-    start at scale 0 without correction, which divides zero by zero while the policy still is the reference.
+    A single value has no spread and counts as 0.
     """
     values = values.detach()
     scale = values.std(correction=min(1, len(values) - 1))

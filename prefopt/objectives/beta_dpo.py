@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, running_moments, saturated
+from prefopt.objectives.base import ImplicitReward, PairInputs, initial_moments, require, running_moments, saturated
 
 
 @dataclass(frozen=True)
-class BetaDPO(Pairwise):
+class BetaDPO(ImplicitReward):
     """loss = -log sigma(beta_batch (u_w - u_l)) on the kept pairs of the optimizer step, 0 on the others.
 
     With M = beta (u_w - u_l), detached, and m, s its running mean and scale (`momentum`), updated before use:
@@ -27,20 +27,18 @@ class BetaDPO(Pairwise):
     needs = frozenset({"reference", "noise"})
     scope = "step"
 
-    beta: float
     alpha: float = 0.6
     keep: float = 0.8
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(self.alpha >= 0, f"alpha must not be negative, got {self.alpha}")
         require(0 < self.keep <= 1, f"keep must be a share of the pairs in (0, 1], got {self.keep}")
         require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
 
     def initial_state(self) -> dict[str, Tensor]:
-        return {"mean": torch.tensor(0.0), "scale": torch.tensor(1.0)}
+        return initial_moments()
 
     def next_state(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         return running_moments(inputs.state, chosen - rejected, self.momentum)
@@ -54,9 +52,6 @@ class BetaDPO(Pairwise):
         gumbel = -torch.log(-torch.log(inputs.noise.clamp(1e-7, 1 - 1e-7)))
         kept = (log_weights + gumbel).topk(max(1, int(self.keep * len(gaps)))).indices
         return beta, torch.zeros_like(gaps, dtype=torch.bool).index_fill(0, kept, True)
-
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         gaps = chosen - rejected

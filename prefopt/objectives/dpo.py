@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+from prefopt.objectives.base import ImplicitReward, PairInputs, require
 
 
 @dataclass(frozen=True)
-class DPO(Pairwise):
+class DPO(ImplicitReward):
     """loss = -(1 - e) log sigma(z) - e log sigma(-z),  z = beta (u_w - u_l),  u = log pi - log pi_ref.
 
     `label_smoothing` e is the assumed rate of flipped labels (the cDPO note by Mitchell, 2023); 0 is plain DPO.
@@ -19,23 +19,14 @@ class DPO(Pairwise):
 
     equation = "−(1−ε) log σ(z) − ε log σ(−z), z = β(u_w − u_l)"
     paper = "2305.18290, Eq. 7"
-    needs = frozenset({"reference"})
     loss_at_reference = math.log(2)
 
-    beta: float
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         z = chosen - rejected
         return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
-
-    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        return {"saturation": saturated(chosen - rejected)}

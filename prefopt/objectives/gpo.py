@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from prefopt.objectives.base import PairInputs, Pairwise, exp_until, require
+from prefopt.objectives.base import ImplicitReward, PairInputs, exp_until, require
 
 FUNCTIONS = {
     "logistic": lambda z: softplus(-z),
@@ -19,7 +19,7 @@ FUNCTIONS = {
 
 
 @dataclass(frozen=True)
-class GPO(Pairwise):
+class GPO(ImplicitReward):
     """loss = f(beta (u_w - u_l)),  f one of
 
     * `logistic` log(1 + e^-z), which is DPO;
@@ -34,22 +34,16 @@ class GPO(Pairwise):
 
     equation = "f(β(u_w − u_l)), f(z): log(1+e^−z) | max(0, 1−z) | (z−1)² | e^−z | max(0, 1−z)² | (1+e^z)^−2"
     paper = "2402.05749"
-    needs = frozenset({"reference"})
 
-    beta: float
     function: str = "hinge"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(self.function in FUNCTIONS, f"function must be one of {', '.join(FUNCTIONS)}, got {self.function!r}")
 
     @property
     def loss_at_reference(self) -> float:  # type: ignore[override]
         return FUNCTIONS[self.function](torch.zeros((), dtype=torch.float64)).item()
-
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         return FUNCTIONS[self.function](chosen - rejected)

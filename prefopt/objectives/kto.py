@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+from prefopt.objectives.base import ImplicitReward, PairInputs, require, saturated
 
 
 @dataclass(frozen=True)
-class KTO(Pairwise):
+class KTO(ImplicitReward):
     """loss = (d (1 - sigma(beta u_w - beta z)) + r (1 - sigma(beta z - beta u_l))) / 2.
 
     Each pair is one desirable (weight d) and one undesirable (weight r) example; the loss is their mean. The reference
@@ -20,25 +20,19 @@ class KTO(Pairwise):
 
     equation = "½(1 − σ(β(u_w − z))) + ½(1 − σ(β(z − u_l))), z = max(0, mean u over the step)"
     paper = "2402.01306"
-    needs = frozenset({"reference"})
     scope = "step"
 
-    beta: float
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(self.desirable_weight >= 0, f"desirable_weight must not be negative, got {self.desirable_weight}")
         require(self.undesirable_weight >= 0, f"undesirable_weight must not be negative, got {self.undesirable_weight}")
 
     @property
     def loss_at_reference(self) -> float:  # type: ignore[override]
         return (self.desirable_weight + self.undesirable_weight) / 4
-
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         point = _reference_point(chosen, rejected)

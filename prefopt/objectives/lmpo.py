@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, running_moments, saturated
+from prefopt.objectives.base import PairInputs, Pairwise, initial_moments, require, running_moments, saturated
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LMPO(Pairwise):
         return {"home_advantage": self.home_ratio * self.beta}
 
     def initial_state(self) -> dict[str, Tensor]:
-        return {"mean": torch.tensor(0.0), "scale": torch.tensor(1.0)}
+        return initial_moments()
 
     def next_state(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         return running_moments(inputs.state, self._margins(inputs), self.momentum)

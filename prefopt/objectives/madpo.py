@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+from prefopt.objectives.base import ImplicitReward, PairInputs, require
 
 
 @dataclass(frozen=True)
-class MADPO(Pairwise):
+class MADPO(ImplicitReward):
     """loss = w(h) * -log sigma(beta (u_w - u_l)),  h = r_w - r_l the reward model's margin (it may be negative).
 
         c(h) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) exp(decay (|h| - tau)))     c(tau) = 1
@@ -26,7 +26,6 @@ class MADPO(Pairwise):
     paper = "2510.05342"
     needs = frozenset({"reference", "rewards"})
 
-    beta: float
     c_max: float = 2.0
     c_min: float | None = None
     decay: float = 1.0
@@ -34,7 +33,6 @@ class MADPO(Pairwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(self.c_max > 1, f"c_max must be above 1, got {self.c_max}")
         require(0 < self._c_min < 1, f"c_min must be between 0 and 1, got {self.c_min}")
         require(self.decay > 0, f"decay must be positive, got {self.decay}")
@@ -54,12 +52,9 @@ class MADPO(Pairwise):
         weights = (logsigmoid(self.coefficients(h) * h) - logsigmoid(h)).exp()
         return torch.where(h > -self.tau, weights, 1.0)
 
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
-
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         return self.weights(inputs.chosen_rewards - inputs.rejected_rewards) * -logsigmoid(chosen - rejected)
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         h = inputs.chosen_rewards - inputs.rejected_rewards
-        return {"weight": self.weights(h), "reward_margin": h, "saturation": saturated(chosen - rejected)}
+        return super().diagnostics(inputs, chosen, rejected) | {"weight": self.weights(h), "reward_margin": h}

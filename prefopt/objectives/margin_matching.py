@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+from prefopt.objectives.base import ImplicitReward, PairInputs, require
 
 
 @dataclass(frozen=True)
-class MarginMatching(Pairwise):
+class MarginMatching(ImplicitReward):
     """loss = -p log sigma(z) - (1 - p) log sigma(-z),  p = sigma(gamma (r_w - r_l)),  z = beta (u_w - u_l).
 
     The Bradley-Terry probability p of the data's quality scores replaces the hard label; gamma brings the scores to
@@ -24,23 +24,18 @@ class MarginMatching(Pairwise):
     needs = frozenset({"reference", "rewards"})
     loss_at_reference = math.log(2)
 
-    beta: float
     gamma: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(self.gamma > 0, f"gamma must be positive, got {self.gamma}")
 
     def _labels(self, inputs: PairInputs) -> Tensor:
         return torch.sigmoid(self.gamma * (inputs.chosen_rewards - inputs.rejected_rewards))
-
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         p, z = self._labels(inputs), chosen - rejected
         return -p * logsigmoid(z) - (1 - p) * logsigmoid(-z)
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        return {"saturation": saturated(chosen - rejected), "soft_label": self._labels(inputs)}
+        return super().diagnostics(inputs, chosen, rejected) | {"soft_label": self._labels(inputs)}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
+from prefopt.objectives.base import ImplicitReward, PairInputs, require
 
 
 @dataclass(frozen=True)
-class RobustDPO(Pairwise):
+class RobustDPO(ImplicitReward):
     """loss = (-(1 - e) log sigma(z) + e log sigma(-z)) / (1 - 2 e),  z = beta (u_w - u_l).
 
     An unbiased estimate of DPO's loss when a share e (`flip_rate`) of the labels is flipped; unlike label smoothing it
@@ -19,23 +19,14 @@ class RobustDPO(Pairwise):
 
     equation = "(−(1−ε) log σ(z) + ε log σ(−z)) / (1−2ε), z = β(u_w − u_l)"
     paper = "2403.00409"
-    needs = frozenset({"reference"})
     loss_at_reference = math.log(2)
 
-    beta: float
     flip_rate: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta > 0, f"beta must be positive, got {self.beta}")
         require(0 <= self.flip_rate < 0.5, f"flip_rate must be in [0, 0.5), got {self.flip_rate}")
-
-    def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
-        return self.beta * inputs.chosen_logratios, self.beta * inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         z = chosen - rejected
         return (self.flip_rate * logsigmoid(-z) - (1 - self.flip_rate) * logsigmoid(z)) / (1 - 2 * self.flip_rate)
-
-    def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        return {"saturation": saturated(chosen - rejected)}

@@ -22,6 +22,12 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 
+CHOICES = {
+    "layout": ("packed", "prefix_shared", "padded"),
+    "logits": ("tiled", "dense"),
+    "reference": ("cached", "resident", "adapter_off"),
+}
+
 
 @dataclass
 class ModelConfig:
@@ -107,9 +113,11 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     steps: int = MISSING
     batch_size: int = MISSING
-    micro_batch_size: int = MISSING
+    micro_batch_tokens: int = MISSING
     layout: str = MISSING
     logits: str = MISSING
+    reference: str = MISSING
+    compile: bool = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
     max_prompt_tokens: int = MISSING
@@ -250,7 +258,7 @@ def check(config: TrainConfig) -> None:
     """Cross-field checks. Raises UserError that lists every problem found."""
     problems = [
         f"{key} must be at least 1, is {getattr(config, key)}"
-        for key in ("steps", "batch_size", "micro_batch_size", "eval_every", "save_every")
+        for key in ("steps", "batch_size", "micro_batch_tokens", "eval_every", "save_every")
         if getattr(config, key) < 1
     ]
     rules: list[tuple[bool, str]] = [
@@ -271,17 +279,12 @@ def check(config: TrainConfig) -> None:
         ),
     ]
     problems += [message for holds, message in rules if not holds]
-    if config.layout not in ("prefix_shared", "padded"):
-        problems.append(f"layout must be prefix_shared or padded, is {config.layout!r}")
-    if config.logits not in ("tiled", "dense"):
-        problems.append(f"logits must be tiled or dense, is {config.logits!r}")
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            problems.append(f"{key} must be {' or '.join(choices)}, is {getattr(config, key)!r}")
     problems += _sampling_problems(config.sampling)
     if config.logger.wandb and config.logger.wandb.mode not in ("offline", "online"):
         problems.append(f"logger.wandb.mode must be offline or online, is {config.logger.wandb.mode!r}")
-    if config.micro_batch_size >= 1 and config.batch_size % config.micro_batch_size:
-        problems.append(
-            f"batch_size={config.batch_size} must be a multiple of micro_batch_size={config.micro_batch_size}"
-        )
     problems += _hardware_problems(config)
     if problems:
         raise UserError("\n".join(problems))

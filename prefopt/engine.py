@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -28,11 +27,11 @@ def keep_freed_memory() -> None:
 
 
 class Engine:
-    """Holds the policy and its optimizer. Weights and moments are float32; `autocast` computes in bfloat16 where
-    `precision` says so. Gradients add up over `backward` calls until `step`; the caller owns the denominator."""
+    """Holds the policy and its optimizer; weights and moments are float32. Gradients add up over `backward` calls until
+    `step`; the caller owns the denominator."""
 
-    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, precision: str):
-        self.policy, self.precision = policy, precision
+    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig):
+        self.policy = policy
         self.optimizer = adamw(policy, config)
         self.max_grad_norm = config.max_grad_norm
         self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -40,9 +39,6 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.policy.device
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -5,6 +5,7 @@ logits become float32 before the log-sum-exp, whatever the model computes in. Po
 function.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefopt import UserError
 from prefopt.data.layout import Batch
-from prefopt.tiled import tiled_logps
+from prefopt.tiled import Cap, tiled_logps
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,34 @@ class Logps:
     entropies: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """`completion_logps` as one run computes them: in its precision, with or without the matrix of logits."""
+
+    precision: str
+    tiled: bool = True
+
+    def __call__(self, model: PreTrainedModel, batch: Batch, entropies: bool = False) -> Logps:
+        with autocast(model.device, self.precision):
+            return completion_logps(model, batch, entropies, self.tiled)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True) -> Logps:
     """Score every completion of the batch; `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.tiled`).
 
     A head that is not a plain linear layer (one with an adapter on it, say) is computed whole.
     """
-    head, hidden = cast(torch.nn.Module, model.get_output_embeddings()), _hidden(model, batch)[batch.sources]
+    head, cap = cast(torch.nn.Module, model.get_output_embeddings()), logit_cap(model)
+    hidden = _hidden(model, batch)[batch.sources]
     found: Tensor | None  # (N,) entropies
     if tiled and type(head) is torch.nn.Linear:
-        chosen, found = tiled_logps(hidden, head, batch.labels, entropies)
+        chosen, found = tiled_logps(hidden, head, batch.labels, entropies, cap)
     else:
-        logps = head(hidden).float().log_softmax(-1)
+        logps = cap(head(hidden).float()).log_softmax(-1)
         chosen = logps.gather(-1, batch.labels[:, None])[:, 0]
         found = -(logps.exp() * logps).sum(-1) if entropies else None
     token_logps = _by_completion(chosen, batch)
@@ -67,25 +84,29 @@ def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(R * T, hidden): the backbone's last hidden states, which the batch's indices point into."""
+    segments = {} if batch.segments is None else {"segments": batch.segments}
     output = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **segments,
     )
     return output.last_hidden_state.flatten(0, 1)
 
 
-def check_head(model: PreTrainedModel) -> None:
-    """Refuse models that change logits after the output embedding (soft-capping, scaling): `completion_logps`
-    applies the embedding alone, and their numbers would be silently wrong."""
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"{model.config.model_type} models change their logits after the head ({key}="
-                f"{getattr(model.config, key)}), which prefopt does not compute yet. Use another model."
-            )
+def logit_cap(model: PreTrainedModel) -> Cap:
+    """What the architecture does to its logits after the output embedding: scaling (Cohere, Granite, Falcon-H1) and
+    soft-capping (Gemma 2)."""
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return Cap(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def _by_completion(values: Tensor, batch: Batch) -> Tensor:
     """(N,) -> (C, longest), zero behind each completion's end. Every place is written once, so the sums over it are
     the same in every run, on a GPU too."""
-    grid = values.new_zeros(len(batch.lengths), int(batch.offsets.max()) + 1)
+    grid = values.new_zeros(len(batch.lengths), batch.longest)
     return grid.index_put((batch.completions, batch.offsets), values)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from prefopt import UserError
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.config import TrainConfig
 from prefopt.data.formats import Message
-from prefopt.data.layout import LAYOUTS, Batch, Layout, padded
+from prefopt.data.layout import LAYOUTS, Batch, Layout
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.engine import Engine
 from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
-from prefopt.logps import Logps, completion_logps, completion_rewards
+from prefopt.logps import Scorer, autocast, completion_rewards
 from prefopt.metrics import mean_and_error, peak_memory_gib, step_metrics
+from prefopt.models.reference import ROUNDING, SIDES, Reference
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
 from prefopt.optim import Schedule
 from prefopt.paths import cache_dir, write_whole
@@ -36,30 +38,41 @@ STEP0_TOLERANCE = 1e-3
 
 @dataclass
 class Job:
-    """Everything one run needs. `reference` is the initial policy, frozen, or None where a reward model is trained;
-    `prompts` are the held-out ones; `state` is the objective's."""
+    """Everything one run needs. `reference` is None where a reward model is trained; `prompts` are the held-out ones;
+    `state` is the objective's."""
 
     config: TrainConfig
     run: Run
     objective: Objective
     schedule: Schedule
     engine: Engine
-    reference: PreTrainedModel | None
+    reference: Reference | None
     tokenizer: PreTrainedTokenizerBase
     train_pairs: Sequence[TokenizedPair]
     heldout_pairs: Sequence[TokenizedPair]
     prompts: list[list[Message]]
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
-    heldout_reference: list[Logps] = field(default_factory=list)  # filled by the first evaluation
     state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.state = self.objective.initial_state()
+        self.score = Scorer(self.config.precision, self.config.logits == "tiled")
 
-    @property
-    def tiled(self) -> bool:
-        return self.config.logits == "tiled"
+    def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
+        """What is computed at a time, collated on the CPU; the same for the same pairs."""
+        tokens, sides = self.config.micro_batch_tokens, self.objective.sides
+        size = self.objective.micro_batch_size if self.objective.scope == "micro_batch" else None
+        parts = self.layout.micro_batches(pairs, tokens, size, sides)
+        batches = [self.layout.collate(part, sides) for part in parts]
+        if self.engine.device.type == "cuda":
+            batches = [batch.pin() for batch in batches]
+        return [MicroBatch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+
+
+class MicroBatch(NamedTuple):
+    pairs: list[TokenizedPair]
+    batch: Batch
 
 
 def train(job: Job) -> list[dict[str, Any]]:
@@ -83,8 +96,8 @@ def train(job: Job) -> list[dict[str, Any]]:
         if start == 0:
             logger.log("heldout", 0, evaluate(job, 0))
         with Bar("training", config.steps, config.logger.progress, done=start) as bar:
-            for step in range(start, config.steps):
-                metrics = train_step(job, step)
+            for step, micro_batches in upcoming(job, start):
+                metrics = train_step(job, step, micro_batches)
                 done = step + 1
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == config.steps:
@@ -97,18 +110,35 @@ def train(job: Job) -> list[dict[str, Any]]:
     return [row for row in read_metrics(run) if row["split"] == "heldout"]
 
 
-def train_step(job: Job, step: int) -> dict[str, Any]:
+def upcoming(job: Job, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(step, its micro-batches); those of the next step are collated while this one computes."""
+    config = job.config
+
+    def collate(step: int) -> list[MicroBatch]:
+        indices = step_indices(len(job.train_pairs), config.seed, step, config.batch_size)
+        return job.micro_batches([job.train_pairs[i] for i in indices])
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(collate, start)
+        for step in range(start, config.steps):
+            micro_batches = coming.result()
+            if step + 1 < config.steps:
+                coming = pool.submit(collate, step + 1)
+            yield step, micro_batches
+
+
+def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
     """One optimizer step over `batch_size` pairs, in micro-batches. Returns the step's metrics.
 
-    Raises UserError, without touching the weights, if loss or gradient is not finite.
+    The host waits for the device once, for the metrics. Raises UserError, without touching the weights, if loss or
+    gradient is not finite.
     """
     config, engine = job.config, job.engine
     began = time.monotonic()
-    indices = step_indices(len(job.train_pairs), config.seed, step, config.batch_size)
-    pairs = [job.train_pairs[i] for i in indices]
-    scored = accumulate_gradients(job, step, pairs)
+    pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
+    scored = accumulate_gradients(job, step, micro_batches)
     gradient_norm = engine.clip_gradients()
-    metrics: dict[str, Any] = {**step_metrics(job.objective, scored), "gradient_norm": gradient_norm.item()}
+    metrics = step_metrics(job.objective, scored, gradient_norm=gradient_norm)
     bad = [name for name in ("loss", "gradient_norm") if not torch.tensor(metrics[name]).isfinite()]
     if bad:
         raise UserError(
@@ -131,9 +161,9 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
 
 
 def accumulate_gradients(
-    job: Job, step: int, pairs: Sequence[TokenizedPair]
+    job: Job, step: int, micro_batches: Sequence[MicroBatch]
 ) -> list[tuple[PairInputs, ObjectiveOutput]]:
-    """Add up the gradient of the step's loss, the mean over `pairs` (or over their chosen tokens, where the objective
+    """Add up the gradient of the step's loss, the mean over its pairs (or over their chosen tokens, where the objective
     says so), micro-batch by micro-batch. It does not depend on the micro-batches unless the objective's scope is one.
 
     An objective over the whole step cannot be differentiated in parts. Its gradient has two factors, though: by the
@@ -142,8 +172,8 @@ def accumulate_gradients(
     sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first, so there is no dropout.
     """
     objective, engine = job.objective, job.engine
+    pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
     denominator = sum(p.learnt for p in pairs) if objective.per == "chosen_token" else len(pairs)
-    micro_batches = chunks(pairs, job.config.micro_batch_size)
     scored = []
     if objective.scope != "step" or len(micro_batches) == 1:
         for micro_batch in micro_batches:
@@ -152,7 +182,8 @@ def accumulate_gradients(
                 inputs = whole_step(job, step, [inputs])
             output = objective(inputs)
             engine.backward(output.losses.sum() / denominator)
-            scored.append((inputs, output))
+            # Without its graph, which would keep the model's activations.
+            scored.append((inputs.map(Tensor.detach), output))
         return scored
     with torch.no_grad():
         inputs = whole_step(job, step, [pair_inputs(job, micro_batch) for micro_batch in micro_batches])
@@ -163,10 +194,10 @@ def accumulate_gradients(
     gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
     start = 0
     for micro_batch in micro_batches:
-        tensors = policy_tensors(job, job.layout(micro_batch).to(engine.device))
-        part = slice(start, start + len(micro_batch))
+        tensors = policy_tensors(job, micro_batch.batch.to(engine.device))
+        part = slice(start, start + len(micro_batch.pairs))
         engine.backward(torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum())
-        start += len(micro_batch)
+        start += len(micro_batch.pairs)
     return [(inputs, output)]
 
 
@@ -179,33 +210,28 @@ def whole_step(job: Job, step: int, parts: Sequence[PairInputs]) -> PairInputs:
     return replace(inputs, noise=noise, state=job.state)
 
 
-def pair_inputs(job: Job, pairs: Sequence[TokenizedPair], reference: Logps | None = None) -> PairInputs:
-    """Score B pairs with the policy, and with the reference where the objective needs it and `reference`, the
-    log-probs of the same batch, is not given."""
+def pair_inputs(job: Job, micro_batch: MicroBatch, reference: bool = False) -> PairInputs:
+    """Score B pairs with the policy, and with the reference where the objective needs it or `reference` asks for it."""
     needs = job.objective.needs
-    batch = job.layout(pairs).to(job.engine.device)
+    batch = micro_batch.batch.to(job.engine.device)
     inputs = policy_tensors(job, batch)
-    if reference is None and "reference" in needs:
+    if reference or "reference" in needs:
         assert job.reference is not None
-        with torch.no_grad(), job.engine.autocast():
-            reference = completion_logps(job.reference, batch, tiled=job.tiled)
-    if reference is not None:
-        inputs |= by_side(job, "reference_{}_logps", reference.sums)
+        inputs |= by_side(job, "reference_{}_logps", job.reference.logps(micro_batch.pairs, batch))
     inputs |= by_side(job, "{}_lengths", batch.lengths)
     if "rewards" in needs:
         for side in job.objective.sides:
-            rewards = [getattr(p, f"{side}_reward") for p in pairs]
-            inputs[f"{side}_rewards"] = torch.tensor(rewards, dtype=torch.float32, device=batch.input_ids.device)
+            rewards = torch.tensor([getattr(p, f"{side}_reward") for p in micro_batch.pairs], dtype=torch.float32)
+            inputs[f"{side}_rewards"] = rewards.to(batch.lengths.device, non_blocking=True)
     return PairInputs(**inputs)
 
 
 def policy_tensors(job: Job, batch: Batch) -> dict[str, Any]:
     """What the model in training gives, by the names of `PairInputs`: the tensors that carry gradient."""
-    with job.engine.autocast():
-        if job.objective.trains == "reward_model":
+    if job.objective.trains == "reward_model":
+        with autocast(job.engine.device, job.config.precision):
             return by_side(job, "policy_{}_rewards", completion_rewards(job.engine.policy, batch))
-        entropies = "entropies" in job.objective.needs
-        logps = completion_logps(job.engine.policy, batch, entropies, job.tiled)
+    logps = job.score(job.engine.policy, batch, "entropies" in job.objective.needs)
     tensors = by_side(job, "policy_{}_logps", logps.sums)
     return tensors if logps.entropies is None else tensors | by_side(job, "{}_entropies", logps.entropies)
 
@@ -250,46 +276,43 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
 def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
     """The pair metrics over `pairs`, the same in every call. At step 0 also the check that policy and reference agree.
 
-    The reference scores the very same micro-batches, once: its log-probs are kept for later evaluations. An objective
-    whose scope is the step sees all pairs at once, with its state as it stands.
+    An objective whose scope is the step sees all pairs at once, with its state as it stands.
     """
-    micro_batches = chunks(pairs, job.config.micro_batch_size)
+    micro_batches = job.micro_batches(pairs)
+    known = job.reference is not None and job.objective.sides == SIDES
     show = job.config.logger.progress
-    if job.reference and not job.heldout_reference:
-        for part in track(micro_batches, "reference", show):
-            with job.engine.autocast():
-                batch = job.layout(part).to(job.engine.device)
-                job.heldout_reference.append(completion_logps(job.reference, batch, tiled=job.tiled))
-    references: Sequence[Logps | None] = job.heldout_reference or [None] * len(micro_batches)
-    both = list(zip(micro_batches, references, strict=True))
-    parts = [pair_inputs(job, part, reference) for part, reference in track(both, "held-out pairs", show)]
+    parts = [pair_inputs(job, part, reference=known) for part in track(micro_batches, "held-out pairs", show)]
     if job.objective.scope == "step":
         parts = [whole_step(job, 0, parts)]
     scored = [(inputs, job.objective(inputs)) for inputs in parts]
     metrics = step_metrics(job.objective, scored)
     if step == 0:
-        check_step0(job.objective, [inputs for inputs, _ in scored], metrics["loss"])
+        check_step0(job, [inputs for inputs, _ in scored], metrics["loss"])
     return metrics
 
 
-def check_step0(objective: Objective, scored: Sequence[PairInputs], loss: float) -> None:
+def check_step0(job: Job, scored: Sequence[PairInputs], loss: float) -> None:
     """Before the first step policy and reference are the same: every log-ratio is 0 and the loss is known.
 
-    Raises UserError if not; says so if they are.
+    Where the reference was scored in other batches than the policy, in bfloat16, on hardware whose products depend on
+    the batch, log-ratios may be as large as that rounding. Raises UserError beyond; says so if all is well.
     """
-    found = []
-    logratios = [getattr(x, f"{side}_logratios") for x in scored for side in objective.sides if x.has_reference]
-    if logratios:
-        largest = torch.cat(logratios).abs().max().item()
-        if not largest <= STEP0_TOLERANCE:
+    found, exact = [], True
+    sides = [(x, side) for x in scored for side in job.objective.sides if x.has_reference]
+    if sides:
+        logratios = torch.cat([getattr(x, f"{side}_logratios") for x, side in sides]).abs()
+        lengths = torch.cat([getattr(x, f"{side}_lengths") for x, side in sides])
+        largest = logratios.max().item()
+        exact = largest <= STEP0_TOLERANCE
+        if not exact and not (logratios <= ROUNDING[job.config.precision] * lengths).all():
             raise UserError(
                 f"before the first step the policy differs from the reference: largest |log-ratio| {largest:.3g} "
                 "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
                 "model whose forward pass is random."
             )
-        found.append(f"policy = reference (largest |log-ratio| {largest:.2g})")
-    expected = objective.step0_loss
-    if expected is not None:
+        found.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
+    expected = job.objective.step0_loss
+    if expected is not None and exact:
         if not abs(loss - expected) <= STEP0_TOLERANCE * max(1.0, abs(expected)):
             raise UserError(f"before the first step the loss is {loss:.6f}; it must be {expected:.6f} there")
         found.append(f"loss {loss:.6f} = {expected:.6f}")
@@ -329,15 +352,10 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
     """
     assert job.oracle is not None
     show = job.config.logger.progress
-    with job.engine.autocast():
+    with autocast(job.engine.device, job.config.precision):
         drawn = sample(job.engine.policy, job.tokenizer, job.prompts, job.config.sampling, job.config.seed, 1, show)
-        samples = [responses[0] for responses in drawn]
-        # By length, so that little is computed on padding.
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_tokens) + len(samples[i].tokens))
-        logratios = [0.0] * len(samples)
-        for part in track(chunks(order, 2 * job.config.micro_batch_size), "KL of samples", show):
-            for i, logratio in zip(part, _logratios(job, [samples[i] for i in part]), strict=True):
-                logratios[i] = logratio
+    samples = [responses[0] for responses in drawn]
+    logratios = sample_logratios(job, samples)
     rewards = [job.oracle(prompt, s.text) for prompt, s in zip(job.prompts, samples, strict=True)]
     lines = [
         {"prompt": prompt, "response": s.text, "finished": s.finished, "reward": reward, "logratio": logratio}
@@ -358,12 +376,21 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
     }
 
 
-def _logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
-    batch = padded([(s.prompt_tokens, s.tokens) for s in samples]).to(job.engine.device)
+def sample_logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
+    """log pi - log pi_ref of each sample, nats."""
     assert job.reference is not None
-    policy, reference = (completion_logps(m, batch, tiled=job.tiled).sums for m in (job.engine.policy, job.reference))
-    return (policy - reference).tolist()
+    # As pairs without a rejected side, which the layouts know how to cut into micro-batches.
+    pairs = [TokenizedPair(str(i), s.prompt_tokens, s.tokens, []) for i, s in enumerate(samples)]
+    parts = job.layout.micro_batches(pairs, job.config.micro_batch_tokens, None, ("chosen",))
 
+    def scored(model: PreTrainedModel, what: str) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for part in track(parts, f"KL of samples: {what}", job.config.logger.progress):
+            found = job.score(model, job.layout.collate(part, ("chosen",)).to(job.engine.device)).sums
+            sums |= dict(zip((p.id for p in part), found.tolist(), strict=True))
+        return sums
 
-def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    policy = scored(job.engine.policy, "policy")
+    with job.reference.model() as model:
+        reference = scored(model, "reference")
+    return [policy[p.id] - reference[p.id] for p in pairs]

@@ -31,36 +31,39 @@ class Means:
         self.counts[name] = self.counts.get(name, 0) + denominator
 
     def compute(self) -> dict[str, float]:
-        """Values leave their device together: a transfer for each would stop a GPU as often."""
         means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
         return dict(zip(self.sums, means.tolist(), strict=True))
 
 
-def step_metrics(objective: Objective, scored: Sequence[tuple[PairInputs, ObjectiveOutput]]) -> dict[str, Any]:
-    """Loss, pair metrics, `n` pairs, and the objective's diagnostics under its name, over all parts of a step."""
+def step_metrics(
+    objective: Objective, scored: Sequence[tuple[PairInputs, ObjectiveOutput]], **others: Tensor
+) -> dict[str, Any]:
+    """Loss, pair metrics, `n` pairs, the objective's diagnostics under its name, over all parts of a step, and `others`
+    (0-dim). All of it leaves the device together: a transfer for each would stop a GPU as often."""
     means = Means()
+    for name, value in others.items():
+        means.add_ratio(name, value, 1)
     for inputs, output in scored:
         pairs = output.losses.numel()
         per = inputs.chosen_lengths.sum() if objective.per == "chosen_token" else pairs
         means.add_ratio("loss", output.losses.sum(dtype=torch.float64), per)
         means.add(pair_metrics(inputs, output))
-    metrics: dict[str, Any] = {**means.compute(), "n": sum(output.losses.numel() for _, output in scored)}
     for name in scored[0][1].diagnostics:
-        parts = [output.diagnostics[name] for _, output in scored]
-        metrics |= {f"{objective.name}/{key}": value for key, value in _summary(name, parts).items()}
-    return metrics
+        parts = [output.diagnostics[name].detach() for _, output in scored]
+        for key, value in _summary(name, parts).items():
+            means.add_ratio(f"{objective.name}/{key}", value, 1)
+    return {**means.compute(), "n": sum(output.losses.numel() for _, output in scored)}
 
 
-def _summary(name: str, parts: Sequence[Tensor]) -> dict[str, float]:
-    """As `ObjectiveOutput` says: a share, a mean with quantiles, or a statistic of the step."""
+def _summary(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """As `ObjectiveOutput` says: a share, a mean with quantiles, or a statistic of the step. 0-dim each."""
     if parts[0].ndim == 0:
-        return {name: torch.stack(list(parts)).double().mean().item()}
+        return {name: torch.stack(list(parts)).double().mean()}
     values = torch.cat(list(parts))
-    mean = {name: values.double().mean().item()}
+    mean = {name: values.double().mean()}
     if values.dtype == torch.bool:
         return mean
-    quantiles = values.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64, device=values.device)).tolist()
-    return mean | {f"{name}_p{round(100 * q)}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+    return mean | {f"{name}_p{round(100 * q)}": values.double().quantile(q) for q in QUANTILES}
 
 
 def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tensor]:

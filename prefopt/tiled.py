@@ -5,6 +5,7 @@ more. Here only [tokens x TILE] is there at a time; the backward pass computes e
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,24 @@ from torch.nn.functional import linear
 TILE = 4096  # columns of the vocabulary at a time
 
 
+@dataclass(frozen=True)
+class Cap:
+    """What becomes of the head's output: y = scale x, and softcap tanh(y / softcap) where there is one."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x if self.scale == 1 else self.scale * x
+        return y if self.softcap is None else self.softcap * torch.tanh(y / self.softcap)
+
+    def backward(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """The gradient by x, from that by the logits and the logits themselves."""
+        if self.softcap is not None:
+            slope = slope * (1 - (logits / self.softcap) ** 2)
+        return slope if self.scale == 1 else self.scale * slope
+
+
 class TiledLogps(torch.autograd.Function):
     """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> log-probs (N) of the labels and entropies (N) of
     the distributions, float32; None in their place unless `with_entropies`. Products are computed in `hidden`'s dtype,
@@ -21,13 +40,19 @@ class TiledLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_entropies: bool = True
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        with_entropies: bool = True,
+        cap: Cap = Cap(),  # it is frozen
     ) -> tuple[Tensor, Tensor | None]:
         n = len(labels)
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
         # With d = logit - top: the sum of exp(d), and that of exp(d) d, which gives the entropy.
         total, weighted, chosen = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(3))
-        for start, logits in _tiles(hidden, weight, bias):
+        for start, logits in _tiles(hidden, weight, bias, cap):
             higher = torch.maximum(top, logits.amax(-1))
             lower = torch.where(total > 0, top - higher, 0.0)
             above = logits - higher[:, None]
@@ -41,6 +66,7 @@ class TiledLogps(torch.autograd.Function):
             chosen = torch.where(inside, found, chosen)
         # `top` is subtracted first: added to the logarithm it would swallow its digits.
         entropies = total.log() - weighted / total if with_entropies else None
+        ctx.cap = cap
         ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies)
         return chosen - top - total.log(), entropies
 
@@ -51,28 +77,35 @@ class TiledLogps(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start, logits in _tiles(hidden, weight, bias):
+        for start, logits in _tiles(hidden, weight, bias, ctx.cap):
             end = start + logits.shape[1]
             logps = logits - top[:, None] - log_total[:, None]
             pull = of_logps[:, None]
             if entropies is not None and of_entropies is not None:  # both are, or neither
                 pull = pull + of_entropies[:, None] * (logps + entropies[:, None])
             slope = -logps.exp() * pull
-            inside = ((labels >= start) & (labels < end)).nonzero()[:, 0]
-            slope[inside, labels[inside] - start] += of_logps[inside]
+            inside = (labels >= start) & (labels < end)
+            place = (labels - start).clamp(0, end - start - 1)[:, None]
+            slope.scatter_add_(1, place, torch.where(inside, of_logps, 0.0)[:, None])
+            slope = ctx.cap.backward(slope, logits)
             low = slope.to(hidden.dtype)
             hidden_gradient += low @ weight[start:end].to(hidden.dtype)
             if weight_gradient is not None:
                 weight_gradient[start:end] = low.T @ hidden
             if bias_gradient is not None:
                 bias_gradient[start:end] = slope.sum(0)
-        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None
+        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None, None
 
 
 def tiled_logps(
-    hidden: Tensor, head: torch.nn.Linear, labels: Tensor, with_entropies: bool = True
+    hidden: Tensor,
+    head: torch.nn.Linear,
+    labels: Tensor,
+    with_entropies: bool = True,
+    cap: Cap = Cap(),
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (N) of `labels` (N) and entropies (N), if asked for, of softmax(head(hidden)), hidden (N, H); float32.
+    """Log-probs (N) of `labels` (N) and entropies (N), if asked for, of softmax(cap(head(hidden))), hidden (N, H);
+    float32.
 
     Under autocast the products are computed in its dtype, as the head itself would.
     """
@@ -80,11 +113,12 @@ def tiled_logps(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies)
+        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies, cap)
 
 
-def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: Cap) -> Iterator[tuple[int, Tensor]]:
     """(first column, (N, up to TILE) float32 logits)."""
     for start in range(0, len(weight), TILE):
         part = weight[start : start + TILE].to(hidden.dtype)
-        yield start, linear(hidden, part, None if bias is None else bias[start : start + TILE].to(hidden.dtype)).float()
+        shift = None if bias is None else bias[start : start + TILE].to(hidden.dtype)
+        yield start, cap(linear(hidden, part, shift).float())

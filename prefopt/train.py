@@ -6,7 +6,6 @@
 A run that is finished is skipped, one that was interrupted goes on from its last checkpoint.
 """
 
-import copy
 import functools
 import math
 import shutil
@@ -21,6 +20,13 @@ from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
 from prefopt.program import program
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from prefopt.data.layout import Layout
+    from prefopt.data.tokenize import TokenizedPair
+    from prefopt.models.reference import Reference
     from prefopt.objectives.base import Objective
 
 
@@ -44,6 +50,9 @@ def train(cfg: DictConfig) -> None:
     reward_model = objective.trains == "reward_model"
     if reward_model:
         oracle = None  # it draws no samples
+    size = objective.micro_batch_size
+    if objective.scope == "micro_batch" and size and config.batch_size % size:
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
     check_logger(config.logger)
     check_dataset(config.dataset)
     if lacking := missing(config.model, config.dataset):
@@ -79,7 +88,6 @@ def train(cfg: DictConfig) -> None:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
 
     from prefopt.checkpoint import export
-    from prefopt.data.layout import chosen_only
     from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
@@ -97,11 +105,10 @@ def train(cfg: DictConfig) -> None:
             "folder to begin again, or bring the old weights back."
         )
     run.start(initial_weights=digest, data={name: split.counts for name, split in data.items()})
-    reference = None if reward_model else copy.deepcopy(policy).requires_grad_(False)
-    engine = Engine(policy, config.optimizer, config.precision)
-    only_chosen = objective.sides == ("chosen",)
-    layout = chosen_only if only_chosen else choose_layout(config.layout, policy, data["train"].pairs[:256])
+    layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
+    reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
+    engine = Engine(policy, config.optimizer)
     prompts = data["heldout"].prompts if oracle else []
     job = Job(
         config,
@@ -126,6 +133,45 @@ def train(cfg: DictConfig) -> None:
     run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     say(f"  finished; the policy is in {run.policy_folder}")
+
+
+def make_reference(
+    config: TrainConfig,
+    objective: "Objective",
+    policy: "PreTrainedModel",
+    digest: str,
+    layout: "Layout",
+    train_pairs: "Sequence[TokenizedPair]",
+    heldout: "Sequence[TokenizedPair]",
+) -> "Reference | None":
+    """The reference that the config names, before the policy (with weights `digest`) is trained."""
+    from prefopt.data.sampler import run_indices
+    from prefopt.logps import Scorer
+    from prefopt.models.load import load_model
+    from prefopt.models.reference import AdapterOff, Cached, Resident, cached
+    from prefopt.segments import use_segments
+
+    if objective.trains == "reward_model":
+        return None
+    score = Scorer(config.precision, config.logits == "tiled")
+    if config.reference == "resident":
+        return Resident.copy_of(policy, score)
+    if config.reference == "adapter_off":
+        return AdapterOff(policy, score)
+
+    def load() -> "PreTrainedModel":
+        model = load_model(config.model, config.device)
+        if layout.name == "packed":
+            use_segments(model)
+        return model
+
+    pairs = list(heldout)
+    if "reference" in objective.needs:
+        pairs += [train_pairs[i] for i in run_indices(len(train_pairs), config.seed, config.steps, config.batch_size)]
+    if objective.sides != ("chosen", "rejected"):
+        return Cached(load)  # it compares nothing; there are samples alone to score
+    tokens, show = config.micro_batch_tokens, config.logger.progress
+    return cached(policy, digest, pairs, layout, tokens, score, load, show)
 
 
 def check_rewards(objective: "Objective", split: str, rewards: dict[str, Any]) -> None:

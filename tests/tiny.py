@@ -93,7 +93,7 @@ def tiny_overrides(model: Path, data: Path, runs: Path) -> list[str]:
         "device=cpu",
         "steps=4",
         "batch_size=4",
-        "micro_batch_size=2",
+        "micro_batch_tokens=100",
         "eval_every=2",
         "save_every=1",
         "optimizer.lr=1e-3",

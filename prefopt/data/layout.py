@@ -1,132 +1,206 @@
 """Token ids -> tensors. How completions lie in rows is decided here alone; log-probs see only where each completion
 token is predicted from.
 
+* `packed`: all groups of a micro-batch in one row, one behind the other, no padding; the prompt of a pair is computed
+  once, positions restart after it, and no completion sees another (`prefopt.segments`).
+* `prefix_shared`: one row a group, with a mask of [row x row]; for models whose attention cannot be exchanged.
 * `padded`: one row a completion, padding on the right. Works with every model.
-* `prefix_shared`: one row a pair, [prompt, chosen, rejected]. The prompt is computed once, positions restart after it,
-  and the rejected completion does not see the chosen one.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefopt.data.tokenize import TokenizedPair
+from prefopt.segments import Segments
+
+
+class Group(NamedTuple):
+    """Token ids of a prompt and of the completions that follow it."""
+
+    prompt: list[int]
+    completions: list[list[int]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`C` completions with `N` tokens in all, in `R` rows of up to `T` tokens.
+    """`C` completions with `N` tokens in all, in `R` rows of up to `T` tokens, numbered: the first completion of
+    each group, then the second one of each.
 
-    `input_ids` (R, T) int64. `attention_mask`: (R, T) int64, 1 on real tokens, or (R, 1, T, T) bool, True where a
-    query may look. `position_ids` (R, T) int64, or None for the model's default. Per completion token, (N,) int64 each:
-    `sources`, the flat index in (R, T) of the hidden state that predicts it; `labels`, its id; `completions`, which
-    completion it belongs to; `offsets`, its place in it. Per completion, (C,): `lengths` float32; `ends` int64, the
-    flat index of its last token's hidden state. Everything comes from lengths and nothing from token ids, so a
-    tokenizer whose pad is its eos is safe.
+    `input_ids` (R, T) int64. `attention_mask`: (R, T) int64, 1 on real tokens; or (R, 1, T, T) bool, True where a
+    query may look; or, with `segments`, a stand-in. `position_ids` (R, T) int64, or None for the model's default. Per
+    completion token, (N,) int64 each: `sources`, the flat index in (R, T) of the hidden state that predicts it;
+    `labels`, its id; `completions`, which completion it belongs to; `offsets`, its place in it. Per completion, (C,):
+    `lengths` float32; `ends` int64, the flat index of its last token's hidden state. `longest`: the largest length.
+    Everything comes from lengths and nothing from token ids, so a tokenizer whose pad is its eos is safe.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor | None
+    segments: Segments | None
     sources: Tensor
     labels: Tensor
     completions: Tensor
     offsets: Tensor
     lengths: Tensor
     ends: Tensor
+    longest: int
 
     def to(self, device: torch.device) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in values.items()}
-        return Batch(**moved)
+        """On `device`; a copy to a GPU goes on beside what the GPU does."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values)
 
 
-Layout = Callable[[Sequence[TokenizedPair]], Batch]
-
-
-def padded(sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """One (prompt ids, completion ids) per row and completion.
-
-    >>> batch = padded([([5, 6], [7, 2]), ([5], [8])])
-    >>> batch.input_ids.tolist()
-    [[5, 6, 7, 2], [5, 8, 0, 0]]
-    >>> batch.attention_mask.tolist()
-    [[1, 1, 1, 1], [1, 1, 0, 0]]
-    >>> batch.sources.tolist(), batch.labels.tolist(), batch.completions.tolist()
-    ([1, 2, 4], [7, 2, 8], [0, 0, 1])
-    >>> batch.ends.tolist()
-    [3, 5]
+def packed(groups: Sequence[Group]) -> Batch:
     """
-    input_ids = _rows([prompt + completion for prompt, completion in sequences])
-    width = input_ids.shape[1]
-    lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in sequences])
-    attention_mask = (torch.arange(width) < lengths[:, None]).long()
-    starts = [r * width + len(prompt) for r, (prompt, _) in enumerate(sequences)]
-    # A token is predicted from the position before it; the first one from the prompt's last position.
-    sources = [[start - 1 + i for i in range(len(c))] for start, (_, c) in zip(starts, sequences, strict=True)]
-    ends = [start + len(c) - 1 for start, (_, c) in zip(starts, sequences, strict=True)]
-    return _batch(input_ids, attention_mask, None, sources, [completion for _, completion in sequences], ends)
+    >>> batch = packed([Group([5, 6], [[7, 2], [8]]), Group([9], [[3], [4, 2]])])
+    >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+    ([[5, 6, 7, 2, 8, 9, 3, 4, 2]], [[0, 1, 2, 3, 2, 0, 1, 1, 2]])
+    >>> batch.sources.tolist(), batch.labels.tolist(), batch.completions.tolist()
+    ([1, 2, 5, 1, 5, 7], [7, 2, 3, 8, 4, 2], [0, 0, 1, 2, 3, 3])
+    >>> batch.ends.tolist()
+    [3, 6, 4, 8]
+    """
+    starts, at = [], 0
+    for group in groups:
+        starts.append(at)
+        at += _tokens(group)
+    row = [token for g in groups for part in (g.prompt, *g.completions) for token in part]
+    positions = torch.cat([_positions(g) for g in groups])[None]
+    segments = Segments([(len(g.prompt), [len(c) for c in g.completions]) for g in groups])
+    # Masks of four dimensions are passed on as they are, so transformers makes none of its own.
+    return _batch(groups, starts, torch.tensor([row]), torch.ones(1, 1, 1, 1, dtype=torch.bool), positions, segments)
 
 
-def chosen_only(pairs: Sequence[TokenizedPair]) -> Batch:
-    """B rows and completions: the chosen sides, for objectives that read no other. Of a chat, the tokens that the
-    assistant wrote, in all its turns, are one completion."""
-    batch = padded([(p.prompt, p.chosen) for p in pairs])
-    mask = torch.tensor([counted for p in pairs for counted in p.mask])
-    return replace(
-        batch,
-        sources=batch.sources[mask],
-        labels=batch.labels[mask],
-        completions=batch.completions[mask],
-        offsets=torch.tensor([i for p in pairs for i in range(p.learnt)]),
-        lengths=torch.tensor([float(p.learnt) for p in pairs]),
-    )
-
-
-def padded_pairs(pairs: Sequence[TokenizedPair]) -> Batch:
-    """2B rows and completions: the chosen sides of B pairs, then their rejected sides."""
-    return padded([(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs])
-
-
-def prefix_shared(pairs: Sequence[TokenizedPair]) -> Batch:
-    """B rows [prompt, chosen, rejected]; 2B completions in the order of `padded_pairs`.
-
-    >>> batch = prefix_shared([TokenizedPair("", [5, 6], [7, 2], [8])])
+def prefix_shared(groups: Sequence[Group]) -> Batch:
+    """
+    >>> batch = prefix_shared([Group([5, 6], [[7, 2], [8]])])
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
     ([[5, 6, 7, 2, 8]], [[0, 1, 2, 3, 2]])
     >>> batch.attention_mask[0, 0].int().tolist()[-1]
     [1, 1, 0, 0, 1]
-    >>> batch.sources.tolist(), batch.labels.tolist(), batch.completions.tolist()
-    ([1, 2, 1], [7, 2, 8], [0, 0, 1])
-    >>> batch.ends.tolist()
-    [3, 4]
     """
-    input_ids = _rows([p.prompt + p.chosen + p.rejected for p in pairs])
+    input_ids = _rows([[t for part in (g.prompt, *g.completions) for t in part] for g in groups])
     width = input_ids.shape[1]
-    first_chosen = torch.tensor([len(p.prompt) for p in pairs])[:, None]
-    first_rejected = torch.tensor([len(p.prompt) + len(p.chosen) for p in pairs])[:, None]
-    places = torch.arange(width)[None]
-    is_chosen = (places >= first_chosen) & (places < first_rejected)
-    is_rejected = places >= first_rejected
-    position_ids = torch.where(is_rejected, places - first_rejected + first_chosen, places)
-    causal = places[0, :, None] >= places
-    attention_mask = (causal & ~(is_rejected[:, :, None] & is_chosen[:, None, :]))[:, None]
-    chosen_sources, rejected_sources = [], []
-    for r, p in enumerate(pairs):
-        last_prompt = r * width + len(p.prompt) - 1
-        chosen_sources.append([last_prompt + i for i in range(len(p.chosen))])
-        after = last_prompt + len(p.chosen)
-        rejected_sources.append([last_prompt] + [after + i for i in range(1, len(p.rejected))])
-    completions = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    ends = [r * width + int(last) - 1 for r, last in enumerate(first_rejected[:, 0])]
-    ends += [end + len(p.rejected) for end, p in zip(ends, pairs, strict=True)]
-    return _batch(input_ids, attention_mask, position_ids, chosen_sources + rejected_sources, completions, ends)
+    position_ids = torch.zeros_like(input_ids)
+    owners = torch.zeros_like(input_ids)  # 0: the prompt; i: the i-th completion
+    for r, group in enumerate(groups):
+        lengths = torch.tensor([len(group.prompt), *map(len, group.completions)])
+        position_ids[r, : _tokens(group)] = _positions(group)
+        owners[r, : _tokens(group)] = torch.arange(len(lengths)).repeat_interleave(lengths)
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    visible = causal & ((owners[:, None, :] == 0) | (owners[:, None, :] == owners[:, :, None]))
+    starts = [r * width for r in range(len(groups))]
+    return _batch(groups, starts, input_ids, visible[:, None], position_ids, None)
 
 
-LAYOUTS: dict[str, Layout] = {"padded": padded_pairs, "prefix_shared": prefix_shared}
+def padded(groups: Sequence[Group]) -> Batch:
+    """
+    >>> batch = padded([Group([5, 6], [[7, 2], [8]])])
+    >>> batch.input_ids.tolist()
+    [[5, 6, 7, 2], [5, 6, 8, 0]]
+    >>> batch.attention_mask.tolist()
+    [[1, 1, 1, 1], [1, 1, 1, 0]]
+    >>> batch.sources.tolist(), batch.labels.tolist(), batch.completions.tolist()
+    ([1, 2, 5], [7, 2, 8], [0, 0, 1])
+    >>> batch.ends.tolist()
+    [3, 6]
+    """
+    rows = [Group(g.prompt, [completion]) for column in _columns(groups) for g, completion in column]
+    input_ids = _rows([g.prompt + g.completions[0] for g in rows])
+    width = input_ids.shape[1]
+    attention_mask = (torch.arange(width) < torch.tensor([_tokens(g) for g in rows])[:, None]).long()
+    return _batch(rows, [r * width for r in range(len(rows))], input_ids, attention_mask, None, None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`make` collates groups; `tokens` says how many tokens, padding included, their rows would hold."""
+
+    name: str
+    make: Callable[[Sequence[Group]], Batch]
+    tokens: Callable[[Sequence[Group]], int]
+
+    def collate(self, pairs: Sequence[TokenizedPair], sides: Sequence[str] = ("chosen", "rejected")) -> Batch:
+        """First the chosen completions of all pairs, then the rejected ones. Of a chat, the tokens that the assistant
+        wrote, in all its turns, are one completion."""
+        batch = self.make(groups_of(pairs, sides))
+        if all(p.chosen_mask is None for p in pairs):
+            return batch
+        mask = torch.tensor([counted for p in pairs for counted in p.mask])
+        return replace(
+            batch,
+            sources=batch.sources[mask],
+            labels=batch.labels[mask],
+            completions=batch.completions[mask],
+            offsets=torch.tensor([i for p in pairs for i in range(p.learnt)]),
+            lengths=torch.tensor([float(p.learnt) for p in pairs]),
+            longest=max(p.learnt for p in pairs),
+        )
+
+    def micro_batches(
+        self, pairs: Sequence[TokenizedPair], tokens: int, size: int | None, sides: Sequence[str]
+    ) -> list[list[TokenizedPair]]:
+        """Cut `pairs` into micro-batches of up to `tokens` tokens, longest pairs first, each of similar lengths. A pair
+        that is longer by itself has one of its own. With `size`, exactly so many pairs each, in the given order."""
+        if size is not None:
+            return [list(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+        parts: list[list[TokenizedPair]] = []
+        for pair in sorted(pairs, key=lambda p: self.tokens(groups_of([p], sides)), reverse=True):
+            if parts and self.tokens(groups_of([*parts[-1], pair], sides)) <= tokens:
+                parts[-1].append(pair)
+            else:
+                parts.append([pair])
+        return parts
+
+
+def groups_of(pairs: Sequence[TokenizedPair], sides: Sequence[str]) -> list[Group]:
+    return [Group(p.prompt, [getattr(p, side) for side in sides]) for p in pairs]
+
+
+def _tokens(group: Group) -> int:
+    return len(group.prompt) + sum(map(len, group.completions))
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("packed", packed, lambda groups: sum(map(_tokens, groups))),
+        Layout("prefix_shared", prefix_shared, lambda groups: len(groups) * max(map(_tokens, groups))),
+        Layout(
+            "padded",
+            padded,
+            lambda groups: (
+                sum(len(g.completions) for g in groups)
+                * max(len(g.prompt) + max(map(len, g.completions)) for g in groups)
+            ),
+        ),
+    )
+}
+
+
+def _columns(groups: Sequence[Group]) -> list[list[tuple[Group, list[int]]]]:
+    """The first completion of every group with its group, then the second ones, ..."""
+    assert all(c for g in groups for c in g.completions), "every completion holds at least one token"
+    return [list(zip(groups, column, strict=True)) for column in zip(*(g.completions for g in groups), strict=True)]
+
+
+def _positions(group: Group) -> Tensor:
+    """They restart behind the prompt."""
+    n = len(group.prompt)
+    return torch.cat([torch.arange(n), *(torch.arange(n, n + len(c)) for c in group.completions)])
 
 
 def _rows(rows: list[list[int]]) -> Tensor:
@@ -137,22 +211,35 @@ def _rows(rows: list[list[int]]) -> Tensor:
 
 
 def _batch(
+    groups: Sequence[Group],
+    starts: Sequence[int],
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor | None,
-    sources: list[list[int]],
-    completions: list[list[int]],
-    ends: list[int],
+    segments: Segments | None,
 ) -> Batch:
-    assert all(completions), "every completion holds at least one token"
+    """`starts`: the flat index of each group's first token; its completions follow its prompt one by one."""
+    following = [start + len(g.prompt) for start, g in zip(starts, groups, strict=True)]
+    sources, ends, completions = [], [], []
+    for column in _columns(groups):
+        for i, (group, completion) in enumerate(column):
+            # A token is predicted from the position before it; the first one from the prompt's last position.
+            last_of_prompt = torch.tensor([starts[i] + len(group.prompt) - 1])
+            sources += [last_of_prompt, torch.arange(following[i], following[i] + len(completion) - 1)]
+            following[i] += len(completion)
+            ends.append(following[i] - 1)
+            completions.append(completion)
+    lengths = torch.tensor([len(c) for c in completions])
     return Batch(
         input_ids,
         attention_mask,
         position_ids,
-        sources=torch.tensor([s for row in sources for s in row]),
+        segments,
+        sources=torch.cat(sources),
         labels=torch.tensor([token for completion in completions for token in completion]),
-        completions=torch.tensor([c for c, completion in enumerate(completions) for _ in completion]),
-        offsets=torch.tensor([i for completion in completions for i in range(len(completion))]),
-        lengths=torch.tensor([float(len(completion)) for completion in completions]),
+        completions=torch.arange(len(completions)).repeat_interleave(lengths),
+        offsets=torch.cat([torch.arange(len(c)) for c in completions]),
+        lengths=lengths.float(),
         ends=torch.tensor(ends),
+        longest=int(lengths.max()),
     )

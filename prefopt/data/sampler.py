@@ -17,3 +17,11 @@ def step_indices(n: int, seed: int, step: int, batch_size: int) -> list[int]:
     one and begin the next, and every pair comes exactly once an epoch."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [permutation(n, seed, position // n)[position % n] for position in positions]
+
+
+def run_indices(n: int, seed: int, steps: int, batch_size: int) -> list[int]:
+    """Indices of all pairs that a run sees, in ascending order, each once."""
+    seen = min(n, steps * batch_size)
+    if seen == n:
+        return list(range(n))
+    return sorted(permutation(n, seed, 0)[:seen])

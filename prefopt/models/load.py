@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 from prefopt import UserError
 from prefopt.config import ModelConfig
 from prefopt.data.tokenize import check_chat_template
-from prefopt.logps import check_head
 from prefopt.paths import cache_dir, resolve_path
 from prefopt.progress import say
 
@@ -57,7 +56,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
     """Float32 weights in evaluation mode, with every dropout probability at 0, on `device`.
 
-    Raises UserError for a model that cannot be found or whose logits prefopt cannot compute.
+    Raises UserError for a model that cannot be found.
     """
     model, lacking = _from_pretrained(AutoModelForCausalLM, config)
     if lacking:
@@ -65,7 +64,6 @@ def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
             f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
             f"{', '.join(lacking[:3])}. They would be random; get the checkpoint again."
         )
-    check_head(model)
     return _ready(model, device)
 
 

@@ -1,4 +1,4 @@
-"""Does this model compute the prefix-shared layout right? Asked before the first step, not assumed."""
+"""Does this model compute packed and prefix-shared rows right? Asked before the first step, not assumed."""
 
 from collections.abc import Sequence
 
@@ -6,36 +6,69 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefopt.data.layout import LAYOUTS, Batch, Layout, padded_pairs, prefix_shared
+from prefopt import UserError
+from prefopt.data.layout import LAYOUTS, Group, Layout
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.logps import completion_logps, last_hidden_states
+from prefopt.logps import autocast, completion_logps, last_hidden_states
 from prefopt.progress import say
+from prefopt.segments import use_segments
 
-# Nats per completion (or units of a hidden state) in float32; leaks and wrong positions are off by far more.
-TOLERANCE = 0.02
+# Nats per completion token (or units of a hidden state); leaks and wrong positions are off by far more.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 @torch.no_grad()
-def choose_layout(name: str, model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
-    """The layout `name`; or the padded one, with a line that says why, if the model's log-probs of the longest of
-    `pairs` differ between the two (sliding windows, recurrent layers, attention that ignores a 4D mask). A reward model
-    has no log-probs, and its head is zero at first: there the last hidden states are compared."""
-    if name == "padded":
-        return LAYOUTS[name]
-    longest = [max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))]
-    expected = _numbers(model, padded_pairs(longest).to(model.device))
-    try:
-        difference = (_numbers(model, prefix_shared(longest).to(model.device)) - expected).abs().max().item()
-        reason = f"log-probs would differ by {difference:.2g} nats"
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        difference, reason = float("inf"), str(error).splitlines()[0]
-    if difference <= TOLERANCE:
-        return LAYOUTS[name]
-    say(f"  layout: padded, because {model.config.model_type} cannot share prefixes here ({reason})")
-    return LAYOUTS["padded"]
+def choose_layout(
+    name: str, model: PreTrainedModel, pairs: Sequence[TokenizedPair], precision: str = "float32"
+) -> Layout:
+    """The layout `name`; or the next simpler one that gives the numbers of the model's own forward pass on the longest
+    of `pairs`, with a line that says why. A reward model has no log-probs, and its head is zero at first: there the
+    last hidden states are compared.
+
+    On a CPU the comparison is made in float32, on a GPU, whose kernel for packed rows knows no float32, in `precision`.
+    Raises UserError if not even padded rows give those numbers.
+    """
+    precision = precision if model.device.type == "cuda" else "float32"
+    pair = max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
+    group = Group(pair.prompt, [c for c in (pair.chosen, pair.rejected) if c])
+    original = model.config._attn_implementation
+    names = list(LAYOUTS)  # from the fastest to the one that every model knows
+    reason = ""
+    with autocast(model.device, precision):
+        expected = torch.stack([_own_numbers(model, group.prompt, c) for c in group.completions], -1)
+        for candidate in names[names.index(name) :]:
+            try:
+                if candidate == "packed":
+                    use_segments(model)
+                found = _numbers(model, LAYOUTS[candidate], group)
+                difference = ((found - expected).abs() / found.new_tensor([len(c) for c in group.completions])).max()
+                if difference <= TOLERANCE[precision]:
+                    if reason:
+                        say(f"  layout: {candidate}, because {model.config.model_type} {reason}")
+                    return LAYOUTS[candidate]
+                reason = f"gives other log-probs in a {candidate} row (by {difference.item():.2g} nats per token)"
+            except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, ImportError) as error:
+                reason = f"cannot read a {candidate} row ({str(error).splitlines()[0]})"
+            if candidate == "packed":
+                model.set_attn_implementation(original)
+    raise UserError(
+        f"prefopt cannot compute this model: {model.config.model_type} {reason}. It may change its logits after the "
+        "output embedding in a way that prefopt does not know. Use another model."
+    )
 
 
-def _numbers(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _numbers(model: PreTrainedModel, layout: Layout, group: Group) -> Tensor:
+    """(completions,) log-probs; or (hidden, completions) of a reward model."""
+    batch = layout.make([group]).to(model.device)
     if hasattr(model, "score"):
-        return last_hidden_states(model, batch)
+        return last_hidden_states(model, batch).float().T
     return completion_logps(model, batch).sums
+
+
+def _own_numbers(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
+    """The same of one completion, from the model's own forward pass on an ordinary row."""
+    row = torch.tensor([prompt + completion], device=model.device)
+    if hasattr(model, "score"):
+        return model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1].float()
+    logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).sum()

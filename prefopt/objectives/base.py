@@ -113,6 +113,7 @@ class Objective(ABC):
     * `equation`, `paper`: for people; `python -m prefopt.objectives` prints them;
     * `needs`: which optional fields of `PairInputs` must be filled;
     * `scope`: over which pairs a pair's loss takes statistics (`pair`: none but its own);
+    * `micro_batch_size`: with scope `micro_batch`, the pairs that it sees together; None elsewhere: any number;
     * `step0_loss`: the loss per pair that equal policy and reference give whatever the data (log 2 for DPO), None
       where there is no such constant. The run compares it with the loss it sees before its first step;
     * `sides`: the completions that it reads;
@@ -125,6 +126,7 @@ class Objective(ABC):
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
     scope: ClassVar[Scope] = "pair"
+    micro_batch_size: ClassVar[int | None] = None
     step0_loss: ClassVar[float | None] = None
     sides: ClassVar[tuple[Side, ...]] = ("chosen", "rejected")
     trains: ClassVar[Literal["policy", "reward_model"]] = "policy"

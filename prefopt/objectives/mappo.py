@@ -33,6 +33,10 @@ class MaPPO(Objective):
         return self.base.scope
 
     @property
+    def micro_batch_size(self) -> int | None:  # type: ignore[override]
+        return self.base.micro_batch_size
+
+    @property
     def step0_loss(self) -> float | None:  # type: ignore[override]
         return self.base.step0_loss
 

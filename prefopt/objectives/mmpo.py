@@ -14,8 +14,9 @@ class MMPO(Pairwise):
     """loss = -logsumexp(s_w, s_l) - a log sigma(s_w - s_l),  s = lp + q,  q_w = margin + beta rp_w,  q_l = beta rp_l.
 
     rp is the reference's log-probability. q is min-max normalized over the 2B rewards of the micro-batch
-    (`normalization=micro_batch`, as published: B pairs per device, 2 in the paper), so the loss of a pair depends on
-    its neighbours and `micro_batch_size` is a hyperparameter; over the whole optimizer step (`step`); or not (`none`).
+    (`normalization=micro_batch`, as published), so the loss of a pair depends on its neighbours, and B, the
+    `micro_batch_size`, is a hyperparameter of that normalization alone (2 in the paper); over the whole optimizer step
+    (`step`); or not (`none`).
     No gradient flows through q. Scores are s.
 
     At a = 1 the two terms add up to -s_w exactly, since log sigma(s_w - s_l) = s_w - logsumexp(s_w, s_l). The gradient
@@ -29,7 +30,7 @@ class MMPO(Pairwise):
     * `auxiliary_weight=0`: without the term a log sigma(s_w - s_l);
     * `normalization=none`: q as it is.
 
-    Raises ValueError for beta < 0, a < 0, or another normalization.
+    Raises ValueError for beta < 0, a < 0, another normalization, or an empty micro-batch.
     """
 
     equation = (
@@ -43,11 +44,13 @@ class MMPO(Pairwise):
     normalization: str = "micro_batch"
     length_normalize: bool = False
     entropy_bonus: bool = False
+    micro_batch_size: int = 2  # type: ignore[misc]  # of the class attribute an instance's
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta >= 0, f"beta must not be negative, got {self.beta}")
         require(self.auxiliary_weight >= 0, f"auxiliary_weight must not be negative, got {self.auxiliary_weight}")
+        require(self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         require(
             self.normalization in ("micro_batch", "step", "none"),
             f"normalization must be micro_batch, step or none, got {self.normalization!r}",

@@ -1,0 +1,167 @@
+"""Attention over packed rows, segment by segment, through transformers' attention registry.
+
+A packed row holds whole groups one behind the other, each a prompt and the completions that follow it. A completion
+sees its prompt and itself and nothing else, so a row needs no mask of its size: every segment is a dense causal
+attention of its own, and its numbers do not depend on what else is in the row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "prefopt_segments"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How a packed row is cut: per group the tokens of its prompt and of each of its completions, in their order."""
+
+    groups: Sequence[tuple[int, Sequence[int]]]
+    # What all layers of a forward pass share, made by the first.
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def query_lengths(self) -> list[int]:
+        """The first completion is computed together with the prompt, each other one by itself."""
+        return [n for prompt, (first, *others) in self.groups for n in (prompt + first, *others)]
+
+    @property
+    def key_lengths(self) -> list[int]:
+        return [n for prompt, completions in self.groups for n in (prompt, *completions)]
+
+    def mask(self, like: Tensor, queries: int, keys: int, window: int | None) -> Tensor | None:
+        """(queries, keys), added to the scores: the queries are the last positions of the keys'. None where plain
+        causal attention is the same."""
+        if queries == keys and (window is None or keys <= window):
+            return None
+        name = (queries, keys, window, like.dtype, like.device)
+        if name not in self._made:
+            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self._made[name] = torch.zeros(queries, keys, dtype=like.dtype).masked_fill(~seen, -torch.inf).to(like)
+        return self._made[name]
+
+    def ragged(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For variable-length kernels: places of all segments' keys in the row, one segment behind the other, int64;
+        cumulative query and key lengths, int32; the longest of each."""
+        if device not in self._made:
+            keys, counts, start = [], [], 0
+            for prompt, completions in self.groups:
+                own = start + prompt
+                for n in completions:
+                    keys += [torch.arange(start, start + prompt), torch.arange(own, own + n)]
+                    counts.append(prompt + n)
+                    own += n
+                start = own
+            lengths = [torch.tensor([0, *n]) for n in (self.query_lengths, counts)]
+            cumulative = [n.cumsum(0).to(torch.int32).to(device, non_blocking=True) for n in lengths]
+            places = torch.cat(keys).to(device, non_blocking=True)
+            self._made[device] = (places, *cumulative, max(self.query_lengths), max(counts))
+        return self._made[device]
+
+
+def use_segments(model: PreTrainedModel) -> None:
+    """Let `model` understand packed rows; every other batch goes through scaled_dot_product_attention as before.
+
+    Raises ValueError for an architecture whose attention does not come from the registry.
+    """
+    if not model._can_set_attn_implementation():
+        raise ValueError("its attention cannot be exchanged")
+    model.set_attn_implementation(NAME)
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Segments | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query (1, heads, T, d), key and value (1, key heads, T, d) -> (1, T, heads, d), as transformers calls it.
+
+    Without `segments` (sampling) it is sdpa with transformers' own mask. Raises ValueError for what it cannot compute.
+    """
+    unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
+    if unknown or dropout or not getattr(module, "is_causal", True):
+        raise ValueError(f"its attention has {', '.join(unknown) or 'dropout or no causal order'}")
+    if torch.is_autocast_enabled(query.device.type):  # once here instead of once a segment
+        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
+    if segments is None:
+        if softcap is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        mask = attention_mask
+        if mask is None:  # transformers leaves out the mask of a plain causal batch
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask = mask.tril(key.shape[2] - query.shape[2])
+        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
+        return _attend(query, key, value, added, scaling, softcap).transpose(1, 2), None
+    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    # Split, not slices: the backward pass of a slice fills a gradient of the row's size with zeros.
+    queries = iter(query.split(segments.query_lengths, 2))
+    keys, values = iter(key.split(segments.key_lengths, 2)), iter(value.split(segments.key_lengths, 2))
+    outputs = []
+    for _, completions in segments.groups:
+        prompt_key, prompt_value = next(keys), next(values)
+        for _ in completions:
+            q = next(queries)
+            k, v = torch.cat([prompt_key, next(keys)], 2), torch.cat([prompt_value, next(values)], 2)
+            mask = segments.mask(q, q.shape[2], k.shape[2], sliding_window)
+            outputs.append(_attend(q, k, v, mask, scaling, softcap))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """(batch, heads, queries, d). No mask: causal."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
+    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.full(scores.shape[2:], -torch.inf, device=q.device).triu(1)
+    return (scores + mask).softmax(-1).to(v.dtype) @ v
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """All segments in one flash attention call; its causal order is that of the last positions, as `mask`'s."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    places, query_ends, key_ends, longest_query, longest_key = segments.ragged(query.device)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
+    output = varlen_attn(
+        q,
+        k[places],
+        v[places],
+        query_ends,
+        key_ends,
+        longest_query,
+        longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

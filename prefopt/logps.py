@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefopt.data.layout import Batch
+from prefopt.segments import NAME as SEGMENTS
 from prefopt.tiled import Cap, tiled_logps
 
 
@@ -85,6 +86,8 @@ def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(R * T, hidden): the backbone's last hidden states, which the batch's indices point into."""
     segments = {} if batch.segments is None else {"segments": batch.segments}
+    if segments and model.config._attn_implementation != SEGMENTS:
+        raise ValueError("its attention does not know packed rows (`use_segments`)")
     output = model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

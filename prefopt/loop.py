@@ -59,6 +59,11 @@ class Job:
         self.state = self.objective.initial_state()
         self.score = Scorer(self.config.precision, self.config.logits == "tiled")
 
+    def step(self, step: int) -> list["MicroBatch"]:
+        """The pairs of optimizer step `step`."""
+        indices = step_indices(len(self.train_pairs), self.config.seed, step, self.config.batch_size)
+        return self.micro_batches([self.train_pairs[i] for i in indices])
+
     def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
         """What is computed at a time, collated on the CPU; the same for the same pairs."""
         tokens, sides = self.config.micro_batch_tokens, self.objective.sides
@@ -112,18 +117,12 @@ def train(job: Job) -> list[dict[str, Any]]:
 
 def upcoming(job: Job, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, its micro-batches); those of the next step are collated while this one computes."""
-    config = job.config
-
-    def collate(step: int) -> list[MicroBatch]:
-        indices = step_indices(len(job.train_pairs), config.seed, step, config.batch_size)
-        return job.micro_batches([job.train_pairs[i] for i in indices])
-
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(collate, start)
-        for step in range(start, config.steps):
+        coming = pool.submit(job.step, start)
+        for step in range(start, job.config.steps):
             micro_batches = coming.result()
-            if step + 1 < config.steps:
-                coming = pool.submit(collate, step + 1)
+            if step + 1 < job.config.steps:
+                coming = pool.submit(job.step, step + 1)
             yield step, micro_batches
 
 

@@ -19,7 +19,7 @@ from prefopt.config import DatasetConfig, parse
 from prefopt.data.cache import reward_summary
 from prefopt.data.dataset import check_dataset, load_split, split_digest
 from prefopt.data.formats import Chats, Drop, ImplicitPrompt, Pair, Pairs, ScoredResponses, Transcripts
-from prefopt.data.layout import padded_pairs
+from prefopt.data.layout import LAYOUTS
 from prefopt.data.sampler import permutation, step_indices
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import TokenizedPair
@@ -167,7 +167,7 @@ def test_layout_docstring():
 
 def test_padded_pairs_put_chosen_before_rejected():
     pairs = [TokenizedPair("a", [1], [5, 2], [6, 7, 2]), TokenizedPair("b", [1, 3], [8, 2], [9, 2])]
-    batch = padded_pairs(pairs)
+    batch = LAYOUTS["padded"].collate(pairs)
     completions = [batch.labels[batch.completions == c].tolist() for c in range(4)]
     assert completions == [[5, 2], [8, 2], [6, 7, 2], [9, 2]]
     assert batch.lengths.tolist() == [2, 2, 3, 2]

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 import prefopt.tiled
-from prefopt import UserError
-from prefopt.data.layout import padded
-from prefopt.logps import check_head, completion_logps
+from prefopt.data.layout import Group, padded
+from prefopt.logps import completion_logps
 from tests.tiny import ROOT, tiny_model
 
 
@@ -21,8 +21,9 @@ class LookupModel:
     def __init__(self, table: torch.Tensor):
         self.table = table
         self.head = nn.Identity()
+        self.config = SimpleNamespace()
 
-    def base_model(self, input_ids, attention_mask, position_ids):
+    def base_model(self, input_ids, **_):
         return SimpleNamespace(last_hidden_state=self.table[input_ids])
 
     def get_output_embeddings(self):
@@ -32,7 +33,7 @@ class LookupModel:
 class PrefixModel(LookupModel):
     """Logits depend on the whole prefix, through a table over (previous token, current token)."""
 
-    def base_model(self, input_ids, attention_mask, position_ids):
+    def base_model(self, input_ids, **_):
         previous = torch.cat([torch.zeros_like(input_ids[:, :1]), input_ids[:, :-1]], 1)
         return SimpleNamespace(last_hidden_state=self.table[previous, input_ids])
 
@@ -41,7 +42,7 @@ def test_five_tokens_by_hand():
     """Prompt [3, 1], completion [4, 0, 2] (2 the terminator): three transitions count, 1->4, 4->0 and 0->2."""
     table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     log = table.log_softmax(-1)
-    result = completion_logps(LookupModel(table), padded([([3, 1], [4, 0, 2]), ([3], [2])]))  # type: ignore[arg-type]
+    result = completion_logps(LookupModel(table), padded([Group([3, 1], [[4, 0, 2]]), Group([3], [[2]])]))  # type: ignore[arg-type]
     assert result.sums[0].item() == pytest.approx((log[1, 4] + log[4, 0] + log[0, 2]).item())
     assert result.sums[1].item() == pytest.approx(log[3, 2].item())
     assert result.lengths.tolist() == [3, 1]
@@ -49,7 +50,7 @@ def test_five_tokens_by_hand():
 
 def test_padding_and_neighbours_change_nothing():
     model = tiny_model(50).double()
-    rows = [([1, 2, 3], [4, 5, 2]), ([7], [8, 9, 10, 11, 2]), ([1, 2, 3, 4, 5, 6], [2])]
+    rows = [Group([1, 2, 3], [[4, 5, 2]]), Group([7], [[8, 9, 10, 11, 2]]), Group([1, 2, 3, 4, 5, 6], [[2]])]
     together = completion_logps(model, padded(rows))
     alone = torch.cat([completion_logps(model, padded([row])).sums for row in rows])
     assert torch.allclose(together.sums.double(), alone.double(), atol=1e-5)
@@ -61,7 +62,9 @@ def test_equals_the_models_own_logits():
     ids = torch.tensor([prompt + completion])
     log = model(ids).logits.double().log_softmax(-1)
     expected = sum(log[0, i - 1, ids[0, i]].item() for i in range(3, 7))
-    assert completion_logps(model, padded([(prompt, completion)])).sums.item() == pytest.approx(expected, abs=1e-5)
+    assert completion_logps(model, padded([Group(prompt, [completion])])).sums.item() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -70,7 +73,7 @@ def test_bfloat16_logits_are_summed_in_float32():
     low = LookupModel(table.bfloat16())
     exact = table.bfloat16().double().log_softmax(-1)
     expected = sum(exact[a, b].item() for a, b in itertools.pairwise([3, *tokens]))
-    result = completion_logps(low, padded([([3], tokens)]))  # type: ignore[arg-type]
+    result = completion_logps(low, padded([Group([3], [tokens])]))  # type: ignore[arg-type]
     assert result.sums.dtype == torch.float32
     assert result.sums.item() == pytest.approx(expected, rel=1e-5)
 
@@ -81,7 +84,7 @@ def test_entropy_surrogate_has_the_gradient_of_the_sequence_entropy():
     vocabulary, length = 3, 3
     table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     sequences = list(itertools.product(range(vocabulary), repeat=length))
-    batch = padded([([1], list(s)) for s in sequences])
+    batch = padded([Group([1], [list(s)]) for s in sequences])
     result = completion_logps(PrefixModel(table), batch, entropies=True)  # type: ignore[arg-type]
     probabilities = result.sums.double().exp()
     assert probabilities.sum().item() == pytest.approx(1)
@@ -93,17 +96,50 @@ def test_entropy_surrogate_has_the_gradient_of_the_sequence_entropy():
 
 
 def test_entropy_of_a_uniform_policy():
-    result = completion_logps(LookupModel(torch.zeros(8, 8)), padded([([1], [2, 3])]), entropies=True)  # type: ignore[arg-type]
+    result = completion_logps(LookupModel(torch.zeros(8, 8)), padded([Group([1], [[2, 3]])]), entropies=True)  # type: ignore[arg-type]
     # H_1 + H_2 + H_2 * log pi(y_1), with every H = log 8 and log pi = -log 8
     assert result.entropies.item() == pytest.approx(2 * math.log(8) - math.log(8) ** 2, rel=1e-6)
 
 
-def test_models_that_change_their_logits_are_refused():
-    model = tiny_model(50)
-    check_head(model)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(UserError, match="final_logit_softcapping=30"):
-        check_head(model)
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.5,  # large weights, so that a cap shows
+}
+CHANGED_LOGITS = {
+    "soft-capped": Gemma2Config(**SMALL, final_logit_softcapping=5.0),
+    "scaled": CohereConfig(**SMALL, logit_scale=0.3),
+    "divided": GraniteConfig(**SMALL, logits_scaling=4.0),
+}
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in CHANGED_LOGITS.items()])
+def test_soft_capped_and_scaled_logits_are_the_models_own(config, tiled, monkeypatch):
+    monkeypatch.setattr(prefopt.tiled, "TILE", 7)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    prompt, completion = [1, 2, 3], [4, 5, 6, 2]
+    parameters = list(model.parameters())
+
+    def with_gradients(sums, entropies):
+        return sums, entropies, torch.autograd.grad(sums + 0.1 * entropies, parameters)
+
+    log = model(torch.tensor([prompt + completion])).logits[0, 2:-1].float().log_softmax(-1)
+    chosen, entropies = log[range(4), completion], -(log.exp() * log).sum(-1)
+    surrogate = (entropies + entropies.detach() * (chosen.cumsum(0) - chosen)).sum()
+    expected = with_gradients(chosen.sum(), surrogate)
+    result = completion_logps(model, padded([Group(prompt, [completion])]), entropies=True, tiled=tiled)
+    found = with_gradients(result.sums[0], result.entropies[0])
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert found[1].item() == pytest.approx(expected[1].item(), rel=1e-4)
+    for a, b in zip(found[2], expected[2], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
 def test_log_softmax_is_called_in_one_place():
@@ -121,7 +157,7 @@ def test_tiled_equals_dense_in_values_and_gradients(monkeypatch, tie, tile):
     """Log-probs, entropies, and the gradients of every weight and of a tied one; tiles that divide the vocabulary and
     tiles that do not."""
     monkeypatch.setattr(prefopt.tiled, "TILE", tile)
-    rows = [([3, 4], [5, 6, 49]), ([7], [0]), ([1, 2, 3], [49, 0, 48, 7])]
+    rows = [Group([3, 4], [[5, 6, 49]]), Group([7], [[0]]), Group([1, 2, 3], [[49, 0, 48, 7]])]
     results = []
     for tiled in (True, False):
         model = tiny_model(50, tie_word_embeddings=tie).double()
@@ -172,9 +208,9 @@ def test_a_head_with_something_on_it_is_computed_whole():
             return 2 * super().forward(x)
 
     model = tiny_model(50, tie_word_embeddings=False)
-    plain = completion_logps(model, padded([([3], [4, 5])])).sums
+    plain = completion_logps(model, padded([Group([3], [[4, 5]])])).sums
     model.lm_head.__class__ = Louder
-    louder = completion_logps(model, padded([([3], [4, 5])])).sums
+    louder = completion_logps(model, padded([Group([3], [[4, 5]])])).sums
     logits = 2 * torch.nn.Linear.forward(model.lm_head, model.model(torch.tensor([[3, 4]])).last_hidden_state)
     assert louder.item() == pytest.approx(logits.log_softmax(-1)[0, [0, 1], [4, 5]].sum().item(), rel=1e-5)
     assert louder != plain

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt import UserError
 from prefopt.config import ModelConfig
-from prefopt.data.layout import padded
+from prefopt.data.layout import Group, padded
 from prefopt.logps import completion_logps
 from prefopt.models.load import check_vocabulary, load_model, load_tokenizer, weights_digest
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -27,7 +27,7 @@ def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path):
 
 def test_dropout_is_off_even_in_training_mode(tmp_path):
     model = load_model(saved(tmp_path, attention_dropout=0.5), "cpu").train()
-    batch = padded([([1, 2, 3], [4, 5, 2])])
+    batch = padded([Group([1, 2, 3], [[4, 5, 2]])])
     assert torch.equal(completion_logps(model, batch).sums, completion_logps(model, batch).sums)
     fresh = tiny_model(len(tiny_tokenizer()), attention_dropout=0.5).train()
     assert not torch.equal(completion_logps(fresh, batch).sums, completion_logps(fresh, batch).sums)

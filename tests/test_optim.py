@@ -3,6 +3,7 @@ import torch
 
 from prefopt.config import OptimizerConfig
 from prefopt.engine import Engine
+from prefopt.logps import autocast
 from prefopt.optim import Cosine, adamw
 from tests.tiny import tiny_model
 
@@ -32,9 +33,9 @@ def test_low_precision_master_weights_are_refused():
 
 
 def test_a_tiny_learning_rate_still_moves_float32_weights():
-    engine = Engine(tiny_model(50), CONFIG, "bfloat16")
+    engine = Engine(tiny_model(50), CONFIG)
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
-    with engine.autocast():
+    with autocast(engine.device, "bfloat16"):
         loss = engine.policy(torch.tensor([[1, 2, 3, 4]]), labels=torch.tensor([[1, 2, 3, 4]])).loss
     engine.backward(loss)
     engine.step(5e-7)
@@ -44,7 +45,7 @@ def test_a_tiny_learning_rate_still_moves_float32_weights():
 @pytest.mark.parametrize(("limit", "after"), [(0.5, 0.5), (0.0, 20.0)])
 def test_clipping_reports_the_norm_before(limit, after):
     model = tiny_model(50)
-    engine = Engine(model, OptimizerConfig(1e-3, [0.9, 0.99], 1e-8, 0.0, limit), "float32")
+    engine = Engine(model, OptimizerConfig(1e-3, [0.9, 0.99], 1e-8, 0.0, limit))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     next(model.parameters()).grad[0, 0] = 20.0  # type: ignore[index]
@@ -59,10 +60,10 @@ def test_engine_state_round_trip_continues_bit_for_bit():
         engine.clip_gradients()
         engine.step(1e-3)
 
-    first = Engine(tiny_model(50), CONFIG, "float32")
+    first = Engine(tiny_model(50), CONFIG)
     step(first)
     state = {group: {k: v.clone() for k, v in values.items()} for group, values in first.state().items()}
-    second = Engine(tiny_model(50, seed=1), CONFIG, "float32")
+    second = Engine(tiny_model(50, seed=1), CONFIG)
     second.load_state(state)
     for engine in (first, second):
         step(engine)
@@ -71,7 +72,7 @@ def test_engine_state_round_trip_continues_bit_for_bit():
 
 
 def test_state_of_another_model_is_refused():
-    engine = Engine(tiny_model(50), CONFIG, "float32")
+    engine = Engine(tiny_model(50), CONFIG)
     state = engine.state()
     state["weights"].pop(next(iter(state["weights"])))
     with pytest.raises(KeyError, match="parameters differ"):

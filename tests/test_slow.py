@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, resolve_hardware
 from prefopt.data.dataset import load_split
 from prefopt.data.formats import as_messages
-from prefopt.data.layout import padded, padded_pairs
+from prefopt.data.layout import LAYOUTS, Group, padded
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import tokenize
 from prefopt.generate import sample
@@ -51,7 +51,7 @@ def test_log_probs_are_those_of_the_models_own_logits(smollm2):
     split = load_split(dataset("sentiment_offline"), "heldout")
     pairs, *_ = tokenize(tokenizer, split.pairs[:2], 1800, 512)
     with torch.no_grad():
-        sums = completion_logps(model, padded_pairs(pairs)).sums
+        sums = completion_logps(model, LAYOUTS["padded"].collate(pairs)).sums
         for row, (prompt, completion) in enumerate(
             [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
         ):
@@ -81,7 +81,7 @@ def test_bfloat16_is_close_to_float32_where_the_hardware_has_it(smollm2):
     model, tokenizer = smollm2
     split = load_split(dataset("sentiment_offline"), "heldout")
     pairs, *_ = tokenize(tokenizer, split.pairs[:8], 1800, 512)
-    batch = padded([(p.prompt, p.chosen) for p in pairs])
+    batch = padded([Group(p.prompt, [p.chosen]) for p in pairs])
     with torch.no_grad():
         exact = completion_logps(model, batch).sums
         with torch.autocast("cpu", torch.bfloat16):

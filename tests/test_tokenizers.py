@@ -22,7 +22,7 @@ from prefopt import UserError
 from prefopt.config import ModelConfig, PoliciesConfig, parse
 from prefopt.data.cache import tokenizer_digest
 from prefopt.data.formats import Chat, Message, Pair, common_prefix
-from prefopt.data.layout import chosen_only, padded_pairs
+from prefopt.data.layout import LAYOUTS
 from prefopt.data.tokenize import (
     TokenizedPair,
     check_chat_template,
@@ -430,7 +430,7 @@ def test_padding_never_changes_a_length(kind, drawn, extra):
     items = [Pair(str(i), *d) for i, d in enumerate(drawn)]
     items.append(Pair("long", user("soup " * extra + "and train"), "Good " * extra + "a", "b"))
     pairs, *_ = tokenize(tokenizer, items, LONG, LONG)
-    batch = padded_pairs(pairs)
+    batch = LAYOUTS["padded"].collate(pairs)
     sides = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     assert batch.lengths.tolist() == [len(side) for _, side in sides]
     assert batch.labels.tolist() == [token for _, side in sides for token in side]
@@ -441,7 +441,7 @@ def test_padding_never_changes_a_length(kind, drawn, extra):
         assert batch.attention_mask[r].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
         places = batch.sources[batch.completions == r] - r * batch.input_ids.shape[1]
         assert places.tolist() == list(range(len(prompt) - 1, n - 1))
-    alone = [padded_pairs([p]) for p in pairs]
+    alone = [LAYOUTS["padded"].collate([p]) for p in pairs]
     assert batch.lengths.tolist() == [a.lengths[s].item() for s in (0, 1) for a in alone]
     assert batch.labels.tolist() == [t for s in (0, 1) for a in alone for t in a.labels[a.completions == s].tolist()]
 
@@ -455,7 +455,7 @@ def test_pad_is_eos_and_no_terminator_loses_attention_or_label(kind):
     result = one(tokenizer, Pair("id", prompt, "Good.", "Not at all, it is really bad."))
     eos = tokenizer.eos_token_id
     assert result.prompt.count(eos) == rendered(tokenizer, prompt).count("<|im_end|>") >= 3
-    batch = padded_pairs([result])
+    batch = LAYOUTS["padded"].collate([result])
     n = len(result.prompt) + len(result.chosen)
     assert batch.attention_mask[0, :n][batch.input_ids[0, :n] == eos].tolist() == [1] * (result.prompt.count(eos) + 1)
     labels = batch.labels[batch.completions == 0].tolist()
@@ -497,7 +497,7 @@ def test_chats_learn_each_turn_of_the_assistant_and_nothing_else(kind, drawn):
     assert len(terminators) == turns
     assert mask[-1]
     assert ids_[-1] == tokenizer.eos_token_id
-    batch = chosen_only([result, result])
+    batch = LAYOUTS["padded"].collate([result, result], ("chosen",))
     assert batch.lengths.tolist() == [sum(mask)] * 2
     assert batch.labels.tolist() == [t for t, learnt in zip(ids_, mask, strict=True) if learnt] * 2
 

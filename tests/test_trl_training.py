@@ -59,8 +59,8 @@ def trl_trainer(method: str, settings: dict[str, Any], job: Job, indices: list[i
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         # The loss of an optimizer step is the mean of its micro-batches' means: over its pairs, since these are equal.
-        "per_device_train_batch_size": config.micro_batch_size,
-        "gradient_accumulation_steps": config.batch_size // config.micro_batch_size,
+        "per_device_train_batch_size": MICRO_BATCH_SIZE,
+        "gradient_accumulation_steps": config.batch_size // MICRO_BATCH_SIZE,
         "learning_rate": optimizer.lr,
         "adam_beta1": optimizer.betas[0],
         "adam_beta2": optimizer.betas[1],
@@ -78,12 +78,12 @@ def trl_trainer(method: str, settings: dict[str, Any], job: Job, indices: list[i
         "disable_tqdm": True,
     }
     arguments = {
-        "model": copy.deepcopy(job.reference).requires_grad_(True),
+        "model": copy.deepcopy(job.reference.frozen).requires_grad_(True),
         "train_dataset": Dataset.from_list(rows),
         "processing_class": tokenizer,
     }
     if method == "dpo":
-        trainer = DPOTrainer(args=DPOConfig(**settings), ref_model=copy.deepcopy(job.reference), **arguments)
+        trainer = DPOTrainer(args=DPOConfig(**settings), ref_model=copy.deepcopy(job.reference.frozen), **arguments)
     else:
         trainer = CPOTrainer(args=CPOConfig(**settings), **arguments)
     # TRL's own AdamW, but our schedule: at step s of a warm-up of w steps transformers has s / w of the peak, so its
@@ -114,7 +114,7 @@ def token_ids(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
     ],
 )
 def test_the_loss_curve_is_that_of_trl(objective, method, settings, tmp_path):
-    sizes = {"steps": STEPS, "batch_size": BATCH_SIZE, "micro_batch_size": MICRO_BATCH_SIZE}
+    sizes = {"steps": STEPS, "batch_size": BATCH_SIZE}
     j = job(objective, tmp_path, optimizer=OPTIMIZER, **sizes)
     indices = [i for step in range(STEPS) for i in step_indices(len(j.train_pairs), j.config.seed, step, BATCH_SIZE)]
     trainer = trl_trainer(method, settings, j, indices, tmp_path)
@@ -123,7 +123,7 @@ def test_the_loss_curve_is_that_of_trl(objective, method, settings, tmp_path):
 
     trainer.train()
     theirs = [row for row in trainer.state.log_history if "loss" in row]
-    ours = [train_step(j, step) for step in range(STEPS)]
+    ours = [train_step(j, step, j.step(step)) for step in range(STEPS)]
 
     assert [row["learning_rate"] for row in theirs] == pytest.approx([row["lr"] for row in ours])
     assert [row["loss"] for row in theirs] == pytest.approx([row["loss"] for row in ours], rel=0, abs=1e-5)

@@ -153,12 +153,14 @@ class Layout:
     def micro_batches(
         self, pairs: Sequence[TokenizedPair], tokens: int, size: int | None, sides: Sequence[str]
     ) -> list[list[TokenizedPair]]:
-        """Cut `pairs` into micro-batches of up to `tokens` tokens, longest pairs first, each of similar lengths. A pair
-        that is longer by itself has one of its own. With `size`, exactly so many pairs each, in the given order."""
+        """Cut `pairs` into micro-batches of up to `tokens` tokens, longest pairs first, so of similar lengths. A pair
+        that is longer by itself has one of its own. With `size`, exactly so many pairs each, in the given order.
+
+        Joined, they are the same sequence of pairs in every layout and for every number of tokens."""
         if size is not None:
             return [list(pairs[i : i + size]) for i in range(0, len(pairs), size)]
         parts: list[list[TokenizedPair]] = []
-        for pair in sorted(pairs, key=lambda p: self.tokens(groups_of([p], sides)), reverse=True):
+        for pair in sorted(pairs, key=lambda p: _tokens(groups_of([p], sides)[0]), reverse=True):
             if parts and self.tokens(groups_of([*parts[-1], pair], sides)) <= tokens:
                 parts[-1].append(pair)
             else:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from prefopt import UserError
@@ -71,4 +72,4 @@ def _own_numbers(model: PreTrainedModel, prompt: list[int], completion: list[int
     if hasattr(model, "score"):
         return model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1].float()
     logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).sum()
+    return -cross_entropy(logits, row[0, len(prompt) :], reduction="sum")

@@ -248,8 +248,8 @@ def freeze(job: Job, code: Path) -> None:
     command = f"python -m prefopt.train {shlex.join(overrides)}"
     frozen = {"config": dataclasses.asdict(job.config), "command": command, "code": str(code)}
     write_whole(job.folder / "job.json", json.dumps(frozen, indent=2, ensure_ascii=False) + "\n")
-    facts = here() | {"slurm_job": None, "host": here()["host"]}
-    job.run.update(status="queued", command=command, code=str(code), error=None, **facts)
+    facts = {"command": command, "code": str(code), "error": None}
+    job.run.update(status="queued", **facts | here() | {"slurm_job": None})
 
 
 def snapshot(folder: Path) -> Path:

@@ -126,7 +126,7 @@ class Slurm(Launcher):
             f"--signal=USR2@{self.signal_s}",
             "--requeue",
             "--open-mode=append",
-            f"--output={listing.with_suffix('')}_%a.out",
+            f"--output={shlex.quote(str(listing.with_suffix('')))}_%a.out",
             *self.options,
         ]
         environment = python_environment(code)

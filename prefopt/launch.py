@@ -189,7 +189,8 @@ def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
     Raises UserError, and starts nothing, where any job is refused.
     """
     launcher, jobs = plan_sweep(points)
-    shown = Table("job", "run folder", "what happens", "resources")
+    title = f"{len(jobs)} jobs, run folders in {jobs[0].config.runs_dir}"
+    shown = Table("job", "run folder", "what happens", "resources", title=title, title_justify="left")
     for job in jobs:
         resources = launcher.resources(job) if job.to_run else "–"
         shown.add_row(job.label, job.folder.name, job.intention, resources)

@@ -71,6 +71,8 @@ def program(
                 logging.getLogger(client).setLevel(logging.WARNING)
             register()
             Plugins.instance().register(SweepFiles)
+            if launch and any(argument.startswith("hydra/launcher") for argument in sys.argv):
+                sys.exit("error: Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
             with tempfile.TemporaryDirectory() as scratch:
                 dry_run = "--dry-run" in sys.argv
                 if dry_run:

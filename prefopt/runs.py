@@ -47,7 +47,8 @@ class Look:
         if self.state == "died":
             said = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
             slurm = f" (Slurm: {self.slurm or 'job gone'})" if self.record.get("slurm_job") else ""
-            return f"ended without a word{slurm}; " + (f"{self.log}: {said[-1]}" if said else "no log")
+            errors = [line for line in said if "error" in line.lower()] or said or ["empty"]
+            return f"ended without a word{slurm}; its log: {errors[-1]}"
         return "cannot be asked from here" if self.state == "unknown" else ""
 
     def metrics(self) -> dict[str, Any]:

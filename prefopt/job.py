@@ -15,13 +15,16 @@ from omegaconf import OmegaConf
 
 from prefopt import UserError
 from prefopt.config import TrainConfig, parse
-from prefopt.liveness import amend, here
+from prefopt.liveness import amend, here, read_record
 from prefopt.program import exit_code
-from prefopt.stop import Interrupted
+from prefopt.stop import Interrupted, listen
 
 
 def run(folder: Path) -> None:
-    """Raises UserError where the data files are no longer those of the submission."""
+    """Raises UserError where the data files are no longer those of the submission, and stop.Interrupted."""
+    listen()  # before anything that takes seconds
+    if read_record(folder)["status"] == "finished":  # and its node was lost before Slurm knew of it
+        return
     amend(folder, status="running", **here())
     from prefopt.train import plan, train
 

@@ -236,6 +236,18 @@ def test_the_job_script_asks_for_what_the_preset_says(tmp_path):
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_a_signal_before_python_has_started_kills_no_rank(tmp_path):
+    """The command that srun gets, with a program that is sent both signals and then says who it is."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\nkill -USR2 $$; kill -TERM $$; echo $RANK $WORLD_SIZE $LOCAL_RANK $3\n")
+    python.chmod(0o755)
+    call = script(tmp_path, python=str(python)).partition("srun ")[2].partition("\ncode=")[0]
+    text = f'srun() {{ shift 2; "$@"; }}\nfolder=/run\nsrun {call}'
+    environment = os.environ | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "3 4 1 /run\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "state", "restarts", "requeued"),
     [
@@ -364,6 +376,18 @@ def test_data_that_changed_since_submission_are_refused(overrides, tiny_folder, 
     (found,) = look([job.folder])
     assert found.state == "failed"
     assert found.record["config"]["dataset"]["train"] == str(train)
+
+
+def test_a_job_that_is_started_again_after_it_finished_does_nothing(overrides, tmp_path):
+    """As Slurm does when the node is lost at the wrong moment."""
+    from prefopt.job import run
+
+    _, (job,) = plan_sweep([point(*overrides(tmp_path))])
+    freeze(job, tmp_path)
+    job.run.finish()
+    before = (job.folder / "record.json").read_text()
+    run(job.folder)
+    assert (job.folder / "record.json").read_text() == before
 
 
 def test_a_run_that_is_under_way_is_left_alone(overrides, tmp_path):

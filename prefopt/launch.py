@@ -215,20 +215,20 @@ def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
 
 def plan_sweep(points: list[Point]) -> tuple[Launcher, list[Job]]:
     """The sweep's launcher, and its jobs; of several with one run folder, the first. Raises UserError that names every
-    job that is refused, or where the jobs disagree on their launcher."""
+    job that is refused."""
     from prefopt.train import plan
 
     problems, jobs = [], dict[str, Job]()
-    launchers = {json.dumps(_plain(point.cfg.launcher), sort_keys=True) for point in points}
-    if len(launchers) > 1:
-        raise UserError("the jobs of a sweep have one launcher; here they differ in it. Do not sweep over `launcher`.")
-    launcher = build(points[0].cfg.launcher, Launcher, "launcher")
+    first = parse(points[0].cfg, TrainConfig).launcher
+    launcher = build(first, Launcher, "launcher")
     shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
     for point in points:
         label = " ".join(o for o in point.overrides if o not in shared)
         try:
             config = parse(point.cfg, TrainConfig)
             check(config)
+            if config.launcher != first:
+                raise UserError("the jobs of a sweep have one launcher; do not sweep over `launcher`")
             if config.device.startswith("cuda:"):
                 raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
             launcher.settle(config)
@@ -313,9 +313,3 @@ def _gpus() -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     return [str(i) for i in range(torch.cuda.device_count())]
-
-
-def _plain(node: object) -> object:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node

@@ -29,6 +29,15 @@ from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
 FAULTY = ["objective._target_=tests.faulty.Faulty", "launcher.at_once=2", "steps=2"]
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """What is called here in this process takes signals as programs do; pytest gets them back."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
 def point(*overrides: str) -> Point:
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -110,7 +110,7 @@ def test_a_sweep_with_a_preempted_and_a_killed_job(overrides, tmp_path):
 def test_no_end_of_a_job_is_silent(overrides, tmp_path):
     faults = ["none", "raise", "exit", "kill", f"{tmp_path}/never"]
     sweep = ["-m", *overrides(tmp_path / "runs"), *PRESET, "objective._target_=tests.faulty.Faulty"]
-    sweep += ["launcher.options=[--oversubscribe]", f"+objective.fault={','.join(faults)}"]
+    sweep += [f"+objective.fault={','.join(faults)}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     driver = subprocess.Popen(command(*sweep), cwd=ROOT, env=ENVIRONMENT, text=True, **pipes)  # type: ignore[call-overload]
 

@@ -15,14 +15,23 @@ from prefopt.paths import write_whole
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
 UNDER_WAY = ("queued", "running", "requeued")  # and perhaps "unknown"
 # Slurm's states in which a job has ended.
-ENDED = set("COMPLETED FAILED CANCELLED TIMEOUT OUT_OF_MEMORY NODE_FAIL PREEMPTED BOOT_FAIL DEADLINE".split())  # noqa: SIM905
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+}
 
 
 def here() -> dict[str, Any]:
-    """The facts by which `state` finds this process again."""
-    env = os.environ
-    task = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}" if "SLURM_ARRAY_JOB_ID" in env else "{SLURM_JOB_ID}"
-    job = task.format(**env) if "SLURM_JOB_ID" in env else None
+    """The facts by which `state` finds this process again. `slurm_job` is JOB_TASK where launcher=slurm started it: a
+    job that a person wrote, or an interactive one, may outlive what runs in it."""
+    job = os.environ.get("PREFOPT_SLURM_JOB")
     return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": _born(os.getpid()), "slurm_job": job}
 
 

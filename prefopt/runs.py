@@ -6,6 +6,7 @@
 A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/liveness.py).
 """
 
+import contextlib
 import json
 import os
 import time
@@ -125,7 +126,8 @@ def main(cfg: DictConfig) -> None:
     if not config.watch:
         console().print(table(select(config)))
         return
-    with Live(table(select(config)), console=console(), screen=os.isatty(1), auto_refresh=False) as live:
+    screen = Live(table(select(config)), console=console(), screen=os.isatty(1), auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), screen as live:
         while True:
             live.update(table(select(config)), refresh=True)
             time.sleep(WATCH_EVERY_S)

@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow lint bench clean-demo
+.PHONY: help setup demo test test-slow slurm-test lint bench clean-demo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: setup ## the tests (a few minutes)
 
 test-slow: setup ## the tests that train or sample the real SmolLM2-135M
 	$(BIN)/python -m pytest -m slow
+
+slurm-test: setup ## a sweep of the tiny model through a real Slurm of one node, with a preempted and a killed job
+	$(BIN)/python -m pytest -m slurm -s
 
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m prefopt.bench.data

@@ -110,6 +110,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launcher: Any = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     steps: int = MISSING
     batch_size: int = MISSING
@@ -154,6 +155,16 @@ class ReportConfig:
 
 
 @dataclass
+class RunsConfig:
+    """What `python -m prefopt.runs` reads (conf/runs.yaml)."""
+
+    runs_dir: str = MISSING
+    name: str = MISSING
+    status: list[str] = field(default_factory=list)
+    watch: bool = MISSING
+
+
+@dataclass
 class PrefetchConfig:
     """What `python -m prefopt.prefetch` reads (conf/prefetch.yaml)."""
 
@@ -181,6 +192,7 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="report_schema", node=ReportConfig)
+    store.store(name="runs_schema", node=RunsConfig)
     store.store(name="prefetch_schema", node=PrefetchConfig)
     store.store(name="data_report_schema", node=DataReportConfig)
     # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:

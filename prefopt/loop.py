@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt import UserError
+from prefopt import UserError, stop
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.config import TrainConfig
 from prefopt.data.formats import Message
@@ -107,8 +107,11 @@ def train(job: Job) -> list[dict[str, Any]]:
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == config.steps:
                     logger.log("heldout", done, evaluate(job, done))
-                if done % config.save_every == 0 and done < config.steps:
+                leave = done < config.steps and stop.requested()
+                if (done % config.save_every == 0 and done < config.steps) or leave:
                     save_checkpoint(run.checkpoints, done, engine.state() | {"objective": job.state}, {})
+                if leave:
+                    raise stop.Interrupted(f"saved after step {done} of {config.steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
     finally:
         logger.close()

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import TrainConfig
+from prefopt.config import ROOT, TrainConfig
+from prefopt.liveness import here
 from prefopt.paths import write_whole
 
-# Where things are written, how they are shown, and how often they are saved changes no number.
-VOLATILE = ("runs_dir", "logger", "save_every", "squeeze_alarm")
+# Where things are written and run, how they are shown, and how often they are saved changes no number.
+VOLATILE = ("runs_dir", "logger", "launcher", "save_every", "squeeze_alarm")
 PACKAGES = (
     "prefopt",
     "torch",
@@ -55,23 +56,25 @@ class Run:
         else:
             self.record = {"name": self.name, "id": self.id, "objective": objective_name, "status": "new"}
         self.record |= {} if self.finished else {"config": resolved, "data_digests": data_digests}
+        self.attempt = self.record.get("attempt", 0) + 1
 
     @property
     def finished(self) -> bool:
         return self.record["status"] == "finished"
 
     def start(self, **facts: Any) -> None:
-        """Mark the run as running here and now, and write down under which circumstances."""
-        self.update(
-            status="running",
-            started=self.record.get("started") or _now(),
-            command=" ".join(sys.orig_argv),
-            git=_git(),
-            versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-            machine=machine(),
-            error=None,
-            **facts,
-        )
+        """Mark the run as running here and now, and write down under which circumstances. May be called again."""
+        circumstances = {
+            "status": "running",
+            "attempt": self.attempt,
+            "started": self.record.get("started") or _now(),
+            "command": " ".join(sys.orig_argv),
+            "git": git(),
+            "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+            "machine": machine(),
+            "error": None,
+        }
+        self.update(**circumstances | here() | facts)
 
     def update(self, **facts: Any) -> None:
         """Merge `facts` into the record and replace record.json in one step."""
@@ -80,6 +83,10 @@ class Run:
 
     def finish(self, **facts: Any) -> None:
         self.update(status="finished", finished=_now(), **facts)
+
+    def interrupt(self, why: str) -> None:
+        if self.folder.is_dir():
+            self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
         if self.folder.is_dir():
@@ -106,17 +113,20 @@ def machine() -> dict[str, Any]:
 
 
 @functools.cache
-def _git() -> dict[str, Any] | None:
-    """Of the code that this process runs, so asked once: later runs of a sweep may find another checkout."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
+def git() -> dict[str, Any] | None:
+    """Commit, and whether there were changes, of the code that this process runs. None outside of a checkout."""
+    frozen = ROOT / "git.json"
+    if frozen.is_file():  # a copy that a sweep's submitter took: the checkout around it may be another by now
+        return json.loads(frozen.read_text())
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": ask_git("rev-parse", "HEAD").strip(), "dirty": bool(ask_git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def ask_git(*args: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _version(package: str) -> str | None:

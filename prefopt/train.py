@@ -3,20 +3,25 @@
     python -m prefopt.train objective=dpo objective.beta=0.1
     python -m prefopt.train -m objective=dpo,mmpo objective.beta=0.05,0.5
 
-A run that is finished is skipped, one that was interrupted goes on from its last checkpoint.
+A run that is finished is skipped, one that was interrupted goes on from its last checkpoint. The jobs of a grid are
+started by a launcher (prefopt/launch.py).
 """
 
 import functools
 import math
+import os
 import shutil
 import time
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
+from prefopt.launch import launch
 from prefopt.program import program
 
 if TYPE_CHECKING:
@@ -28,27 +33,37 @@ if TYPE_CHECKING:
     from prefopt.data.tokenize import TokenizedPair
     from prefopt.models.reference import Reference
     from prefopt.objectives.base import Objective
+    from prefopt.optim import Schedule
+    from prefopt.posthoc.oracle import Oracle
+    from prefopt.run import Run
 
 
-def train(cfg: DictConfig) -> None:
-    """Validate, build, loop, export. Everything that can be refused is refused before the model is loaded."""
+@dataclass
+class Plan:
+    """What a config asks for, checked and built as far as that goes without reading data or weights."""
+
+    config: TrainConfig
+    objective: "Objective"
+    schedule: "Schedule"
+    oracle: "Oracle | None"
+    run: "Run"
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Everything that can be refused is refused here, with UserError. `config` is one that `check` has passed and whose
+    hardware is resolved."""
     from prefopt.data.dataset import check_dataset, has_heldout, split_digest
     from prefopt.loggers import check_logger
     from prefopt.objectives.base import Objective
     from prefopt.optim import Schedule
     from prefopt.posthoc.oracle import Oracle
     from prefopt.prefetch import missing
-    from prefopt.progress import say
     from prefopt.run import Run
 
-    config = parse(cfg, TrainConfig)
-    check(config)
-    resolve_hardware(config)
     objective = build(config.objective, Objective, "objective")
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
-    reward_model = objective.trains == "reward_model"
-    if reward_model:
+    if objective.trains == "reward_model":
         oracle = None  # it draws no samples
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
@@ -59,6 +74,42 @@ def train(cfg: DictConfig) -> None:
         raise UserError("\n".join(lacking))
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
+    return Plan(config, objective, schedule, oracle, run)
+
+
+def train(plan: Plan, **facts: Any) -> None:
+    """Build, loop, export; `facts` go into the run's record.
+
+    Raises stop.Interrupted, with everything saved, when SIGTERM or SIGUSR2 asks for it, and UserError where the run is
+    under way elsewhere.
+    """
+    from prefopt import stop
+    from prefopt.liveness import UNDER_WAY
+    from prefopt.runs import look
+
+    run = plan.run
+    if run.folder.is_dir() and run.record.get("pid") != os.getpid():
+        (found,) = look([run.folder])
+        if found.state in UNDER_WAY:
+            slurm, pid = found.record["slurm_job"], found.record["pid"]
+            place = f"Slurm job {slurm}" if slurm else f"process {pid}"
+            raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
+    stop.listen()
+    try:
+        _train(plan, facts)
+    except (stop.Interrupted, KeyboardInterrupt) as error:
+        run.interrupt(str(error) or "Ctrl-C")
+        raise
+    except Exception:
+        run.fail(traceback.format_exc())
+        raise
+
+
+def _train(plan: Plan, facts: dict[str, Any]) -> None:
+    from prefopt.progress import say
+
+    config, run, objective, oracle = plan.config, plan.run, plan.objective, plan.oracle
+    reward_model = objective.trains == "reward_model"
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
@@ -104,7 +155,7 @@ def train(cfg: DictConfig) -> None:
             f"{run.folder} was begun from other weights than model.path={config.model.path} holds now. Remove the "
             "folder to begin again, or bring the old weights back."
         )
-    run.start(initial_weights=digest, data={name: split.counts for name, split in data.items()})
+    run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
     layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
     reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
@@ -114,7 +165,7 @@ def train(cfg: DictConfig) -> None:
         config,
         run,
         objective,
-        schedule,
+        plan.schedule,
         engine,
         reference,
         tokenizer,
@@ -124,12 +175,8 @@ def train(cfg: DictConfig) -> None:
         oracle,
         layout,
     )
-    try:
-        evaluations = loop(job)
-        export(policy, tokenizer, run.policy_folder)
-    except Exception:
-        run.fail(traceback.format_exc())
-        raise
+    evaluations = loop(job)
+    export(policy, tokenizer, run.policy_folder)
     run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     say(f"  finished; the policy is in {run.policy_folder}")
@@ -200,9 +247,15 @@ def describe(objective: "Objective") -> str:
     return f"{objective!r}" + (f": {derived}" if derived else "")
 
 
-@program("train")
+@program("train", launch)
 def main(cfg: DictConfig) -> None:
-    train(cfg)
+    asked = HydraConfig.get()
+    if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in asked.overrides.task):
+        raise UserError("a launcher is for a sweep: add -m, or leave `launcher` out. This one run would be run here.")
+    config = parse(cfg, TrainConfig)
+    check(config)
+    resolve_hardware(config)
+    train(plan(config))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def grid(tiny_folder, overrides, tmp_path_factory) -> tuple[Path, subprocess.Com
     oracle = "dataset.oracle={_target_: prefopt.posthoc.oracle.Vader}"
     process = tiny.run_program(
         "-m", *overrides(runs), oracle, "sampling.max_new_tokens=6", "objective=dpo,mmpo", "objective.beta=0.05,0.5",
+        "launcher.at_once=2",
         env={"PREFOPT_CACHE": str(tiny_folder / "cache")},
     )  # fmt: skip
     return runs, process

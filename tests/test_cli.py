@@ -59,6 +59,11 @@ CASES = {
     "missing package": (["model.path=package://no_such_package/x.gguf"], ["no_such_package is not installed"]),
     "missing model": (["model=hub", "model.path=no/such-model"], ["can be loaded from model.path=no/such"]),
     "missing GGUF": (["model=hub", "model.path=nothing.gguf"], ["model file nothing.gguf does not exist"]),
+    "launcher of one run": (["launcher=slurm"], ["a launcher is for a sweep: add -m"]),
+    "dry run of one run": (["--dry-run"], ["--dry-run shows the jobs of a sweep: python -m prefopt.train -m"]),
+    "two launchers": (["-m", "launcher=local,slurm"], ["the jobs of a sweep have one launcher"]),
+    "Hydra's launcher": (["-m", "hydra/launcher=basic"], ["choose one by launcher=NAME"]),
+    "launcher's key": (["-m", "+launcher.jobs=3", "seed=1,2"], ["unknown key launcher.jobs"]),
     "oracle without prompts": (["dataset.heldout=null"], ["dataset.heldout is null"]),
 }  # fmt: skip
 

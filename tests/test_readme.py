@@ -15,6 +15,7 @@ from prefopt.config import (
     DataReportConfig,
     PrefetchConfig,
     ReportConfig,
+    RunsConfig,
     SampleConfig,
     TrainConfig,
     build,
@@ -34,6 +35,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "report": ReportConfig,
+    "runs": RunsConfig,
     "prefetch": PrefetchConfig,
     "data_report": DataReportConfig,
 }

@@ -1,0 +1,50 @@
+"""Train what a sweep's submitter has frozen, as the launchers start it:
+
+    python -m prefopt.job RUN_FOLDER
+
+RUN_FOLDER/job.json holds the resolved config, and nothing is composed again. Exit code 0 means finished, 75 interrupted
+(saved, and to be started again), anything else failed: the traceback is then on stderr and in record.json.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from prefopt import UserError
+from prefopt.config import TrainConfig, parse
+from prefopt.liveness import amend, here, read_record
+from prefopt.program import exit_code
+from prefopt.stop import Interrupted, listen
+
+
+def run(folder: Path) -> None:
+    """Raises UserError where the data files are no longer those of the submission, and stop.Interrupted."""
+    listen()  # before anything that takes seconds
+    if read_record(folder)["status"] == "finished":  # and its node was lost before Slurm knew of it
+        return
+    amend(folder, status="running", **here())
+    from prefopt.train import plan, train
+
+    frozen = json.loads((folder / "job.json").read_text())
+    try:
+        planned = plan(parse(OmegaConf.create(frozen["config"]), TrainConfig))
+        if planned.run.name != folder.name:
+            raise UserError(
+                f"{folder}: the data files have changed since this was submitted (they now belong to "
+                f"{planned.run.name}). Bring them back, or submit the sweep again."
+            )
+        train(planned, command=frozen["command"], code=frozen["code"])
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit too: whatever ends a job before its end is a failure, and is kept
+        amend(folder, status="failed", error=traceback.format_exc())
+        if not isinstance(error, Exception):
+            raise RuntimeError(f"{type(error).__name__} ended the job before it had finished") from error
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: run(Path(sys.argv[1])), []))

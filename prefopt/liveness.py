@@ -1,0 +1,99 @@
+"""Whether the process that a run's record names is still there. A record alone cannot say: a killed process writes
+nothing."""
+
+import getpass
+import json
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from prefopt.paths import write_whole
+
+STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
+UNDER_WAY = ("queued", "running", "requeued")  # and perhaps "unknown"
+# Slurm's states in which a job has ended.
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+}
+
+
+def here() -> dict[str, Any]:
+    """The facts by which `state` finds this process again. `slurm_job` is JOB_TASK where launcher=slurm started it: a
+    job that a person wrote, or an interactive one, may outlive what runs in it."""
+    job = os.environ.get("PREFOPT_SLURM_JOB")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": _born(os.getpid()), "slurm_job": job}
+
+
+def state(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:
+    """The record's status, unless its process is gone. `queue` is what Slurm says of this user's jobs (`slurm_queue`).
+
+    new, queued, running, finished, failed as the record says; interrupted: saved and left; requeued: the same, and
+    Slurm will start it again; died: gone without a word; unknown: on a machine that cannot be asked from here.
+    """
+    said = record["status"]
+    if said not in ("queued", "running", "interrupted"):
+        return said
+    here_and_gone = record.get("host") == socket.gethostname() and record["pid_born"] != _born(record["pid"])
+    if record.get("slurm_job"):
+        if queue is None:
+            return "unknown"
+        slurm = queue.get(record["slurm_job"], "gone")
+        if slurm == "gone" or slurm in ENDED:
+            return said if said == "interrupted" else "died"
+        if said == "interrupted" or (said == "running" and slurm == "PENDING"):
+            return "requeued"
+        return "died" if said == "running" and here_and_gone else said
+    if said == "interrupted":
+        return said
+    if record.get("host") != socket.gethostname():
+        return "unknown" if record.get("host") else "died"
+    return "died" if here_and_gone else said
+
+
+def slurm_queue() -> dict[str, str] | None:
+    """{"JOB_TASK": state such as PENDING} of this user's jobs, with those that ended a short while ago. None where
+    Slurm is not there or does not answer, which says nothing about the jobs."""
+    if not shutil.which("squeue"):
+        return None
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%i %T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return dict(line.split() for line in answer.splitlines() if line.strip())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """record.json of a run's folder. What is queued in Slurm has its job's id in job.json: the submitter learns it
+    when the job may already be writing its record."""
+    list(folder.iterdir())  # on NFS this makes sure that the next line reads what another machine has renamed
+    record = json.loads((folder / "record.json").read_text())
+    if record["status"] == "queued" and not record.get("slurm_job") and (folder / "job.json").is_file():
+        record["slurm_job"] = json.loads((folder / "job.json").read_text()).get("slurm_job")
+    return record
+
+
+def amend(folder: Path, **facts: object) -> None:
+    """Merge `facts` into the record of a run that no other process writes."""
+    record = json.loads((folder / "record.json").read_text())
+    write_whole(folder / "record.json", json.dumps(record | facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def _born(pid: int) -> str | None:
+    """When a process was started, in the kernel's clock: with its pid, who it is. None for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

@@ -1,0 +1,137 @@
+"""List runs: status, step, main metrics, host, and the time since the last sign of life.
+
+    python -m prefopt.runs
+    python -m prefopt.runs status=[failed,died] name=dpo-* watch=true
+
+A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/liveness.py).
+"""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from prefopt import UserError
+from prefopt.config import RunsConfig, parse
+from prefopt.liveness import STATES, read_record, slurm_queue, state
+from prefopt.program import program
+
+WATCH_EVERY_S = 5.0
+
+
+@dataclass
+class Look:
+    """What there is to see of a run at a moment; `slurm` is the state of its Slurm job, where it has one."""
+
+    folder: Path
+    record: dict[str, Any]
+    state: str
+    slurm: str | None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def why(self) -> str:
+        """One line on how it came to this: an error's last line, or what is left of a run that died."""
+        if self.state in ("failed", "interrupted", "requeued"):
+            return ((self.record.get("error") or "").strip().splitlines() or [""])[-1]
+        if self.state == "died":
+            said = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+            slurm = f" (Slurm: {self.slurm or 'job gone'})" if self.record.get("slurm_job") else ""
+            errors = [line for line in said if "error" in line.lower()] or said or ["empty"]
+            return f"ended without a word{slurm}; its log: {errors[-1]}"
+        return "cannot be asked from here" if self.state == "unknown" else ""
+
+    def metrics(self) -> dict[str, Any]:
+        """The last step, and the last evaluation's main figures."""
+        file = self.folder / "metrics.jsonl"
+        found: dict[str, Any] = {}
+        for line in reversed(file.read_text().splitlines() if file.is_file() else []):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line that is being written
+                continue
+            found.setdefault("step", row["step"])
+            if row["split"] == "heldout":
+                return {**row, **found}
+        return found
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the run last wrote."""
+        files = [self.folder / "record.json", self.folder / "metrics.jsonl"]
+        return time.time() - max(file.stat().st_mtime for file in files if file.exists())
+
+
+def look(folders: list[Path]) -> list[Look]:
+    """Asks Slurm once, if any of the runs is one of its jobs."""
+    records = [read_record(folder) for folder in folders]
+    queue = slurm_queue() if any(r.get("slurm_job") for r in records) else None
+    return [
+        Look(folder, record, state(record, queue), (queue or {}).get(record.get("slurm_job") or ""))
+        for folder, record in zip(folders, records, strict=True)
+    ]
+
+
+def table(looks: list[Look]) -> Table:
+    shown = Table("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age", "why", show_lines=False)
+    for each in looks:
+        metrics, record = each.metrics(), each.record
+        figures = [f"{metrics[key]:.3f}" if key in metrics else "–" for key in ("accuracy", "oracle_reward", "kl")]
+        where = record.get("slurm_job") and f"{record.get('host') or 'Slurm'} {record['slurm_job']}"
+        shown.add_row(
+            each.folder.name,
+            each.state,
+            f"{metrics.get('step', '–')}/{record['config']['steps']}",
+            *figures,
+            where or record.get("host") or "–",
+            age(each.age_s),
+            each.why,
+        )
+    return shown
+
+
+def age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def console() -> Console:
+    """Wide enough for the table where the output is not a terminal."""
+    return Console(width=None if os.isatty(1) else 240)
+
+
+def select(config: RunsConfig) -> list[Look]:
+    folders = sorted(file.parent for file in Path(config.runs_dir).glob(f"{config.name}/record.json"))
+    return [each for each in look(folders) if not config.status or each.state in config.status]
+
+
+@program("runs")
+def main(cfg: DictConfig) -> None:
+    config = parse(cfg, RunsConfig)
+    if wrong := sorted(set(config.status) - set(STATES)):
+        raise UserError(f"status: there is no {', '.join(wrong)}. A run is {', '.join(STATES)}.")
+    if not config.watch:
+        console().print(table(select(config)))
+        return
+    screen = Live(table(select(config)), console=console(), screen=os.isatty(1), auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), screen as live:
+        while True:
+            live.update(table(select(config)), refresh=True)
+            time.sleep(WATCH_EVERY_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""An objective that ends its job in the ways in which jobs end."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from prefopt.objectives.base import PairInputs
+from prefopt.objectives.dpo import DPO
+
+
+@dataclass(frozen=True)
+class Faulty(DPO):
+    """DPO; `fault` is none, raise, exit, leave (exit code 0), kill, or a file to wait for. $MENDED turns it off."""
+
+    fault: str = "none"
+
+    def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        fault = "none" if "MENDED" in os.environ else self.fault
+        if fault == "raise":
+            raise RuntimeError("the fault in the objective")
+        if fault == "exit":
+            sys.exit("no more of this")
+        if fault == "leave":
+            os._exit(0)
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while fault.startswith("/") and not Path(fault).exists():
+            time.sleep(0.05)
+        return super().losses(inputs, chosen, rejected)

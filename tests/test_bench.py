@@ -72,7 +72,8 @@ def measured(tiny_vocabulary, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)  # a variant patches it
     common = {"peak_memory_gib": 1.0, "threads": 1, "user_seconds": 3.0, "system_seconds": 1.0}
-    return {v: step.VARIANTS[v](tiny_spec(v, tmp_path)) | common for v in steps.VARIANTS}
+    found = {v: step.VARIANTS[v](tiny_spec(v, tmp_path)) | common for v in steps.PROCESSES}
+    return found | {"floor_all_tokens": found["floor"] | found["floor"]["all_tokens"]}
 
 
 def test_all_variants_see_the_same_tokens(measured, tmp_path):

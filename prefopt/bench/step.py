@@ -480,7 +480,8 @@ def rectangles(pairs: Sequence[TokenizedPair], passes: int) -> list[tuple[int, i
 def measure_floor(spec: Spec) -> dict[str, Any]:
     """Forward and backward over the step's tokens, prompts once, in rectangles: the same model object under the same
     autocast with transformers' own attention, cross-entropy on ordinary logits, no optimizer and no reference. It
-    keeps freed memory as prefopt does. Over the first positions that there are completion tokens, or over all."""
+    keeps freed memory as prefopt does. Over as many positions as there are completion tokens; `all_tokens`: over all.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -492,15 +493,15 @@ def measure_floor(spec: Spec) -> dict[str, Any]:
         keep_freed_memory()
     model: Any = load_model(config.model, config.device)
     generator = torch.Generator().manual_seed(0)
-    seconds, losses, tokens = [], [], []
     passes = spec.batch_size // MICRO_BATCH_PAIRS
-    for pairs in in_order(read_pairs(Path(spec.data)), config.seed, spec.steps, spec.batch_size):
-        shapes = rectangles(pairs, passes)
-        batches = [torch.randint(SPECIAL_TOKENS, VOCABULARY, s[:2], generator=generator) for s in shapes]
+
+    def forward_and_backward(shapes: list[tuple[int, int, int]], all_tokens: bool) -> tuple[float, float]:
+        """(seconds, loss) of one step."""
+        batches = [torch.randint(SPECIAL_TOKENS, VOCABULARY, shape[:2], generator=generator) for shape in shapes]
         began, total = time.perf_counter(), 0.0
         for (rows, columns, predicted), cpu_batch in zip(shapes, batches, strict=True):
             batch = cpu_batch.to(config.device)
-            n = rows * columns if spec.variant == "floor_all_tokens" else predicted
+            n = rows * columns if all_tokens else predicted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.flatten(0, 1)
                 logits = model.get_output_embeddings()(hidden[:n])
@@ -508,11 +509,23 @@ def measure_floor(spec: Spec) -> dict[str, Any]:
             loss = cross_entropy(logits.float(), labels, reduction="sum") / n / passes
             loss.backward()
             total += loss.item()
-        seconds.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
         model.zero_grad()
-        losses.append(total)
+        return seconds, total
+
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    tokens = []
+    for pairs in in_order(read_pairs(Path(spec.data)), config.seed, spec.steps, spec.batch_size):
+        shapes = rectangles(pairs, passes)
         tokens.append(sum(rows * columns for rows, columns, _ in shapes))
-    return {"seconds": seconds[spec.warmup :], "losses": losses, "tokens": tokens[spec.warmup :]}
+        for all_tokens, results in found.items():
+            results.append(forward_and_backward(shapes, all_tokens))
+
+    def result(all_tokens: bool) -> dict[str, Any]:
+        seconds, losses = zip(*found[all_tokens], strict=True)
+        return {"seconds": seconds[spec.warmup :], "losses": losses}
+
+    return result(False) | {"all_tokens": result(True), "tokens": tokens[spec.warmup :]}
 
 
 VARIANTS: dict[str, Callable[[Spec], dict[str, Any]]] = {
@@ -521,7 +534,6 @@ VARIANTS: dict[str, Callable[[Spec], dict[str, Any]]] = {
     "trl_precomputed": measure_trl,
     "trl_patched": measure_trl,
     "floor": measure_floor,
-    "floor_all_tokens": measure_floor,
     "program": run_program,
     "sampling": sample_tokens,
 }

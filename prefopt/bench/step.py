@@ -9,6 +9,7 @@ Nothing here has run on a GPU yet.
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import random
 import resource
@@ -27,8 +28,6 @@ from prefopt.data.tokenize import TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from prefopt.loop import Job
 
 # SmolLM2's vocabulary: special tokens come first, and the second of them ends a turn.
 SPECIAL_TOKENS, VOCABULARY, EOS = 17, 49152, 2
@@ -181,40 +180,48 @@ def token_ids() -> Iterator[None]:
         yield
 
 
-def with_job(spec: Spec, loop: "Callable[[Job], list[Any]]") -> None:
-    """Make the job of a real training run, hand it to `loop` instead of the training loop, and export nothing. All
-    that the bench knows of how prefopt is put together."""
-    from prefopt.train import train
-
-    with token_ids(), mock.patch("prefopt.loop.train", loop), mock.patch("prefopt.checkpoint.export"):
-        train(compose(spec))
-
-
 def measure_prefopt(spec: Spec) -> dict[str, Any]:
-    from prefopt.loop import train_step
-
-    seconds: list[float] = []
+    """A real training run, from its config to its loop, without evaluations and export. A step lasts from the end of
+    the one before to its own, as TRL's do, so that what happens between steps counts."""
+    ends: list[float] = []
     losses: list[float] = []
     seen: list[str] = []
 
-    def loop(job: "Job") -> list[Any]:
-        for step in range(spec.steps):
-            with profiled(spec.trace if step == spec.steps - 1 else ""):
-                began = time.perf_counter()
-                metrics = train_step(job, step)
-                seconds.append(time.perf_counter() - began)
+    def watched(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def call(job: Any, *args: Any) -> dict[str, Any]:
+            if not ends:
+                ends.append(time.perf_counter())
+            with profiled(spec.trace if len(ends) == spec.steps else ""):
+                metrics = step(job, *args)
+            ends.append(time.perf_counter())
             losses.append(metrics["loss"])
-        seen.extend(digests(in_order(job.train_pairs, job.config.seed, spec.steps, spec.batch_size)))
-        return []
+            pairs = in_order(job.train_pairs, job.config.seed, len(losses), spec.batch_size)[-1]
+            for side in ("chosen", "rejected"):
+                tokens = sum(len(getattr(p, side)) for p in pairs)
+                assert round(metrics[f"{side}_length"] * metrics["n"]) == tokens, "other pairs than expected"
+            seen.append(digest([(p.prompt, p.chosen, p.rejected) for p in pairs]))
+            return metrics
 
-    with stopwatch() as events:
-        with_job(spec, loop)
-    reference = sum(e["seconds"] for e in events if e["stage"] == "reference")
+        return call
+
+    import prefopt.loop
+    from prefopt.train import train
+
+    step = watched(prefopt.loop.train_step)
+    with (
+        token_ids(),
+        mock.patch("prefopt.loop.train_step", step),
+        mock.patch("prefopt.loop.evaluate", return_value={}),
+        mock.patch("prefopt.checkpoint.export"),
+        stopwatch() as events,
+    ):
+        train(compose(spec))
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {
         "seconds": seconds[spec.warmup :],
         "losses": losses,
         "digests": seen[spec.warmup :],
-        "reference_seconds": reference,
+        "reference_seconds": sum(e["seconds"] for e in events if e["stage"] == "reference"),
     }
 
 
@@ -239,6 +246,7 @@ STAGES = {
     "model": ["prefopt.models.load:load_model"],
     "digest": ["prefopt.models.load:weights_digest"],
     "probe": ["prefopt.models.probe:choose_layout"],
+    "reference": ["prefopt.models.reference:cached"],
     "evaluation": ["prefopt.loop:evaluate"],
     "step": ["prefopt.loop:train_step"],
     "export": ["prefopt.checkpoint:export"],
@@ -264,6 +272,8 @@ def stopwatch() -> Iterator[list[dict[str, Any]]]:
         for stage, places in STAGES.items():
             for place in places:
                 module, name = place.split(":")
+                if importlib.util.find_spec(module) is None:
+                    continue  # the reference cache is yet to come
                 function = getattr(importlib.import_module(module), name)
                 patches.enter_context(mock.patch(f"{module}.{name}", timed(stage, function)))
         yield events
@@ -288,25 +298,24 @@ def run_program(spec: Spec) -> dict[str, Any]:
 
 def sample_tokens(spec: Spec) -> dict[str, Any]:
     """Tokens per second of `prefopt.generate.sample` at two batch sizes: those that it returns, up to eos."""
+    import torch
+
     from prefopt.config import SamplingConfig
-    from prefopt.engine import Engine, keep_freed_memory
+    from prefopt.engine import keep_freed_memory
     from prefopt.generate import sample
     from prefopt.models.load import load_model, load_tokenizer
 
     config = resolved(spec)
     if config.device == "cpu":
         keep_freed_memory()
-    tokenizer, engine = (
-        load_tokenizer(config.model),
-        Engine(load_model(config.model, config.device), config.optimizer, config.precision),
-    )
+    model, tokenizer = load_model(config.model, config.device), load_tokenizer(config.model)
     prompts = [[{"role": "user", "content": f"Tell me a long story about the number {n}."}] for n in range(64)]
     found = {}
     for size in (16, 64):
-        with engine.autocast():
-            sample(engine.policy, tokenizer, prompts[:size], SamplingConfig(1.0, 4, size), 0)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 4, size), 0)
             began = time.perf_counter()
-            drawn = sample(engine.policy, tokenizer, prompts[:size], SamplingConfig(1.0, 64, size), 0)
+            drawn = sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 64, size), 0)
             seconds = time.perf_counter() - began
         tokens = sum(len(s.tokens) for samples in drawn for s in samples)
         found[str(size)] = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -451,7 +460,7 @@ def measure_trl(spec: Spec) -> dict[str, Any]:
     seen = [pair for batch in trainer.seen for pair in batch_pairs(batch)]
     size, n = spec.batch_size, spec.batch_size // MICRO_BATCH_PAIRS
     losses = [loss.item() for loss in trainer.losses]
-    seconds = [after - before for before, after in zip(trainer.times, trainer.times[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(trainer.times)]
     return {
         "seconds": seconds[spec.warmup :],
         "losses": [sum(losses[i : i + n]) / n for i in range(0, len(losses), n)],

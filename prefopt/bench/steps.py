@@ -12,6 +12,7 @@ whose order rotates, and ratios are taken within a round. The GPU part has not b
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -548,6 +549,7 @@ def main() -> None:
     import torch
 
     given = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child outlives the bench
     device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
     gpu = device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder:

@@ -283,7 +283,8 @@ def run_program(spec: Spec) -> dict[str, Any]:
     """`python -m prefopt.train`, sweeps included, with a stopwatch. `events` begin with what comes before."""
     import prefopt.train
 
-    arguments = ["prefopt.train", *overrides(spec)]
+    # argparse wants options before what is none.
+    arguments = ["prefopt.train", *sorted(overrides(spec), key=lambda argument: not argument.startswith("-"))]
     with token_ids(), stopwatch() as events, mock.patch.object(sys, "argv", arguments):
         imported = time.time()
         code: Any = None

@@ -383,7 +383,7 @@ def profile_table(name: str, profile: Profile, result: dict[str, Any]) -> list[s
         f"{profile.completion[0]}–{profile.completion[1]}, {tokens['pairs']} pairs per step",
         "",
         f"{tokens['prompts_once']:.0f} tokens per step with prompts once, {tokens['prompts_twice']:.0f} with prompts "
-        f"twice, {tokens['completions']:.0f} of them in completions; {result['threads']} threads; {rounds} rounds.",
+        f"twice, {tokens['completions']:.0f} of them in completions. Threads: {result['threads']}; rounds: {rounds}.",
         "",
         "| variant | s/step | pairs/s | prefopt is faster by | peak GiB | kernel's share of CPU time |",
         "|---|---|---|---|---|---|",

@@ -519,6 +519,8 @@ def measure_floor(spec: Spec) -> dict[str, Any]:
             loss = cross_entropy(logits.float(), labels, reduction="sum") / n / passes
             loss.backward()
             total += loss.item()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         model.zero_grad()
         return seconds, total

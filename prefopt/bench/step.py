@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from prefopt.config import ROOT, TrainConfig, parse, register, resolve_hardware
+from prefopt.config import ROOT, TrainConfig, check, parse, register, resolve_hardware
 from prefopt.data.tokenize import TokenizedPair
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def compose(spec: Spec) -> Any:
 def resolved(spec: Spec) -> TrainConfig:
     """The config of that run, with device and precision as they are on this machine."""
     config = parse(compose(spec), TrainConfig)
+    check(config)
     resolve_hardware(config)
     return config
 
@@ -205,7 +206,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
         return call
 
     import prefopt.loop
-    from prefopt.train import train
+    from prefopt.train import plan, train
 
     step = watched(prefopt.loop.train_step)
     with (
@@ -215,7 +216,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
         mock.patch("prefopt.checkpoint.export"),
         stopwatch() as events,
     ):
-        train(compose(spec))
+        train(plan(resolved(spec)))
     seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {
         "seconds": seconds[spec.warmup :],
@@ -272,15 +273,14 @@ def stopwatch() -> Iterator[list[dict[str, Any]]]:
         for stage, places in STAGES.items():
             for place in places:
                 module, name = place.split(":")
-                if importlib.util.find_spec(module) is None:
-                    continue  # the reference cache is yet to come
                 function = getattr(importlib.import_module(module), name)
                 patches.enter_context(mock.patch(f"{module}.{name}", timed(stage, function)))
         yield events
 
 
 def run_program(spec: Spec) -> dict[str, Any]:
-    """`python -m prefopt.train`, sweeps included, with a stopwatch. `events` begin with what comes before."""
+    """`python -m prefopt.train` with a stopwatch; `events` begin with what comes before. The jobs of a sweep are
+    processes of their own, which no stopwatch sees and which find their data tokenized already."""
     import prefopt.train
 
     # argparse wants options before what is none.

@@ -12,6 +12,7 @@ whose order rotates, and ratios are taken within a round. The GPU part has not b
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ from prefopt.figures import COLOURS, plotting, save
 from prefopt.models.load import checkpoint_path
 from prefopt.paths import cache_dir, write_whole
 from prefopt.progress import say
-from prefopt.run import _git, _version, machine
+from prefopt.run import _version, git, machine
 
 OUTPUT = Path("results/bench")
 TRL = ("trl_default", "trl_precomputed", "trl_patched")
@@ -197,13 +198,19 @@ def measure_grid(bench: Bench, steps: int, pairs: int) -> dict[str, Any]:
     has to make its reference first, against a process of TRL for each run. Neither evaluates on held-out pairs."""
     data = bench.data("grid", PROFILES["chat"], pairs * steps)
     common: dict[str, Any] = {"data": data, "batch_size": pairs, "steps": steps, "warmup": 0}
+    # One run that tokenizes and makes the reference, and one that finds both: what a run takes on its own.
+    reference = stage_seconds(bench.child("program", **common, overrides=["objective.beta=0.3"])["events"])["reference"]
+    alone = bench.child("program", **common, overrides=["objective.beta=0.4"])
+    say(f"grid: one run of prefopt {alone['wall']:.0f} s, reference {reference:.1f} s")
+    shutil.rmtree(bench.folder / "cache" / "reference")
     points = [f"objective={','.join(GRID)}", f"objective.beta={','.join(map(str, BETAS))}"]
     sweep = bench.child("program", **common, overrides=["-m", *points])
-    seconds = stage_seconds(sweep["events"])
-    say(f"grid: prefopt {sweep['wall']:.0f} s")
-    # The same data again, with everything cached: what one run takes on its own.
-    alone = bench.child("program", **common, overrides=["objective.beta=0.3"])
-    reference = seconds.get("reference", 0.0)
+    runs = [file.read_text() for file in Path(sweep["folder"]).glob("runs/*/metrics.jsonl")]
+    rows = [json.loads(line) for run in runs for line in run.splitlines()]
+    ours = sum(pairs / row["pairs_per_second"] for row in rows if row["split"] == "train")
+    if len(runs) != len(GRID) * len(BETAS):
+        raise RuntimeError(f"the sweep left {len(runs)} runs")
+    say(f"grid: prefopt {sweep['wall']:.0f} s, {ours:.0f} s of it in steps")
     walls, theirs = [], []
     for objective, settings in GRID.items():
         for beta in BETAS:
@@ -217,14 +224,15 @@ def measure_grid(bench: Bench, steps: int, pairs: int) -> dict[str, Any]:
         "pairs_per_step": pairs,
         "factor": sum(walls) / sweep["wall"],
         "prefopt_seconds": sweep["wall"],
+        "prefopt_step_seconds": ours,
         "trl_seconds": sum(walls),
         "trl_step_seconds": sum(theirs),
-        "prefopt_stages": seconds,
         "prefopt_reference_seconds": reference,
         "prefopt_one_run_seconds": alone["wall"],
-        # The goal: at most 12 runs on their own and one reference pass; and what of it is not in steps at all.
+        "prefopt_one_run_stages": stage_seconds(alone["events"]),
+        # The goal: at most 12 runs on their own and one reference pass; and how much of it is not in steps at all.
         "vs_runs_and_one_reference_pass": sweep["wall"] / (len(walls) * alone["wall"] + reference),
-        "vs_steps_and_one_reference_pass": sweep["wall"] / (seconds["step"] + reference),
+        "vs_steps_and_one_reference_pass": sweep["wall"] / (ours + reference),
     }
 
 
@@ -414,17 +422,18 @@ def profile_table(name: str, profile: Profile, result: dict[str, Any]) -> list[s
 
 
 def grid_table(grid: dict[str, Any]) -> list[str]:
-    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in grid["prefopt_stages"].items())
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in grid["prefopt_one_run_stages"].items())
     return [
         f"## A grid of {len(GRID)} objectives × {len(BETAS)} β",
         "",
         f"{grid['runs']} runs of {grid['steps']} steps of {grid['pairs_per_step']} chat pairs, from process start to "
-        f"the written policies: prefopt {grid['prefopt_seconds']:.0f} s, TRL {grid['trl_seconds']:.0f} s "
-        f"({grid['trl_step_seconds']:.0f} s of it in steps), a factor of {grid['factor']:.2f}. One run of prefopt on "
-        f"its own, caches warm, takes {grid['prefopt_one_run_seconds']:.0f} s, and the reference pass "
+        f"the written policies: prefopt {grid['prefopt_seconds']:.0f} s ({grid['prefopt_step_seconds']:.0f} s of it in "
+        f"steps), TRL {grid['trl_seconds']:.0f} s ({grid['trl_step_seconds']:.0f} s of it in steps), a factor of "
+        f"{grid['factor']:.2f}. One run of prefopt on its own, caches warm, takes "
+        f"{grid['prefopt_one_run_seconds']:.0f} s ({stages}), and the reference pass "
         f"{grid['prefopt_reference_seconds']:.1f} s. The grid took {grid['vs_runs_and_one_reference_pass']:.2f} times "
         f"{grid['runs']} such runs and one pass, and {grid['vs_steps_and_one_reference_pass']:.2f} times the bare "
-        f"steps and one pass. Where its time went: {stages}.",
+        "steps and one pass.",
     ]
 
 
@@ -586,7 +595,7 @@ def main() -> None:
             load, began = os.getloadavg()[0], time.time()
             results[key] = measure()
             results["parts"][key] = {
-                "git": _git(),
+                "git": git(),
                 "rounds": 1 if part in ("grid", "scaling", "sampling", "models") else given.rounds,
                 "load_before": load,
                 "seconds": time.time() - began,

@@ -270,7 +270,7 @@ def check(config: TrainConfig) -> None:
     """Cross-field checks. Raises UserError that lists every problem found."""
     problems = [
         f"{key} must be at least 1, is {getattr(config, key)}"
-        for key in ("steps", "batch_size", "micro_batch_tokens", "eval_every", "save_every")
+        for key in ("steps", "batch_size", "eval_every", "save_every")
         if getattr(config, key) < 1
     ]
     rules: list[tuple[bool, str]] = [
@@ -278,6 +278,7 @@ def check(config: TrainConfig) -> None:
             config.heldout_pairs is None or config.heldout_pairs >= 1,
             "heldout_pairs must be at least 1, or null for all",
         ),
+        (config.micro_batch_tokens >= 0, "micro_batch_tokens must not be negative (0: what suits the device)"),
         (config.max_prompt_tokens >= 1, "max_prompt_tokens must be at least 1"),
         (config.max_completion_tokens >= 1, "max_completion_tokens must be at least 1"),
         (config.optimizer.lr > 0, f"optimizer.lr must be positive, is {config.optimizer.lr}"),
@@ -312,9 +313,11 @@ def check_sample(config: SampleConfig) -> None:
 
 
 def resolve_hardware(config: TrainConfig | SampleConfig) -> None:
-    """Replace device=auto and precision=auto by what they mean on this machine, so that records name it.
+    """Replace device=auto, precision=auto and micro_batch_tokens=0 by what they mean on this machine, so that records
+    name it.
 
-    bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32.
+    bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32. A CPU
+    is not faster with more tokens at a time, a GPU is.
     """
     import torch
 
@@ -326,6 +329,8 @@ def resolve_hardware(config: TrainConfig | SampleConfig) -> None:
         else:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         config.precision = "bfloat16" if native else "float32"
+    if isinstance(config, TrainConfig) and not config.micro_batch_tokens:
+        config.micro_batch_tokens = 8192 if config.device.startswith("cuda") else 512
 
 
 def _sampling_problems(sampling: SamplingConfig) -> list[str]:

@@ -67,8 +67,8 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
     if found is not None:
         token_entropies = _by_completion(found, batch)
         before = token_logps.cumsum(-1) - token_logps
-        surrogate = (token_entropies + token_entropies.detach() * before).sum(-1)
-    return Logps(token_logps.sum(-1), batch.lengths, surrogate)
+        surrogate = _sum(token_entropies + token_entropies.detach() * before)
+    return Logps(_sum(token_logps), batch.lengths, surrogate)
 
 
 def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -106,6 +106,11 @@ def logit_cap(model: PreTrainedModel) -> Cap:
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return Cap(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _sum(values: Tensor) -> Tensor:
+    """(C,) float32 from (C, longest). Added up in float64, so that how many zeros follow changes no bit."""
+    return values.sum(-1, dtype=torch.float64).float()
 
 
 def _by_completion(values: Tensor, batch: Batch) -> Tensor:

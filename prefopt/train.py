@@ -120,6 +120,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     from prefopt.models.load import (
         check_model,
         check_vocabulary,
+        compile_layers,
         load_model,
         load_reward_model,
         load_tokenizer,
@@ -148,6 +149,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     if config.device == "cpu":
         keep_freed_memory()
     policy = (load_reward_model if reward_model else load_model)(config.model, config.device)
+    if config.compile:
+        compile_layers(policy)
     check_vocabulary(policy, tokenizer)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:

@@ -115,6 +115,14 @@ def _ready(model: torch.nn.Module, device: str) -> Any:
     return model.to(device).eval()
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile the MLPs and norms of the layers in place; attention and the head stay as they are. Row lengths are
+    dynamic, so nothing is compiled twice; inductor keeps its kernels on disk (TORCHINDUCTOR_CACHE_DIR)."""
+    for name, module in model.named_modules():
+        if name.endswith("mlp") or type(module).__name__.endswith("RMSNorm"):
+            module.compile(dynamic=True)
+
+
 def checkpoint_path(config: ModelConfig) -> str:
     """What transformers can load: the configured name or folder, or for a GGUF file its converted checkpoint."""
     if not config.path.endswith(".gguf"):

@@ -43,6 +43,10 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def without_gradient(self) -> list[str]:
+        """Names of trainable tensors that no backward pass since the last step has reached."""
+        return [name for name, p in self.parameters.items() if p.grad is None]
+
     def clip_gradients(self) -> Tensor:
         """Clip to the configured global norm (0: leave as they are); return the norm before."""
         limit = self.max_grad_norm or float("inf")

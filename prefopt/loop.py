@@ -24,6 +24,7 @@ from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
 from prefopt.logps import Scorer, autocast, completion_rewards
 from prefopt.metrics import mean_and_error, peak_memory_gib, step_metrics
+from prefopt.models.adapter import seed_dropout, training
 from prefopt.models.reference import ROUNDING, SIDES, Reference
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
 from prefopt.optim import Schedule
@@ -83,8 +84,8 @@ class MicroBatch(NamedTuple):
 def train(job: Job) -> list[dict[str, Any]]:
     """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations.
 
-    The order of pairs and the learning rate are functions of the step and there is no dropout, so weights, moments,
-    the objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
+    The order of pairs, the learning rate and what dropout draws are functions of the step, so weights, moments, the
+    objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
     interrupted.
     """
     config, run, engine = job.config, job.run, job.engine
@@ -138,7 +139,10 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
     config, engine = job.config, job.engine
     began = time.monotonic()
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
-    scored = accumulate_gradients(job, step, micro_batches)
+    with training(engine.policy):
+        scored = accumulate_gradients(job, step, micro_batches)
+    if config.gradient_checkpointing and (lacking := engine.without_gradient()):
+        raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")
     gradient_norm = engine.clip_gradients()
     metrics = step_metrics(job.objective, scored, gradient_norm=gradient_norm)
     bad = [name for name in ("loss", "gradient_norm") if not torch.tensor(metrics[name]).isfinite()]
@@ -171,14 +175,15 @@ def accumulate_gradients(
     An objective over the whole step cannot be differentiated in parts. Its gradient has two factors, though: by the
     `(B,)` log-probs, which is cheap once they are all known, and of the log-probs by the weights. So a first pass
     collects the log-probs without graph, the objective is differentiated on them, and a second pass backpropagates
-    sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first, so there is no dropout.
+    sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first: its dropout is the same.
     """
-    objective, engine = job.objective, job.engine
+    config, objective, engine = job.config, job.objective, job.engine
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
     denominator = sum(p.learnt for p in pairs) if objective.per == "chosen_token" else len(pairs)
     scored = []
     if objective.scope != "step" or len(micro_batches) == 1:
-        for micro_batch in micro_batches:
+        for i, micro_batch in enumerate(micro_batches):
+            seed_dropout(config.seed, step, i)
             inputs = pair_inputs(job, micro_batch)
             if objective.scope == "step":
                 inputs = whole_step(job, step, [inputs])
@@ -187,15 +192,20 @@ def accumulate_gradients(
             # Without its graph, which would keep the model's activations.
             scored.append((inputs.map(Tensor.detach), output))
         return scored
+    parts = []
     with torch.no_grad():
-        inputs = whole_step(job, step, [pair_inputs(job, micro_batch) for micro_batch in micro_batches])
+        for i, micro_batch in enumerate(micro_batches):
+            seed_dropout(config.seed, step, i)
+            parts.append(pair_inputs(job, micro_batch))
+        inputs = whole_step(job, step, parts)
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
     output = objective(inputs)
     total = output.losses.sum() / denominator
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
     start = 0
-    for micro_batch in micro_batches:
+    for i, micro_batch in enumerate(micro_batches):
+        seed_dropout(config.seed, step, i)
         tensors = policy_tensors(job, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         engine.backward(torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum())

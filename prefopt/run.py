@@ -32,6 +32,8 @@ PACKAGES = (
     "omegaconf",
     "safetensors",
     "numpy",
+    "peft",
+    "deepspeed",
     "vaderSentiment",
 )
 

@@ -14,6 +14,7 @@ import shutil
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -55,7 +56,7 @@ def plan(config: TrainConfig) -> Plan:
     from prefopt.data.dataset import check_dataset, has_heldout, split_digest
     from prefopt.loggers import check_logger
     from prefopt.objectives.base import Objective
-    from prefopt.optim import Schedule
+    from prefopt.optim import Schedule, check_optimizer
     from prefopt.posthoc.oracle import Oracle
     from prefopt.prefetch import missing
     from prefopt.run import Run
@@ -68,8 +69,11 @@ def plan(config: TrainConfig) -> Plan:
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
+    check_optimizer(config.optimizer, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
+    if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
+        raise UserError(f"peft.path={config.peft.path} is no adapter: it holds no adapter_config.json.")
     if lacking := missing(config.model, config.dataset):
         raise UserError("\n".join(lacking))
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
@@ -142,6 +146,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
+    from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, merge_adapter, save_adapter
     from prefopt.models.probe import choose_layout
 
     began = time.monotonic()
@@ -149,6 +154,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         keep_freed_memory()
     policy = (load_reward_model if reward_model else load_model)(config.model, config.device)
     check_vocabulary(policy, tokenizer)
+    if config.peft.path:
+        merge_adapter(policy, config.peft.path)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:
         raise UserError(
@@ -159,6 +166,10 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
     reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
+    if config.peft.target_modules:
+        add_adapter(policy, config.peft, config.seed)
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
     engine = Engine(policy, config.optimizer)
     prompts = data["heldout"].prompts if oracle else []
     job = Job(
@@ -176,6 +187,9 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         layout,
     )
     evaluations = loop(job)
+    if config.peft.target_modules:
+        save_adapter(policy, run.folder / "adapter")
+        merge(policy)
     export(policy, tokenizer, run.policy_folder)
     run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -194,6 +208,7 @@ def make_reference(
     """The reference that the config names, before the policy (with weights `digest`) is trained."""
     from prefopt.data.sampler import run_indices
     from prefopt.logps import Scorer
+    from prefopt.models.adapter import merge_adapter
     from prefopt.models.load import load_model
     from prefopt.models.reference import AdapterOff, Cached, Resident, cached
     from prefopt.segments import use_segments
@@ -208,6 +223,8 @@ def make_reference(
 
     def load() -> "PreTrainedModel":
         model = load_model(config.model, config.device)
+        if config.peft.path:
+            merge_adapter(model, config.peft.path)
         if layout.name == "packed":
             use_segments(model)
         return model

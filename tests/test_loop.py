@@ -37,7 +37,7 @@ TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 def job(objective, tmp_path, **changes) -> Job:
     config = SimpleNamespace(
         **{"steps": 4, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
-        | {"logits": "tiled", "precision": "float32"}
+        | {"logits": "tiled", "precision": "float32", "gradient_checkpointing": False}
         | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}
         | changes
     )

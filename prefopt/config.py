@@ -92,6 +92,12 @@ class PeftConfig:
 
 
 @dataclass
+class EngineConfig:
+    name: str = MISSING
+    offload_optimizer: bool = MISSING
+
+
+@dataclass
 class WandbConfig:
     project: str = MISSING
     mode: str = MISSING
@@ -117,6 +123,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     objective: Any = MISSING
+    engine: EngineConfig = field(default_factory=EngineConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Any = MISSING
@@ -301,6 +308,15 @@ def check(config: TrainConfig) -> None:
             config.reference != "adapter_off" or bool(config.peft.target_modules),
             "reference=adapter_off is the policy without its adapter, and there is none: add peft=lora_attention or "
             "peft=lora_attention_mlp, or leave reference=cached",
+        ),
+        (config.engine.name in ("single", "zero2"), f"engine.name must be single or zero2, is {config.engine.name!r}"),
+        (
+            not config.engine.offload_optimizer or config.engine.name == "zero2",
+            "engine.offload_optimizer: only engine=zero2 can",
+        ),
+        (
+            config.engine.name == "single" or not config.optimizer.eight_bit,
+            "optimizer=adamw_8bit and engine=zero2 do not go together; use optimizer=adamw",
         ),
         (config.peft.r >= 1, f"peft.r must be at least 1, is {config.peft.r}"),
         (config.peft.alpha >= 1, f"peft.alpha must be at least 1, is {config.peft.alpha}"),

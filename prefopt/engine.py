@@ -70,8 +70,7 @@ class Engine:
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Raises KeyError where the names are not exactly those of this policy's trainable parameters."""
         weights, moments = state["weights"], state["moments"]
-        if weights.keys() != self.parameters.keys():
-            raise KeyError(f"parameters differ: {sorted(weights.keys() ^ self.parameters.keys())[:5]}")
+        self.check_names(weights)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(weights[name])
@@ -80,3 +79,8 @@ class Engine:
             p = self.parameters[name]
             # A clone of its own: fused AdamW updates moments in place.
             self.optimizer.state[p][field] = value.to(p.device).clone()
+
+    def check_names(self, weights: dict[str, Tensor]) -> None:
+        """Raise KeyError unless `weights` are all that is trainable, and nothing else."""
+        if weights.keys() != self.parameters.keys():
+            raise KeyError(f"parameters differ: {sorted(weights.keys() ^ self.parameters.keys())[:5]}")

@@ -8,6 +8,7 @@ started by a launcher (prefopt/launch.py).
 """
 
 import functools
+import importlib.metadata
 import math
 import os
 import shutil
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from packaging.version import Version
 
 from prefopt import UserError
-from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
+from prefopt.config import EngineConfig, TrainConfig, build, check, parse, resolve_hardware
 from prefopt.launch import launch
 from prefopt.program import program
+from prefopt.ranks import first_alone, is_first, together, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +73,7 @@ def plan(config: TrainConfig) -> Plan:
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
     check_optimizer(config.optimizer, config.device)
+    check_engine(config.engine)
     check_logger(config.logger)
     check_dataset(config.dataset)
     if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
@@ -79,6 +83,26 @@ def plan(config: TrainConfig) -> Plan:
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
     return Plan(config, objective, schedule, oracle, run)
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Raise UserError where the engine lacks its package, or this process was started beside others that it ignores."""
+    if config.name == "single" and world_size() > 1:
+        raise UserError(
+            f"this was started as {world_size()} processes (WORLD_SIZE), and engine=single trains in one: add "
+            "engine=zero2, or start one."
+        )
+    if config.name == "zero2":
+        # 0.17.6 to 0.18.2 compute wrong gradients at stage 2; caller-owned accumulation came with 0.19.
+        try:
+            found = importlib.metadata.version("deepspeed")
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        if found == "none" or Version(found) < Version("0.19.8"):
+            raise UserError(
+                f"engine=zero2 needs the package deepspeed, 0.19.8 or later; there is {found}: pip install "
+                "'prefopt[deepspeed]'"
+            )
 
 
 def train(plan: Plan, **facts: Any) -> None:
@@ -92,7 +116,7 @@ def train(plan: Plan, **facts: Any) -> None:
     from prefopt.runs import look
 
     run = plan.run
-    if run.folder.is_dir() and run.record.get("pid") != os.getpid():
+    if is_first() and run.folder.is_dir() and run.record.get("pid") != os.getpid():
         (found,) = look([run.folder])
         if found.state in UNDER_WAY:
             slurm, pid = found.record["slurm_job"], found.record["pid"]
@@ -100,7 +124,8 @@ def train(plan: Plan, **facts: Any) -> None:
             raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
     stop.listen()
     try:
-        _train(plan, facts)
+        with together(plan.config.device, plan.config.engine.name != "single"):
+            _train(plan, facts)
     except (stop.Interrupted, KeyboardInterrupt) as error:
         run.interrupt(str(error) or "Ctrl-C")
         raise
@@ -132,13 +157,14 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
 
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    data = prepare(
-        config.dataset,
-        tokenizer,
-        Limits(config.max_prompt_tokens, config.max_completion_tokens),
-        functools.partial(check_rewards, objective),
-        config.logger.progress,
-    )
+    with first_alone():
+        data = prepare(
+            config.dataset,
+            tokenizer,
+            Limits(config.max_prompt_tokens, config.max_completion_tokens),
+            functools.partial(check_rewards, objective),
+            config.logger.progress,
+        )
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.sides:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
 
@@ -165,12 +191,19 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
     layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
-    reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
+    with first_alone():
+        reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
     if config.peft.target_modules:
         add_adapter(policy, config.peft, config.seed)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
-    engine = Engine(policy, config.optimizer)
+    engine: Engine
+    if config.engine.name == "zero2":
+        from prefopt.zero import Zero2
+
+        engine = Zero2(policy, config.optimizer, config.engine.offload_optimizer)
+    else:
+        engine = Engine(policy, config.optimizer)
     prompts = data["heldout"].prompts if oracle else []
     job = Job(
         config,
@@ -187,6 +220,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         layout,
     )
     evaluations = loop(job)
+    if not is_first():
+        return
     if config.peft.target_modules:
         save_adapter(policy, run.folder / "adapter")
         merge(policy)

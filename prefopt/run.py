@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import ROOT, TrainConfig
-from prefopt.liveness import amend, here
+from prefopt.liveness import amend, here, read_record
 from prefopt.paths import write_whole
-from prefopt.ranks import is_first
+from prefopt.ranks import is_first, world_size
 
 # Where things are written and run, how they are shown, and how often they are saved changes no number.
 VOLATILE = ("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm")
@@ -93,8 +93,10 @@ class Run:
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
-        if self.folder.is_dir():
-            # Whichever process it is, and the others may have written since: not `update`.
+        if not (self.folder / "record.json").is_file():
+            return
+        # Any process may be the one that failed first; those that were waiting for it fail after it.
+        if world_size() == 1 or read_record(self.folder)["status"] != "failed":
             amend(self.folder, status="failed", finished=_now(), error=error)
 
 

@@ -123,15 +123,16 @@ def train(plan: Plan, **facts: Any) -> None:
             place = f"Slurm job {slurm}" if slurm else f"process {pid}"
             raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
     stop.listen()
-    try:
-        with together(plan.config.device, plan.config.engine.name != "single"):
+    # What a process has to say is written down before its end becomes an error of all the others.
+    with together(plan.config.device, plan.config.engine.name != "single"):
+        try:
             _train(plan, facts)
-    except (stop.Interrupted, KeyboardInterrupt) as error:
-        run.interrupt(str(error) or "Ctrl-C")
-        raise
-    except Exception:
-        run.fail(traceback.format_exc())
-        raise
+        except (stop.Interrupted, KeyboardInterrupt) as error:
+            run.interrupt(str(error) or "Ctrl-C")
+            raise
+        except Exception:
+            run.fail(traceback.format_exc())
+            raise
 
 
 def _train(plan: Plan, facts: dict[str, Any]) -> None:

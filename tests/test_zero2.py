@@ -1,4 +1,4 @@
-"""ZeRO-2 on two processes, on one, and the plain engine: the same run, and checkpoints that pass from one to another."""
+"""ZeRO-2 on two processes, on one, and the plain engine: one run, and checkpoints that pass between them."""
 
 import json
 import sys
@@ -77,3 +77,46 @@ def test_two_processes_one_and_the_plain_engine_run_the_same(options, overrides,
         assert_same(result(tmp_path / f"zero{n}"), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_run_goes_on_with_another_number_of_processes(first, lora, overrides, tmp_path):
+    """0 processes: the plain engine. It is asked to stop, in the second process alone, and saves."""
+    cache = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    options = [*COMMON, *lora, "objective._target_=tests.faulty.Faulty", "+objective.fault=stop"]
+    mended = cache | {"MENDED": "1"}
+
+    def start(n: int, runs: str, env: dict[str, str]):
+        arguments = [*overrides(tmp_path / runs), *options]
+        return torchrun(n, *arguments, "engine=zero2", env=env) if n else run_program(*arguments, env=env)
+
+    assert start(0, "whole", mended).returncode == 0
+    process = start(first, "parts", cache)
+    assert process.returncode != 0
+    (record,) = records(tmp_path / "parts")
+    assert record["status"] == "interrupted", process.stderr
+    assert "saved after step" in record["error"]
+    process = start(2 - first, "parts", mended)
+    assert process.returncode == 0, process.stderr
+    assert "going on from step" in process.stderr
+    assert_same(result(tmp_path / "parts"), result(tmp_path / "whole"))
+
+
+def test_a_process_that_raises_ends_the_job_and_is_heard(overrides, tmp_path):
+    options = ["objective._target_=tests.faulty.Faulty", "+objective.fault=raise_in_second", "engine=zero2"]
+    process = torchrun(2, *overrides(tmp_path / "runs"), *options, env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode != 0
+    assert "the fault in the objective" in process.stderr
+    (record,) = records(tmp_path / "runs")
+    assert record["status"] == "failed"
+    assert "the fault in the objective" in record["error"]
+    assert record["data"]  # what the first process had written is still there
+
+
+def test_several_processes_need_an_engine_for_them(overrides, tmp_path):
+    process = run_program(*overrides(tmp_path / "runs"), env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert process.returncode == 2
+    assert "add engine=zero2" in process.stderr
+    process = run_program("-m", *overrides(tmp_path / "runs"), "engine=zero2", env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert process.returncode == 2
+    assert "a sweep is started once" in process.stderr

@@ -73,7 +73,7 @@ def plan(config: TrainConfig) -> Plan:
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
     check_optimizer(config.optimizer, config.device)
-    check_engine(config.engine)
+    check_engine(config.engine, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
     if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
@@ -85,8 +85,10 @@ def plan(config: TrainConfig) -> Plan:
     return Plan(config, objective, schedule, oracle, run)
 
 
-def check_engine(config: EngineConfig) -> None:
+def check_engine(config: EngineConfig, device: str) -> None:
     """Raise UserError where the engine lacks its package, or this process was started beside others that it ignores."""
+    if world_size() > 1 and ":" in device:
+        raise UserError(f"device={device} would be the GPU of all {world_size()} processes. Give device=cuda.")
     if config.name == "single" and world_size() > 1:
         raise UserError(
             f"this was started as {world_size()} processes (WORLD_SIZE), and engine=single trains in one: add "

@@ -61,7 +61,8 @@ class Engine:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """{"weights", "moments"}: flat, named tensors; `load_state` takes them back exactly."""
         moments = {
-            f"{name}/{key}": value
+            # bitsandbytes counts steps by an int, and lets parameters share its maps, which one file cannot.
+            f"{name}/{key}": value.clone() if key.startswith("qmap") else torch.as_tensor(value)
             for name, p in self.parameters.items()
             for key, value in self.optimizer.state[p].items()
         }
@@ -78,7 +79,9 @@ class Engine:
             name, _, field = key.rpartition("/")
             p = self.parameters[name]
             # A clone of its own: fused AdamW updates moments in place.
-            self.optimizer.state[p][field] = value.to(p.device).clone()
+            moment = value.to(p.device).clone()
+            as_int = field == "step" and not isinstance(self.optimizer, torch.optim.AdamW)
+            self.optimizer.state[p][field] = int(moment) if as_int else moment
 
     def check_names(self, weights: dict[str, Tensor]) -> None:
         """Raise KeyError unless `weights` are all that is trainable, and nothing else."""

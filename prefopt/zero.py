@@ -9,6 +9,7 @@ taken back whole, so that a checkpoint knows nothing of the number of processes.
 """
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class Zero2(Engine):
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
+        # Every process would print it at the first step; DeepSpeed calls the old name.
+        warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
         self.policy = policy
         self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self._reached: set[str] = set()

@@ -114,6 +114,24 @@ def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
             assert torch.allclose(expected, other[name], atol=2e-6 * scale, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("objective", [DPO(0.1), MMPO(0.1, micro_batch_size=2)], ids=["pair", "micro_batch"])
+@pytest.mark.parametrize(("batch_size", "n"), [(8, 2), (8, 3), (2, 3)])
+def test_the_pairs_of_a_step_are_dealt_out_whole_and_in_equal_rounds(objective, batch_size, n, tmp_path, monkeypatch):
+    j = job(objective, tmp_path, batch_size=batch_size)
+    alone = [[p.id for p in micro_batch.pairs] for micro_batch in j.step(1)]
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+    shares = []
+    for r in range(n):
+        monkeypatch.setenv("RANK", str(r))
+        shares.append([[p.id for p in micro_batch.pairs] for micro_batch in j.step(1)])
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for part in share for i in part) == sorted(i for part in alone for i in part)
+    if objective.scope == "micro_batch":
+        assert sorted(part for share in shares for part in share if part) == sorted(alone)
+    else:
+        assert max(sum(map(len, share)) for share in shares) == -(-batch_size // n)
+
+
 def test_mmpo_normalization_depends_on_the_micro_batch_as_its_scope_says(tmp_path):
     objective = MMPO(5.0, margin=0.1, length_normalize=True, auxiliary_weight=0.0)
     a, b, c = (

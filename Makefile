@@ -35,6 +35,7 @@ slurm-test: setup ## a sweep of the tiny model through a real Slurm of one node,
 
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m prefopt.bench.data
+	$(BIN)/python -m prefopt.bench.steps
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ clean-demo: ## forget the demo's runs, so that `make demo` trains again
 test: setup ## the tests (a few minutes)
 	$(BIN)/python -m pytest
 
-test-slow: setup ## the tests that train or sample the real SmolLM2-135M
+test-slow: setup ## the tests that train or sample the real SmolLM2-135M, or train in several processes
 	$(BIN)/python -m pytest -m slow
 
 slurm-test: setup ## a sweep of the tiny model through a real Slurm of one node, with a preempted and a killed job

@@ -79,6 +79,22 @@ class OptimizerConfig:
     eps: float = MISSING
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
+    eight_bit: bool = False
+
+
+@dataclass
+class PeftConfig:
+    target_modules: list[str] = MISSING
+    r: int = MISSING
+    alpha: int = MISSING
+    dropout: float = MISSING
+    path: str | None = None
+
+
+@dataclass
+class EngineConfig:
+    name: str = MISSING
+    offload_optimizer: bool = MISSING
 
 
 @dataclass
@@ -107,6 +123,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     objective: Any = MISSING
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -119,6 +137,7 @@ class TrainConfig:
     logits: str = MISSING
     reference: str = MISSING
     compile: bool = MISSING
+    gradient_checkpointing: bool = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
     max_prompt_tokens: int = MISSING
@@ -286,6 +305,23 @@ def check(config: TrainConfig) -> None:
         (config.optimizer.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative (0: no clipping)"),
         (config.optimizer.weight_decay >= 0, "optimizer.weight_decay must not be negative"),
         (config.seed >= 0, "seed must not be negative"),
+        (
+            config.reference != "adapter_off" or bool(config.peft.target_modules),
+            "reference=adapter_off is the policy without its adapter, and there is none: add peft=lora_attention or "
+            "peft=lora_attention_mlp, or leave reference=cached",
+        ),
+        (config.engine.name in ("single", "zero2"), f"engine.name must be single or zero2, is {config.engine.name!r}"),
+        (
+            not config.engine.offload_optimizer or config.engine.name == "zero2",
+            "engine.offload_optimizer: only engine=zero2 can",
+        ),
+        (
+            config.engine.name == "single" or not config.optimizer.eight_bit,
+            "optimizer=adamw_8bit and engine=zero2 do not go together; use optimizer=adamw",
+        ),
+        (config.peft.r >= 1, f"peft.r must be at least 1, is {config.peft.r}"),
+        (config.peft.alpha >= 1, f"peft.alpha must be at least 1, is {config.peft.alpha}"),
+        (0 <= config.peft.dropout < 1, f"peft.dropout must be in [0, 1), is {config.peft.dropout}"),
         (
             config.squeeze_alarm is None or config.squeeze_alarm > 0,
             f"squeeze_alarm must be positive, or null for none, is {config.squeeze_alarm}",

@@ -43,6 +43,10 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def without_gradient(self) -> list[str]:
+        """Names of trainable tensors that no backward pass since the last step has reached."""
+        return [name for name, p in self.parameters.items() if p.grad is None]
+
     def clip_gradients(self) -> Tensor:
         """Clip to the configured global norm (0: leave as they are); return the norm before."""
         limit = self.max_grad_norm or float("inf")
@@ -57,7 +61,8 @@ class Engine:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """{"weights", "moments"}: flat, named tensors; `load_state` takes them back exactly."""
         moments = {
-            f"{name}/{key}": value
+            # bitsandbytes counts steps by an int, and lets parameters share its maps, which one file cannot.
+            f"{name}/{key}": value.clone() if key.startswith("qmap") else torch.as_tensor(value)
             for name, p in self.parameters.items()
             for key, value in self.optimizer.state[p].items()
         }
@@ -66,8 +71,7 @@ class Engine:
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Raises KeyError where the names are not exactly those of this policy's trainable parameters."""
         weights, moments = state["weights"], state["moments"]
-        if weights.keys() != self.parameters.keys():
-            raise KeyError(f"parameters differ: {sorted(weights.keys() ^ self.parameters.keys())[:5]}")
+        self.check_names(weights)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(weights[name])
@@ -75,4 +79,11 @@ class Engine:
             name, _, field = key.rpartition("/")
             p = self.parameters[name]
             # A clone of its own: fused AdamW updates moments in place.
-            self.optimizer.state[p][field] = value.to(p.device).clone()
+            moment = value.to(p.device).clone()
+            as_int = field == "step" and not isinstance(self.optimizer, torch.optim.AdamW)
+            self.optimizer.state[p][field] = int(moment) if as_int else moment
+
+    def check_names(self, weights: dict[str, Tensor]) -> None:
+        """Raise KeyError unless `weights` are all that is trainable, and nothing else."""
+        if weights.keys() != self.parameters.keys():
+            raise KeyError(f"parameters differ: {sorted(weights.keys() ^ self.parameters.keys())[:5]}")

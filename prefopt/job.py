@@ -17,6 +17,7 @@ from prefopt import UserError
 from prefopt.config import TrainConfig, parse
 from prefopt.liveness import amend, here, read_record
 from prefopt.program import exit_code
+from prefopt.ranks import is_first
 from prefopt.stop import Interrupted, listen
 
 
@@ -25,7 +26,8 @@ def run(folder: Path) -> None:
     listen()  # before anything that takes seconds
     if read_record(folder)["status"] == "finished":  # and its node was lost before Slurm knew of it
         return
-    amend(folder, status="running", **here())
+    if is_first():
+        amend(folder, status="running", **here())
     from prefopt.train import plan, train
 
     frozen = json.loads((folder / "job.json").read_text())

@@ -36,6 +36,7 @@ from prefopt.liveness import UNDER_WAY, amend, here
 from prefopt.paths import write_whole
 from prefopt.program import Point
 from prefopt.progress import say
+from prefopt.ranks import world_size
 from prefopt.runs import Look, console, look, table
 
 if TYPE_CHECKING:
@@ -188,6 +189,8 @@ def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
 
     Raises UserError, and starts nothing, where any job is refused.
     """
+    if world_size() > 1:
+        raise UserError("a sweep is started once, not by several processes (torchrun): its launcher starts the jobs.")
     launcher, jobs = plan_sweep(points)
     title = f"{len(jobs)} jobs, run folders in {jobs[0].config.runs_dir}"
     shown = Table("job", "run folder", "what happens", "resources", title=title, title_justify="left")

@@ -1,11 +1,14 @@
 """Where metrics go: metrics.jsonl always, wandb if asked for."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
 from prefopt.config import LoggerConfig
 from prefopt.paths import write_whole
+from prefopt.ranks import is_first
 from prefopt.run import Run
 
 
@@ -20,13 +23,16 @@ def check_logger(config: LoggerConfig) -> None:
 
 class Loggers:
     """Rows {"step", "split", metric: value}. Made anew for a run that goes on from step `start`, it forgets the rows
-    that will come again."""
+    that will come again. Of several processes only the first one writes."""
 
     def __init__(self, run: Run, config: LoggerConfig, start: int):
+        self.wandb: Any = None
+        if not is_first():
+            self.file = Path(os.devnull).open("a")  # noqa: SIM115
+            return
         kept = [row for row in read_metrics(run) if row["step"] <= start] if start else []
         write_whole(run.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = run.metrics_file.open("a")
-        self.wandb: Any = None
         if config.wandb:
             import wandb
 

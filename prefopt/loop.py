@@ -24,12 +24,14 @@ from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
 from prefopt.logps import Scorer, autocast, completion_rewards
 from prefopt.metrics import mean_and_error, peak_memory_gib, step_metrics
+from prefopt.models.adapter import seed_dropout, training
 from prefopt.models.reference import ROUNDING, SIDES, Reference
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
 from prefopt.optim import Schedule
 from prefopt.paths import cache_dir, write_whole
 from prefopt.posthoc.oracle import Oracle
 from prefopt.progress import Bar, say, track
+from prefopt.ranks import gather, is_first, rank, wait, world_size
 from prefopt.run import Run
 
 # Policy and reference are the same function of the same weights before the first step; what is left is rounding.
@@ -60,22 +62,41 @@ class Job:
         self.score = Scorer(self.config.precision, self.config.logits == "tiled")
 
     def step(self, step: int) -> list["MicroBatch"]:
-        """The pairs of optimizer step `step`."""
+        """The pairs of optimizer step `step`, or this process's share of them: of pairs from long to short every n-th,
+        of an objective's own micro-batches likewise. All processes get the same number of micro-batches, since each
+        backward pass is one of all of them; where the pairs do not suffice, one without pairs follows."""
         indices = step_indices(len(self.train_pairs), self.config.seed, step, self.config.batch_size)
-        return self.micro_batches([self.train_pairs[i] for i in indices])
+        pairs, n = [self.train_pairs[i] for i in indices], world_size()
+        parts = self.cut(pairs)
+        if n == 1:
+            return self.collate(parts)
+        if self.objective.scope == "micro_batch":
+            shares = [parts[r::n] for r in range(n)]
+        else:
+            ordered = [p for part in parts for p in part]
+            shares = [self.cut(ordered[r::n]) for r in range(n)]
+        own, rounds = shares[rank()], max(map(len, shares))
+        empty = self.collate([parts[-1][-1:]])[0]._replace(pairs=[])
+        return self.collate(own) + [empty] * (rounds - len(own))
 
     def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
         """What is computed at a time, collated on the CPU; the same for the same pairs."""
-        tokens, sides = self.config.micro_batch_tokens, self.objective.sides
+        return self.collate(self.cut(pairs))
+
+    def cut(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
         size = self.objective.micro_batch_size if self.objective.scope == "micro_batch" else None
-        parts = self.layout.micro_batches(pairs, tokens, size, sides)
-        batches = [self.layout.collate(part, sides) for part in parts]
+        return self.layout.micro_batches(pairs, self.config.micro_batch_tokens, size, self.objective.sides)
+
+    def collate(self, parts: Sequence[list[TokenizedPair]]) -> list["MicroBatch"]:
+        batches = [self.layout.collate(part, self.objective.sides) for part in parts]
         if self.engine.device.type == "cuda":
             batches = [batch.pin() for batch in batches]
         return [MicroBatch(part, batch) for part, batch in zip(parts, batches, strict=True)]
 
 
 class MicroBatch(NamedTuple):
+    """Without `pairs` its batch holds a stand-in, whose gradient is to count nothing."""
+
     pairs: list[TokenizedPair]
     batch: Batch
 
@@ -83,8 +104,8 @@ class MicroBatch(NamedTuple):
 def train(job: Job) -> list[dict[str, Any]]:
     """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations.
 
-    The order of pairs and the learning rate are functions of the step and there is no dropout, so weights, moments,
-    the objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
+    The order of pairs, the learning rate and what dropout draws are functions of the step, so weights, moments, the
+    objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
     interrupted.
     """
     config, run, engine = job.config, job.run, job.engine
@@ -99,17 +120,20 @@ def train(job: Job) -> list[dict[str, Any]]:
     logger = Loggers(run, config.logger, start)
     try:
         if start == 0:
-            logger.log("heldout", 0, evaluate(job, 0))
+            logger.log("heldout", 0, evaluate_once(job, 0))
         with Bar("training", config.steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in upcoming(job, start):
                 metrics = train_step(job, step, micro_batches)
                 done = step + 1
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == config.steps:
-                    logger.log("heldout", done, evaluate(job, done))
+                    logger.log("heldout", done, evaluate_once(job, done))
                 leave = done < config.steps and stop.requested()
                 if (done % config.save_every == 0 and done < config.steps) or leave:
-                    save_checkpoint(run.checkpoints, done, engine.state() | {"objective": job.state}, {})
+                    state = engine.state()
+                    if is_first():
+                        save_checkpoint(run.checkpoints, done, state | {"objective": job.state}, {})
+                    wait()
                 if leave:
                     raise stop.Interrupted(f"saved after step {done} of {config.steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
@@ -138,25 +162,34 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
     config, engine = job.config, job.engine
     began = time.monotonic()
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
-    scored = accumulate_gradients(job, step, micro_batches)
+    with training(engine.policy):
+        scored = accumulate_gradients(job, step, micro_batches)
+    if config.gradient_checkpointing and (lacking := engine.without_gradient()):
+        raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")
     gradient_norm = engine.clip_gradients()
+    sides = job.objective.sides
+    ids, tokens = [p.id for p in pairs], sum(len(p.prompt) + len(getattr(p, side)) for p in pairs for side in sides)
+    if world_size() > 1:
+        # An objective over the step has seen all pairs in every process.
+        shares = gather(([] if job.objective.scope == "step" and not is_first() else scored, ids, tokens))
+        scored = [part for share, _, _ in shares for part in share]
+        ids, tokens = [i for _, share, _ in shares for i in share], sum(share for *_, share in shares)
+        gradient_norm = gradient_norm.cpu()
     metrics = step_metrics(job.objective, scored, gradient_norm=gradient_norm)
     bad = [name for name in ("loss", "gradient_norm") if not torch.tensor(metrics[name]).isfinite()]
     if bad:
         raise UserError(
             f"step {step + 1}: {' and '.join(bad)} not finite; the step was refused and the weights are unchanged. Its "
-            f"pairs: {', '.join(p.id for p in pairs)}. Look at these pairs, or lower optimizer.lr="
+            f"pairs: {', '.join(ids)}. Look at these pairs, or lower optimizer.lr="
             f"{config.optimizer.lr}; the same command goes on from the last checkpoint."
         )
     lr = config.optimizer.lr * job.schedule(step, config.steps)
     engine.step(lr)
     job.state = scored[-1][1].state
     seconds = time.monotonic() - began
-    sides = job.objective.sides
-    tokens = sum(len(p.prompt) + len(getattr(p, side)) for p in pairs for side in sides)
     return metrics | {
         "lr": lr,
-        "pairs_per_second": len(pairs) / seconds,
+        "pairs_per_second": len(ids) / seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_gib": peak_memory_gib(engine.device),
     }
@@ -171,14 +204,19 @@ def accumulate_gradients(
     An objective over the whole step cannot be differentiated in parts. Its gradient has two factors, though: by the
     `(B,)` log-probs, which is cheap once they are all known, and of the log-probs by the weights. So a first pass
     collects the log-probs without graph, the objective is differentiated on them, and a second pass backpropagates
-    sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first, so there is no dropout.
+    sum(gradient * log-prob) micro-batch by micro-batch. The second pass must repeat the first: its dropout is the same.
     """
-    objective, engine = job.objective, job.engine
+    config, objective, engine = job.config, job.objective, job.engine
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
     denominator = sum(p.learnt for p in pairs) if objective.per == "chosen_token" else len(pairs)
+    denominator = sum(gather(denominator))
     scored = []
-    if objective.scope != "step" or len(micro_batches) == 1:
-        for micro_batch in micro_batches:
+    if objective.scope != "step" or (len(micro_batches) == 1 and world_size() == 1):
+        for i, micro_batch in enumerate(micro_batches):
+            seed_dropout(config.seed, step, i, rank())
+            if not micro_batch.pairs:
+                nothing(job, micro_batch)
+                continue
             inputs = pair_inputs(job, micro_batch)
             if objective.scope == "step":
                 inputs = whole_step(job, step, [inputs])
@@ -187,20 +225,50 @@ def accumulate_gradients(
             # Without its graph, which would keep the model's activations.
             scored.append((inputs.map(Tensor.detach), output))
         return scored
+    parts = []
     with torch.no_grad():
-        inputs = whole_step(job, step, [pair_inputs(job, micro_batch) for micro_batch in micro_batches])
+        for i, micro_batch in enumerate(micro_batches):
+            seed_dropout(config.seed, step, i, rank())
+            if micro_batch.pairs:
+                parts.append(pair_inputs(job, micro_batch))
+        inputs = whole_step(job, step, exchange(job, parts))
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
     output = objective(inputs)
     total = output.losses.sum() / denominator
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    own = slice(rank(), None, world_size())
+    gradients = {name: g[own] for name, g in zip(leaves, found, strict=True) if g is not None}
     start = 0
-    for micro_batch in micro_batches:
+    for i, micro_batch in enumerate(micro_batches):
+        seed_dropout(config.seed, step, i, rank())
+        if not micro_batch.pairs:
+            nothing(job, micro_batch)
+            continue
         tensors = policy_tensors(job, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         engine.backward(torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum())
         start += len(micro_batch.pairs)
     return [(inputs, output)]
+
+
+def nothing(job: Job, micro_batch: MicroBatch) -> None:
+    """Take part in the others' backward pass without a gradient of one's own."""
+    tensors = policy_tensors(job, micro_batch.batch.to(job.engine.device))
+    job.engine.backward(0 * torch.stack([value.sum() for value in tensors.values()]).sum())
+
+
+def exchange(job: Job, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
+    """The pairs of all processes, one by one, in the order that they have in one process; see `Job.step`."""
+    if world_size() == 1:
+        return parts
+    shares = gather(concatenate(parts).tensors() if parts else {})
+    n = sum(len(share["chosen_lengths"]) for share in shares if share)  # the first has one pair at least
+    whole: dict[str, Any] = {name: torch.empty(n) for name in shares[0]}
+    for r, share in enumerate(shares):
+        for name, value in share.items():
+            whole[name][r :: len(shares)] = value
+    whole = {name: value.to(job.engine.device) for name, value in whole.items()}
+    return [PairInputs(**whole)]
 
 
 def whole_step(job: Job, step: int, parts: Sequence[PairInputs]) -> PairInputs:
@@ -242,6 +310,13 @@ def by_side(job: Job, name: str, values: Tensor) -> dict[str, Any]:
     """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected."""
     sides = job.objective.sides
     return {name.format(side): part for side, part in zip(sides, values.chunk(len(sides)), strict=True)}
+
+
+def evaluate_once(job: Job, step: int) -> dict[str, Any]:
+    """`evaluate` by the first process, while the others wait."""
+    metrics = evaluate(job, step) if is_first() else {}
+    wait()
+    return metrics
 
 
 def evaluate(job: Job, step: int) -> dict[str, Any]:

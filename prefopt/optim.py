@@ -1,12 +1,15 @@
 """The optimizer, and schedules as pure functions of the optimizer step."""
 
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from prefopt import UserError
 from prefopt.config import OptimizerConfig
 from prefopt.objectives.base import require
 
@@ -41,7 +44,15 @@ class Cosine(Schedule):
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def check_optimizer(config: OptimizerConfig, device: str) -> None:
+    """Raise UserError where the machine or its packages lack what the optimizer needs."""
+    if config.eight_bit and not device.startswith("cuda"):
+        raise UserError(f"optimizer=adamw_8bit needs a GPU, and device is {device}. Use optimizer=adamw.")
+    if config.eight_bit and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("optimizer=adamw_8bit needs the package bitsandbytes: pip install 'prefopt[gpu]'")
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; matrices decay, vectors (biases, norms) do not.
 
     Raises TypeError for trainable parameters that are not float32: updates below their rounding would be lost.
@@ -50,13 +61,13 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     for name, p in trainable:
         if p.dtype != torch.float32:
             raise TypeError(f"{name} is {p.dtype}; master weights must be float32")
-    return torch.optim.AdamW(
-        [
-            {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.betas[0], config.betas[1])
+    if config.eight_bit:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

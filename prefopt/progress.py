@@ -8,12 +8,16 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from prefopt.ranks import is_first
+
 T = TypeVar("T")
 LINE_EVERY_S = 10.0
 
 
 def say(message: str) -> None:
-    """Print a message on stderr, above the bars where there are any."""
+    """Print a message on stderr, above the bars where there are any; of several processes only the first one does."""
+    if not is_first():
+        return
     console = _Live.progress.console if _Live.progress else Console(stderr=True)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
@@ -31,7 +35,7 @@ class Bar:
     def __init__(self, description: str, total: int, show: bool = True, done: int = 0):
         self.description, self.total, self.done, self.first = description, total, done, done
         self.start = self.last_line = time.monotonic()
-        self.live = show and sys.stderr.isatty()
+        self.live = show and sys.stderr.isatty() and is_first()
         self.lines = show and not self.live
 
     def __enter__(self) -> "Bar":

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import ROOT, TrainConfig
-from prefopt.liveness import here
+from prefopt.liveness import amend, here, read_record
 from prefopt.paths import write_whole
+from prefopt.ranks import is_first, world_size
 
 # Where things are written and run, how they are shown, and how often they are saved changes no number.
-VOLATILE = ("runs_dir", "logger", "launcher", "save_every", "squeeze_alarm")
+VOLATILE = ("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm")
 PACKAGES = (
     "prefopt",
     "torch",
@@ -32,6 +33,8 @@ PACKAGES = (
     "omegaconf",
     "safetensors",
     "numpy",
+    "peft",
+    "deepspeed",
     "vaderSentiment",
 )
 
@@ -77,9 +80,10 @@ class Run:
         self.update(**circumstances | here() | facts)
 
     def update(self, **facts: Any) -> None:
-        """Merge `facts` into the record and replace record.json in one step."""
+        """Merge `facts` into the record and replace record.json in one step. Only the first process does."""
         self.record |= facts
-        write_whole(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+        if is_first():
+            write_whole(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, **facts: Any) -> None:
         self.update(status="finished", finished=_now(), **facts)
@@ -89,8 +93,11 @@ class Run:
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
-        if self.folder.is_dir():
-            self.update(status="failed", finished=_now(), error=error)
+        if not (self.folder / "record.json").is_file():
+            return
+        # Any process may be the one that failed first; those that were waiting for it fail after it.
+        if world_size() == 1 or read_record(self.folder)["status"] != "failed":
+            amend(self.folder, status="failed", finished=_now(), error=error)
 
 
 def machine() -> dict[str, Any]:

@@ -63,8 +63,12 @@ class Slurm(Launcher):
             )
         if config.device == "auto":
             config.device = "cuda" if self.gpus else "cpu"
-        if self.gpus * self.nodes > 1:
-            raise UserError("launcher.gpus and launcher.nodes: a run trains in one process, on one GPU at most.")
+        processes = max(1, self.gpus) * self.nodes
+        if processes > 1 and config.engine.name == "single":
+            raise UserError(
+                f"launcher.gpus={self.gpus} and launcher.nodes={self.nodes} are {processes} processes, and engine="
+                "single trains in one: add engine=zero2."
+            )
 
     def limits(self, job: Job) -> tuple[int, int]:
         """(time limit in minutes, memory per node in GiB) by the size of the job's model."""

@@ -8,21 +8,25 @@ started by a launcher (prefopt/launch.py).
 """
 
 import functools
+import importlib.metadata
 import math
 import os
 import shutil
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from packaging.version import Version
 
 from prefopt import UserError
-from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
+from prefopt.config import EngineConfig, TrainConfig, build, check, parse, resolve_hardware
 from prefopt.launch import launch
 from prefopt.program import program
+from prefopt.ranks import first_alone, is_first, together, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +59,7 @@ def plan(config: TrainConfig) -> Plan:
     from prefopt.data.dataset import check_dataset, has_heldout, split_digest
     from prefopt.loggers import check_logger
     from prefopt.objectives.base import Objective
-    from prefopt.optim import Schedule
+    from prefopt.optim import Schedule, check_optimizer
     from prefopt.posthoc.oracle import Oracle
     from prefopt.prefetch import missing
     from prefopt.run import Run
@@ -68,13 +72,39 @@ def plan(config: TrainConfig) -> Plan:
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
+    check_optimizer(config.optimizer, config.device)
+    check_engine(config.engine, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
+    if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
+        raise UserError(f"peft.path={config.peft.path} is no adapter: it holds no adapter_config.json.")
     if lacking := missing(config.model, config.dataset):
         raise UserError("\n".join(lacking))
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
     return Plan(config, objective, schedule, oracle, run)
+
+
+def check_engine(config: EngineConfig, device: str) -> None:
+    """Raise UserError where the engine lacks its package, or this process was started beside others that it ignores."""
+    if world_size() > 1 and ":" in device:
+        raise UserError(f"device={device} would be the GPU of all {world_size()} processes. Give device=cuda.")
+    if config.name == "single" and world_size() > 1:
+        raise UserError(
+            f"this was started as {world_size()} processes (WORLD_SIZE), and engine=single trains in one: add "
+            "engine=zero2, or start one."
+        )
+    if config.name == "zero2":
+        # 0.17.6 to 0.18.2 compute wrong gradients at stage 2; caller-owned accumulation came with 0.19.
+        try:
+            found = importlib.metadata.version("deepspeed")
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        if found == "none" or Version(found) < Version("0.19.8"):
+            raise UserError(
+                f"engine=zero2 needs the package deepspeed, 0.19.8 or later; there is {found}: pip install "
+                "'prefopt[deepspeed]'"
+            )
 
 
 def train(plan: Plan, **facts: Any) -> None:
@@ -88,21 +118,23 @@ def train(plan: Plan, **facts: Any) -> None:
     from prefopt.runs import look
 
     run = plan.run
-    if run.folder.is_dir() and run.record.get("pid") != os.getpid():
+    if is_first() and run.folder.is_dir() and run.record.get("pid") != os.getpid():
         (found,) = look([run.folder])
         if found.state in UNDER_WAY:
             slurm, pid = found.record["slurm_job"], found.record["pid"]
             place = f"Slurm job {slurm}" if slurm else f"process {pid}"
             raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
     stop.listen()
-    try:
-        _train(plan, facts)
-    except (stop.Interrupted, KeyboardInterrupt) as error:
-        run.interrupt(str(error) or "Ctrl-C")
-        raise
-    except Exception:
-        run.fail(traceback.format_exc())
-        raise
+    # What a process has to say is written down before its end becomes an error of all the others.
+    with together(plan.config.device, plan.config.engine.name != "single"):
+        try:
+            _train(plan, facts)
+        except (stop.Interrupted, KeyboardInterrupt) as error:
+            run.interrupt(str(error) or "Ctrl-C")
+            raise
+        except Exception:
+            run.fail(traceback.format_exc())
+            raise
 
 
 def _train(plan: Plan, facts: dict[str, Any]) -> None:
@@ -129,13 +161,14 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
 
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    data = prepare(
-        config.dataset,
-        tokenizer,
-        Limits(config.max_prompt_tokens, config.max_completion_tokens),
-        functools.partial(check_rewards, objective),
-        config.logger.progress,
-    )
+    with first_alone():
+        data = prepare(
+            config.dataset,
+            tokenizer,
+            Limits(config.max_prompt_tokens, config.max_completion_tokens),
+            functools.partial(check_rewards, objective),
+            config.logger.progress,
+        )
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.sides:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
 
@@ -143,6 +176,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
+    from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, merge_adapter, save_adapter
     from prefopt.models.probe import choose_layout
 
     began = time.monotonic()
@@ -152,6 +186,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     if config.compile:
         compile_layers(policy)
     check_vocabulary(policy, tokenizer)
+    if config.peft.path:
+        merge_adapter(policy, config.peft.path)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:
         raise UserError(
@@ -161,8 +197,19 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
     layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
-    reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
-    engine = Engine(policy, config.optimizer)
+    with first_alone():
+        reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
+    if config.peft.target_modules:
+        add_adapter(policy, config.peft, config.seed)
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+    engine: Engine
+    if config.engine.name == "zero2":
+        from prefopt.zero import Zero2
+
+        engine = Zero2(policy, config.optimizer, config.engine.offload_optimizer)
+    else:
+        engine = Engine(policy, config.optimizer)
     prompts = data["heldout"].prompts if oracle else []
     job = Job(
         config,
@@ -179,6 +226,11 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         layout,
     )
     evaluations = loop(job)
+    if not is_first():
+        return
+    if config.peft.target_modules:
+        save_adapter(policy, run.folder / "adapter")
+        merge(policy)
     export(policy, tokenizer, run.policy_folder)
     run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -197,6 +249,7 @@ def make_reference(
     """The reference that the config names, before the policy (with weights `digest`) is trained."""
     from prefopt.data.sampler import run_indices
     from prefopt.logps import Scorer
+    from prefopt.models.adapter import merge_adapter
     from prefopt.models.load import load_model
     from prefopt.models.reference import AdapterOff, Cached, Resident, cached
     from prefopt.segments import use_segments
@@ -211,6 +264,8 @@ def make_reference(
 
     def load() -> "PreTrainedModel":
         model = load_model(config.model, config.device)
+        if config.peft.path:
+            merge_adapter(model, config.peft.path)
         if layout.name == "packed":
             use_segments(model)
         return model

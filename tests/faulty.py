@@ -6,7 +6,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from prefopt.objectives.base import PairInputs
@@ -15,13 +17,19 @@ from prefopt.objectives.dpo import DPO
 
 @dataclass(frozen=True)
 class Faulty(DPO):
-    """DPO; `fault` is none, raise, exit, leave (exit code 0), kill, or a file to wait for. $MENDED turns it off."""
+    """DPO; `fault` is none, raise, raise_in_second (process of two), stop (asked to, in training), exit, leave (exit
+    code 0), kill, or a file to wait for. $MENDED turns it off."""
 
     fault: str = "none"
+    calls: ClassVar[list[int]] = []
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         fault = "none" if "MENDED" in os.environ else self.fault
-        if fault == "raise":
+        if fault == "stop" and torch.is_grad_enabled():
+            self.calls.append(1)
+            if len(self.calls) == 8 and os.environ.get("RANK") != "0":  # in one process of two
+                os.kill(os.getpid(), signal.SIGUSR2)
+        if fault == "raise" or (fault == "raise_in_second" and os.environ.get("RANK") == "1"):
             raise RuntimeError("the fault in the objective")
         if fault == "exit":
             sys.exit("no more of this")

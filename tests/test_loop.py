@@ -37,7 +37,7 @@ TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 def job(objective, tmp_path, **changes) -> Job:
     config = SimpleNamespace(
         **{"steps": 4, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
-        | {"logits": "tiled", "precision": "float32"}
+        | {"logits": "tiled", "precision": "float32", "gradient_checkpointing": False}
         | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}
         | changes
     )
@@ -112,6 +112,24 @@ def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
         for name, expected in results[0].items():
             scale = max(1.0, expected.abs().max().item())
             assert torch.allclose(expected, other[name], atol=2e-6 * scale, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("objective", [DPO(0.1), MMPO(0.1, micro_batch_size=2)], ids=["pair", "micro_batch"])
+@pytest.mark.parametrize(("batch_size", "n"), [(8, 2), (8, 3), (2, 3)])
+def test_the_pairs_of_a_step_are_dealt_out_whole_and_in_equal_rounds(objective, batch_size, n, tmp_path, monkeypatch):
+    j = job(objective, tmp_path, batch_size=batch_size)
+    alone = [[p.id for p in micro_batch.pairs] for micro_batch in j.step(1)]
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+    shares = []
+    for r in range(n):
+        monkeypatch.setenv("RANK", str(r))
+        shares.append([[p.id for p in micro_batch.pairs] for micro_batch in j.step(1)])
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for part in share for i in part) == sorted(i for part in alone for i in part)
+    if objective.scope == "micro_batch":
+        assert sorted(part for share in shares for part in share if part) == sorted(alone)
+    else:
+        assert max(sum(map(len, share)) for share in shares) == -(-batch_size // n)
 
 
 def test_mmpo_normalization_depends_on_the_micro_batch_as_its_scope_says(tmp_path):

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from prefopt.checkpoint import load_checkpoint, save_checkpoint
 from prefopt.config import OptimizerConfig
 from prefopt.engine import Engine
 from prefopt.logps import autocast
@@ -53,18 +56,26 @@ def test_clipping_reports_the_norm_before(limit, after):
     assert next(model.parameters()).grad[0, 0].item() == pytest.approx(after, rel=1e-4)  # type: ignore[index]
 
 
-def test_engine_state_round_trip_continues_bit_for_bit():
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_engine_state_round_trip_continues_bit_for_bit(eight_bit, tmp_path):
+    if eight_bit:
+        pytest.importorskip("bitsandbytes")
+    config = replace(CONFIG, eight_bit=eight_bit)
+
     def step(engine: Engine) -> None:
         ids = torch.tensor([[1, 2, 3, 4]])
         engine.backward(engine.policy(ids, labels=ids).loss)
         engine.clip_gradients()
         engine.step(1e-3)
 
-    first = Engine(tiny_model(50), CONFIG)
+    # Matrices of 8,192 weights: bitsandbytes keeps those of less than 4,096 in 32 bits.
+    first = Engine(tiny_model(50, intermediate_size=256), config)
     step(first)
-    state = {group: {k: v.clone() for k, v in values.items()} for group, values in first.state().items()}
-    second = Engine(tiny_model(50, seed=1), CONFIG)
-    second.load_state(state)
+    save_checkpoint(tmp_path, 1, first.state(), {})
+    second = Engine(tiny_model(50, seed=1, intermediate_size=256), config)
+    second.load_state(load_checkpoint(tmp_path / "step_0000001")[0])
+    quantized = [m for m in second.state()["moments"].values() if m.dtype == torch.uint8]
+    assert bool(quantized) == eight_bit
     for engine in (first, second):
         step(engine)
     for a, b in zip(first.parameters.values(), second.parameters.values(), strict=True):

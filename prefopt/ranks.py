@@ -1,0 +1,85 @@
+"""The processes that train one policy together, as torchrun and the Slurm script start them. Alone, all of it is free.
+
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in the environment. Rank 0 writes and talks, the others do
+neither.
+"""
+
+import contextlib
+import datetime
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+# What one process may do while the others wait: making the reference cache, drawing samples, converting a model.
+PATIENCE = datetime.timedelta(hours=12)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def together(device: str, always: bool = False) -> Iterator[None]:
+    """Inside, the processes can reach each other. One alone needs it only where `always` is set."""
+    from torch import distributed
+
+    if world_size() == 1 and not always:
+        yield
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        import torch
+
+        backend = "nccl"
+        if device == "cuda":  # from now on the one of this process
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size() == 1:  # nobody else will call
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+    else:
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all are here."""
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through it before the others, who then find on disk what it has made."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, in their order, with its tensors on the CPU. Alone: `value` itself."""
+    if world_size() == 1:
+        return [value]
+    import torch
+    from torch import distributed
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    found: list[Any] = [None] * world_size()
+    distributed.all_gather_object(found, buffer.getvalue())
+    # Only processes of this run are in the group.
+    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=False) for data in found]

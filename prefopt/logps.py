@@ -5,7 +5,8 @@ logits become float32 before the log-sum-exp, whatever the model computes in. Po
 function.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,6 +47,17 @@ class Scorer:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def casting_once() -> Iterator[None]:
+    """Inside, autocast casts each weight once, and not once for every micro-batch. No weight may change meanwhile."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True) -> Logps:

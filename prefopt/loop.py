@@ -22,7 +22,7 @@ from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.engine import Engine
 from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
-from prefopt.logps import Scorer, autocast, completion_rewards
+from prefopt.logps import Scorer, autocast, casting_once, completion_rewards
 from prefopt.metrics import mean_and_error, peak_memory_gib, step_metrics
 from prefopt.models.adapter import seed_dropout, training
 from prefopt.models.reference import ROUNDING, SIDES, Reference
@@ -162,7 +162,7 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
     config, engine = job.config, job.engine
     began = time.monotonic()
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
-    with training(engine.policy):
+    with training(engine.policy), casting_once():
         scored = accumulate_gradients(job, step, micro_batches)
     if config.gradient_checkpointing and (lacking := engine.without_gradient()):
         raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")

@@ -1,7 +1,8 @@
 """Log-probs of given tokens without the matrix of logits: tile by tile of the vocabulary, forward and backward.
 
 [tokens x vocabulary] is the largest tensor of a preference step and most of its memory at vocabularies of 100,000 and
-more. Here only [tokens x TILE] is there at a time; the backward pass computes each tile's logits again.
+more. Here only [tokens x TILE] is there at a time; the backward pass computes each tile's logits again, unless all of
+them take so little (KEPT) that this would save nothing.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 TILE = 4096  # columns of the vocabulary at a time
+KEPT = 2**26  # bytes of logits, as the product gives them, that are kept for the backward pass instead
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class TiledLogps(torch.autograd.Function):
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
         # With d = logit - top: the sum of exp(d), and that of exp(d) d, which gives the entropy.
         total, weighted, chosen = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(3))
-        for start, logits in _tiles(hidden, weight, bias, cap):
+        keep = n * len(weight) * hidden.element_size() <= KEPT and any(ctx.needs_input_grad)
+        products: list[Tensor] = []
+        for start, product in _products(hidden, weight, bias):
+            if keep:
+                products.append(product)
+            logits = cap(product.float())
             higher = torch.maximum(top, logits.amax(-1))
             lower = torch.where(total > 0, top - higher, 0.0)
             above = logits - higher[:, None]
@@ -67,17 +74,19 @@ class TiledLogps(torch.autograd.Function):
         # `top` is subtracted first: added to the logarithm it would swallow its digits.
         entropies = total.log() - weighted / total if with_entropies else None
         ctx.cap = cap
-        ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies)
+        ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies, *products)
         return chosen - top - total.log(), entropies
 
     @staticmethod
     def backward(ctx: Any, of_logps: Tensor, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, top, log_total, entropies = ctx.saved_tensors
+        hidden, weight, bias, labels, top, log_total, entropies, *products = ctx.saved_tensors
         # Sums over tiles stay in float32, whatever the products are computed in.
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
-        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start, logits in _tiles(hidden, weight, bias, ctx.cap):
+        weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        kept = zip(range(0, len(weight), TILE), products, strict=True)
+        for start, product in kept if products else _products(hidden, weight, bias):
+            logits = ctx.cap(product.float())
             end = start + logits.shape[1]
             logps = logits - top[:, None] - log_total[:, None]
             pull = of_logps[:, None]
@@ -116,9 +125,8 @@ def tiled_logps(
         return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies, cap)
 
 
-def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: Cap) -> Iterator[tuple[int, Tensor]]:
-    """(first column, (N, up to TILE) float32 logits)."""
+def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """(first column, the (N, up to TILE) outputs of the head there, in `hidden`'s dtype)."""
     for start in range(0, len(weight), TILE):
         part = weight[start : start + TILE].to(hidden.dtype)
-        shift = None if bias is None else bias[start : start + TILE].to(hidden.dtype)
-        yield start, cap(linear(hidden, part, shift).float())
+        yield start, linear(hidden, part, None if bias is None else bias[start : start + TILE].to(hidden.dtype))

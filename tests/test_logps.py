@@ -152,11 +152,13 @@ def test_log_softmax_is_called_in_one_place():
 
 
 @pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kept", [0, 2**26])
 @pytest.mark.parametrize("tile", [1, 7, 50, 4096])
-def test_tiled_equals_dense_in_values_and_gradients(monkeypatch, tie, tile):
+def test_tiled_equals_dense_in_values_and_gradients(monkeypatch, tie, tile, kept):
     """Log-probs, entropies, and the gradients of every weight and of a tied one; tiles that divide the vocabulary and
     tiles that do not."""
     monkeypatch.setattr(prefopt.tiled, "TILE", tile)
+    monkeypatch.setattr(prefopt.tiled, "KEPT", kept)
     rows = [Group([3, 4], [[5, 6, 49]]), Group([7], [[0]]), Group([1, 2, 3], [[49, 0, 48, 7]])]
     results = []
     for tiled in (True, False):

@@ -247,6 +247,8 @@ def make_reference(
     heldout: "Sequence[TokenizedPair]",
 ) -> "Reference | None":
     """The reference that the config names, before the policy (with weights `digest`) is trained."""
+    from torch.utils.data import ConcatDataset, Subset
+
     from prefopt.data.sampler import run_indices
     from prefopt.logps import Scorer
     from prefopt.models.adapter import merge_adapter
@@ -270,9 +272,9 @@ def make_reference(
             use_segments(model)
         return model
 
-    pairs = list(heldout)
-    if "reference" in objective.needs:
-        pairs += [train_pairs[i] for i in run_indices(len(train_pairs), config.seed, config.steps, config.batch_size)]
+    indices = run_indices(len(train_pairs), config.seed, config.steps, config.batch_size)
+    parts: list[Any] = [heldout, Subset(train_pairs, indices if "reference" in objective.needs else [])]  # type: ignore[arg-type]
+    pairs: Any = ConcatDataset(parts)  # read one by one: they may be more than the memory holds
     if objective.sides != ("chosen", "rejected"):
         return Cached(load)  # it compares nothing; there are samples alone to score
     tokens, show = config.micro_batch_tokens, config.logger.progress

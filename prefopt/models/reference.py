@@ -130,23 +130,20 @@ def cached(
     """
     folder = cache_folder(weights, layout, score, policy.device)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {pair_key(p): p for p in pairs}
+    # Places in `pairs` and not pairs, which may be more than the memory holds.
+    wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
     with _locked(folder):
         reference = _read(folder, load)
-        known = [(key, p) for key, p in wanted.items() if key in reference.rows]
-        _spot_check(folder, reference, known[:SPOT_CHECKS], policy, layout, score)
-        missing = [(key, p) for key, p in wanted.items() if key not in reference.rows]
-        # By length, so that rows are full and shards are not all of one kind of work.
-        missing.sort(key=lambda item: len(item[1].prompt) + len(item[1].chosen) + len(item[1].rejected), reverse=True)
+        known = [i for key, i in wanted.items() if key in reference.rows]
+        _spot_check(folder, reference, [pairs[i] for i in known[:SPOT_CHECKS]], policy, layout, score)
+        missing = [i for key, i in wanted.items() if key not in reference.rows]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
             for start in range(0, len(missing), SHARD):
-                shard = dict(missing[start : start + SHARD])
+                shard = [pairs[i] for i in missing[start : start + SHARD]]
                 keys, sums, lengths = [], [], []
-                by_pair = {id(p): key for key, p in shard.items()}
-                for part in layout.micro_batches(list(shard.values()), micro_batch_tokens, None, SIDES):
-                    found = _compute(policy, layout, score, part)
-                    keys += [by_pair[id(p)] for p in part]
-                    sums.append(found)
+                for part in layout.micro_batches(shard, micro_batch_tokens, None, SIDES):
+                    keys += [pair_key(p) for p in part]
+                    sums.append(_compute(policy, layout, score, part))
                     lengths.append(torch.tensor([[len(p.chosen), len(p.rejected)] for p in part], dtype=torch.int32))
                     bar.advance(by=len(part))
                 _write(folder, keys, torch.cat(sums), torch.cat(lengths))
@@ -186,13 +183,13 @@ def _compute(policy: PreTrainedModel, layout: Layout, score: Scorer, pairs: Sequ
 def _spot_check(
     folder: Path,
     reference: Cached,
-    known: Sequence[tuple[bytes, TokenizedPair]],
+    known: Sequence[TokenizedPair],
     policy: PreTrainedModel,
     layout: Layout,
     score: Scorer,
 ) -> None:
-    for key, pair in known:
-        row = reference.rows[key]
+    for pair in known:
+        row = reference.rows[pair_key(pair)]
         wrong = (_compute(policy, layout, score, [pair])[0] - reference.sums[row]).abs()
         lengths = torch.tensor([len(pair.chosen), len(pair.rejected)])
         if not (wrong <= ROUNDING[score.precision] * lengths).all() or not lengths.equal(reference.lengths[row].long()):

@@ -33,7 +33,7 @@ from rich.table import Table
 from prefopt import UserError
 from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
 from prefopt.liveness import UNDER_WAY, amend, here
-from prefopt.paths import write_whole
+from prefopt.paths import write_json, write_whole
 from prefopt.program import Point
 from prefopt.progress import say
 from prefopt.ranks import world_size
@@ -251,7 +251,7 @@ def freeze(job: Job, code: Path) -> None:
     overrides = [o for o in job.overrides if not o.startswith("launcher")]
     command = f"python -m prefopt.train {shlex.join(overrides)}"
     frozen = {"config": dataclasses.asdict(job.config), "command": command, "code": str(code)}
-    write_whole(job.folder / "job.json", json.dumps(frozen, indent=2, ensure_ascii=False) + "\n")
+    write_json(job.folder / "job.json", frozen)
     facts = {"command": command, "code": str(code), "error": None}
     job.run.update(status="queued", **facts | here() | {"slurm_job": None})
 

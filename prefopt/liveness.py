@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from prefopt.paths import write_whole
+from prefopt.paths import write_json
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
 UNDER_WAY = ("queued", "running", "requeued")  # and perhaps "unknown"
@@ -87,7 +87,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def amend(folder: Path, **facts: object) -> None:
     """Merge `facts` into the record of a run that no other process writes."""
     record = json.loads((folder / "record.json").read_text())
-    write_whole(folder / "record.json", json.dumps(record | facts, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "record.json", record | facts)
 
 
 def _born(pid: int) -> str | None:

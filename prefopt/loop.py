@@ -76,8 +76,9 @@ class Job:
             ordered = [p for part in parts for p in part]
             shares = [self.cut(ordered[r::n]) for r in range(n)]
         own, rounds = shares[rank()], max(map(len, shares))
-        empty = self.collate([parts[-1][-1:]])[0]._replace(pairs=[])
-        return self.collate(own) + [empty] * (rounds - len(own))
+        lacking = rounds - len(own)
+        stand_in = [m._replace(pairs=[]) for m in self.collate([parts[-1][-1:]])] if lacking else []
+        return self.collate(own) + stand_in * lacking
 
     def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
         """What is computed at a time, collated on the CPU; the same for the same pairs."""

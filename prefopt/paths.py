@@ -1,8 +1,10 @@
 """Where things lie: files inside installed packages, the user's cache folder, and how a file comes to be."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from prefopt import UserError
 
@@ -26,6 +28,11 @@ def cache_dir() -> Path:
     if "PREFOPT_CACHE" in os.environ:
         return Path(os.environ["PREFOPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The one form in which records, jobs and results are written."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from prefopt.config import ROOT, TrainConfig
 from prefopt.liveness import amend, here, read_record
-from prefopt.paths import write_whole
+from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
 
 # Where things are written and run, how they are shown, and how often they are saved changes no number.
@@ -73,7 +73,7 @@ class Run:
             "started": self.record.get("started") or _now(),
             "command": " ".join(sys.orig_argv),
             "git": git(),
-            "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "machine": machine(),
             "error": None,
         }
@@ -83,7 +83,7 @@ class Run:
         """Merge `facts` into the record and replace record.json in one step. Only the first process does."""
         self.record |= facts
         if is_first():
-            write_whole(self.folder / "record.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+            write_json(self.folder / "record.json", self.record)
 
     def finish(self, **facts: Any) -> None:
         self.update(status="finished", finished=_now(), **facts)
@@ -136,7 +136,7 @@ def ask_git(*args: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -39,16 +39,15 @@ def main(cfg: DictConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
 
     # Imported here, so that bad input is refused before transformers is loaded.
-    import torch
-
     from prefopt.generate import sample
+    from prefopt.logps import autocast
     from prefopt.models.load import load_model, load_tokenizer
     from prefopt.posthoc.oracle import Oracle
 
     oracle = build(config.oracle, Oracle, "oracle") if config.oracle else None
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with autocast(model.device, config.precision):
         samples = sample(model, tokenizer, prompts, config.sampling, config.seed, config.samples_per_prompt, True)
     for row, prompt, drawn in zip(rows, prompts, samples, strict=True):
         row["responses"] = [s.text for s in drawn]

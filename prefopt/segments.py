@@ -2,7 +2,7 @@
 
 A packed row holds whole groups one behind the other, each a prompt and the completions that follow it. A completion
 sees its prompt and itself and nothing else, so a row needs no mask of its size: every segment is a dense causal
-attention of its own, and its numbers do not depend on what else is in the row.
+attention of its own, and what else is in the row does not enter into its numbers.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,8 @@ class Segments:
     def key_lengths(self) -> list[int]:
         return [n for prompt, completions in self.groups for n in (prompt, *completions)]
 
-    def mask(self, like: Tensor, queries: int, keys: int, window: int | None) -> Tensor | None:
-        """(queries, keys), added to the scores: the queries are the last positions of the keys'. None where plain
-        causal attention is the same."""
-        if queries == keys and (window is None or keys <= window):
-            return None
+    def mask(self, like: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
+        """(queries, keys), added to the scores: the queries are the last positions of the keys'."""
         name = (queries, keys, window, like.dtype, like.device)
         if name not in self._made:
             distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
@@ -110,8 +107,10 @@ def segment_attention(
         if mask is None:  # transformers leaves out the mask of a plain causal batch
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             mask = mask.tril(key.shape[2] - query.shape[2])
-        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
-        return _attend(query, key, value, added, scaling, softcap).transpose(1, 2), None
+        # Finite, because left padding sees nothing at all, and must not become NaN.
+        lowest = torch.finfo(query.dtype).min
+        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+        return _dense(query, key, value, added, scaling, softcap).transpose(1, 2), None
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     # Split, not slices: the backward pass of a slice fills a gradient of the row's size with zeros.
@@ -123,27 +122,32 @@ def segment_attention(
         for _ in completions:
             q = next(queries)
             k, v = torch.cat([prompt_key, next(keys)], 2), torch.cat([prompt_value, next(values)], 2)
-            mask = segments.mask(q, q.shape[2], k.shape[2], sliding_window)
-            outputs.append(_attend(q, k, v, mask, scaling, softcap))
+            n, seen = q.shape[2], k.shape[2]
+            causal = n == seen and (sliding_window is None or seen <= sliding_window)
+            fused = softcap is None and (n * seen > DENSE or q.is_cuda)
+            if fused and causal:
+                outputs.append(_fused(q, k, v, None, scaling))
+                continue
+            mask = segments.mask(q, n, seen, sliding_window)
+            outputs.append(_fused(q, k, v, mask, scaling) if fused else _dense(q, k, v, mask, scaling, softcap))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
-) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """(batch, heads, queries, d). No mask: causal."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """(batch, heads, queries, d)."""
     batch, heads, n, d = q.shape
-    if softcap is None and (n * k.shape[2] > DENSE or q.is_cuda):
-        if heads != k.shape[1]:
-            k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
     # The heads that share a key head are rows of one product.
     rows = q.reshape(batch, k.shape[1], -1, d)
     scores = (rows @ k.transpose(2, 3)).view(batch, heads, n, -1) * (d**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=q.device).triu(1)
     shares = (scores + mask).softmax(-1)
     return (shares.view(batch, k.shape[1], -1, k.shape[2]) @ v).view(q.shape)
 

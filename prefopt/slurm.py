@@ -16,7 +16,7 @@ from pathlib import Path
 from prefopt import UserError
 from prefopt.config import ModelConfig, TrainConfig
 from prefopt.launch import Job, Launcher, python_environment
-from prefopt.paths import write_whole
+from prefopt.paths import write_json, write_whole
 from prefopt.progress import say
 from prefopt.stop import EXIT_CODE
 
@@ -104,7 +104,7 @@ class Slurm(Launcher):
             before = submit(script, before if self.at_once else None)
             for i, job in enumerate(chunk):
                 frozen = json.loads((job.folder / "job.json").read_text())
-                write_whole(job.folder / "job.json", json.dumps(frozen | {"slurm_job": f"{before}_{i}"}, indent=2))
+                write_json(job.folder / "job.json", frozen | {"slurm_job": f"{before}_{i}"})
             say(f"Slurm job {before}: {len(chunk)} jobs ({script})")
         say("waiting for them; Ctrl-C leaves them to Slurm, and `python -m prefopt.runs` shows them")
 

@@ -253,7 +253,7 @@ def make_reference(
     from prefopt.logps import Scorer
     from prefopt.models.adapter import merge_adapter
     from prefopt.models.load import load_model
-    from prefopt.models.reference import AdapterOff, Cached, Resident, cached
+    from prefopt.models.reference import SIDES, AdapterOff, Cached, Resident, cached
     from prefopt.segments import use_segments
 
     if objective.trains == "reward_model":
@@ -272,11 +272,11 @@ def make_reference(
             use_segments(model)
         return model
 
+    if objective.sides != SIDES:
+        return Cached(load)  # it compares nothing; there are samples alone to score
     indices = run_indices(len(train_pairs), config.seed, config.steps, config.batch_size)
     parts: list[Any] = [heldout, Subset(train_pairs, indices if "reference" in objective.needs else [])]  # type: ignore[arg-type]
     pairs: Any = ConcatDataset(parts)  # read one by one: they may be more than the memory holds
-    if objective.sides != ("chosen", "rejected"):
-        return Cached(load)  # it compares nothing; there are samples alone to score
     tokens, show = config.micro_batch_tokens, config.logger.progress
     return cached(policy, digest, pairs, layout, tokens, score, load, show)
 

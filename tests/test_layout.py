@@ -23,22 +23,13 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.logps import Scorer, completion_logps
 from prefopt.models.probe import choose_layout
 from prefopt.segments import use_segments
+from tests.tiny import SMALL
 
 PAIRS = [
     TokenizedPair("a", [1, 2, 3, 4, 5], [6, 7, 8, 2], [9, 2]),
     TokenizedPair("b", [3], [4, 2], [5, 6, 7, 8, 9, 10, 2]),
     TokenizedPair("c", [1, 2, 3, 4, 5, 6, 7, 8, 9], [2], [11, 12, 2]),
 ]
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # large weights, so that a wrong mask or window shows
-}
 FULL = {
     "llama": LlamaConfig(**SMALL),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -191,6 +182,23 @@ def test_a_model_whose_logits_prefopt_does_not_compute_is_refused():
 def test_a_model_that_does_not_know_packed_rows_is_refused():
     with pytest.raises(ValueError, match="does not know packed rows"):
         completion_logps(model(FULL["llama"]), LAYOUTS["packed"].collate(PAIRS))
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_soft_capped_model_that_knows_packed_rows_still_computes_ordinary_batches(padding):
+    m = model(WINDOWS["gemma2"])
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14]])
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    with torch.no_grad():
+        before = m(ids, attention_mask=mask).logits
+        use_segments(m)
+        after = m(ids, attention_mask=mask).logits
+        grown = m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        m.set_attn_implementation("eager")
+        # transformers' eager softmax is in float32
+        torch.testing.assert_close(after[:, padding:], before[:, padding:], rtol=0, atol=1e-5)
+        assert grown.equal(m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False))
 
 
 def test_a_row_with_attention_that_is_not_computed_is_refused():

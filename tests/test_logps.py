@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 import prefopt.tiled
 from prefopt.data.layout import Group, padded
 from prefopt.logps import completion_logps
-from tests.tiny import ROOT, tiny_model
+from tests.tiny import ROOT, SMALL, tiny_model
 
 
 class LookupModel:
@@ -101,20 +101,10 @@ def test_entropy_of_a_uniform_policy():
     assert result.entropies.item() == pytest.approx(2 * math.log(8) - math.log(8) ** 2, rel=1e-6)
 
 
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.5,  # large weights, so that a cap shows
-}
 CHANGED_LOGITS = {
-    "soft-capped": Gemma2Config(**SMALL, final_logit_softcapping=5.0),
-    "scaled": CohereConfig(**SMALL, logit_scale=0.3),
-    "divided": GraniteConfig(**SMALL, logits_scaling=4.0),
+    "soft-capped": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0),
+    "scaled": CohereConfig(**SMALL, head_dim=8, logit_scale=0.3),
+    "divided": GraniteConfig(**SMALL, head_dim=8, logits_scaling=4.0),
 }
 
 

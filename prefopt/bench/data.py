@@ -20,7 +20,7 @@ from prefopt.data.cache import Limits, prepare
 from prefopt.data.sources import read_rows
 from prefopt.metrics import peak_memory_gib
 from prefopt.models.load import load_tokenizer
-from prefopt.paths import write_whole
+from prefopt.paths import write_json
 from prefopt.run import machine
 
 ROWS = 60_000
@@ -70,7 +70,7 @@ def main() -> None:
             "peak_memory_gib": round(peak_memory_gib(torch.device("cpu")), 2),
             "machine": machine(),
         }
-    write_whole(Path("results/bench/data.json"), json.dumps(results, indent=2) + "\n")
+    write_json(Path("results/bench/data.json"), results)
     print(json.dumps(results, indent=2))
 
 

@@ -299,11 +299,10 @@ def run_program(spec: Spec) -> dict[str, Any]:
 
 def sample_tokens(spec: Spec) -> dict[str, Any]:
     """Tokens per second of `prefopt.generate.sample` at two batch sizes: those that it returns, up to eos."""
-    import torch
-
     from prefopt.config import SamplingConfig
     from prefopt.engine import keep_freed_memory
     from prefopt.generate import sample
+    from prefopt.logps import autocast
     from prefopt.models.load import load_model, load_tokenizer
 
     config = resolved(spec)
@@ -313,7 +312,7 @@ def sample_tokens(spec: Spec) -> dict[str, Any]:
     prompts = [[{"role": "user", "content": f"Tell me a long story about the number {n}."}] for n in range(64)]
     found = {}
     for size in (16, 64):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with autocast(model.device, config.precision):
             sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 4, size), 0)
             began = time.perf_counter()
             drawn = sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 64, size), 0)
@@ -496,6 +495,7 @@ def measure_floor(spec: Spec) -> dict[str, Any]:
     from torch.nn.functional import cross_entropy
 
     from prefopt.engine import keep_freed_memory
+    from prefopt.logps import autocast
     from prefopt.models.load import load_model
 
     config = resolved(spec)
@@ -512,7 +512,7 @@ def measure_floor(spec: Spec) -> dict[str, Any]:
         for (rows, columns, predicted), cpu_batch in zip(shapes, batches, strict=True):
             batch = cpu_batch.to(config.device)
             n = rows * columns if all_tokens else predicted
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with autocast(model.device, config.precision):
                 hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.flatten(0, 1)
                 logits = model.get_output_embeddings()(hidden[:n])
             labels = batch.flatten().roll(-1)[:n]

@@ -1,6 +1,6 @@
 """Side by side on this machine: prefopt's training step, TRL's DPOTrainer, and a bare forward and backward pass.
 
-    python -m prefopt.bench.steps                                # everything: under 45 minutes on 2 idle cores
+    python -m prefopt.bench.steps                                # everything; it wants an idle machine
     python -m prefopt.bench.steps --only chat --rounds 1
     python -m prefopt.bench.steps --profile                      # only a trace of one step, for ui.perfetto.dev
 
@@ -29,9 +29,9 @@ from prefopt.bench.step import PROFILES, Profile, Spec, in_order, make_pairs, re
 from prefopt.config import ModelConfig
 from prefopt.figures import COLOURS, plotting, save
 from prefopt.models.load import checkpoint_path
-from prefopt.paths import cache_dir, write_whole
+from prefopt.paths import cache_dir, write_json, write_whole
 from prefopt.progress import say
-from prefopt.run import _version, git, machine
+from prefopt.run import git, machine, version
 
 OUTPUT = Path("results/bench")
 TRL = ("trl_default", "trl_precomputed", "trl_patched")
@@ -585,7 +585,7 @@ def main() -> None:
         here = {
             "device": device,
             "machine": machine(),
-            "versions": {p: _version(p) for p in ("torch", "transformers", "trl")},
+            "versions": {p: version(p) for p in ("torch", "transformers", "trl")},
         }
         results = json.loads(file.read_text()) if file.is_file() else {}
         if {key: results.get(key) for key in here} != here:
@@ -601,7 +601,7 @@ def main() -> None:
                 "seconds": time.time() - began,
             }
             # Written after each part, so that an interrupted bench keeps what it has.
-            write_whole(file, json.dumps(results, indent=2) + "\n")
+            write_json(file, results)
             write_whole(given.output / ("steps-gpu.md" if gpu else "steps.md"), table(results))
             draw(results, given.output)
     say(table(results))

@@ -2,7 +2,8 @@
 
 * `Cached` (the default): its log-probs of the pairs that the run will see, on disk. Made once, by the policy itself
   before it is trained, and shared by every objective, beta, seed and learning rate over the same weights and tokens. In
-  the packed layout a pair's log-probs do not depend on the pairs beside it, so they are exactly the policy's own.
+  the packed layout a pair's log-probs do not depend on the pairs beside it (on a CPU not by one bit; not measured on
+  a GPU), so they are the policy's own.
 * `Resident`: a frozen copy of the policy, which scores every batch again.
 * `AdapterOff`: the policy without its adapter, which does the same without the copy.
 """

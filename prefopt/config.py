@@ -6,6 +6,7 @@ refused, also when it comes with Hydra's `+`.
 
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -112,13 +113,14 @@ class LoggerConfig:
 @dataclass
 class SamplingConfig:
     temperature: float = MISSING
+    top_p: float = MISSING
     max_new_tokens: int = MISSING
     batch_size: int = MISSING
 
 
 @dataclass
 class TrainConfig:
-    """What `python -m prefopt.train` reads; conf/train.yaml holds the defaults and says what each key means."""
+    """What `python -m prefopt.train` reads; conf/training.yaml holds the defaults and says what each key means."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -143,11 +145,27 @@ class TrainConfig:
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
+    reference_model: str | None = None
+    patience: int | None = None
     squeeze_alarm: float | None = None
     seed: int = MISSING
     precision: str = MISSING
     device: str = MISSING
     runs_dir: str = MISSING
+
+
+@dataclass
+class OnlineConfig(TrainConfig):
+    """What `python -m prefopt.online` reads (conf/online.yaml): a training run, and where its stages get their rows."""
+
+    scorer: Any = MISSING
+    prompts: str = MISSING
+    prompts_split: str | None = None
+    stages: int = MISSING
+    samples_per_prompt: int = MISSING
+    stage_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    backend: str = MISSING
+    stage_reference: str = MISSING
 
 
 @dataclass
@@ -158,9 +176,23 @@ class SampleConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: str = MISSING
     output: str = MISSING
+    split: str | None = None
     samples_per_prompt: int = MISSING
-    oracle: Any = None
+    backend: str = MISSING
     seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+@dataclass
+class ScoreConfig:
+    """What `python -m prefopt.score` reads (conf/score.yaml)."""
+
+    scorer: Any = MISSING
+    input: str = MISSING
+    output: str = MISSING
+    split: str | None = None
+    name: str = MISSING
     precision: str = MISSING
     device: str = MISSING
 
@@ -171,6 +203,8 @@ class ReportConfig:
 
     runs_dir: str = MISSING
     output: str = MISSING
+    columns: str | None = None
+    published: str | None = None
 
 
 @dataclass
@@ -181,6 +215,7 @@ class RunsConfig:
     name: str = MISSING
     status: list[str] = field(default_factory=list)
     watch: bool = MISSING
+    best: str | None = None
 
 
 @dataclass
@@ -209,7 +244,9 @@ def register() -> None:
     """Make the schemas and the resolvers known to Hydra. Every program calls it before it composes."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
+    store.store(name="online_schema", node=OnlineConfig)
     store.store(name="sample_schema", node=SampleConfig)
+    store.store(name="score_schema", node=ScoreConfig)
     store.store(name="report_schema", node=ReportConfig)
     store.store(name="runs_schema", node=RunsConfig)
     store.store(name="prefetch_schema", node=PrefetchConfig)
@@ -297,6 +334,15 @@ def check(config: TrainConfig) -> None:
             config.heldout_pairs is None or config.heldout_pairs >= 1,
             "heldout_pairs must be at least 1, or null for all",
         ),
+        (
+            config.patience is None or config.patience >= 1,
+            "patience must be at least 1 evaluation, or null for none",
+        ),
+        (
+            config.reference_model is None or config.reference != "adapter_off",
+            "reference=adapter_off is the policy without its adapter, and reference_model is another model: leave one "
+            "of them out",
+        ),
         (config.micro_batch_tokens >= 0, "micro_batch_tokens must not be negative (0: what suits the device)"),
         (config.max_prompt_tokens >= 1, "max_prompt_tokens must be at least 1"),
         (config.max_completion_tokens >= 1, "max_completion_tokens must be at least 1"),
@@ -339,21 +385,58 @@ def check(config: TrainConfig) -> None:
         raise UserError("\n".join(problems))
 
 
-def check_sample(config: SampleConfig) -> None:
-    """The same for `prefopt.sample`."""
-    problems = _sampling_problems(config.sampling) + _hardware_problems(config)
-    if config.samples_per_prompt < 1:
-        problems.append("samples_per_prompt must be at least 1")
+def check_online(config: OnlineConfig) -> None:
+    """`check`, and what a sequence of stages needs besides."""
+    problems = [
+        message.replace("sampling.", "stage_sampling.") for message in _sampling_problems(config.stage_sampling)
+    ]
+    problems += sampler_problems(config.samples_per_prompt, config.backend)
+    if config.stages < 1:
+        problems.append(f"stages must be at least 1, is {config.stages}")
+    if config.samples_per_prompt == 1:
+        problems.append("samples_per_prompt must be at least 2: a pair is the best and the worst of them")
+    if config.stage_reference not in ("initial", "previous"):
+        problems.append(f"stage_reference must be initial or previous, is {config.stage_reference!r}")
+    if config.stage_reference == "initial" and config.reference == "adapter_off" and config.stages > 1:
+        problems.append("reference=adapter_off is the policy of the stage before: set stage_reference=previous")
+    if config.dataset.train or config.dataset.sources:
+        problems.append("dataset.train: a stage makes its own rows; leave it out, and name the prompts by prompts=FILE")
+    try:
+        check(config)
+    except UserError as error:
+        problems += str(error).splitlines()
     if problems:
         raise UserError("\n".join(problems))
 
 
-def resolve_hardware(config: TrainConfig | SampleConfig) -> None:
+def check_sample(config: SampleConfig) -> None:
+    """The same for `prefopt.sample`."""
+    problems = _sampling_problems(config.sampling) + _hardware_problems(config)
+    problems += sampler_problems(config.samples_per_prompt, config.backend)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
+    problems = ["samples_per_prompt must be at least 1"] if samples_per_prompt < 1 else []
+    if backend not in ("transformers", "vllm"):
+        problems.append(f"backend must be transformers or vllm, is {backend!r}")
+    elif backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        problems.append("backend=vllm needs the package vllm, which is not installed: pip install vllm")
+    return problems
+
+
+def check_hardware(config: ScoreConfig) -> None:
+    """Raise UserError for a device or a precision that there is not."""
+    if problems := _hardware_problems(config):
+        raise UserError("\n".join(problems))
+
+
+def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig) -> None:
     """Replace device=auto, precision=auto and micro_batch_tokens=0 by what they mean on this machine, so that records
     name it.
 
-    bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32. A CPU
-    gains nothing from more than 1024 tokens at a time, a GPU does.
+    bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32.
     """
     import torch
 
@@ -366,19 +449,25 @@ def resolve_hardware(config: TrainConfig | SampleConfig) -> None:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         config.precision = "bfloat16" if native else "float32"
     if isinstance(config, TrainConfig) and not config.micro_batch_tokens:
-        config.micro_batch_tokens = 8192 if config.device.startswith("cuda") else 1024
+        config.micro_batch_tokens = micro_batch_tokens(config.device)
+
+
+def micro_batch_tokens(device: str) -> int:
+    """What suits the device: a CPU gains nothing from more than 1024 tokens at a time, a GPU does."""
+    return 8192 if device.startswith("cuda") else 1024
 
 
 def _sampling_problems(sampling: SamplingConfig) -> list[str]:
     rules = [
-        (sampling.temperature > 0, f"sampling.temperature must be positive, is {sampling.temperature}"),
+        (sampling.temperature >= 0, f"sampling.temperature must not be negative, is {sampling.temperature}"),
+        (0 < sampling.top_p <= 1, f"sampling.top_p must be above 0 and at most 1, is {sampling.top_p}"),
         (sampling.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1"),
         (sampling.batch_size >= 1, "sampling.batch_size must be at least 1"),
     ]
     return [message for holds, message in rules if not holds]
 
 
-def _hardware_problems(config: TrainConfig | SampleConfig) -> list[str]:
+def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig) -> list[str]:
     import torch
 
     problems = []

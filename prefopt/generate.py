@@ -1,14 +1,21 @@
-"""Sampling from a policy with transformers' own generate."""
+"""Sampling from a policy with transformers' own generate, or with vLLM where that is installed."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
 
-from prefopt.config import SamplingConfig
+from prefopt.config import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message
 from prefopt.data.tokenize import encode_prompt
 from prefopt.progress import Bar
@@ -28,19 +35,25 @@ class _GumbelNoise(LogitsProcessor):
     """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
 
     Every row has a generator of its own, so a response depends on its seed and not on its neighbours in the batch.
+    Below `top_p` = 1 the tokens outside of the nucleus are left out first. At temperature 0 decoding stays greedy.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device, bar: Bar):
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], device: torch.device, bar: Bar):
         self.temperature, self.bar = temperature, bar
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
+        self.bar.advance()
+        if not self.temperature:
+            return scores
+        scores = scores.float() / self.temperature
+        if self.nucleus:
+            scores = self.nucleus(input_ids, scores)  # type: ignore[arg-type]  # its annotations are older than torch's
         noise = torch.empty_like(scores)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
-        self.bar.advance()
-        return scores / self.temperature - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
+        return scores - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
 
 
 @torch.no_grad()
@@ -53,7 +66,8 @@ def sample(
     samples_per_prompt: int = 1,
     show_progress: bool = False,
 ) -> list[list[Sample]]:
-    """Draw `samples_per_prompt` responses to each prompt from softmax(logits / temperature), without top-k or top-p.
+    """Draw `samples_per_prompt` responses to each prompt from softmax(logits / temperature), without top-k; below
+    `top_p` = 1 from its nucleus. At temperature 0 the most likely token is taken.
 
     Each response has its own random stream, seeded by (seed, prompt, its number).
     """
@@ -78,7 +92,9 @@ def sample(
                 do_sample=False,
                 eos_token_id=eos,
                 pad_token_id=eos,
-                logits_processor=LogitsProcessorList([_GumbelNoise(sampling.temperature, seeds, model.device, bar)]),
+                logits_processor=LogitsProcessorList(
+                    [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
+                ),
             )
             for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
                 finished = eos in tokens
@@ -87,6 +103,67 @@ def sample(
                 results[p, k] = Sample(encoded[p], tokens, text, finished)
             bar.advance(by=n * sampling.max_new_tokens - bar.done)  # a batch may end early
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+# (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt
+Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[list[Sample]]]
+
+
+def transformers_sampler(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
+) -> tuple[Sampler, str]:
+    """`sample` with this model, and a digest of its weights."""
+    from prefopt.engine import keep_freed_memory
+    from prefopt.logps import autocast
+    from prefopt.models.load import load_model, weights_digest
+
+    if device == "cpu":
+        keep_freed_memory()
+    model = load_model(config, device)
+
+    def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
+        with autocast(model.device, precision):
+            return sample(model, tokenizer, prompts, sampling, seed, n)
+
+    return sampler, weights_digest(model)
+
+
+def vllm_sampler(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
+) -> tuple[Sampler, str]:
+    """The same with vLLM, which decides itself what it computes together: a response is not promised to be the same in
+    another version, or with other prompts beside it. Has not been run by its authors, who had no GPU."""
+    from vllm import LLM, SamplingParams
+
+    from prefopt.models.load import checkpoint_path
+
+    path = checkpoint_path(config)
+    llm = LLM(model=path, revision=config.revision, dtype=precision)
+    eos = tokenizer.eos_token_id
+
+    def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        parameters = [
+            SamplingParams(
+                n=n,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=[eos],
+                seed=_seed(seed, ids, 0) % 2**31,
+            )
+            for ids in encoded
+        ]
+        answers = llm.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
+
+        def as_sample(ids: list[int], output: Any) -> Sample:
+            tokens, finished = list(output.token_ids), output.finish_reason == "stop"
+            text = [t for t in tokens if t != eos]
+            return Sample(ids, tokens, str(tokenizer.decode(text, skip_special_tokens=True)), finished)
+
+        return [[as_sample(ids, o) for o in answer.outputs] for ids, answer in zip(encoded, answers, strict=True)]
+
+    return sampler, f"{path}@{config.revision}"
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

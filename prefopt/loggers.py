@@ -52,7 +52,8 @@ class Loggers:
         self.file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         self.file.flush()
         if self.wandb:
-            self.wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+            numbers = {f"{split}/{k}": value for k, value in metrics.items() if isinstance(value, int | float)}
+            self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
         self.file.close()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from prefopt.engine import Engine
 from prefopt.generate import Sample, sample
 from prefopt.loggers import Loggers, read_metrics
 from prefopt.logps import Scorer, autocast, casting_once, completion_rewards
-from prefopt.metrics import mean_and_error, peak_memory_gib, step_metrics
+from prefopt.metrics import mean_and_error, peak_memory_gib, reliability, step_metrics
 from prefopt.models.adapter import seed_dropout, training
 from prefopt.models.reference import ROUNDING, SIDES, Reference
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
@@ -103,7 +104,8 @@ class MicroBatch(NamedTuple):
 
 
 def train(job: Job) -> list[dict[str, Any]]:
-    """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations.
+    """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations, up to that of
+    the weights which the policy ends with.
 
     The order of pairs, the learning rate and what dropout draws are functions of the step, so weights, moments, the
     objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
@@ -111,36 +113,83 @@ def train(job: Job) -> list[dict[str, Any]]:
     """
     config, run, engine = job.config, job.run, job.engine
     start = 0
+    best = Best()
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint:
         tensors, meta = load_checkpoint(checkpoint)
         engine.load_state(tensors)
         job.state = tensors["objective"]
         start = meta["step"]
+        if config.patience is not None:
+            best = Best(tensors.get("best", {}), **meta.get("best", {}))
         say(f"  going on from step {start} of {config.steps} ({checkpoint})")
     logger = Loggers(run, config.logger, start)
     try:
         if start == 0:
-            logger.log("heldout", 0, evaluate_once(job, 0))
+            metrics = evaluate_once(job, 0)
+            logger.log("heldout", 0, metrics)
+            best.watch(job, 0, metrics)
         with Bar("training", config.steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in upcoming(job, start):
                 metrics = train_step(job, step, micro_batches)
                 done = step + 1
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == config.steps:
-                    logger.log("heldout", done, evaluate_once(job, done))
-                leave = done < config.steps and stop.requested()
-                if (done % config.save_every == 0 and done < config.steps) or leave:
-                    state = engine.state()
+                    found = evaluate_once(job, done)
+                    logger.log("heldout", done, found)
+                    best.watch(job, done, found)
+                over = done == config.steps or best.evaluations_since == config.patience
+                leave = not over and stop.requested()
+                if (done % config.save_every == 0 and not over) or leave:
+                    state = engine.state() | {"objective": job.state} | best.state()
                     if is_first():
-                        save_checkpoint(run.checkpoints, done, state | {"objective": job.state}, {})
+                        save_checkpoint(run.checkpoints, done, state, best.meta())
                     wait()
                 if leave:
                     raise stop.Interrupted(f"saved after step {done} of {config.steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
+                if over:
+                    break
     finally:
         logger.close()
-    return [row for row in read_metrics(run) if row["split"] == "heldout"]
+    best.restore(job)
+    last = config.steps if config.patience is None else best.step
+    return [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= last]
+
+
+@dataclass
+class Best:
+    """Where `patience` is set: the weights at the evaluation with the lowest held-out loss, on the CPU, its step and
+    its loss, and how many evaluations have come since. The checkpoints carry it along."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    loss: float = math.inf
+    evaluations_since: int = 0
+
+    def watch(self, job: Job, step: int, metrics: dict[str, Any]) -> None:
+        """`metrics` are the first process's; the others learn the loss from it."""
+        if job.config.patience is None:
+            return
+        loss = gather(metrics.get("loss"))[0]
+        if loss < self.loss:
+            weights = {name: w.cpu().clone() for name, w in job.engine.state()["weights"].items()}
+            self.weights, self.step, self.loss, self.evaluations_since = weights, step, loss, 0
+        else:
+            self.evaluations_since += 1
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {"best": self.weights} if self.weights else {}
+
+    def meta(self) -> dict[str, Any]:
+        kept = {"step": self.step, "loss": self.loss, "evaluations_since": self.evaluations_since}
+        return {"best": kept} if self.weights else {}
+
+    def restore(self, job: Job) -> None:
+        """Give the policy its best weights back."""
+        if self.evaluations_since and self.weights:
+            say(f"  patience: the held-out loss was lowest after step {self.step}, {self.loss:.4f}; back to it")
+            job.engine.load_state({"weights": self.weights, "moments": {}})
 
 
 def upcoming(job: Job, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -335,11 +384,16 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
         parts.append(f"held-out accuracy {metrics['accuracy']:.3f} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
+    if "calibration_error" in metrics:
+        parts.append(f"calibration error {metrics['calibration_error']:.3f}")
     if "oracle_reward" in metrics:
         parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
         parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
         parts.append(f"length {metrics['sample_length']:.1f}")
     say(f"  step {step}/{job.config.steps}: {', '.join(parts) or 'nothing to evaluate'}")
+    for row in metrics.get("reliability", []) if step == job.config.steps else []:
+        found = f"{row['confidence']:.3f} on average, right {row['accuracy']:.3f} (n {row['n']})"
+        say(f"    confidence {row['low']:.1f} to {row['high']:.1f}: {found}")
     fall, limit = -metrics.get("chosen_logratio_per_token", 0.0), job.config.squeeze_alarm
     if limit is not None and fall > limit:
         say(
@@ -364,6 +418,9 @@ def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[
         parts = [whole_step(job, 0, parts)]
     scored = [(inputs, job.objective(inputs)) for inputs in parts]
     metrics = step_metrics(job.objective, scored)
+    if job.objective.trains == "reward_model":
+        margins = [output.chosen_scores - output.rejected_scores for _, output in scored]  # type: ignore[operator]
+        metrics |= reliability(torch.cat(margins))
     if step == 0:
         check_step0(job, [inputs for inputs, _ in scored], metrics["loss"])
     return metrics
@@ -375,6 +432,8 @@ def check_step0(job: Job, scored: Sequence[PairInputs], loss: float) -> None:
     Where the reference was scored in other batches than the policy, in bfloat16, on hardware whose products depend on
     the batch, log-ratios may be as large as that rounding. Raises UserError beyond; says so if all is well.
     """
+    if job.config.reference_model:
+        return  # they need not be the same
     found, exact = [], True
     sides = [(x, side) for x in scored for side in job.objective.sides if x.has_reference]
     if sides:
@@ -402,6 +461,8 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
     """`sample_metrics` of the initial policy, which all the runs of a sweep share: drawn once, then read from the
     user's cache under everything that decides them."""
     config = job.config
+    if config.reference_model:
+        return sample_metrics(job, 0)  # the KL is to another model
     key = [
         job.run.record["initial_weights"],
         job.run.record["versions"],

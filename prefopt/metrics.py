@@ -94,6 +94,34 @@ def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tenso
     return metrics
 
 
+def reliability(margins: Tensor, bins: int = 5) -> dict[str, Any]:
+    """Does a reward model mean its probabilities? `margins`: (B,) r_w - r_l, the log-odds it gives the chosen side.
+
+    It prefers one side with confidence sigma(|margin|), and is right where that is the chosen one. `reliability`: per
+    bin of confidence between 0.5 and 1 that is not empty its mean, the share that is right, and n; a tie is half right.
+    `calibration_error`: the mean distance of the two, weighted by n (expected calibration error; Guo et al. 2017, arXiv
+    1706.04599, Eq. 3).
+    """
+    confidence = margins.double().abs().sigmoid()
+    right = (margins > 0).double() + 0.5 * (margins == 0).double()
+    places = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    rows = []
+    for i in range(bins):
+        inside = places == i
+        if n := int(inside.sum()):
+            rows.append(
+                {
+                    "low": 0.5 + 0.5 * i / bins,
+                    "high": 0.5 + 0.5 * (i + 1) / bins,
+                    "confidence": confidence[inside].mean().item(),
+                    "accuracy": right[inside].mean().item(),
+                    "n": n,
+                }
+            )
+    error = sum(r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / len(margins)
+    return {"calibration_error": error, "reliability": rows}
+
+
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error (from the sample standard deviation; nan for fewer than two values)."""
     n = len(values)

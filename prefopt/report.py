@@ -1,6 +1,10 @@
 """Read the records of finished runs; write a table (Markdown, CSV) and a figure (PNG, SVG).
 
     python -m prefopt.report runs_dir=runs output=results/mine
+    python -m prefopt.report runs_dir=runs/madpo output=results/madpo columns=dataset.format.quality
+
+Where runs differ in their seed alone there is also a table of their means over seeds; with `columns` one with a column
+for each value of that key.
 
 Everything comes from record.json files, nothing from names or logs.
 """
@@ -9,7 +13,8 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ from rich.table import Table
 from prefopt import UserError
 from prefopt.config import ReportConfig, parse
 from prefopt.figures import COLOURS, plotting, save
+from prefopt.metrics import mean_and_error
+from prefopt.paths import write_whole
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import VOLATILE
@@ -52,8 +59,9 @@ def beta(record: Record) -> float | None:
     return None if value is None else float(value)
 
 
-def labels(records: list[Record]) -> list[str]:
-    """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ."""
+def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
+    """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
+    for the keys `without`."""
     flat = [dict(_flatten(r["config"])) for r in records]
     names = []
     for record, config in zip(records, flat, strict=True):
@@ -61,7 +69,7 @@ def labels(records: list[Record]) -> list[str]:
         differing = [
             f"{key}={config.get(key)}"
             for key in sorted(config)
-            if key not in ("objective.beta", "objective.base.beta")
+            if key not in ("objective.beta", "objective.base.beta", *without)
             and key.split(".")[0] not in VOLATILE
             and len({repr(c.get(key)) for c in siblings}) > 1
         ]
@@ -124,6 +132,133 @@ def write_tables(rows: list[dict[str, Any]], records: list[Record], config: Repo
     ]
     markdown_file.write_text("\n".join(lines) + "\n")
     return [markdown_file, csv_file]
+
+
+FIGURES = ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
+
+
+def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
+    """A row per method whose runs differ in nothing but their seed: n, and of each of FIGURES, as they are at the end,
+    the mean over seeds and its standard error (None for one alone)."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record, name in zip(records, labels(records, without=("seed",)), strict=True):
+        evaluations = record["evaluations"] or [{}]
+        groups.setdefault(name, []).append(_row(evaluations[-1], evaluations[0]))
+    rows = []
+    for name, finals in groups.items():
+        row: dict[str, Any] = {"method": name, "n": len(finals)}
+        for figure in FIGURES:
+            values = [f[figure] for f in finals if f[figure] is not None]
+            mean, error = mean_and_error(values) if len(values) == len(finals) else (None, None)
+            row |= {figure: mean, f"{figure}_se": error if len(values) > 1 else None}
+        rows.append(row)
+    return rows
+
+
+def write_over_seeds(records: list[Record], config: ReportConfig) -> list[Path]:
+    """over_seeds.md and .csv; nothing where no two runs differ in their seed alone."""
+    rows = over_seeds(records)
+    if all(row["n"] == 1 for row in rows):
+        return []
+    digits = dict(zip(FIGURES, (2, 3, 2, 2, 1), strict=True))
+
+    def cell(row: dict[str, Any], figure: str) -> str:
+        if row[figure] is None:
+            return "–"
+        error = row[f"{figure}_se"]
+        return f"{row[figure]:.{digits[figure]}f}" + ("" if error is None else f" ± {error:.{digits[figure]}f}")
+
+    headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in FIGURES)]
+    lines = [
+        "| " + " | ".join(headers) + " |",
+        "|" + " --- |" + " ---: |" * (len(headers) - 1),
+        *("| " + " | ".join([r["method"], str(r["n"]), *(cell(r, f) for f in FIGURES)]) + " |" for r in rows),
+        "",
+        "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
+        "held-out prompts, whose choice is a further error that these do not show.",
+        *provenance(records, config),
+    ]
+    folder = Path(config.output)
+    write_whole(folder / "over_seeds.md", "\n".join(lines) + "\n")
+    with (folder / "over_seeds.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return [folder / "over_seeds.md", folder / "over_seeds.csv"]
+
+
+def by_column(records: list[Record], key: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The values of `key`, and a row per method: {"method", value: {"mean", "se", "n", "over_prompts"}} of the final
+    oracle reward over the runs that differ in nothing but their seed. `se` is that over seeds (None for one alone),
+    `over_prompts` the median of the runs' own standard errors over the held-out prompts.
+
+    Raises UserError where runs lack the key or an oracle.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    values: list[str] = []
+    flat = [dict(_flatten(r["config"])) for r in records]
+    for record, config, name in zip(records, flat, labels(records, without=("seed", "dataset.name", key)), strict=True):
+        if key not in config or not record["evaluations"] or "oracle_reward" not in record["evaluations"][-1]:
+            raise UserError(f"run {record['name']} has no {key}, or was not evaluated by an oracle: it fits no column.")
+        value = str(config[key])
+        values += [value] * (value not in values)
+        found.setdefault(name, {}).setdefault(value, []).append(record["evaluations"][-1])
+    rows = []
+    for name, columns in found.items():
+        row: dict[str, Any] = {"method": name}
+        for value, finals in columns.items():
+            mean, error = mean_and_error([f["oracle_reward"] for f in finals])
+            over_prompts = statistics.median(f["oracle_reward_se"] for f in finals)
+            se = error if len(finals) > 1 else None
+            row[value] = {"mean": mean, "se": se, "n": len(finals), "over_prompts": over_prompts}
+        rows.append(row)
+    return values, rows
+
+
+def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
+    """by_column.md and .csv. `config.published`: a CSV whose first column names the method, and whose others are shown
+    beside ours."""
+    assert config.columns
+    values, rows = by_column(records, config.columns)
+    published: dict[str, dict[str, str]] = {}
+    if config.published:
+        with Path(config.published).open(newline="") as file:
+            for line in csv.DictReader(file):
+                published[next(iter(line.values()))] = dict(list(line.items())[1:])
+    theirs = list(next(iter(published.values()))) if published else []
+    headers = ["method", *values, *(f"paper: {name.replace('_', ' ')}" for name in theirs)]
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" + " ---: |" * (len(headers) - 1)]
+    table: list[dict[str, Any]] = []
+    for row in rows:
+        paper = next((p for name, p in published.items() if _same_method(name, row["method"])), {})
+        shown = []
+        for value in values:
+            cell = row.get(value)
+            error = "" if cell is None or cell["se"] is None else f" ± {cell['se']:.3f}"
+            shown.append("–" if cell is None else f"{cell['mean']:.3f}{error} (n {cell['n']})")
+            if cell:
+                table.append({"method": row["method"], config.columns: value, **cell})
+        lines.append("| " + " | ".join([row["method"], *shown, *(paper.get(name, "–") for name in theirs)]) + " |")
+    first = records[0]["evaluations"][0]
+    error = statistics.median(t["over_prompts"] for t in table)
+    folder = Path(config.output)
+    notes = [
+        f"Final oracle reward, mean over n seeds ± its standard error over seeds. A run's own standard error over its "
+        f"{first['samples']} held-out prompts, which are the same for all, is {error:.3f} (median). The initial policy "
+        f"has {first['oracle_reward']:.3f} ± {first['oracle_reward_se']:.3f}."
+        + (" The paper's figures are rewards of another oracle on another scale." if published else ""),
+        *provenance(records, config),
+    ]
+    write_whole(folder / "by_column.md", "\n".join([*lines, "", *notes]) + "\n")
+    with (folder / "by_column.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    return [folder / "by_column.md", folder / "by_column.csv"]
+
+
+def _same_method(published: str, ours: str) -> bool:
+    return published.replace("-", "_") == ours.split(" ")[0]
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -228,7 +363,8 @@ def main(cfg: DictConfig) -> None:
         table.add_row(*(cells(row)[c] for c in shown))
     # Wide enough for the table where the output is not a terminal.
     Console(width=None if os.isatty(1) else 140).print(table)
-    for file in write_tables(rows, records, config) + draw(records, output):
+    files = write_tables(rows, records, config) + draw(records, output) + write_over_seeds(records, config)
+    for file in files + (write_by_column(records, config) if config.columns else []):
         print(file)
 
 

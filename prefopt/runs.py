@@ -2,6 +2,7 @@
 
     python -m prefopt.runs
     python -m prefopt.runs status=[failed,died] name=dpo-* watch=true
+    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the run that ended with the highest oracle reward
 
 A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/liveness.py).
 """
@@ -113,6 +114,25 @@ def console() -> Console:
     return Console(width=None if os.isatty(1) else 240)
 
 
+def best(looks: list[Look], key: str) -> Any:
+    """The value of `key` in the run that ended with the highest oracle reward. Raises UserError where none has both, or
+    some runs have not finished: the choice among the others would be another one later."""
+    if unfinished := [each.folder.name for each in looks if each.state != "finished"]:
+        raise UserError(f"best={key}: these runs have not finished: {', '.join(unfinished)}")
+    found = []
+    for each in looks:
+        value: Any = each.record["config"]
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        rewards = [row["oracle_reward"] for row in each.record["evaluations"] if "oracle_reward" in row]
+        if value is None or not rewards:
+            raise UserError(f"best={key}: {each.folder} has no {key}, or was not evaluated by an oracle.")
+        found.append((rewards[-1], value))
+    if not found:
+        raise UserError(f"best={key}: there are no such runs.")
+    return max(found, key=lambda pair: pair[0])[1]
+
+
 def select(config: RunsConfig) -> list[Look]:
     folders = sorted(file.parent for file in Path(config.runs_dir).glob(f"{config.name}/record.json"))
     return [each for each in look(folders) if not config.status or each.state in config.status]
@@ -123,6 +143,9 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, RunsConfig)
     if wrong := sorted(set(config.status) - set(STATES)):
         raise UserError(f"status: there is no {', '.join(wrong)}. A run is {', '.join(STATES)}.")
+    if config.best:
+        print(best(select(config), config.best))
+        return
     if not config.watch:
         console().print(table(select(config)))
         return

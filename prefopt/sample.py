@@ -1,33 +1,35 @@
-"""Draw n responses per prompt from a policy, score them with an oracle, and write one JSON row per prompt.
+"""Draw n responses per prompt from a policy, and write one JSON row per prompt.
 
     python -m prefopt.sample prompts=prompts.jsonl output=samples.jsonl.gz samples_per_prompt=8
 
-A prompt row needs the field `prompt` (text or messages); its other fields are carried over. The row that comes out
-also holds `responses` (texts), `finished` (did the response end by itself?) and, with an oracle, `rewards`.
+A prompt row needs the field `prompt` (text or messages); its other fields are carried over. The row that comes out also
+holds `responses` (texts) and `finished` (did the response end by itself?); `prefopt.score` adds `rewards`.
+
+What is drawn is kept in OUTPUT.partial as it comes, so the same command goes on where a stopped one was, and ends with
+the same file.
 """
 
-import gzip
+import hashlib
+import importlib.metadata
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from prefopt import UserError
-from prefopt.config import SampleConfig, build, check_sample, parse, resolve_hardware
-from prefopt.data.formats import as_messages
-from prefopt.data.sources import read_rows
-from prefopt.paths import write_whole
+from prefopt import UserError, stop
+from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, check_sample, parse, resolve_hardware
+from prefopt.data.formats import Message, as_messages
+from prefopt.data.sources import Row, read_rows, write_rows
 from prefopt.program import program
-from prefopt.progress import say
+from prefopt.progress import Bar, say
 
 
-@program("sample")
-def main(cfg: DictConfig) -> None:
-    config = parse(cfg, SampleConfig)
-    check_sample(config)
-    resolve_hardware(config)
+def read_prompts(path: str, split: str | None, revision: str | None = None) -> tuple[list[Row], list[list[Message]]]:
+    """The rows, and the prompt of each. Raises UserError for a row without one."""
     rows, prompts = [], []
-    for where, row in read_rows(config.prompts):
+    for where, row in read_rows(path, split, revision):
         try:
             prompts.append(as_messages(row["prompt"]))
         except KeyError:
@@ -35,30 +37,101 @@ def main(cfg: DictConfig) -> None:
         except ValueError as error:
             raise UserError(f"{where}: {error}.") from None
         rows.append(row)
+    return rows, prompts
+
+
+def draw(
+    model_config: ModelConfig,
+    prompts: Sequence[list[Message]],
+    sampling: SamplingConfig,
+    n: int,
+    seed: int,
+    backend: str,
+    device: str,
+    precision: str,
+    partial: Path,
+    show: bool = True,
+) -> list[Row]:
+    """{"responses", "finished"} of each prompt. `partial`: the file that keeps them as they come; the caller removes it
+    once they are safe.
+
+    Raises UserError where `partial` was begun with other settings, prompts or weights, and stop.Interrupted between
+    two prompts after SIGTERM or SIGUSR2.
+    """
+    # Imported here, so that bad input is refused before transformers is loaded.
+    from prefopt.data.tokenize import encode_prompt
+    from prefopt.generate import transformers_sampler, vllm_sampler
+    from prefopt.models.load import load_tokenizer
+
+    stop.listen()
+    tokenizer = load_tokenizer(model_config)
+    make = vllm_sampler if backend == "vllm" else transformers_sampler
+    sampler, weights = make(model_config, tokenizer, device, precision)
+    settings = [
+        asdict(sampling), n, seed, backend, precision, device, weights, list(prompts),
+        [importlib.metadata.version(p) for p in ("torch", "transformers")],
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    found = _read_partial(partial, digest)
+    if found:
+        say(f"  going on after {len(found)} of {len(prompts)} prompts ({partial})")
+    # Of similar length together; which prompts share a batch does not depend on where an earlier sitting ended.
+    order = sorted(range(len(prompts)), key=lambda i: len(encode_prompt(tokenizer, prompts[i])))
+    size = max(1, sampling.batch_size // n)
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a") as file, Bar("sampling", len(prompts), show, done=len(found)) as bar:
+        if not partial.stat().st_size:
+            file.write(json.dumps({"settings": digest}) + "\n")
+        for chunk in chunks:
+            missing = [i for i in chunk if i not in found]
+            if not missing:
+                continue
+            if stop.requested():
+                raise stop.Interrupted(f"{len(found)} of {len(prompts)} prompts have their responses")
+            # The whole chunk again, where a part of it is there: what is drawn together is the same in every sitting.
+            drawn = dict(zip(chunk, sampler([prompts[i] for i in chunk], sampling, seed, n), strict=True))
+            for i in missing:
+                found[i] = {"responses": [s.text for s in drawn[i]], "finished": [s.finished for s in drawn[i]]}
+                file.write(json.dumps({"prompt": i, **found[i]}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.advance(by=len(missing))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _read_partial(partial: Path, digest: str) -> dict[int, Row]:
+    if not partial.is_file():
+        return {}
+    lines = partial.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if not whole:
+        partial.unlink()
+        return {}
+    if json.loads(whole[0]) != {"settings": digest}:
+        raise UserError(
+            f"{partial} was begun with other settings, prompts or weights. Repeat that command to finish it, or remove "
+            "the file to begin again."
+        )
+    if len(whole) < len(lines):  # what a killed process left of a line
+        partial.write_bytes(b"".join(whole))
+    rows = [json.loads(line) for line in whole[1:]]
+    return {row.pop("prompt"): row for row in rows}
+
+
+@program("sample")
+def main(cfg: DictConfig) -> None:
+    config = parse(cfg, SampleConfig)
+    check_sample(config)
+    resolve_hardware(config)
+    rows, prompts = read_prompts(config.prompts, config.split)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
-
-    # Imported here, so that bad input is refused before transformers is loaded.
-    from prefopt.generate import sample
-    from prefopt.logps import autocast
-    from prefopt.models.load import load_model, load_tokenizer
-    from prefopt.posthoc.oracle import Oracle
-
-    oracle = build(config.oracle, Oracle, "oracle") if config.oracle else None
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.device)
-    with autocast(model.device, config.precision):
-        samples = sample(model, tokenizer, prompts, config.sampling, config.seed, config.samples_per_prompt, True)
-    for row, prompt, drawn in zip(rows, prompts, samples, strict=True):
-        row["responses"] = [s.text for s in drawn]
-        row["finished"] = [s.finished for s in drawn]
-        row.pop("rewards", None)
-        if oracle:
-            row["rewards"] = [round(oracle(prompt, s.text), 6) for s in drawn]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    # mtime=0, so that the same samples give the same file.
-    write_whole(output, gzip.compress(lines, mtime=0) if output.suffix == ".gz" else lines)
-    say(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
+    partial = output.with_name(f"{output.name}.partial")
+    n, where = config.samples_per_prompt, (config.backend, config.device, config.precision)
+    drawn = draw(config.model, prompts, config.sampling, n, config.seed, *where, partial)
+    write_rows(output, [row | samples for row, samples in zip(rows, drawn, strict=True)])
+    partial.unlink()
+    say(f"wrote {len(rows)} rows of {n} responses to {output}")
 
 
 if __name__ == "__main__":

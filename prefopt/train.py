@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from packaging.version import Version
 
 from prefopt import UserError
-from prefopt.config import EngineConfig, TrainConfig, build, check, parse, resolve_hardware
+from prefopt.config import EngineConfig, ModelConfig, TrainConfig, build, check, parse, resolve_hardware
 from prefopt.launch import launch
 from prefopt.program import program
 from prefopt.ranks import first_alone, is_first, together, world_size
@@ -78,6 +78,12 @@ def plan(config: TrainConfig) -> Plan:
     check_dataset(config.dataset)
     if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
         raise UserError(f"peft.path={config.peft.path} is no adapter: it holds no adapter_config.json.")
+    if config.patience is not None and not has_heldout(config.dataset):
+        raise UserError("patience watches the held-out loss, and dataset.heldout is null: give a file")
+    if config.reference_model and objective.trains == "reward_model":
+        raise UserError(
+            f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
+        )
     if lacking := missing(config.model, config.dataset):
         raise UserError("\n".join(lacking))
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
@@ -246,39 +252,57 @@ def make_reference(
     train_pairs: "Sequence[TokenizedPair]",
     heldout: "Sequence[TokenizedPair]",
 ) -> "Reference | None":
-    """The reference that the config names, before the policy (with weights `digest`) is trained."""
+    """The reference that the config names, before the policy (with weights `digest`) is trained.
+
+    Raises UserError for a reference model that cannot be loaded.
+    """
     from torch.utils.data import ConcatDataset, Subset
 
     from prefopt.data.sampler import run_indices
     from prefopt.logps import Scorer
-    from prefopt.models.adapter import merge_adapter
-    from prefopt.models.load import load_model
+    from prefopt.models.load import weights_digest
     from prefopt.models.reference import SIDES, AdapterOff, Cached, Resident, cached
-    from prefopt.segments import use_segments
 
     if objective.trains == "reward_model":
         return None
     score = Scorer(config.precision, config.logits == "tiled")
+    model = policy
+    if config.reference_model:
+        model = load_initial(config, layout)
+        digest = weights_digest(model)
+        if model.get_input_embeddings().weight.shape[0] != policy.get_input_embeddings().weight.shape[0]:
+            raise UserError(
+                f"reference_model={config.reference_model} has another vocabulary than the policy: give a model of the "
+                "same family."
+            )
     if config.reference == "resident":
-        return Resident.copy_of(policy, score)
+        return Resident.copy_of(policy, score) if model is policy else Resident(model.requires_grad_(False), score)
     if config.reference == "adapter_off":
         return AdapterOff(policy, score)
 
-    def load() -> "PreTrainedModel":
-        model = load_model(config.model, config.device)
-        if config.peft.path:
-            merge_adapter(model, config.peft.path)
-        if layout.name == "packed":
-            use_segments(model)
-        return model
-
+    load = functools.partial(load_initial, config, layout)
     if objective.sides != SIDES:
         return Cached(load)  # it compares nothing; there are samples alone to score
     indices = run_indices(len(train_pairs), config.seed, config.steps, config.batch_size)
     parts: list[Any] = [heldout, Subset(train_pairs, indices if "reference" in objective.needs else [])]  # type: ignore[arg-type]
     pairs: Any = ConcatDataset(parts)  # read one by one: they may be more than the memory holds
     tokens, show = config.micro_batch_tokens, config.logger.progress
-    return cached(policy, digest, pairs, layout, tokens, score, load, show)
+    return cached(model, digest, pairs, layout, tokens, score, load, show)
+
+
+def load_initial(config: TrainConfig, layout: "Layout") -> "PreTrainedModel":
+    """The reference's model: `reference_model`, or the policy as it is before its first step."""
+    from prefopt.models.adapter import merge_adapter
+    from prefopt.models.load import load_model
+    from prefopt.segments import use_segments
+
+    other = config.reference_model
+    model = load_model(ModelConfig(other, other, None) if other else config.model, config.device)
+    if config.peft.path and not other:
+        merge_adapter(model, config.peft.path)
+    if layout.name == "packed":
+        use_segments(model)
+    return model
 
 
 def check_rewards(objective: "Objective", split: str, rewards: dict[str, Any]) -> None:
@@ -296,8 +320,10 @@ def check_rewards(objective: "Objective", split: str, rewards: dict[str, Any]) -
         if not low <= reward <= high:
             raise UserError(
                 f"objective {objective.name} needs rewards in [{low:g}, {high:g}]; {item} of the {split} split has "
-                f"{reward:g}. For scores with known ends set dataset.reward_scale=[lowest,highest]; the raw outputs r "
-                "of a reward model go through 1 / (1 + exp(-r))."
+                f"{reward:g}. For scores with known ends set dataset.reward_scale=[lowest,highest]. Beside a reward "
+                "model's raw outputs prefopt.score writes them on [0, 1]: +dataset.columns.rewards=rewards_01, or of "
+                "pairs +dataset.columns.chosen_reward=chosen_reward_01 and "
+                "+dataset.columns.rejected_reward=rejected_reward_01."
             )
 
 

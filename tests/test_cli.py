@@ -5,6 +5,8 @@ import subprocess
 
 import pytest
 
+from prefopt.data.sources import read_rows
+from prefopt.posthoc.oracle import Vader
 from tests.tiny import ROOT, run_program, tiny_overrides, write_pairs
 
 
@@ -96,7 +98,7 @@ def test_an_objective_that_needs_rewards_says_which_are_missing(tiny_folder, tmp
         run_program(*overrides, f"dataset.train={high}", f"dataset.heldout={high}"),
         "needs rewards in [0, 1]",
         "of the heldout split has 8.5",
-        "1 / (1 + exp(-r))",
+        "+dataset.columns.rewards=rewards_01",
     )
 
 
@@ -131,16 +133,28 @@ def test_sample_writes_what_the_data_format_reads(tiny_folder, tmp_path):
     more = ["samples_per_prompt=4", "sampling.max_new_tokens=6"]
     process = run_program(*arguments, *more, program="sample")
     assert process.returncode == 0, process.stderr
-    from prefopt.data.sources import read_rows
-
     rows = [row for _, row in read_rows(str(output))]
     assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
     for row in rows:
-        assert len(row["responses"]) == len(row["rewards"]) == len(row["finished"]) == 4
+        assert len(row["responses"]) == len(row["finished"]) == 4
         assert row["split"] == "train"
+    assert not list(tmp_path.glob("*.partial"))
     first = output.read_bytes()
     assert run_program(*arguments, *more, program="sample").returncode == 0
     assert output.read_bytes() == first
+    scored = tmp_path / "scored.jsonl"
+    process = run_program(f"input={output}", f"output={scored}", "scorer=vader", program="score")
+    assert process.returncode == 0, process.stderr
+    for _, row in read_rows(str(scored)):
+        assert row["rewards"] == row["rewards_01"] == [Vader()([], response) for response in row["responses"]]
+
+
+def test_score_wants_a_scorer(tmp_path):
+    process = run_program(f"input={tmp_path}/x.jsonl", f"output={tmp_path}/y.jsonl", program="score")
+    assert process.returncode != 0
+    assert "scorer" in process.stderr
+    named = run_program(f"input={tmp_path}/x.jsonl", f"output={tmp_path}/y.jsonl", "scorer=vader", program="score")
+    refused(named, "x.jsonl does not exist")
 
 
 def test_report_without_runs_says_how_to_get_one(tmp_path):
@@ -149,7 +163,7 @@ def test_report_without_runs_says_how_to_get_one(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "report"])
+@pytest.mark.parametrize("program", ["train", "sample", "score", "online", "report"])
 def test_help_lists_the_choices(program):
     process = run_program("--help", program=program)
     assert process.returncode == 0

@@ -5,6 +5,7 @@ import doctest
 import gzip
 import hashlib
 import json
+import math
 
 import pyarrow
 import pyarrow.parquet
@@ -18,7 +19,16 @@ from prefopt import UserError
 from prefopt.config import DatasetConfig, parse
 from prefopt.data.cache import reward_summary
 from prefopt.data.dataset import check_dataset, load_split, split_digest
-from prefopt.data.formats import Chats, Drop, ImplicitPrompt, Pair, Pairs, ScoredResponses, Transcripts
+from prefopt.data.formats import (
+    Chats,
+    Drop,
+    ImplicitPrompt,
+    NoisyPreferences,
+    Pair,
+    Pairs,
+    ScoredResponses,
+    Transcripts,
+)
 from prefopt.data.layout import LAYOUTS
 from prefopt.data.sampler import permutation, step_indices
 from prefopt.data.sources import read_rows
@@ -401,3 +411,48 @@ def test_pairs_and_chats_do_not_mix(tmp_path):
     config = mixture(tmp_path, a={"train": chats, "format": {"_target_": "prefopt.data.formats.Chats"}})
     with pytest.raises(UserError, match="mixes pairs with chats"):
         load_split(config, "train")
+
+
+def noisy(quality: str, n: int = 3000, **values) -> list[Pair]:
+    """Of rows with eight responses, whose texts are their rewards."""
+    rewards = [i / 8 for i in range(8)]
+    make = NoisyPreferences(quality, **values)
+    rows = [{"prompt": f"p{i}", "responses": [str(r) for r in rewards], "rewards": rewards} for i in range(n)]
+    return [make(row) for row in rows]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("quality", "mean"), [("high", 3.5 / 8), ("medium", 2.5 / 8), ("low", 1.5 / 8)])
+def test_quality_is_the_share_of_responses_from_the_worse_half(quality, mean):
+    pairs = noisy(quality)
+    found = [float(text) for p in pairs for text in (p.chosen, p.rejected)]
+    assert sum(found) / len(found) == pytest.approx(mean, abs=0.01)
+    assert not [p for p in pairs if p.chosen == p.rejected]
+    if quality == "low":
+        assert max(found) == 3 / 8
+    assert noisy(quality, 20) == pairs[:20]
+    assert noisy(quality, 20, seed=1) != pairs[:20]
+
+
+def test_labels_are_drawn_by_bradley_terry():
+    pairs = noisy("high", label_scale=4.0)
+    gaps = [abs(float(p.chosen) - float(p.rejected)) for p in pairs]
+    for low in (0.0, 0.25, 0.5):
+        inside = [p for p, gap in zip(pairs, gaps, strict=True) if low < gap <= low + 0.25]
+        right = sum(float(p.chosen) > float(p.rejected) for p in inside) / len(inside)
+        expected = [1 / (1 + math.exp(-4 * abs(float(p.chosen) - float(p.rejected)))) for p in inside]
+        mean = sum(expected) / len(expected)
+        assert right == pytest.approx(mean, abs=4 * math.sqrt(mean * (1 - mean) / len(inside)))
+
+
+def test_a_noisy_pair_carries_the_rewards_of_the_reward_model_of_its_quality():
+    row = {"prompt": "p", "responses": list("abcd"), "rewards": [0.1, 0.2, 0.3, 0.4], "rewards_low": [5, 6, 7, 8]}
+    pair = NoisyPreferences("low")(row)
+    assert {pair.chosen: pair.chosen_reward, pair.rejected: pair.rejected_reward} == {"a": 5, "b": 6}
+    pair = NoisyPreferences("high")(row)
+    assert pair.chosen_reward is pair.rejected_reward is None
+    with pytest.raises(ValueError, match="at least 4 responses"):
+        NoisyPreferences()({"prompt": "p", "responses": ["a"], "rewards": [1]})
+    with pytest.raises(ValueError, match="quality must be high, medium, low"):
+        NoisyPreferences("best")
+    with pytest.raises(ValueError, match="label_scale must be positive"):
+        NoisyPreferences(label_scale=0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prefopt import UserError
+from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.config import LoggerConfig, ModelConfig, OptimizerConfig
 from prefopt.data.formats import Chat, Pairs
 from prefopt.data.layout import LAYOUTS
@@ -15,7 +16,7 @@ from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import encode, tokenize
 from prefopt.engine import Engine
 from prefopt.logps import Scorer
-from prefopt.loop import Job, accumulate_gradients, check_step0, evaluate, evaluate_pairs, train_step
+from prefopt.loop import Best, Job, accumulate_gradients, check_step0, evaluate, evaluate_pairs, train_step
 from prefopt.metrics import Means, mean_and_error
 from prefopt.models.load import load_reward_model
 from prefopt.models.reference import Resident
@@ -38,6 +39,7 @@ def job(objective, tmp_path, **changes) -> Job:
     config = SimpleNamespace(
         **{"steps": 4, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
         | {"logits": "tiled", "precision": "float32", "gradient_checkpointing": False}
+        | {"reference_model": None, "patience": None}
         | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}
         | changes
     )
@@ -280,7 +282,7 @@ def test_a_loss_that_is_not_its_constant_stops_the_run():
     zero, lost = torch.zeros(2), torch.tensor([0.0, float("nan")])
     ones = torch.ones(2)
     same = [PairInputs(zero, zero, ones, ones, reference_chosen_logps=zero, reference_rejected_logps=zero)]
-    j = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32"))
+    j = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32", reference_model=None))
     check_step0(j, same, 0.693147)
     with pytest.raises(UserError, match=r"loss is 0\.700000; it must be 0\.693147"):
         check_step0(j, same, 0.7)
@@ -310,3 +312,32 @@ def test_step_0_is_checked_on_training_pairs_where_none_are_held_out(tmp_path, c
     j.heldout_reference = []
     with pytest.raises(UserError, match="differs from the reference"):
         evaluate(j, 0)
+
+
+def test_the_weights_with_the_lowest_held_out_loss_come_back(tmp_path):
+    """Also from a checkpoint in between."""
+    j = job(DPO(0.5), tmp_path, patience=2)
+    best, losses, weights = Best(), [0.7, 0.5, 0.6, float("nan")], []
+    for n, loss in enumerate(losses):
+        weights.append([p.detach().clone() for p in j.engine.policy.parameters()])
+        best.watch(j, n, {"loss": loss})
+        if n == 2:
+            save_checkpoint(tmp_path / "checkpoints", n, j.engine.state() | best.state(), best.meta())
+            tensors, meta = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
+            best = Best(tensors["best"], **meta["best"])
+        step(j, n)
+    assert (best.step, best.loss, best.evaluations_since) == (1, 0.5, 2)
+    best.restore(j)
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], j.engine.policy.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(weights[1], weights[2], strict=True))
+
+
+def test_without_patience_nothing_is_kept(tmp_path):
+    j, best = job(DPO(0.5), tmp_path), Best()
+    best.watch(j, 0, {"loss": 1.0})
+    best.watch(j, 1, {"loss": 2.0})
+    assert not best.weights
+    assert best.state() == best.meta() == {}
+    before = [p.detach().clone() for p in j.engine.policy.parameters()]
+    best.restore(j)
+    assert all(torch.equal(a, b) for a, b in zip(before, j.engine.policy.parameters(), strict=True))

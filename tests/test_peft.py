@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefopt import UserError, loop
 from prefopt.config import ModelConfig, PeftConfig
 from prefopt.data.layout import LAYOUTS
 from prefopt.engine import Engine
-from prefopt.logps import Scorer
+from prefopt.logps import Scorer, completion_rewards
 from prefopt.loop import accumulate_gradients, evaluate_pairs, train_step
-from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, training
+from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, save_adapter, training
 from prefopt.models.load import load_model
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
@@ -148,8 +148,17 @@ def test_a_reward_models_head_is_trained_beside_the_adapter(tmp_path):
     assert "score.weight" in j.engine.parameters
     losses = steps(j, 0, 3)
     assert losses[-1] < losses[0]
+    save_adapter(j.engine.policy, tmp_path / "adapter")
     merge(j.engine.policy)
     assert not [n for n, _ in j.engine.policy.named_parameters() if "lora" in n]
+    # The saved adapter holds the head too: peft makes the same reward model of it.
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    for pair in j.heldout_pairs:
+        row = torch.tensor([pair.prompt + pair.chosen])
+        ours = completion_rewards(j.engine.policy, LAYOUTS["padded"].collate([pair], ("chosen",)))
+        assert loaded(row).logits.item() == pytest.approx(ours.item(), abs=1e-5)
+        assert ours.item() != 0
 
 
 @pytest.mark.parametrize(

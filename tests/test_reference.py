@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from prefopt import UserError
+from prefopt import UserError, store
 from prefopt.data.layout import LAYOUTS
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.logps import Scorer
@@ -120,19 +120,19 @@ def test_a_damaged_file_is_named(cache, damage):
 
 
 def test_what_was_written_before_a_failure_is_kept(cache, computed, monkeypatch):
-    monkeypatch.setattr(reference, "SHARD", 4)
-    write = reference._write
+    monkeypatch.setattr(store, "SHARD", 4)
+    write = store.write_whole
 
     def fail_at_the_third(*args):
         if len(list(cache.rglob("*.safetensors"))) == 2:
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(reference, "_write", fail_at_the_third)
+    monkeypatch.setattr(store, "write_whole", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make(pairs(20))
     assert not list(cache.rglob("*.tmp"))
-    monkeypatch.setattr(reference, "_write", write)
+    monkeypatch.setattr(store, "write_whole", write)
     computed.clear()
     make(pairs(20))
     assert len(computed) == reference.SPOT_CHECKS + 20 - 8

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prefopt.report import labels, read_records, table_rows
+from prefopt.report import labels, over_seeds, read_records, table_rows
 from tests.tiny import records, run_program
 
 
@@ -84,3 +84,49 @@ def test_runs_without_evaluation_have_dashes(grid):
     (row,) = table_rows([record])
     assert row["oracle_reward"] is None
     assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
+
+
+def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):
+    """Runs that differ in their seed alone are one cell; the published figures stand beside."""
+    runs, _ = grid
+    template = records(runs)[0]
+    rewards = {("dpo", 1): [0.5, 0.7, 0.9], ("dpo", 2): [0.6], ("beta_dpo", 1): [0.2, 0.4]}
+    for (name, steps), values in rewards.items():
+        for seed, value in enumerate(values):
+            record = json.loads(json.dumps(template)) | {"objective": name, "name": f"{name}-{steps}-{seed}"}
+            record["config"] |= {"seed": seed, "steps": steps}
+            record["config"]["objective"]["beta"] = 0.1
+            record["evaluations"][-1]["oracle_reward"] = value
+            (tmp_path / record["name"]).mkdir()
+            (tmp_path / record["name"] / "record.json").write_text(json.dumps(record))
+    (tmp_path / "published.csv").write_text("method,one,two\nbeta-dpo,1.67,1.84\ndpo,1.62,1.71\n")
+    for row in over_seeds(read_records(tmp_path)):
+        if row["method"] == "dpo β=0.1 steps=1":
+            assert (row["n"], row["oracle_reward"]) == (3, pytest.approx(0.7))
+            assert row["oracle_reward_se"] == pytest.approx(0.2 / 3**0.5)
+            assert row["kl_se"] == 0
+        elif row["method"] == "dpo β=0.1 steps=2":
+            assert (row["n"], row["oracle_reward_se"]) == (1, None)
+        else:
+            assert (row["method"], row["n"]) == ("beta_dpo β=0.1", 2)
+    command = [f"runs_dir={tmp_path}", f"output={tmp_path / 'out'}", "columns=steps"]
+    process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
+    assert process.returncode == 0, process.stderr
+    assert "| dpo β=0.1 steps=1 | 3 | " in (tmp_path / "out" / "over_seeds.md").read_text()
+    lines = (tmp_path / "out" / "by_column.md").read_text().splitlines()
+    assert lines[0] == "| method | 1 | 2 | paper: one | paper: two |"
+    assert lines[2:4] == [
+        "| beta_dpo β=0.1 | 0.300 ± 0.100 (n 2) | – | 1.67 | 1.84 |",
+        "| dpo β=0.1 | 0.700 ± 0.115 (n 3) | 0.600 (n 1) | 1.62 | 1.71 |",
+    ]
+    with (tmp_path / "out" / "by_column.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["steps"]) for r in rows] == [
+        ("beta_dpo β=0.1", "1"),
+        ("dpo β=0.1", "1"),
+        ("dpo β=0.1", "2"),
+    ]
+    assert [float(r["mean"]) for r in rows] == pytest.approx([0.3, 0.7, 0.6])
+    process = run_program(*command[:2], "columns=dataset.format.quality", program="report")
+    assert process.returncode == 2
+    assert "has no dataset.format.quality" in process.stderr

@@ -17,7 +17,7 @@ from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import tokenize
 from prefopt.logps import completion_rewards
 from tests.test_loop import TIMING
-from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
+from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program, save_tiny
 
 
 def timeless(file) -> list[dict]:
@@ -211,3 +211,42 @@ def test_checkpoints_are_whole_or_not_there(tmp_path):
     assert all(torch.equal(loaded[g][k], tensors[g][k]) for g in tensors for k in tensors[g])
     save_checkpoint(tmp_path, 3, tensors, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step_0000003"]
+
+
+def test_a_run_without_patience_left_ends_with_its_best_weights(overrides, tiny_folder, tmp_path):
+    """The held-out pairs are the training pairs, sides exchanged, so their loss rises from the first step on."""
+    rows = [json.loads(line) for line in (tiny_folder / "train.jsonl").read_text().splitlines()]
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    changes = [f"dataset.heldout={tmp_path / 'swapped.jsonl'}", "dataset.policies.prompt_in_heldout=keep"]
+    process = run_program(*overrides(tmp_path / "runs"), *changes, "patience=2", "eval_every=1")
+    assert process.returncode == 0, process.stderr
+    assert "patience: the held-out loss was lowest after step 0" in process.stderr
+    (record,) = records(tmp_path / "runs")
+    assert record["final_weights"] == record["initial_weights"]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "runs" / record["name"] / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in metrics if row["split"] == "heldout"] == [0, 1, 2]  # of 4 steps
+    assert [row["step"] for row in record["evaluations"]] == [0]
+    without = run_program(*overrides(tmp_path / "runs"), "dataset.heldout=null", "patience=2")
+    assert without.returncode == 2
+    assert "patience watches the held-out loss, and dataset.heldout is null" in without.stderr
+
+
+def test_another_model_as_reference(overrides, tiny_folder, tmp_path):
+    """It is what log-ratios are to; cached and resident agree."""
+    other = save_tiny(tmp_path / "other", seed=1)
+    found = []
+    for mode in ("cached", "resident"):
+        runs = tmp_path / mode
+        process = run_program(*overrides(runs), f"reference_model={other}", f"reference={mode}")
+        assert process.returncode == 0, process.stderr
+        (record,) = records(runs)
+        found.append(record)
+        assert abs(record["evaluations"][0]["chosen_logratio"]) > 0.01
+    assert found[0]["evaluations"] == found[1]["evaluations"]
+    assert found[0]["final_weights"] == found[1]["final_weights"]
+    refused = run_program(*overrides(tmp_path), f"reference_model={other}", "objective=reward")
+    assert refused.returncode == 2
+    assert "has no reference_model: leave it out" in refused.stderr

@@ -68,7 +68,7 @@ def test_the_embedded_responses_can_be_drawn_again(smollm2):
     model, tokenizer = smollm2
     rows = [row for _, row in read_rows(dataset("sentiment_offline").train)][:3]
     prompts = [as_messages(row["prompt"]) for row in rows]
-    drawn = sample(model, tokenizer, prompts, SamplingConfig(1.0, 64, 24), seed=0, samples_per_prompt=8)
+    drawn = sample(model, tokenizer, prompts, SamplingConfig(1.0, 1.0, 64, 24), seed=0, samples_per_prompt=8)
     same = [s.text == text for row, samples in zip(rows, drawn, strict=True)
             for s, text in zip(samples, row["responses"], strict=True)]  # fmt: skip
     print(f"{sum(same)} of {len(same)} responses are the same")

@@ -313,9 +313,9 @@ def sample_tokens(spec: Spec) -> dict[str, Any]:
     found = {}
     for size in (16, 64):
         with autocast(model.device, config.precision):
-            sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 4, size), 0)
+            sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 1.0, 4, size), 0)
             began = time.perf_counter()
-            drawn = sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 64, size), 0)
+            drawn = sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 1.0, 64, size), 0)
             seconds = time.perf_counter() - began
         tokens = sum(len(s.tokens) for samples in drawn for s in samples)
         found[str(size)] = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}

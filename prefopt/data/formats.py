@@ -123,39 +123,109 @@ class ScoredResponses(Format):
             raise ValueError(f"min_gap must not be negative, got {self.min_gap}")
 
     def __call__(self, row: dict[str, Any]) -> Pair | Drop | list[Item]:
-        prompt, responses, rewards = as_messages(row["prompt"]), row["responses"], row["rewards"]
-        finished = row.get("finished", [True] * len(responses))
-        if not responses or not len(responses) == len(rewards) == len(finished):
-            raise ValueError("responses, rewards and finished must be lists of one length of at least 1")
-        name = str(row["id"]) if "id" in row else content_id(prompt)
-
-        def pair(w: int, l: int, name: str) -> Pair:
-            return Pair(
-                id=name,
-                prompt=prompt,
-                chosen=responses[w],
-                rejected=responses[l],
-                chosen_finished=finished[w],
-                rejected_finished=finished[l],
-                chosen_reward=rewards[w],
-                rejected_reward=rewards[l],
-            )
+        scored = Scored.read(row)
+        rewards = scored.rewards
 
         def apart(w: int, l: int) -> bool:
             return rewards[w] > rewards[l] and rewards[w] - rewards[l] >= self.min_gap
 
-        rewards = [finite(reward, "each of 'rewards'") for reward in rewards]
-        order = sorted(range(len(rewards)), key=lambda i: rewards[i])
+        order = scored.order
         best, worst = rewards.index(rewards[order[-1]]), order[0]
-        if problem := role_problem(prompt):
+        if problem := role_problem(scored.prompt):
             return problem
         if self.pairing == "all":
             indices = [(w, l) for w in range(len(rewards)) for l in range(len(rewards)) if apart(w, l)]
-            return [pair(w, l, f"{name}/{w}-{l}") for w, l in indices] or Drop("no_preference")
+            return [scored.pair(w, l, f"{scored.name}/{w}-{l}") for w, l in indices] or Drop("no_preference")
         if self.pairing == "best_random":
             others = [i for i in range(len(rewards)) if apart(best, i)]
-            worst = random.Random(content_id(prompt)).choice(others) if others else best
-        return pair(best, worst, name) if apart(best, worst) else Drop("no_preference")
+            worst = random.Random(content_id(scored.prompt)).choice(others) if others else best
+        return scored.pair(best, worst) if apart(best, worst) else Drop("no_preference")
+
+
+@dataclass(frozen=True)
+class NoisyPreferences(Format):
+    """{prompt, responses, rewards, finished}, as `ScoredResponses`: one pair, labelled with noise (arXiv 2510.05342).
+
+    The task of MADPO's experiment. `rewards` are the true ones. Two responses are drawn, and i is preferred to j with
+    probability sigma(label_scale (r_i - r_j)): the larger of label_scale * r with Gumbel noise. `quality` says how
+    often a drawn response is replaced by one of the worse half of the row's: never (high), half of the time (medium),
+    always (low). All of it is a function of the prompt and `seed`.
+
+    The pair's own rewards, which an objective may read, are those in the field `rewards_QUALITY`, if it is there: a
+    reward model's that was trained on this quality.
+    """
+
+    quality: str = "high"
+    label_scale: float = 8.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.quality not in QUALITIES:
+            raise ValueError(f"quality must be {', '.join(QUALITIES)}, got {self.quality!r}")
+        if self.label_scale <= 0:
+            raise ValueError(f"label_scale must be positive, got {self.label_scale}")
+
+    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+        scored = Scored.read(row)
+        if problem := role_problem(scored.prompt):
+            return problem
+        n = len(scored.rewards)
+        if n < 4:
+            raise ValueError(f"a row needs at least 4 responses, of which two may be the worse half; this one has {n}")
+        draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
+        first, second = draw.sample(range(n), 2)
+        worse = draw.sample(scored.order[: n // 2], 2)
+        if draw.random() < QUALITIES[self.quality]:
+            first = worse[0] if worse[0] != second else worse[1]
+        if draw.random() < QUALITIES[self.quality]:
+            second = worse[1] if worse[1] != first else worse[0]
+        log_odds = self.label_scale * (scored.rewards[first] - scored.rewards[second])
+        if draw.random() >= 1 / (1 + math.exp(-log_odds)):
+            first, second = second, first
+        prior = row.get(f"rewards_{self.quality}")
+        return scored.pair(first, second, rewards=[None] * n if prior is None else prior)
+
+
+# Of the responses in a pair of `NoisyPreferences`, the share that is replaced by worse ones.
+QUALITIES = {"high": 0.0, "medium": 0.5, "low": 1.0}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of scored responses, checked; `order`: its responses from the lowest reward to the highest."""
+
+    name: str
+    prompt: list[Message]
+    responses: list[str]
+    rewards: list[float]
+    finished: list[bool]
+
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> "Scored":
+        prompt, responses, rewards = as_messages(row["prompt"]), row["responses"], row["rewards"]
+        finished = row.get("finished", [True] * len(responses))
+        if not responses or not len(responses) == len(rewards) == len(finished):
+            raise ValueError("responses, rewards and finished must be lists of one length of at least 1")
+        rewards = [finite(reward, "each of 'rewards'") for reward in rewards]
+        name = str(row["id"]) if "id" in row else content_id(prompt)
+        return cls(name, prompt, responses, rewards, finished)
+
+    @property
+    def order(self) -> list[int]:
+        return sorted(range(len(self.rewards)), key=lambda i: self.rewards[i])
+
+    def pair(self, w: int, l: int, name: str | None = None, rewards: Sequence[float | None] | None = None) -> Pair:
+        given = self.rewards if rewards is None else rewards
+        return Pair(
+            id=name or self.name,
+            prompt=self.prompt,
+            chosen=self.responses[w],
+            rejected=self.responses[l],
+            chosen_finished=self.finished[w],
+            rejected_finished=self.finished[l],
+            chosen_reward=given[w],
+            rejected_reward=given[l],
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import functools
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 
 from prefopt import UserError
-from prefopt.paths import resolve_path
+from prefopt.paths import resolve_path, write_whole
 
 
 class Lacking(UserError):
@@ -23,15 +23,20 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 Row = dict[str, Any]
 
 
-def read_rows(path: str, split: str = "train", revision: str | None = None) -> Iterator[tuple[str, Row]]:
+def read_rows(path: str, split: str | None = "train", revision: str | None = None) -> Iterator[tuple[str, Row]]:
     """Yield ("file, row n", row).
 
     `path` is a file (see SUFFIXES; JSON holds one list), a folder or a hub name. `split` chooses among the splits of a
-    folder or a hub data set. A file is one split, but rows that carry a field `split` are yielded for that split alone.
+    folder or a hub data set. A file is one split, but rows that carry a field `split` are yielded for that split alone;
+    None means all rows of a file.
     Raises UserError, naming file and row, for what is missing, empty or not readable.
     """
     file = resolve_path(path)
     if not path.endswith(SUFFIXES):
+        if split is None:
+            raise UserError(
+                f"{path} is no file ({', '.join(SUFFIXES)}): say which of its splits is meant, by split=NAME"
+            )
         rows = _from_datasets(path, split, revision)
     elif not file.is_file():
         raise UserError(
@@ -45,11 +50,11 @@ def read_rows(path: str, split: str = "train", revision: str | None = None) -> I
     for where, row in rows:
         found = True
         splits.add(row.get("split", split))
-        if row.get("split", split) == split:
+        if split is None or row.get("split", split) == split:
             yield where, row
     if not found:
         raise UserError(f"data file {path} is empty. It must hold at least one row.")
-    if split not in splits:
+    if split is not None and split not in splits:
         raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(map(str, splits)))}.")
 
 
@@ -184,6 +189,13 @@ def cached_commit(path: str, repo_type: str, revision: str | None) -> str | None
 
 def _numbered(path: str, values: Any) -> Iterator[tuple[str, Row]]:
     return ((f"{path}, row {n}", cast(Row, value)) for n, value in enumerate(values, start=1))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """JSON lines, compressed where the name ends in .gz; whole or not at all."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    # mtime=0, so that the same rows give the same file.
+    write_whole(path, gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
 
 
 def _object(where: str, value: Any) -> Row:

@@ -5,18 +5,21 @@ its reference is the same model with the adapter switched off. `peft` is importe
 """
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt import UserError
 from prefopt.config import PeftConfig
+from prefopt.paths import write_json
 
 
 def merge_adapter(model: PreTrainedModel, path: str) -> None:
@@ -65,6 +68,13 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it looks for the base model's config on the hub
         model.save_pretrained(target)
+    if not hasattr(model, "score"):
+        return
+    # The head is trained whole; peft keeps such modules beside the adapter.
+    weights, described = target / "adapter_model.safetensors", target / "adapter_config.json"
+    head = {"base_model.model.score.weight": cast(nn.Linear, model.score).weight.detach().cpu().contiguous()}
+    save_file(load_file(weights) | head, weights, {"format": "pt"})
+    write_json(described, json.loads(described.read_text()) | {"modules_to_save": ["score"], "task_type": "SEQ_CLS"})
 
 
 def merge(model: PreTrainedModel) -> None:

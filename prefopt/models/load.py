@@ -90,6 +90,27 @@ def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
     return _ready(model, device)
 
 
+def load_trained_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
+    """A model whose head `score` of one output has been trained. Raises UserError for any other."""
+    model, lacking = _from_pretrained(AutoModelForSequenceClassification, config)
+    head = getattr(model, "score", None)
+    if lacking or not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+        why = f"lacks {', '.join(lacking[:3])}" if lacking else "has no linear head `score` of one output"
+        raise UserError(
+            f"{config.path} is no reward model that prefopt can read: it {why}. Give the policy/ folder of a run of "
+            "objective=reward, or a sequence-classification model with one label."
+        )
+    return _ready(model, device)
+
+
+def load_custom_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
+    """A reward model with code of its own, which is run. The user has asked for it, for this model."""
+    model, lacking = _from_pretrained(AutoModelForSequenceClassification, config, trust_remote_code=True)
+    if lacking:
+        raise UserError(f"the checkpoint {config.path} lacks {', '.join(lacking[:3])}, which would be random.")
+    return _ready(model, device)
+
+
 def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model in float32, and the names of weights that its checkpoint lacks or holds in another shape."""
     transformers_logging.disable_progress_bar()

@@ -14,26 +14,23 @@ import hashlib
 import importlib.metadata
 import json
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import filelock
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import prefopt
-from prefopt import UserError
+from prefopt import UserError, store
 from prefopt.data.layout import Batch, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.logps import Scorer
-from prefopt.paths import cache_dir, write_whole
+from prefopt.paths import cache_dir
 from prefopt.progress import Bar, say
+from prefopt.store import Store, token_key
 
-SHARD = 1024  # pairs that are computed before they are written
 SPOT_CHECKS = 2  # pairs read from the cache that are computed again
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
@@ -93,25 +90,19 @@ class AdapterOff(Reference):
 
 @dataclass
 class Cached(Reference):
-    """`load` makes the model again, for samples. `sums`, `(pairs, 2)` float32, by the key of each pair."""
+    """`load` makes the model again, for samples. `known` holds, by the key of each pair, the log-probs of its chosen
+    and its rejected completion and how many tokens these have."""
 
     load: Callable[[], PreTrainedModel]
-    sums: Tensor = field(default_factory=lambda: torch.empty(0, 2))
-    lengths: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int32))
-    rows: dict[bytes, int] = field(default_factory=dict)
+    known: Store = field(default_factory=Store)
 
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        found = self.sums[[self.rows[pair_key(p)] for p in pairs]]
-        return found.T.flatten().to(batch.lengths.device, non_blocking=True)
+        sums = self.known.get([pair_key(p) for p in pairs])[:, :2]
+        return sums.T.flatten().to(batch.lengths.device, non_blocking=True)
 
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         yield self.load()
-
-    def add(self, keys: Sequence[bytes], sums: Tensor, lengths: Tensor) -> None:
-        start = len(self.sums)
-        self.sums, self.lengths = torch.cat([self.sums, sums]), torch.cat([self.lengths, lengths])
-        self.rows |= {key: start + i for i, key in enumerate(keys)}
 
 
 def cached(
@@ -129,28 +120,24 @@ def cached(
 
     Raises UserError where a file of the cache is damaged, or some of its pairs do not come out as they are written.
     """
-    folder = cache_folder(weights, layout, score, policy.device)
-    folder.mkdir(parents=True, exist_ok=True)
+    known = Store(cache_folder(weights, layout, score, policy.device), 4)
     # Places in `pairs` and not pairs, which may be more than the memory holds.
     wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
-    with _locked(folder):
-        reference = _read(folder, load)
-        known = [i for key, i in wanted.items() if key in reference.rows]
-        _spot_check(folder, reference, [pairs[i] for i in known[:SPOT_CHECKS]], policy, layout, score)
-        missing = [i for key, i in wanted.items() if key not in reference.rows]
+    with known.locked("reference"):
+        found = [i for key, i in wanted.items() if key in known]
+        _spot_check(known, [pairs[i] for i in found[:SPOT_CHECKS]], policy, layout, score)
+        missing = [i for key, i in wanted.items() if key not in known]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
-            for start in range(0, len(missing), SHARD):
-                shard = [pairs[i] for i in missing[start : start + SHARD]]
-                keys, sums, lengths = [], [], []
+            for start in range(0, len(missing), store.SHARD):
+                shard = [pairs[i] for i in missing[start : start + store.SHARD]]
+                keys, values = [], []
                 for part in layout.micro_batches(shard, micro_batch_tokens, None, SIDES):
                     keys += [pair_key(p) for p in part]
-                    sums.append(_compute(policy, layout, score, part))
-                    lengths.append(torch.tensor([[len(p.chosen), len(p.rejected)] for p in part], dtype=torch.int32))
+                    values.append(_compute(policy, layout, score, part))
                     bar.advance(by=len(part))
-                _write(folder, keys, torch.cat(sums), torch.cat(lengths))
-                reference.add(keys, torch.cat(sums), torch.cat(lengths))
-    say(f"  reference: {len(known)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
-    return reference
+                known.add(keys, torch.cat(values))
+    say(f"  reference: {len(found)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
+    return Cached(load, known)
 
 
 def cache_folder(weights: str, layout: Layout, score: Scorer, device: torch.device) -> Path:
@@ -169,70 +156,26 @@ def cache_folder(weights: str, layout: Layout, score: Scorer, device: torch.devi
 
 def pair_key(pair: TokenizedPair) -> bytes:
     """Of the pair's tokens, whatever data set they come from."""
-    lengths = array("q", [len(pair.prompt), len(pair.chosen), len(pair.rejected)])
-    tokens = array("q", [*pair.prompt, *pair.chosen, *pair.rejected])
-    return hashlib.blake2b(lengths.tobytes() + tokens.tobytes(), digest_size=16).digest()
+    return token_key(pair.prompt, pair.chosen, pair.rejected)
 
 
 @torch.no_grad()
 def _compute(policy: PreTrainedModel, layout: Layout, score: Scorer, pairs: Sequence[TokenizedPair]) -> Tensor:
-    """(B, 2) on the CPU."""
+    """(B, 4) on the CPU: the log-probs of both sides, and their lengths."""
     batch = layout.collate(pairs, SIDES).to(policy.device)
-    return score(policy, batch).sums.view(2, -1).T.cpu()
+    sums = score(policy, batch).sums.view(2, -1).T.cpu()
+    return torch.cat([sums, torch.tensor([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs])], 1)
 
 
 def _spot_check(
-    folder: Path,
-    reference: Cached,
-    known: Sequence[TokenizedPair],
-    policy: PreTrainedModel,
-    layout: Layout,
-    score: Scorer,
+    known: Store, pairs: Sequence[TokenizedPair], policy: PreTrainedModel, layout: Layout, score: Scorer
 ) -> None:
-    for pair in known:
-        row = reference.rows[pair_key(pair)]
-        wrong = (_compute(policy, layout, score, [pair])[0] - reference.sums[row]).abs()
-        lengths = torch.tensor([len(pair.chosen), len(pair.rejected)])
-        if not (wrong <= ROUNDING[score.precision] * lengths).all() or not lengths.equal(reference.lengths[row].long()):
+    for pair in pairs:
+        (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair])
+        wrong, lengths = (computed - written).abs(), computed[2:]
+        if not (wrong[:2] <= ROUNDING[score.precision] * lengths).all() or wrong[2:].any():
             raise UserError(
-                f"the reference log-probs of pair {pair.id} in {folder} are off by {wrong.max():.3g} nats from what "
-                "the model says. They were damaged, or come from a machine that computes differently. Remove the "
-                "folder; they will be made again."
+                f"the reference log-probs of pair {pair.id} in {known.folder} are off by {wrong[:2].max():.3g} nats "
+                "from what the model says. They were damaged, or come from a machine that computes differently. Remove "
+                "the folder; they will be made again."
             )
-
-
-def _read(folder: Path, load_model: Callable[[], PreTrainedModel]) -> Cached:
-    reference = Cached(load_model)
-    for file in sorted(folder.glob("*.safetensors")):
-        data = file.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:24] != file.stem:
-            raise UserError(f"{file} is damaged: its content does not have the digest in its name. Remove it.")
-        tensors = load(data)
-        keys = [row.tobytes() for row in tensors["keys"].numpy()]
-        reference.add(keys, tensors["sums"], tensors["lengths"])
-    return reference
-
-
-def _write(folder: Path, keys: Sequence[bytes], sums: Tensor, lengths: Tensor) -> None:
-    tensors = {
-        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
-        "sums": sums,
-        "lengths": lengths,
-    }
-    data = save(tensors)
-    write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors", data)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of a dead one's."""
-    lock = filelock.FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say("  reference: another job computes it; waiting")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

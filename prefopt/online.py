@@ -1,0 +1,166 @@
+"""Train in stages, each on the policy's own responses: sample, score, pair best with worst, train, and again.
+
+    python -m prefopt.online objective=mappo dataset=sentiment_offline stages=3 steps=8 \\
+        prompts=package://prefopt/data/sentiment_offline.jsonl.gz prompts_split=train
+
+(Iterative DPO, and with objective=mappo MaPPO's online form; arXiv 2507.21183.) The prompts are cut into as many equal
+parts as there are stages, by their content. A stage draws responses to its part from the policy that the stage before
+has left, scores them, and trains on the best against the worst of each prompt, from that policy on.
+
+The folder holds record.json and stage_1, stage_2, ..., each with samples.jsonl.gz, scored.jsonl.gz and a run like any
+other. What is there is not made again, so the same command goes on wherever it was stopped.
+"""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from prefopt import UserError
+from prefopt.config import ModelConfig, OnlineConfig, TrainConfig, build, check_online, parse, resolve_hardware
+from prefopt.data.formats import Message, content_id
+from prefopt.data.sources import digest, read_rows, write_rows
+from prefopt.liveness import UNDER_WAY, state
+from prefopt.program import program
+from prefopt.progress import say
+from prefopt.ranks import world_size
+from prefopt.scorers import RewardScorer
+
+if TYPE_CHECKING:
+    from prefopt.objectives.base import Objective
+    from prefopt.run import Run
+
+
+def parts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
+    """The prompts, each once, in `n` parts whose sizes differ by one at most. Which part a prompt is in depends on the
+    prompts alone, not on their order.
+
+    Raises UserError where there are fewer prompts than parts.
+    """
+    distinct = {content_id("part", prompt): prompt for prompt in prompts}
+    if len(distinct) < n:
+        raise UserError(f"{len(distinct)} different prompts do not suffice for stages={n}.")
+    ordered = [distinct[key] for key in sorted(distinct)]
+    return [ordered[len(ordered) * i // n : len(ordered) * (i + 1) // n] for i in range(n)]
+
+
+def stage_config(config: OnlineConfig, folder: Path, policy: Path | None) -> TrainConfig:
+    """What `prefopt.train` is asked for in the stage in `folder`, which begins from `policy` (None: the first one)."""
+    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    values["dataset"] = dataclasses.replace(config.dataset, train=str(folder / "scored.jsonl.gz"))
+    values["runs_dir"] = str(folder)
+    if policy:
+        # An adapter that the first stage merged into its policy is there already.
+        values["peft"] = dataclasses.replace(config.peft, path=None)
+        values["model"] = ModelConfig(config.model.name, str(policy), None)
+        if config.stage_reference == "initial":
+            values["reference_model"] = config.reference_model or config.model.path
+    return TrainConfig(**values)
+
+
+def run_stage(
+    config: OnlineConfig,
+    objective: "Objective",
+    scorer: RewardScorer,
+    prompts: list[list[Message]],
+    folder: Path,
+    policy: Path | None,
+) -> "Run":
+    """Sample, score and train, as far as that is not done; the finished run."""
+    from prefopt.metrics import mean_and_error
+    from prefopt.sample import draw
+    from prefopt.score import score_rows
+    from prefopt.train import plan, train
+
+    training = stage_config(config, folder, policy)
+    samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
+    where = (config.backend, config.device, config.precision)
+    if not samples.is_file():
+        partial = folder / "samples.partial"
+        say(f"{folder}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
+        n, show = config.samples_per_prompt, config.logger.progress
+        drawn = draw(training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
+        write_rows(samples, [{"prompt": p, **row} for p, row in zip(prompts, drawn, strict=True)])
+        partial.unlink()
+    if not scored.is_file():
+        rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision)
+        # The objective reads `rewards`: as they are, or on [0, 1] where it wants them there.
+        wanted = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
+        write_rows(scored, [row | {"rewards": row[wanted], "raw_rewards": row["rewards"]} for row in rows])
+        mean, error = mean_and_error([r for row in rows for r in row["rewards"]])
+        say(f"{folder}: mean reward {mean:.3f} ± {error:.3f}")
+    planned = plan(training)
+    train(planned)
+    return planned.run
+
+
+def go_on(config: OnlineConfig) -> None:
+    """All stages that are not finished yet."""
+    from prefopt.objectives.base import Objective
+    from prefopt.run import Run
+    from prefopt.sample import read_prompts
+    from prefopt.stop import Interrupted
+
+    objective = build(config.objective, Objective, "objective")  # type: ignore[type-abstract]
+    scorer = build(config.scorer, RewardScorer, "scorer")  # type: ignore[type-abstract]
+    if "rejected" not in objective.sides or objective.trains == "reward_model":
+        raise UserError(
+            f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
+        )
+    _, prompts = read_prompts(config.prompts, config.prompts_split)
+    stages = parts(prompts, config.stages)
+    places = {"prompts": (config.prompts, config.prompts_split or "train"),
+              "heldout": (config.dataset.heldout, config.dataset.heldout_split)}  # fmt: skip
+    run = Run(
+        config, f"online-{objective.name}", {k: digest(path, split) for k, (path, split) in places.items() if path}
+    )
+    if run.finished:
+        say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+        return
+    if run.record["status"] == "running" and state(run.record) in UNDER_WAY:
+        raise UserError(f"{run.folder} is under way already, as process {run.record['pid']}. Wait for it, or stop it.")
+    began = time.monotonic()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.start(stages=[])
+    evaluations: list[dict[str, Any]] = []
+    policy: Path | None = None
+    try:
+        for n, part in enumerate(stages, start=1):
+            done = run_stage(config, objective, scorer, part, run.folder / f"stage_{n}", policy)
+            policy = done.policy_folder
+            # The first evaluation of a later stage is the last of the one before.
+            found = done.record["evaluations"][bool(evaluations) :]
+            evaluations += [row | {"step": row["step"] + (n - 1) * config.steps, "stage": n} for row in found]
+            told = {"stage": n, "prompts": len(part), "run": str(done.folder), "policy": str(policy)}
+            told |= {key: done.record[key] for key in ("data", "initial_weights", "final_weights")}
+            run.update(stages=[*run.record["stages"], told])
+    except (Interrupted, KeyboardInterrupt) as error:
+        run.interrupt(str(error) or "Ctrl-C")
+        raise
+    except Exception:
+        run.fail(traceback.format_exc())
+        raise
+    first = run.record["stages"][0]["initial_weights"]
+    run.finish(evaluations=evaluations, initial_weights=first, seconds=time.monotonic() - began)
+    say(f"{run.folder}: finished; the policy is in {policy}")
+
+
+@program("online")
+def main(cfg: DictConfig) -> None:
+    config = parse(cfg, OnlineConfig)
+    if HydraConfig.get().runtime.choices["launcher"] != "local":
+        raise UserError("prefopt.online runs here, stage by stage: leave `launcher` out.")
+    if world_size() > 1:
+        raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
+    check_online(config)
+    resolve_hardware(config)
+    go_on(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Where rewards come from: a reward model, an oracle, or columns that the rows already have. One dataclass each, named
+by a YAML in conf/scorer."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import prefopt
+from prefopt import UserError, store
+from prefopt.config import ModelConfig, micro_batch_tokens
+from prefopt.data.formats import Message, finite
+from prefopt.paths import cache_dir
+from prefopt.posthoc.oracle import Oracle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Request:
+    """A response to score: `key` says which of its row's it is, "chosen", "rejected" or its number, and `where` what to
+    call the row in a message. A response that is not `finished` was cut off, and gets no terminator."""
+
+    row: dict[str, Any]
+    key: str | int
+    prompt: list[Message]
+    response: str
+    finished: bool
+    where: str
+
+
+class RewardScorer(ABC):
+    @abstractmethod
+    def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
+        """Raises UserError for what cannot be scored."""
+
+    def probability(self, reward: float) -> float:
+        """The same on [0, 1], for objectives that want it there: sigma(r), unless r is there already."""
+        return 1 / (1 + math.exp(-reward)) if reward >= 0 else math.exp(reward) / (1 + math.exp(reward))
+
+
+@dataclass(frozen=True)
+class OracleScorer(RewardScorer):
+    """An oracle's rewards, which lie in [0, 1]."""
+
+    oracle: Oracle
+
+    def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
+        return [self.oracle(r.prompt, r.response) for r in requests]
+
+    def probability(self, reward: float) -> float:
+        return reward
+
+
+@dataclass(frozen=True)
+class Columns(RewardScorer):
+    """Numbers that the rows carry in the fields `chosen` and `rejected`, or, one for each response, in the list
+    `responses`; a dot leads into a nested object. `scale`: the lowest and the highest there can be."""
+
+    chosen: str = "score_chosen"
+    rejected: str = "score_rejected"
+    responses: str = "scores"
+    scale: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not (len(self.scale) == 2 and self.scale[0] < self.scale[1]):
+            raise ValueError(f"scale must be [lowest, highest], is {self.scale}")
+
+    def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
+        return [self._reward(r) for r in requests]
+
+    def _reward(self, request: Request) -> float:
+        field = getattr(self, request.key if isinstance(request.key, str) else "responses")
+        value: Any = request.row
+        try:
+            for key in field.split("."):
+                value = value[key]
+            value = finite(value if isinstance(request.key, str) else value[request.key], f"field {field!r}")
+        except (KeyError, TypeError, IndexError):
+            raise UserError(
+                f"{request.where} has no number {field!r} (its fields: {', '.join(request.row)}). Name the fields by "
+                "scorer.chosen and scorer.rejected, or scorer.responses."
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{request.where}: {error}.") from None
+        if self.scale is not None and not self.scale[0] <= value <= self.scale[1]:
+            raise UserError(f"{request.where}: {field} {value:g} is outside scorer.scale={self.scale}.")
+        return value
+
+    def probability(self, reward: float) -> float:
+        if self.scale is None:
+            return super().probability(reward)
+        return (reward - self.scale[0]) / (self.scale[1] - self.scale[0])
+
+
+@dataclass(frozen=True)
+class RewardModel(RewardScorer):
+    """A sequence-classification head of one output, on the last token of the conversation as the reward model's own
+    tokenizer and template write it. `ends_with` says which token that is: the response's `terminator`, as in the reward
+    models that prefopt trains, or the last one that the `template` writes, as in most on the hub.
+
+    Scores are kept in the user's cache by weights and tokens.
+    """
+
+    path: str
+    ends_with: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ends_with not in ("terminator", "template"):
+            raise ValueError(f"ends_with must be terminator or template, is {self.ends_with!r}")
+
+    def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
+        from prefopt.models.load import check_vocabulary, load_tokenizer, weights_digest
+        from prefopt.progress import Bar, say
+
+        tokenizer = load_tokenizer(self._model)
+        texts = [self._encode(tokenizer, r) for r in requests]
+        keys = [store.token_key(tokens) for tokens in texts]
+        wanted = dict(zip(keys, texts, strict=True))
+        model = self._load(device)
+        check_vocabulary(model, tokenizer)
+        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+        for request, tokens in zip(requests, texts, strict=True):
+            if len(tokens) > limit:
+                raise UserError(
+                    f"{request.where}: response {request.key} and its prompt have {len(tokens)} tokens, and the reward "
+                    f"model {self.path} reads {limit}. Leave the row out, or take another reward model."
+                )
+        known = store.Store(self._cache_folder(weights_digest(model), precision, model.device.type), 1)
+        with known.locked("rewards"):
+            # From long to short, so that what is computed together is of similar length.
+            missing = sorted((k for k in wanted if k not in known), key=lambda k: len(wanted[k]), reverse=True)
+            with Bar("rewards", len(missing), show and bool(missing)) as bar:
+                for start in range(0, len(missing), store.SHARD):
+                    shard = missing[start : start + store.SHARD]
+                    known.add(shard, self._compute(model, [wanted[k] for k in shard], precision, bar))
+        say(f"  rewards: {len(wanted) - len(missing)} of {len(wanted)} from the cache, {len(missing)} computed")
+        return known.get(keys)[:, 0].tolist()
+
+    @property
+    def _model(self) -> ModelConfig:
+        return ModelConfig(self.path, self.path, self.revision)
+
+    def _load(self, device: str) -> "PreTrainedModel":
+        from prefopt.models.load import load_trained_reward_model
+
+        return load_trained_reward_model(self._model, device)
+
+    def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> list[int]:
+        from prefopt.data.tokenize import encode, encode_completion, render
+
+        if self.ends_with == "terminator":
+            return encode_completion(tokenizer, request.prompt, request.response, request.finished)
+        answered = [*request.prompt, {"role": "assistant", "content": request.response}]
+        return encode(tokenizer, [render(tokenizer, answered, False)])[0]
+
+    def _compute(self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any) -> "Tensor":
+        """(len(texts), 1)."""
+        import torch
+
+        from prefopt.data.tokenize import TokenizedPair
+        from prefopt.logps import autocast, completion_rewards
+        from prefopt.models.probe import choose_layout
+
+        # As pairs without a rejected side; what counts as prompt is of no account.
+        pairs = [TokenizedPair(str(i), tokens[:1], tokens[1:], []) for i, tokens in enumerate(texts)]
+        layout = choose_layout("packed", model, pairs, precision)
+        found = torch.empty(len(texts), 1)
+        with torch.no_grad(), autocast(model.device, precision):
+            for part in layout.micro_batches(pairs, micro_batch_tokens(model.device.type), None, ("chosen",)):
+                rewards = completion_rewards(model, layout.collate(part, ("chosen",)).to(model.device))
+                found[[int(p.id) for p in part], 0] = rewards.float().cpu()
+                bar.advance(by=len(part))
+        return found
+
+    def _cache_folder(self, weights: str, precision: str, device: str) -> Path:
+        """Named by all that decides a score besides the tokens."""
+        root = Path(prefopt.__file__).parent
+        code = [root / name for name in ("scorers.py", "logps.py", "segments.py", "data/layout.py")]
+        parts = [
+            type(self).__qualname__,
+            weights,
+            precision,
+            device,
+            [importlib.metadata.version(name) for name in ("torch", "transformers")],
+            [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
+        ]
+        return cache_dir() / "rewards" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class CustomRewardModel(RewardModel):
+    """A reward model whose forward pass is code that comes with it, and whose output has the reward of each row as
+    `score` (ArmoRM). One response is computed at a time, so that no padding can matter."""
+
+    ends_with: str = "template"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.trust_remote_code:
+            raise ValueError(
+                f"trust_remote_code: {self.path} runs Python code that comes with the model. Read it, and if you trust "
+                "it set scorer.trust_remote_code=true."
+            )
+
+    def _load(self, device: str) -> "PreTrainedModel":
+        from prefopt.models.load import load_custom_reward_model
+
+        return load_custom_reward_model(self._model, device)
+
+    def _compute(self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any) -> "Tensor":
+        import torch
+
+        from prefopt.logps import autocast
+
+        found = torch.empty(len(texts), 1)
+        with torch.no_grad(), autocast(model.device, precision):
+            for i, tokens in enumerate(texts):
+                row = torch.tensor([tokens], device=model.device)
+                score = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
+                if score is None or score.numel() != 1:
+                    raise UserError(f"the output of {self.path} has no `score` of one number. It is no such model.")
+                found[i, 0] = score.float().cpu().view(())
+                bar.advance()
+        return found

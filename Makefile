@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow slurm-test lint bench clean-demo
+.PHONY: help setup demo test test-slow slurm-test lint bench clean-demo mappo madpo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,12 @@ demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; table and figu
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
+
+mappo: setup ## MaPPO offline on the embedded task, in miniature; tables in results/mappo
+	scripts/mappo.sh
+
+madpo: setup ## MADPO's experiment on the embedded task, in miniature; tables in results/madpo
+	scripts/madpo.sh
 
 test: setup ## the tests (a few minutes)
 	$(BIN)/python -m pytest

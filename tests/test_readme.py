@@ -13,10 +13,12 @@ from hydra.core.plugins import Plugins
 
 from prefopt.config import (
     DataReportConfig,
+    OnlineConfig,
     PrefetchConfig,
     ReportConfig,
     RunsConfig,
     SampleConfig,
+    ScoreConfig,
     TrainConfig,
     build,
     check,
@@ -33,7 +35,9 @@ README = (ROOT / "README.md").read_text()
 YAMLS = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")])
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "online": OnlineConfig,
     "sample": SampleConfig,
+    "score": ScoreConfig,
     "report": ReportConfig,
     "runs": RunsConfig,
     "prefetch": PrefetchConfig,

@@ -90,6 +90,7 @@ class PeftConfig:
     alpha: int = MISSING
     dropout: float = MISSING
     path: str | None = None
+    quantize: bool = MISSING
 
 
 @dataclass
@@ -364,6 +365,24 @@ def check(config: TrainConfig) -> None:
         (
             config.engine.name == "single" or not config.optimizer.eight_bit,
             "optimizer=adamw_8bit and engine=zero2 do not go together; use optimizer=adamw",
+        ),
+        (
+            not config.peft.quantize or bool(config.peft.target_modules),
+            "peft.quantize freezes the weights in 4 bits, and there is no adapter to train: add peft=lora_attention or "
+            "peft=lora_attention_mlp",
+        ),
+        (
+            not config.peft.quantize or config.peft.path is None,
+            "peft.quantize and peft.path do not go together: merge the adapter into a checkpoint first (the policy/ of "
+            "the run that made it is one)",
+        ),
+        (
+            not config.peft.quantize or config.reference != "resident",
+            "peft.quantize: use reference=cached or adapter_off, which need no second copy",
+        ),
+        (
+            not config.peft.quantize or config.engine.name == "single",
+            "peft.quantize and engine=zero2 do not go together",
         ),
         (config.peft.r >= 1, f"peft.r must be at least 1, is {config.peft.r}"),
         (config.peft.alpha >= 1, f"peft.alpha must be at least 1, is {config.peft.alpha}"),

@@ -9,6 +9,7 @@ started by a launcher (prefopt/launch.py).
 
 import functools
 import importlib.metadata
+import importlib.util
 import math
 import os
 import shutil
@@ -72,12 +73,16 @@ def plan(config: TrainConfig) -> Plan:
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
-    check_optimizer(config.optimizer, config.device)
+    check_optimizer(config.optimizer)
     check_engine(config.engine, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
     if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
         raise UserError(f"peft.path={config.peft.path} is no adapter: it holds no adapter_config.json.")
+    if config.peft.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("peft.quantize needs the package bitsandbytes: pip install 'prefopt[bitsandbytes]'")
+    if config.peft.quantize and objective.trains == "reward_model":
+        raise UserError(f"objective {objective.name} cannot be trained on weights of 4 bits: set peft.quantize=false.")
     if config.patience is not None and not has_heldout(config.dataset):
         raise UserError("patience watches the held-out loss, and dataset.heldout is null: give a file")
     if config.reference_model and objective.trains == "reward_model":
@@ -188,7 +193,10 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     began = time.monotonic()
     if config.device == "cpu":
         keep_freed_memory()
-    policy = (load_reward_model if reward_model else load_model)(config.model, config.device)
+    if reward_model:
+        policy = load_reward_model(config.model, config.device)
+    else:
+        policy = load_model(config.model, config.device, config.precision if config.peft.quantize else None)
     if config.compile:
         compile_layers(policy)
     check_vocabulary(policy, tokenizer)
@@ -236,7 +244,13 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         return
     if config.peft.target_modules:
         save_adapter(policy, run.folder / "adapter")
-        merge(policy)
+        if (
+            config.peft.quantize
+        ):  # into the weights as they are in the checkpoint: those of 4 bits would be rounded again
+            policy = load_model(config.model, "cpu")
+            merge_adapter(policy, str(run.folder / "adapter"))
+        else:
+            merge(policy)
     export(policy, tokenizer, run.policy_folder)
     run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -297,7 +311,8 @@ def load_initial(config: TrainConfig, layout: "Layout") -> "PreTrainedModel":
     from prefopt.segments import use_segments
 
     other = config.reference_model
-    model = load_model(ModelConfig(other, other, None) if other else config.model, config.device)
+    quantize = config.precision if config.peft.quantize and not other else None
+    model = load_model(ModelConfig(other, other, None) if other else config.model, config.device, quantize)
     if config.peft.path and not other:
         merge_adapter(model, config.peft.path)
     if layout.name == "packed":

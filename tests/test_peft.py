@@ -15,13 +15,14 @@ from prefopt.engine import Engine
 from prefopt.logps import Scorer, completion_rewards
 from prefopt.loop import accumulate_gradients, evaluate_pairs, train_step
 from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, save_adapter, training
-from prefopt.models.load import load_model
+from prefopt.models.load import load_model, weights_digest
+from prefopt.models.reference import AdapterOff
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.reward import Reward
 from prefopt.segments import use_segments
 from tests.test_loop import job
-from tests.tiny import records, run_program, tiny_model
+from tests.tiny import records, run_program, save_tiny, tiny_model
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 
@@ -236,7 +237,10 @@ def test_every_reference_gives_the_same_run(overrides, tmp_path):
         (["reference=adapter_off"], "reference=adapter_off is the policy without its adapter, and there is none"),
         (["peft.path=nowhere"], "peft.path=nowhere is no adapter"),
         (["peft=lora_attention", "peft.dropout=1"], "peft.dropout must be in"),
-        (["optimizer=adamw_8bit"], "optimizer=adamw_8bit needs a GPU"),
+        (["peft.quantize=true"], "there is no adapter to train"),
+        (["peft=lora_attention", "peft.quantize=true", "reference=resident"], "use reference=cached or adapter_off"),
+        (["peft=lora_attention", "peft.quantize=true", "engine=zero2"], "peft.quantize and engine=zero2"),
+        (["peft=lora_attention", "peft.quantize=true", "objective=reward"], "cannot be trained on weights of 4 bits"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(options, message, overrides, tmp_path):
@@ -253,3 +257,55 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, overrides):
     process = run_program(*overrides(tmp_path / "runs"), f"peft.path={tmp_path / 'adapter'}")
     assert process.returncode == 2, process.stderr
     assert "cannot be loaded into the model" in process.stderr
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """The tiny model with weights of 4 bits, and a dense one that has exactly the rounded weights."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+
+    config = ModelConfig("tiny", str(save_tiny(tmp_path / "four_bits")), None)
+    small, dense = load_model(config, "cpu", "float32"), load_model(config, "cpu")
+    rounded = {name: p for name, p in small.named_parameters() if hasattr(p, "quant_state")}
+    assert len(rounded) == 14  # seven matrices in each of two layers, and neither embedding nor norms
+    for name, p in rounded.items():
+        values = dequantize_4bit(p.data, p.quant_state)
+        assert not torch.allclose(values, dense.get_parameter(name), atol=1e-4)
+        dense.get_parameter(name).data.copy_(values)
+    return small, dense
+
+
+def test_an_adapter_on_weights_of_4_bits_is_one_on_the_rounded_weights(quantized, tmp_path):
+    """Also after an evaluation, in which bitsandbytes would pack the weights anew."""
+    losses, digests = [], []
+    for policy in quantized:
+        j = job(DPO(0.5), tmp_path)
+        j.layout = LAYOUTS["packed"]
+        use_segments(policy)
+        digests.append(weights_digest(policy))
+        add_adapter(policy, lora(), seed=0)
+        j.engine, j.reference = Engine(policy, j.config.optimizer), AdapterOff(policy, Scorer("float32"))
+        assert evaluate_pairs(j, 0, j.heldout_pairs)["chosen_logratio"] == 0
+        losses.append(
+            [loss for n in range(3) for loss in (*steps(j, n, n + 1), evaluate_pairs(j, 1, j.heldout_pairs)["loss"])]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    assert digests[0] == digests[1]
+
+
+def test_a_run_on_weights_of_4_bits_exports_the_adapter_and_the_merged_whole_weights(overrides, tiny_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    process = run_program(*overrides(tmp_path), "peft=lora_attention", "peft.quantize=true", "optimizer=adamw_8bit")
+    assert process.returncode == 0, process.stderr
+    assert "policy = reference (largest |log-ratio| 0)" in process.stderr
+    (record,) = records(tmp_path)
+    folder = tmp_path / record["name"]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32)
+    changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    base.load_adapter(str(folder / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-5)

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,12 +54,23 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def load_model(config: ModelConfig, device: str) -> PreTrainedModel:
-    """Float32 weights in evaluation mode, with every dropout probability at 0, on `device`.
+def load_model(config: ModelConfig, device: str, quantize: str | None = None) -> PreTrainedModel:
+    """Float32 weights in evaluation mode, with every dropout probability at 0, on `device`. `quantize`: the weights of
+    the linear layers but the head in 4 bits (NF4, with quantized scales; Dettmers et al. 2023, arXiv 2305.14314), to
+    be computed with in this precision.
 
     Raises UserError for a model that cannot be found.
     """
-    model, lacking = _from_pretrained(AutoModelForCausalLM, config)
+    changes: dict[str, Any] = {}
+    if quantize:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, quantize),
+        )
+        changes = {"quantization_config": four_bits, "device_map": {"": device}}
+    model, lacking = _from_pretrained(AutoModelForCausalLM, config, **changes)
     if lacking:
         raise UserError(
             f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
@@ -133,7 +145,11 @@ def _ready(model: torch.nn.Module, device: str) -> Any:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention modules
-    return model.to(device).eval()
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack weights of 4 bits anew when it first computes without gradient, with coarser
+            # scales, and could not differentiate afterwards.
+            module.support_avx512bf16_for_cpu = False
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -159,6 +175,10 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
+        if hasattr(parameter, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            parameter = dequantize_4bit(parameter.data, parameter.quant_state)
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

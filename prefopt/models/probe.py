@@ -26,10 +26,12 @@ def choose_layout(
     of `pairs`, with a line that says why. A reward model has no log-probs, and its head is zero at first: there the
     last hidden states are compared.
 
-    On a CPU the comparison is made in float32, on a GPU, whose kernel for packed rows knows no float32, in `precision`.
+    On a CPU the comparison is made in float32; on a GPU, whose kernel for packed rows knows no float32, and of a model
+    with quantized weights, which are computed with in `precision`, in that.
     Raises UserError if not even padded rows give those numbers.
     """
-    precision = precision if model.device.type == "cuda" else "float32"
+    if model.device.type == "cpu" and not getattr(model, "is_quantized", False):
+        precision = "float32"
     pair = max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
     group = Group(pair.prompt, [c for c in (pair.chosen, pair.rejected) if c])
     original = model.config._attn_implementation

@@ -1,6 +1,6 @@
 """Train in stages, each on the policy's own responses: sample, score, pair best with worst, train, and again.
 
-    python -m prefopt.online objective=mappo dataset=sentiment_offline stages=3 steps=8 \\
+    python -m prefopt.online objective=mappo dataset=sentiment_offline scorer=vader stages=3 steps=8 \\
         prompts=package://prefopt/data/sentiment_offline.jsonl.gz prompts_split=train
 
 (Iterative DPO, and with objective=mappo MaPPO's online form; arXiv 2507.21183.) The prompts are cut into as many equal

@@ -25,7 +25,7 @@ for method in dpo "mappo objective/base=dpo"; do
     lr=$($python -m prefopt.runs runs_dir=runs/mappo/tuning "name=$name-*" best=optimizer.lr)
     for seed in 0 1 2; do
         # shellcheck disable=SC2086
-        $python -m prefopt.online objective=$method dataset=sentiment_offline "prompts=$prompts" stages=3 steps=8 \
+        $python -m prefopt.online objective=$method dataset=sentiment_offline scorer=vader "prompts=$prompts" stages=3 steps=8 \
             batch_size=8 eval_every=8 heldout_pairs=32 "optimizer.lr=$lr" "seed=$seed" runs_dir=runs/mappo/online
     done
 done

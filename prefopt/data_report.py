@@ -34,7 +34,7 @@ from prefopt.data.dataset import check_dataset, load_split, prompt_of, sources, 
 from prefopt.data.formats import Message, as_messages
 from prefopt.data.sources import read_rows
 from prefopt.figures import COLOURS, plotting, save
-from prefopt.paths import write_whole
+from prefopt.paths import resolve_path, write_whole
 from prefopt.program import program
 from prefopt.progress import say
 
@@ -169,9 +169,12 @@ def prompt_key(prompt: Iterable[Message]) -> str:
 
 
 def evaluation_keys(path: str) -> list[str]:
-    """The prompts of an evaluation file. Raises UserError for a row without a usable `prompt` or `instruction`."""
+    """The prompts of an evaluation file, all its rows, or of the split "train" of a folder or hub data set.
+
+    Raises UserError for a row without a usable `prompt` or `instruction`.
+    """
     keys = []
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, None if resolve_path(path).is_file() else "train"):
         name = next((name for name in ("prompt", "instruction") if name in row), None)
         if name is None:
             raise UserError(f"{where} has no field 'prompt' or 'instruction' (its fields: {', '.join(row) or 'none'}).")

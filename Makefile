@@ -30,8 +30,8 @@ mappo: setup ## MaPPO offline on the embedded task, in miniature; tables in resu
 madpo: setup ## MADPO's experiment on the embedded task, in miniature; tables in results/madpo
 	scripts/madpo.sh
 
-test: setup ## the tests (a few minutes)
-	$(BIN)/python -m pytest
+test: setup ## the tests (a few minutes), in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup ## the tests that train or sample the real SmolLM2-135M, or train in several processes
 	$(BIN)/python -m pytest -m slow

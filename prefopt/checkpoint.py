@@ -46,6 +46,8 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
     """Write what `AutoModelForCausalLM.from_pretrained(target)` and `AutoTokenizer` load."""
     aside = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    if policy.device.type == "cpu":  # what saves imports deepspeed where it is installed, which else warns of it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     policy.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(target, ignore_errors=True)

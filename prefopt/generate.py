@@ -49,7 +49,7 @@ class _GumbelNoise(LogitsProcessor):
             return scores
         scores = scores.float() / self.temperature
         if self.nucleus:
-            scores = self.nucleus(input_ids, scores)  # type: ignore[arg-type]  # its annotations are older than torch's
+            scores = self.nucleus(input_ids, scores)
         noise = torch.empty_like(scores)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)

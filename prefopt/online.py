@@ -106,8 +106,8 @@ def go_on(config: OnlineConfig) -> None:
     from prefopt.sample import read_prompts
     from prefopt.stop import Interrupted
 
-    objective = build(config.objective, Objective, "objective")  # type: ignore[type-abstract]
-    scorer = build(config.scorer, RewardScorer, "scorer")  # type: ignore[type-abstract]
+    objective = build(config.objective, Objective, "objective")
+    scorer = build(config.scorer, RewardScorer, "scorer")
     if "rejected" not in objective.sides or objective.trains == "reward_model":
         raise UserError(
             f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."

@@ -76,7 +76,7 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, ScoreConfig)
     check_hardware(config)
     resolve_hardware(config)
-    scorer = build(config.scorer, RewardScorer, "scorer")  # type: ignore[type-abstract]
+    scorer = build(config.scorer, RewardScorer, "scorer")
     rows = list(read_rows(config.input, config.split))
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of scoring

@@ -284,7 +284,7 @@ def make_reference(
     if config.reference_model:
         model = load_initial(config, layout)
         digest = weights_digest(model)
-        if model.get_input_embeddings().weight.shape[0] != policy.get_input_embeddings().weight.shape[0]:
+        if model.config.vocab_size != policy.config.vocab_size:
             raise UserError(
                 f"reference_model={config.reference_model} has another vocabulary than the policy: give a model of the "
                 "same family."

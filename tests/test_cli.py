@@ -54,7 +54,7 @@ CASES = {
     "device": (["device=cuda:7"], ["device 'cuda:7' is not there", "auto, cpu"]),
     "precision": (["precision=float16"], ["precision must be auto, bfloat16 or float32"]),
     "layout": (["layout=dense"], ["layout must be packed or prefix_shared or padded, is 'dense'"]),
-    "temperature": (["sampling.temperature=0"], ["sampling.temperature must be positive"]),
+    "temperature": (["sampling.temperature=-1"], ["sampling.temperature must not be negative"]),
     "warm-up": (["schedule.warmup=2"], ["schedule.warmup must be a share"]),
     "missing value": (["dataset=jsonl", "dataset.name=x"], ["no value for dataset.train", "dataset.train=VALUE"]),
     "missing file": (["dataset=jsonl", "dataset.train=no.jsonl"], ["data file no.jsonl does not exist"]),

@@ -218,6 +218,8 @@ def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tin
     assert rows[0]["chosen_logps"] == pytest.approx(final["chosen_logps"], abs=1e-3)
     assert rows[0]["chosen_logratio"] == pytest.approx(0, abs=1e-4)
     assert second["initial_weights"] == record["final_weights"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / second["name"] / "policy", dtype=torch.float32)
+    assert weights_digest(exported) == second["final_weights"] != record["final_weights"]
 
 
 def test_every_reference_gives_the_same_run(overrides, tmp_path):

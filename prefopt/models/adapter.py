@@ -25,10 +25,13 @@ from prefopt.paths import write_json
 def merge_adapter(model: PreTrainedModel, path: str) -> None:
     """Add the adapter in folder `path` to the weights of `model`. Raises UserError for one that does not fit."""
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    conversions = getattr(model, "_weight_conversions", None)
     try:
         model.load_adapter(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"peft.path={path} cannot be loaded into the model: {str(error).splitlines()[0]}") from None
+    # transformers keeps how the adapter's names were read, and would write the model's own names by it.
+    model._weight_conversions = conversions  # type: ignore[assignment]  # a list
     merge(model)
     changed = [name for name, p in model.named_parameters() if dtypes.get(name) != p.dtype]
     assert not changed, changed

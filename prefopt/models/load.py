@@ -148,7 +148,7 @@ def _ready(model: torch.nn.Module, device: str) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would pack weights of 4 bits anew when it first computes without gradient, with coarser
             # scales, and could not differentiate afterwards.
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
 
 
@@ -175,11 +175,12 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
+        values = parameter.detach()
         if hasattr(parameter, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
 
-            parameter = dequantize_4bit(parameter.data, parameter.quant_state)
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            values = dequantize_4bit(values, parameter.quant_state)
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

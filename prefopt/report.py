@@ -321,8 +321,11 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             members = [r for r in sampled if _panel(r) == panel]
             start = members[0]["evaluations"][0]["oracle_reward"]
             axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label="initial policy", zorder=1)
+            # Of many runs only what has a colour and a marker of its own is told apart.
+            few, named = len(members) <= 8, set()
             for record in members:
                 points = record["evaluations"]
+                name = names[record["name"]] if few else " ".join(names[record["name"]].split(" ")[:2])
                 marker = markers[record["objective"], beta(record)]
                 hollow = MARKERS.index(marker) % 2 == 1
                 axis.errorbar(
@@ -338,12 +341,13 @@ def draw(records: list[Record], output: Path) -> list[Path]:
                     linewidth=1.4,
                     elinewidth=0.8,
                     alpha=0.9,
-                    label=names[record["name"]],
+                    label=None if name in named else name,
                 )
+                named.add(name)
             axis.set_xlabel("KL to the reference (nats per response)")
             axis.set_ylabel("oracle reward (mean over held-out prompts)")
             axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
-            if len(members) <= 8:
+            if few:
                 axis.legend(frameon=False, fontsize=8)
             else:
                 axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

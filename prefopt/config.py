@@ -199,6 +199,23 @@ class ScoreConfig:
 
 
 @dataclass
+class HarnessConfig:
+    """What `python -m prefopt.harness` reads (conf/harness.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    run: str | None = None
+    tasks: Any = MISSING
+    checkpoints: str = MISSING
+    output: str | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = MISSING
+    limit: int | None = None
+    batch_size: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+@dataclass
 class ReportConfig:
     """What `python -m prefopt.report` reads (conf/report.yaml)."""
 
@@ -248,6 +265,7 @@ def register() -> None:
     store.store(name="online_schema", node=OnlineConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="score_schema", node=ScoreConfig)
+    store.store(name="harness_schema", node=HarnessConfig)
     store.store(name="report_schema", node=ReportConfig)
     store.store(name="runs_schema", node=RunsConfig)
     store.store(name="prefetch_schema", node=PrefetchConfig)
@@ -445,13 +463,13 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
     return problems
 
 
-def check_hardware(config: ScoreConfig) -> None:
+def check_hardware(config: ScoreConfig | HarnessConfig) -> None:
     """Raise UserError for a device or a precision that there is not."""
     if problems := _hardware_problems(config):
         raise UserError("\n".join(problems))
 
 
-def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig) -> None:
+def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig) -> None:
     """Replace device=auto, precision=auto and micro_batch_tokens=0 by what they mean on this machine, so that records
     name it.
 
@@ -486,7 +504,7 @@ def _sampling_problems(sampling: SamplingConfig) -> list[str]:
     return [message for holds, message in rules if not holds]
 
 
-def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig) -> list[str]:
+def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig) -> list[str]:
     import torch
 
     problems = []

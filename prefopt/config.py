@@ -143,6 +143,7 @@ class TrainConfig:
     gradient_checkpointing: bool = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
+    export_every: int | None = None
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
@@ -352,6 +353,10 @@ def check(config: TrainConfig) -> None:
         (
             config.heldout_pairs is None or config.heldout_pairs >= 1,
             "heldout_pairs must be at least 1, or null for all",
+        ),
+        (
+            config.export_every is None or config.export_every >= 1,
+            "export_every must be at least 1 optimizer step, or null for the last policy alone",
         ),
         (
             config.patience is None or config.patience >= 1,

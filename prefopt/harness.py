@@ -6,12 +6,13 @@
     python -m prefopt.harness model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct output=results/qwen tasks=mappo
 
 A checkpoint is loaded once for all tasks; a task is asked by itself, so its figures do not depend on which others are
-asked for, and are those of `lm-eval run` with the same arguments. What is recorded is not computed again: the records lie
-in RUN/harness (or `output`), named by checkpoint, task and settings.
+asked for, and are those of `lm-eval run` with the same arguments. What is recorded is not computed again: the records
+lie in RUN/harness (or `output`), named by checkpoint, task and settings.
 """
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -100,8 +101,8 @@ def preflight(names: list[str]) -> dict[str, Any]:
             problems.append(f"task {name} cannot be loaded: {reason}")
     if problems:
         hint = (
-            "Names: lm-eval ls tasks. Fetch the data on a machine with network: python -m prefopt.prefetch "
-            f"tasks=[{','.join(names)}]"
+            "`lm-eval ls tasks` lists the names. Missing data are fetched by running the same tasks once, with "
+            "limit=1, on a machine with network and the same HF_HOME."
         )
         raise UserError("\n".join([*problems, hint]))
     return loaded
@@ -182,7 +183,6 @@ def first_request(lm: "HFLM", sample: dict[str, Any]) -> dict[str, Any]:
 def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
-    # A policy/ folder of ours, or any other that transformers loads, in the precision as lm-eval's dtype argument has it.
     return HFLM(
         pretrained=checkpoint.path,
         revision=checkpoint.revision or "main",
@@ -226,6 +226,17 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, HarnessConfig)
     check_hardware(config)
     resolve_hardware(config)
+    problems = [f"checkpoints must be final or all, is {config.checkpoints!r}"] * (
+        config.checkpoints not in ("final", "all")
+    )
+    problems += [f"batch_size must be at least 1, is {config.batch_size}"] * (config.batch_size < 1)
+    problems += [f"limit must be at least 1, or null, is {config.limit}"] * (
+        config.limit is not None and config.limit < 1
+    )
+    if problems:
+        raise UserError("\n".join(problems))
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("prefopt.harness needs the package lm-eval: pip install 'prefopt[evaluation]'")
     found, folder = checkpoints(config)
     names, how = task_names(config), settings(config)
     todo = {c: [t for t in names if not record_file(folder, c, t, how).is_file()] for c in found}

@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ STEP0_TOLERANCE = 1e-3
 @dataclass
 class Job:
     """Everything one run needs. `reference` is None where a reward model is trained; `prompts` are the held-out ones;
-    `state` is the objective's."""
+    `export` writes the policy as it is into a folder; `state` is the objective's."""
 
     config: TrainConfig
     run: Run
@@ -56,6 +57,7 @@ class Job:
     prompts: list[list[Message]]
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
+    export: Callable[[Path], Any] | None = None
     state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +146,10 @@ def train(job: Job) -> list[dict[str, Any]]:
                     state = engine.state() | {"objective": job.state} | best.state()
                     if is_first():
                         save_checkpoint(run.checkpoints, done, state, best.meta())
+                    wait()
+                if job.export and config.export_every and done % config.export_every == 0 and not over:
+                    if is_first():
+                        job.export(run.folder / "policies" / f"step_{done:07d}")
                     wait()
                 if leave:
                     raise stop.Interrupted(f"saved after step {done} of {config.steps}")

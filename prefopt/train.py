@@ -225,6 +225,22 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     else:
         engine = Engine(policy, config.optimizer)
     prompts = data["heldout"].prompts if oracle else []
+
+    def write_policy(target: Path, last: bool = False) -> str:
+        """With its adapter merged, and by itself in adapter/; the digest of what is written."""
+        whole = policy
+        if config.peft.target_modules:
+            save_adapter(policy, run.folder / "adapter")
+            if last and not config.peft.quantize:
+                merge(policy)
+            else:  # the policy goes on with its adapter, or its weights of 4 bits would be rounded again
+                whole = load_model(config.model, "cpu")
+                if config.peft.path:
+                    merge_adapter(whole, config.peft.path)
+                merge_adapter(whole, str(run.folder / "adapter"))
+        export(whole, tokenizer, target)
+        return weights_digest(whole)
+
     job = Job(
         config,
         run,
@@ -238,21 +254,13 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         prompts,
         oracle,
         layout,
+        write_policy,
     )
     evaluations = loop(job)
     if not is_first():
         return
-    if config.peft.target_modules:
-        save_adapter(policy, run.folder / "adapter")
-        if (
-            config.peft.quantize
-        ):  # into the weights as they are in the checkpoint: those of 4 bits would be rounded again
-            policy = load_model(config.model, "cpu")
-            merge_adapter(policy, str(run.folder / "adapter"))
-        else:
-            merge(policy)
-    export(policy, tokenizer, run.policy_folder)
-    run.finish(evaluations=evaluations, final_weights=weights_digest(policy), seconds=time.monotonic() - began)
+    final = write_policy(run.policy_folder, last=True)
+    run.finish(evaluations=evaluations, final_weights=final, seconds=time.monotonic() - began)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     say(f"  finished; the policy is in {run.policy_folder}")
 

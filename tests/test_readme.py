@@ -13,6 +13,7 @@ from hydra.core.plugins import Plugins
 
 from prefopt.config import (
     DataReportConfig,
+    HarnessConfig,
     OnlineConfig,
     PrefetchConfig,
     ReportConfig,
@@ -35,6 +36,7 @@ README = (ROOT / "README.md").read_text()
 YAMLS = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")])
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "harness": HarnessConfig,
     "online": OnlineConfig,
     "sample": SampleConfig,
     "score": ScoreConfig,

@@ -24,7 +24,7 @@ demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; table and figu
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
 
-mappo: setup ## MaPPO offline on the embedded task, in miniature; tables in results/mappo
+mappo: setup ## MaPPO offline and online on the embedded task, in miniature; tables in results/mappo
 	scripts/mappo.sh
 
 madpo: setup ## MADPO's experiment on the embedded task, in miniature; tables in results/madpo

@@ -33,6 +33,7 @@ from prefopt.runs import console
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 # The ten tasks whose mean accuracy the MMPO paper calls LM accuracy, zero-shot; and MaPPO's academic benchmarks.
 SUITES = {
@@ -85,15 +86,14 @@ def task_names(config: HarnessConfig) -> list[str]:
     return list(dict.fromkeys(name for task in asked for name in SUITES.get(task, [task])))
 
 
-def preflight(names: list[str]) -> dict[str, Any]:
-    """The loaded tasks by name. Raises UserError that names every one that does not exist or whose data are missing."""
+def preflight(names: list[str]) -> "TaskManager":
+    """Raises UserError that names every task that does not exist or whose data are missing."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    loaded, problems = {}, []
+    manager, problems = TaskManager(), []
     for name in names:
         try:
-            loaded[name] = manager.load([name])
+            manager.load([name])
         except Exception as error:  # `datasets` and lm-eval raise a dozen kinds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             problems.append(f"task {name} cannot be loaded: {reason}")
@@ -103,7 +103,7 @@ def preflight(names: list[str]) -> dict[str, Any]:
             "limit=1, on a machine with network and the same HF_HOME."
         )
         raise UserError("\n".join([*problems, hint]))
-    return loaded
+    return manager
 
 
 def settings(config: HarnessConfig) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def record_file(folder: Path, checkpoint: Checkpoint, task: str, how: dict[str, 
     return folder / f"{checkpoint.name}-{task}-{digest}.json"
 
 
-def evaluate(lm: "HFLM", task: str, config: HarnessConfig) -> dict[str, Any]:
+def evaluate(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
     """The figures of one task, its subtasks' beside them."""
     from lm_eval import simple_evaluate
 
@@ -132,6 +132,7 @@ def evaluate(lm: "HFLM", task: str, config: HarnessConfig) -> dict[str, Any]:
     found = simple_evaluate(
         model=lm,
         tasks=[task],
+        task_manager=manager,
         num_fewshot=config.num_fewshot,
         batch_size=config.batch_size,
         limit=config.limit,
@@ -231,7 +232,7 @@ def main(cfg: DictConfig) -> None:
     todo = {c: [t for t in names if not record_file(folder, c, t, how).is_file()] for c in found}
     if any(todo.values()):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        preflight(sorted({task for tasks in todo.values() for task in tasks}))
+        manager = preflight(sorted({task for tasks in todo.values() for task in tasks}))
     for checkpoint, tasks in todo.items():
         if not tasks:
             continue
@@ -239,7 +240,7 @@ def main(cfg: DictConfig) -> None:
         weights = weights_of(lm)
         for task in tasks:
             say(f"{checkpoint.path}: {task}")
-            told = evaluate(lm, task, config)
+            told = evaluate(lm, manager, task, config)
             facts = {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,

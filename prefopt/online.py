@@ -79,16 +79,16 @@ def run_stage(
 
     training = stage_config(config, folder, policy)
     samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
-    where = (config.backend, config.device, config.precision)
+    where, show = (config.backend, config.device, config.precision), config.logger.progress
     if not samples.is_file():
         partial = folder / "samples.partial"
         say(f"{folder}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
-        n, show = config.samples_per_prompt, config.logger.progress
+        n = config.samples_per_prompt
         drawn = draw(training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
         write_rows(samples, [{"prompt": p, **row} for p, row in zip(prompts, drawn, strict=True)])
         partial.unlink()
     if not scored.is_file():
-        rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision)
+        rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
         # The objective reads `rewards`: as they are, or on [0, 1] where it wants them there.
         wanted = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
         write_rows(scored, [row | {"rewards": row[wanted], "raw_rewards": row["rewards"]} for row in rows])

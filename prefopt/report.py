@@ -116,21 +116,30 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
 
 def write_tables(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> list[Path]:
     """table.csv with full precision, table.md as people read it with where it came from."""
+    shown = [c for c in COLUMNS if c != "run"] + ["run"]
+    texts = [[cells(row)[c] for c in shown] for row in rows]
+    return _write(config, "table", [COLUMNS[c] for c in shown], texts, rows, provenance(records, config))
+
+
+def _write(
+    config: ReportConfig,
+    name: str,
+    headers: list[str],
+    texts: list[list[str]],
+    rows: list[dict[str, Any]],
+    notes: list[str],
+) -> list[Path]:
+    """NAME.md of the texts, with the notes below, and NAME.csv of the rows."""
     folder = Path(config.output)
-    csv_file, markdown_file = folder / "table.csv", folder / "table.md"
+    markdown_file, csv_file = folder / f"{name}.md", folder / f"{name}.csv"
+    left = ("run", "objective", "method")
+    rule = "|" + "|".join(" --- " if header in left else " ---: " for header in headers) + "|"
+    head, *body = ["| " + " | ".join(line) + " |" for line in [headers, *texts]]
+    write_whole(markdown_file, "\n".join([head, rule, *body, "", *notes]) + "\n")
     with csv_file.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    shown = [c for c in COLUMNS if c != "run"] + ["run"]
-    lines = [
-        "| " + " | ".join(COLUMNS[c] for c in shown) + " |",
-        "|" + "|".join(" --- " if c in ("run", "objective") else " ---: " for c in shown) + "|",
-        *("| " + " | ".join(cells(row)[c] for c in shown) + " |" for row in rows),
-        "",
-        *provenance(records, config),
-    ]
-    markdown_file.write_text("\n".join(lines) + "\n")
     return [markdown_file, csv_file]
 
 
@@ -169,22 +178,13 @@ def write_over_seeds(records: list[Record], config: ReportConfig) -> list[Path]:
         return f"{row[figure]:.{digits[figure]}f}" + ("" if error is None else f" ± {error:.{digits[figure]}f}")
 
     headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in FIGURES)]
-    lines = [
-        "| " + " | ".join(headers) + " |",
-        "|" + " --- |" + " ---: |" * (len(headers) - 1),
-        *("| " + " | ".join([r["method"], str(r["n"]), *(cell(r, f) for f in FIGURES)]) + " |" for r in rows),
-        "",
+    texts = [[r["method"], str(r["n"]), *(cell(r, f) for f in FIGURES)] for r in rows]
+    notes = [
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
         "held-out prompts, whose choice is a further error that these do not show.",
         *provenance(records, config),
     ]
-    folder = Path(config.output)
-    write_whole(folder / "over_seeds.md", "\n".join(lines) + "\n")
-    with (folder / "over_seeds.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return [folder / "over_seeds.md", folder / "over_seeds.csv"]
+    return _write(config, "over_seeds", headers, texts, rows, notes)
 
 
 def by_column(records: list[Record], key: str) -> tuple[list[str], list[dict[str, Any]]]:
@@ -227,7 +227,7 @@ def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
                 published[next(iter(line.values()))] = dict(list(line.items())[1:])
     theirs = list(next(iter(published.values()))) if published else []
     headers = ["method", *values, *(f"paper: {name.replace('_', ' ')}" for name in theirs)]
-    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" + " ---: |" * (len(headers) - 1)]
+    texts: list[list[str]] = []
     table: list[dict[str, Any]] = []
     for row in rows:
         paper = next((p for name, p in published.items() if _same_method(name, row["method"])), {})
@@ -238,10 +238,9 @@ def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
             shown.append("–" if cell is None else f"{cell['mean']:.3f}{error} (n {cell['n']})")
             if cell:
                 table.append({"method": row["method"], config.columns: value, **cell})
-        lines.append("| " + " | ".join([row["method"], *shown, *(paper.get(name, "–") for name in theirs)]) + " |")
+        texts.append([row["method"], *shown, *(paper.get(name, "–") for name in theirs)])
     first = records[0]["evaluations"][0]
     error = statistics.median(t["over_prompts"] for t in table)
-    folder = Path(config.output)
     notes = [
         f"Final oracle reward, mean over n seeds ± its standard error over seeds. A run's own standard error over its "
         f"{first['samples']} held-out prompts, which are the same for all, is {error:.3f} (median). The initial policy "
@@ -249,12 +248,7 @@ def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
         + (" The paper's figures are rewards of another oracle on another scale." if published else ""),
         *provenance(records, config),
     ]
-    write_whole(folder / "by_column.md", "\n".join([*lines, "", *notes]) + "\n")
-    with (folder / "by_column.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    return [folder / "by_column.md", folder / "by_column.csv"]
+    return _write(config, "by_column", headers, texts, table, notes)
 
 
 def _same_method(published: str, ours: str) -> bool:

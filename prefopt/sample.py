@@ -26,10 +26,10 @@ from prefopt.program import program
 from prefopt.progress import Bar, say
 
 
-def read_prompts(path: str, split: str | None, revision: str | None = None) -> tuple[list[Row], list[list[Message]]]:
+def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Message]]]:
     """The rows, and the prompt of each. Raises UserError for a row without one."""
     rows, prompts = [], []
-    for where, row in read_rows(path, split, revision):
+    for where, row in read_rows(path, split):
         try:
             prompts.append(as_messages(row["prompt"]))
         except KeyError:

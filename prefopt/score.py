@@ -53,12 +53,17 @@ def requests_of(where: str, row: Row) -> list[Request]:
 
 
 def score_rows(
-    rows: Sequence[tuple[str, Row]], scorer: RewardScorer, device: str, precision: str, name: str = "rewards"
+    rows: Sequence[tuple[str, Row]],
+    scorer: RewardScorer,
+    device: str,
+    precision: str,
+    name: str = "rewards",
+    show: bool = True,
 ) -> list[Row]:
     """The rows (given with what to call them in a message) with their rewards; `name` is the field of the rewards of
     `responses`."""
     requests = [requests_of(where, row) for where, row in rows]
-    rewards = iter(scorer.rewards([r for of_row in requests for r in of_row], device, precision))
+    rewards = iter(scorer.rewards([r for of_row in requests for r in of_row], device, precision, show))
     scored = []
     for (_, row), of_row in zip(rows, requests, strict=True):
         found = {r.key: next(rewards) for r in of_row}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from prefopt.data.layout import Layout
+    from prefopt.data.tokenize import TokenizedPair
+
 
 @dataclass(frozen=True)
 class Request:
@@ -134,6 +137,7 @@ class RewardModel(RewardScorer):
                     f"{request.where}: response {request.key} and its prompt have {len(tokens)} tokens, and the reward "
                     f"model {self.path} reads {limit}. Leave the row out, or take another reward model."
                 )
+        layout = self._layout(model, texts, precision)
         known = store.Store(self._cache_folder(weights_digest(model), precision, model.device.type), 1)
         with known.locked("rewards"):
             # From long to short, so that what is computed together is of similar length.
@@ -141,7 +145,7 @@ class RewardModel(RewardScorer):
             with Bar("rewards", len(missing), show and bool(missing)) as bar:
                 for start in range(0, len(missing), store.SHARD):
                     shard = missing[start : start + store.SHARD]
-                    known.add(shard, self._compute(model, [wanted[k] for k in shard], precision, bar))
+                    known.add(shard, self._compute(model, [wanted[k] for k in shard], precision, bar, layout))
         say(f"  rewards: {len(wanted) - len(missing)} of {len(wanted)} from the cache, {len(missing)} computed")
         return known.get(keys)[:, 0].tolist()
 
@@ -162,17 +166,22 @@ class RewardModel(RewardScorer):
         answered = [*request.prompt, {"role": "assistant", "content": request.response}]
         return encode(tokenizer, [render(tokenizer, answered, False)])[0]
 
-    def _compute(self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any) -> "Tensor":
+    def _layout(self, model: "PreTrainedModel", texts: list[list[int]], precision: str) -> "Layout | None":
+        """The fastest one that gives the model's own numbers."""
+        from prefopt.models.probe import choose_layout
+
+        return choose_layout("packed", model, _as_pairs(texts), precision)
+
+    def _compute(
+        self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any, layout: "Layout | None"
+    ) -> "Tensor":
         """(len(texts), 1)."""
         import torch
 
-        from prefopt.data.tokenize import TokenizedPair
         from prefopt.logps import autocast, completion_rewards
-        from prefopt.models.probe import choose_layout
 
-        # As pairs without a rejected side; what counts as prompt is of no account.
-        pairs = [TokenizedPair(str(i), tokens[:1], tokens[1:], []) for i, tokens in enumerate(texts)]
-        layout = choose_layout("packed", model, pairs, precision)
+        assert layout is not None
+        pairs = _as_pairs(texts)
         found = torch.empty(len(texts), 1)
         with torch.no_grad(), autocast(model.device, precision):
             for part in layout.micro_batches(pairs, micro_batch_tokens(model.device.type), None, ("chosen",)):
@@ -217,7 +226,12 @@ class CustomRewardModel(RewardModel):
 
         return load_custom_reward_model(self._model, device)
 
-    def _compute(self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any) -> "Tensor":
+    def _layout(self, model: "PreTrainedModel", texts: list[list[int]], precision: str) -> None:
+        return None  # its forward pass is its own
+
+    def _compute(
+        self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any, layout: "Layout | None"
+    ) -> "Tensor":
         import torch
 
         from prefopt.logps import autocast
@@ -232,3 +246,10 @@ class CustomRewardModel(RewardModel):
                 found[i, 0] = score.float().cpu().view(())
                 bar.advance()
         return found
+
+
+def _as_pairs(texts: list[list[int]]) -> "list[TokenizedPair]":
+    """Without a rejected side; what counts as prompt is of no account."""
+    from prefopt.data.tokenize import TokenizedPair
+
+    return [TokenizedPair(str(i), tokens[:1], tokens[1:], []) for i, tokens in enumerate(texts)]

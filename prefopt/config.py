@@ -217,6 +217,24 @@ class HarnessConfig:
 
 
 @dataclass
+class AlpacaConfig:
+    """What `python -m prefopt.alpaca` reads (conf/alpaca.yaml)."""
+
+    judge: Any = MISSING
+    run: str = MISSING
+    checkpoints: str = MISSING
+    baseline: str = MISSING
+    instructions: str | None = None
+    split: str | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    backend: str = MISSING
+    max_cost: float = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+@dataclass
 class ReportConfig:
     """What `python -m prefopt.report` reads (conf/report.yaml)."""
 
@@ -267,6 +285,7 @@ def register() -> None:
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="score_schema", node=ScoreConfig)
     store.store(name="harness_schema", node=HarnessConfig)
+    store.store(name="alpaca_schema", node=AlpacaConfig)
     store.store(name="report_schema", node=ReportConfig)
     store.store(name="runs_schema", node=RunsConfig)
     store.store(name="prefetch_schema", node=PrefetchConfig)
@@ -485,13 +504,26 @@ def check_harness(config: HarnessConfig) -> None:
         raise UserError("\n".join(problems))
 
 
+def check_alpaca(config: AlpacaConfig) -> None:
+    """The same for `prefopt.alpaca`."""
+    problems = _sampling_problems(config.sampling) + _hardware_problems(config) + sampler_problems(1, config.backend)
+    if config.checkpoints not in ("final", "all"):
+        problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.max_cost < 0:
+        problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
+    if importlib.util.find_spec("alpaca_eval") is None:
+        problems.append("prefopt.alpaca needs the package alpaca-eval: pip install 'prefopt[evaluation]'")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def check_hardware(config: ScoreConfig) -> None:
     """Raise UserError for a device or a precision that there is not."""
     if problems := _hardware_problems(config):
         raise UserError("\n".join(problems))
 
 
-def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig) -> None:
+def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig | AlpacaConfig) -> None:
     """Replace device=auto, precision=auto and micro_batch_tokens=0 by what they mean on this machine, so that records
     name it.
 
@@ -526,7 +558,7 @@ def _sampling_problems(sampling: SamplingConfig) -> list[str]:
     return [message for holds, message in rules if not holds]
 
 
-def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig) -> list[str]:
+def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig | AlpacaConfig) -> list[str]:
     import torch
 
     problems = []

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from rich.table import Table
 from prefopt import UserError
 from prefopt.config import HarnessConfig, check_harness, parse, resolve_hardware
 from prefopt.paths import write_json
+from prefopt.posthoc.policies import Checkpoint, policies
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import git, machine
@@ -46,16 +46,6 @@ SUITES = {
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model that can be loaded, and what it is called; of a run, after `step` optimizer steps."""
-
-    name: str
-    path: str
-    step: int | None = None
-    revision: str | None = None
-
-
 def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
     """What is to be evaluated, and the folder for its records. Raises UserError where it is not there."""
     from prefopt.models.load import checkpoint_path
@@ -65,20 +55,8 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
         return [Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)], Path(
             config.output
         )
-    folder = Path(config.run)
-    if not (folder / "record.json").is_file():
-        raise UserError(f"run={config.run} is no run's folder: it holds no record.json")
-    record = json.loads((folder / "record.json").read_text())
-    final = [Checkpoint("final", str(folder / "policy"), record["config"]["steps"])] * (folder / "policy").is_dir()
-    earlier = [
-        Checkpoint(path.name, str(path), int(path.name.removeprefix("step_")))
-        for path in sorted((folder / "policies").glob("step_*"))
-        if path.suffix != ".tmp"
-    ]
-    found = final if config.checkpoints == "final" else [*earlier, *final]
-    if not found:
-        raise UserError(f"{folder} has no policy yet: it is {record['status']}. Finish it: {record.get('command')}")
-    return found, Path(config.output) if config.output else folder / "harness"
+    found = policies(config.run, config.checkpoints)
+    return found, Path(config.output) if config.output else Path(config.run) / "harness"
 
 
 def task_names(config: HarnessConfig) -> list[str]:

@@ -84,7 +84,7 @@ def run_stage(
         partial = folder / "samples.partial"
         say(f"{folder}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
         n = config.samples_per_prompt
-        drawn = draw(training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
+        drawn, _ = draw(training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
         write_rows(samples, [{"prompt": p, **row} for p, row in zip(prompts, drawn, strict=True)])
         partial.unlink()
     if not scored.is_file():

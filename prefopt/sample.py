@@ -9,6 +9,7 @@ What is drawn is kept in OUTPUT.partial as it comes, so the same command goes on
 the same file.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -51,52 +52,61 @@ def draw(
     precision: str,
     partial: Path,
     show: bool = True,
-) -> list[Row]:
-    """{"responses", "finished"} of each prompt. `partial`: the file that keeps them as they come; the caller removes it
-    once they are safe.
+) -> tuple[list[Row], str]:
+    """{"responses", "finished"} of each prompt, and the digest of the weights that gave them. `partial`: the file that
+    keeps them as they come, which the caller removes once they are safe; or a folder where they stay, named by all that
+    decides them, for whoever asks for the same.
 
-    Raises UserError where `partial` was begun with other settings, prompts or weights, and stop.Interrupted between
+    Raises UserError where that file was begun with other settings, prompts or weights, and stop.Interrupted between
     two prompts after SIGTERM or SIGUSR2.
     """
     # Imported here, so that bad input is refused before transformers is loaded.
+    from prefopt import generate
     from prefopt.data.tokenize import encode_prompt
     from prefopt.generate import transformers_sampler, vllm_sampler
     from prefopt.models.load import load_tokenizer
+    from prefopt.store import locked
 
     stop.listen()
     tokenizer = load_tokenizer(model_config)
     make = vllm_sampler if backend == "vllm" else transformers_sampler
     sampler, weights = make(model_config, tokenizer, device, precision)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     settings = [
-        asdict(sampling), n, seed, backend, precision, device, weights, list(prompts),
+        asdict(sampling), n, seed, backend, precision, device, weights, encoded,
         [importlib.metadata.version(p) for p in ("torch", "transformers")],
+        hashlib.sha256(Path(generate.__file__).read_bytes()).hexdigest(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    found = _read_partial(partial, digest)
-    if found:
-        say(f"  going on after {len(found)} of {len(prompts)} prompts ({partial})")
-    # Of similar length together; which prompts share a batch does not depend on where an earlier sitting ended.
-    order = sorted(range(len(prompts)), key=lambda i: len(encode_prompt(tokenizer, prompts[i])))
-    size = max(1, sampling.batch_size // n)
-    chunks = [order[i : i + size] for i in range(0, len(order), size)]
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a") as file, Bar("sampling", len(prompts), show, done=len(found)) as bar:
-        if not partial.stat().st_size:
-            file.write(json.dumps({"settings": digest}) + "\n")
-        for chunk in chunks:
-            missing = [i for i in chunk if i not in found]
-            if not missing:
-                continue
-            if stop.requested():
-                raise stop.Interrupted(f"{len(found)} of {len(prompts)} prompts have their responses")
-            # The whole chunk again, where a part of it is there: what is drawn together is the same in every sitting.
-            drawn = dict(zip(chunk, sampler([prompts[i] for i in chunk], sampling, seed, n), strict=True))
-            for i in missing:
-                found[i] = {"responses": [s.text for s in drawn[i]], "finished": [s.finished for s in drawn[i]]}
-                file.write(json.dumps({"prompt": i, **found[i]}, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.advance(by=len(missing))
-    return [found[i] for i in range(len(prompts))]
+    with contextlib.ExitStack() as stack:
+        if partial.is_dir():
+            partial = partial / f"{digest[:24]}.jsonl"
+            stack.enter_context(locked(partial.with_suffix(".lock"), "responses"))
+        found = _read_partial(partial, digest)
+        if found:
+            say(f"  going on after {len(found)} of {len(prompts)} prompts ({partial})")
+        # Of similar length together; which prompts share a batch does not depend on where an earlier sitting ended.
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        size = max(1, sampling.batch_size // n)
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("a") as file, Bar("sampling", len(prompts), show, done=len(found)) as bar:
+            if not partial.stat().st_size:
+                file.write(json.dumps({"settings": digest}) + "\n")
+            for chunk in chunks:
+                missing = [i for i in chunk if i not in found]
+                if not missing:
+                    continue
+                if stop.requested():
+                    raise stop.Interrupted(f"{len(found)} of {len(prompts)} prompts have their responses")
+                # The whole chunk, where a part of it is there: what is drawn together is the same in every sitting.
+                drawn = dict(zip(chunk, sampler([prompts[i] for i in chunk], sampling, seed, n), strict=True))
+                for i in missing:
+                    found[i] = {"responses": [s.text for s in drawn[i]], "finished": [s.finished for s in drawn[i]]}
+                    file.write(json.dumps({"prompt": i, **found[i]}, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.advance(by=len(missing))
+        return [found[i] for i in range(len(prompts))], weights
 
 
 def _read_partial(partial: Path, digest: str) -> dict[int, Row]:
@@ -128,7 +138,7 @@ def main(cfg: DictConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
     partial = output.with_name(f"{output.name}.partial")
     n, where = config.samples_per_prompt, (config.backend, config.device, config.precision)
-    drawn = draw(config.model, prompts, config.sampling, n, config.seed, *where, partial)
+    drawn, _ = draw(config.model, prompts, config.sampling, n, config.seed, *where, partial)
     write_rows(output, [row | samples for row, samples in zip(rows, drawn, strict=True)])
     partial.unlink()
     say(f"wrote {len(rows)} rows of {n} responses to {output}")

@@ -40,6 +40,11 @@ class Request:
 
 
 class RewardScorer(ABC):
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What to call it beside a figure."""
+
     @abstractmethod
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         """Raises UserError for what cannot be scored."""
@@ -54,6 +59,10 @@ class OracleScorer(RewardScorer):
     """An oracle's rewards, which lie in [0, 1]."""
 
     oracle: Oracle
+
+    @property
+    def label(self) -> str:
+        return type(self.oracle).__name__
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         return [self.oracle(r.prompt, r.response) for r in requests]
@@ -75,6 +84,10 @@ class Columns(RewardScorer):
     def __post_init__(self) -> None:
         if self.scale is not None and not (len(self.scale) == 2 and self.scale[0] < self.scale[1]):
             raise ValueError(f"scale must be [lowest, highest], is {self.scale}")
+
+    @property
+    def label(self) -> str:
+        return "the rows' own columns"
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         return [self._reward(r) for r in requests]
@@ -119,6 +132,10 @@ class RewardModel(RewardScorer):
     def __post_init__(self) -> None:
         if self.ends_with not in ("terminator", "template"):
             raise ValueError(f"ends_with must be terminator or template, is {self.ends_with!r}")
+
+    @property
+    def label(self) -> str:
+        return self.path + f"@{self.revision}" * bool(self.revision)
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         from prefopt.models.load import check_vocabulary, load_tokenizer, weights_digest

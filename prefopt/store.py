@@ -28,6 +28,23 @@ def token_key(*texts: Sequence[int]) -> bytes:
     return hashlib.blake2b(lengths.tobytes() + tokens.tobytes(), digest_size=16).digest()
 
 
+@contextlib.contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Inside, no other process has this lock; the system lets go of that of a process that dies. `what` names it to
+    those who wait."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"  {what}: another job computes it; waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Store:
     """A row of `width` float32 numbers by a key of 16 bytes. Without a folder it is empty, and stays so."""
 
@@ -45,24 +62,15 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self, what: str) -> Iterator[None]:
-        """Inside, no other process has this store, and all that is on disk has been read; the system lets go of the
-        lock of a process that dies. `what` names it to those who wait.
+        """Inside, no other process has this store, and all that is on disk has been read. `what` names it to those who
+        wait.
 
         Raises UserError for a damaged file.
         """
         assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            say(f"  {what}: another job computes it; waiting")
-            lock.acquire()
-        try:
+        with locked(self.folder / "lock", what):
             self._read()
             yield
-        finally:
-            lock.release()
 
     def add(self, keys: Sequence[bytes], values: Tensor) -> None:
         """Write a shard. `values`: `(len(keys), width)`. Only inside of `locked`."""

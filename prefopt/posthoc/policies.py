@@ -1,0 +1,45 @@
+"""The policies that a run has left, for the jobs that evaluate them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt import UserError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be loaded, and what it is called; of a run, after `step` optimizer steps."""
+
+    name: str
+    path: str
+    step: int | None = None
+    revision: str | None = None
+
+
+def record_of(run: str) -> dict[str, Any]:
+    """The record of the run in that folder. Raises UserError for a folder that is none."""
+    file = Path(run) / "record.json"
+    if not file.is_file():
+        raise UserError(f"run={run} is no run's folder: it holds no record.json")
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
+
+
+def policies(run: str, which: str) -> list[Checkpoint]:
+    """`final`: the finished policy; `all`: those that export_every has left as well, in the order of their steps.
+
+    Raises UserError where there is none.
+    """
+    record, folder = record_of(run), Path(run)
+    final = [Checkpoint("final", str(folder / "policy"), record["config"]["steps"])] * (folder / "policy").is_dir()
+    earlier = [
+        Checkpoint(path.name, str(path), int(path.name.removeprefix("step_")))
+        for path in sorted((folder / "policies").glob("step_*"))
+        if path.suffix != ".tmp"
+    ]
+    found = final if which == "final" else [*earlier, *final]
+    if not found:
+        raise UserError(f"{folder} has no policy yet: it is {record['status']}. Finish it: {record.get('command')}")
+    return found

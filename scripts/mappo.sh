@@ -28,10 +28,10 @@ done
 $python -m prefopt.report runs_dir=runs/mappo/tuning output=results/mappo/tuning
 $python -m prefopt.report runs_dir=runs/mappo/final output=results/mappo
 
-# Half of the training prompts, so that a stage is one pass over its 64 pairs in eight steps.
+# A quarter of the training prompts, so that a stage is one pass over its 32 pairs in four steps.
 prompts=runs/mappo/prompts.jsonl
-[[ -f $prompts ]] || zcat prefopt/data/sentiment_offline.jsonl.gz | grep '"split": "train"' | head -n 192 > $prompts
-stages=(dataset=sentiment_offline scorer=vader "prompts=$prompts" stages=3 steps=8 batch_size=8 eval_every=8
+[[ -f $prompts ]] || zcat prefopt/data/sentiment_offline.jsonl.gz | grep '"split": "train"' | head -n 96 > $prompts
+stages=(dataset=sentiment_offline scorer=vader "prompts=$prompts" stages=3 steps=4 batch_size=8 eval_every=4
     heldout_pairs=32 runs_dir=runs/mappo/online)
 for seed in 0 1 2; do
     $python -m prefopt.online objective=dpo "optimizer.lr=$(best dpo)" "${stages[@]}" "seed=$seed"

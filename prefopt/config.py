@@ -262,6 +262,8 @@ class PrefetchConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     also: list[str] = field(default_factory=list)
+    tasks: Any = None
+    alpaca: bool = False
     check: bool = MISSING
 
 

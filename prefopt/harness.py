@@ -59,8 +59,9 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
     return found, Path(config.output) if config.output else Path(config.run) / "harness"
 
 
-def task_names(config: HarnessConfig) -> list[str]:
-    asked = [config.tasks] if isinstance(config.tasks, str) else list(config.tasks)
+def task_names(tasks: str | list[str]) -> list[str]:
+    """lm-eval's names of a suite, a task, or a list of them."""
+    asked = [tasks] if isinstance(tasks, str) else list(tasks)
     return list(dict.fromkeys(name for task in asked for name in SUITES.get(task, [task])))
 
 
@@ -77,8 +78,8 @@ def preflight(names: list[str]) -> "TaskManager":
             problems.append(f"task {name} cannot be loaded: {reason}")
     if problems:
         hint = (
-            "`lm-eval ls tasks` lists the names. Missing data are fetched by running the same tasks once, with "
-            "limit=1, on a machine with network and the same HF_HOME."
+            "`lm-eval ls tasks` lists the names. Missing data are fetched on a machine with network: python -m "
+            f"prefopt.prefetch 'tasks=[{','.join(names)}]'"
         )
         raise UserError("\n".join([*problems, hint]))
     return manager
@@ -206,7 +207,7 @@ def main(cfg: DictConfig) -> None:
     check_harness(config)
     resolve_hardware(config)
     found, folder = checkpoints(config)
-    names, how = task_names(config), settings(config)
+    names, how = task_names(config.tasks), settings(config)
     todo = {c: [t for t in names if not record_file(folder, c, t, how).is_file()] for c in found}
     if any(todo.values()):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
     python -m prefopt.prefetch model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct dataset=ultrafeedback_binarized
     python -m prefopt.prefetch model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct check=true
+    python -m prefopt.prefetch tasks=mmpo alpaca=true        # what LM-Harness and AlpacaEval read
 
 Afterwards every job runs with the hub switched off (HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1). A model is the files of
 its repository that transformers reads, in the hub's cache; a data set is what `datasets` prepared of it, in that of
@@ -13,8 +14,9 @@ import re
 import shlex
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
@@ -224,7 +226,8 @@ def prefetch(config: PrefetchConfig) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     todo = items(config.model, config.dataset, config.also)
-    if not config.check and any(_is_on_hub(item) and item.offline() for item in todo):
+    off = any(_is_on_hub(item) and item.offline() for item in todo)
+    if not config.check and (off or (constants.HF_HUB_OFFLINE and (config.alpaca or config.tasks))):
         raise UserError(
             "prefetch needs the hub, and it is switched off: unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or look "
             "only: check=true"
@@ -237,13 +240,41 @@ def prefetch(config: PrefetchConfig) -> None:
             failed[str(item)] = f"{error}" + f"\n    {item.command}" * (config.check and _is_on_hub(item))
             state = f"{'MISSING' if config.check else 'FAILED'}: {error}"
         say(f"{item}: {state}")
+    for name, load in evaluations(config).items():
+        try:
+            load()
+            say(f"{name}: already there" if config.check else f"{name}: there")
+        except UserError as error:
+            failed[name] = str(error)
+            say(f"{name}: {'MISSING' if config.check else 'FAILED'}")
     if failed:
         raise UserError(
             f"{'missing' if config.check else 'not fetched'}: {'; '.join(failed)}"
             + "".join(f"\n  {name}: {why}" for name, why in failed.items())
         )
-    if not config.check and any(_is_on_hub(item) for item in todo):
+    if not config.check and (config.alpaca or config.tasks or any(_is_on_hub(item) for item in todo)):
         say(_how_to_copy())
+
+
+def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
+    """What prefopt.harness and prefopt.alpaca read, by name: functions that have lm-eval and alpaca-eval load it as
+    they will, from the hub where it is not here yet and `check` is not set. They raise UserError."""
+    found: dict[str, Callable[[], object]] = {}
+    if (config.alpaca or config.tasks) and config.check:
+        constants.HF_HUB_OFFLINE = True
+        import datasets
+
+        datasets.config.HF_HUB_OFFLINE = True
+    if config.alpaca:
+        from prefopt.alpaca import SHA256, hub_file
+
+        found |= {f"AlpacaEval's {name}": partial(hub_file, name) for name in SHA256}
+    if config.tasks:
+        from prefopt.harness import preflight, task_names
+
+        names = task_names(config.tasks)
+        found[f"tasks {', '.join(names)}"] = partial(preflight, names)
+    return found
 
 
 def _fetch(item: Item) -> str:

@@ -411,3 +411,54 @@ def test_items_of_a_mixture():
         Data("lab/plain", "v1", splits=("train",)),
         Data("lab/tests", "v3", "main"),
     ]
+
+
+def test_tasks_of_the_harness_are_there_afterwards(tmp_path, tiny_folder):
+    pytest.importorskip("lm_eval")
+    rows = [
+        {"id": str(i), "question": "Which?", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "A"}
+        for i in range(4)
+    ]
+    lines = ["---", "configs:", "- config_name: ARC-Easy", "  data_files:"]
+    lines += [f"  - {{split: {split}, path: easy.jsonl}}" for split in ("train", "validation", "test")]
+    easy = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    card = "\n".join([*lines, "---", ""]).encode()
+    home = {"HF_HOME": str(tmp_path / "home")}
+    local = [f"model.path={tiny_folder / 'model'}", "tasks=arc_easy"]
+    with Hub({"datasets/allenai/ai2_arc": {"main": {"README.md": card, "easy.jsonl": easy}}}) as hub:
+        process = run_program(*local, program="prefetch", env=hub.environment | home, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "tasks arc_easy: there" in process.stderr
+    assert "rsync" in process.stderr
+    process = run_program(*local, "check=true", program="prefetch", env=home, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "tasks arc_easy: already there" in process.stderr
+    scored = ["model=hub", f"model.path={tiny_folder / 'model'}", f"output={tmp_path / 'out'}", "tasks=arc_easy"]
+    scored += ["precision=float32", "device=cpu"]
+    offline = home | {"HF_HUB_OFFLINE": "1"}
+    process = run_program(*scored, program="harness", env=offline, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    process = run_program(*local[:1], "tasks=[arc_easy,piqa]", "check=true", program="prefetch", env=home, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "task piqa cannot be loaded" in process.stderr
+    assert "task arc_easy cannot" not in process.stderr
+
+
+def test_alpaca_evals_files_are_fetched_and_are_what_they_should_be(tmp_path, tiny_folder):
+    shared = ROOT.parent / "shared" / "data" / "alpaca_eval"
+    if not shared.is_dir():
+        pytest.skip("needs the project's shared files")
+    pytest.importorskip("alpaca_eval")
+    questions = "alpaca_eval_gpt4_baseline.json"
+    files = {questions: (shared / questions).read_bytes(), "df_gamed.csv": b"another file"}
+    home = {"HF_HOME": str(tmp_path / "home")}
+    local = [f"model.path={tiny_folder / 'model'}", "alpaca=true"]
+    with Hub({"datasets/tatsu-lab/alpaca_eval": {"main": files}}) as hub:
+        process = run_program(*local, program="prefetch", env=hub.environment | home)
+    assert process.returncode == 2
+    assert f"AlpacaEval's {questions}: there" in process.stderr
+    assert "AlpacaEval's df_gamed.csv: FAILED" in process.stderr
+    assert "is not the df_gamed.csv that published figures rest on" in process.stderr
+    process = run_program(*local, "check=true", program="prefetch", env=home)
+    assert f"AlpacaEval's {questions}: already there" in process.stderr
+    assert process.returncode == 2

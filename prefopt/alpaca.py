@@ -34,8 +34,10 @@ from prefopt.config import AlpacaConfig, ModelConfig, build, check_alpaca, parse
 from prefopt.data.formats import Message, as_messages
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.judges import Duel, Judge, Names, alpaca_eval
+from prefopt.launch import refuse_launcher
 from prefopt.paths import cache_dir, write_json
 from prefopt.posthoc.policies import Checkpoint, policies, record_of
+from prefopt.posthoc.sweep import sweep
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import git, machine
@@ -316,9 +318,8 @@ def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     return judge, questions, all_
 
 
-@program("alpaca")
-def main(cfg: DictConfig) -> None:
-    config = parse(cfg, AlpacaConfig)
+def evaluate(config: AlpacaConfig) -> None:
+    """Every comparison that is not recorded yet, and what came of each."""
     judge, questions, all_ = prepare(config)
     for checkpoint in policies(config.run, config.checkpoints):
         folder = judged(config, judge, checkpoint, questions, all_)
@@ -333,6 +334,20 @@ def main(cfg: DictConfig) -> None:
 
 def _but_judge(record: dict[str, Any]) -> list[Any]:
     return [record["weights"], record["baseline"], {k: v for k, v in record["settings"].items() if k != "judge"}]
+
+
+def check(config: AlpacaConfig) -> ModelConfig:
+    """Raises UserError for what cannot be evaluated; the model that would be loaded."""
+    check_alpaca(config)
+    build(config.judge, Judge, "judge").check()
+    found = policies(config.run, config.checkpoints)
+    return ModelConfig(found[-1].name, found[-1].path, None)
+
+
+@program("alpaca", sweep("alpaca", check))
+def main(cfg: DictConfig) -> None:
+    refuse_launcher()
+    evaluate(parse(cfg, AlpacaConfig))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from prefopt import UserError
 from prefopt.alpaca import judged, prepare
 from prefopt.config import AlpacaConfig, parse
+from prefopt.launch import refuse_launcher
 from prefopt.paths import write_whole
 from prefopt.posthoc.policies import policies, record_of
 from prefopt.program import program
@@ -120,6 +121,7 @@ def _article(row: dict[str, Any]) -> str:
 
 @program("compare")
 def compare(cfg: DictConfig) -> None:
+    refuse_launcher()
     config = parse(cfg, AlpacaConfig)
     if config.instructions is None:
         data = record_of(config.run)["config"]["dataset"]

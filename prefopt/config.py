@@ -204,6 +204,7 @@ class HarnessConfig:
     """What `python -m prefopt.harness` reads (conf/harness.yaml)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    launcher: Any = MISSING
     run: str | None = None
     tasks: Any = MISSING
     checkpoints: str = MISSING
@@ -221,6 +222,7 @@ class AlpacaConfig:
     """What `python -m prefopt.alpaca` reads (conf/alpaca.yaml)."""
 
     judge: Any = MISSING
+    launcher: Any = MISSING
     run: str = MISSING
     checkpoints: str = MISSING
     baseline: str = MISSING

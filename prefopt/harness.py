@@ -23,9 +23,11 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from prefopt import UserError
-from prefopt.config import HarnessConfig, check_harness, parse, resolve_hardware
+from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, resolve_hardware
+from prefopt.launch import refuse_launcher
 from prefopt.paths import write_json
 from prefopt.posthoc.policies import Checkpoint, policies
+from prefopt.posthoc.sweep import sweep
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import git, machine
@@ -103,7 +105,7 @@ def record_file(folder: Path, checkpoint: Checkpoint, task: str, how: dict[str, 
     return folder / f"{checkpoint.name}-{task}-{digest}.json"
 
 
-def evaluate(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
+def score(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
     """The figures of one task, its subtasks' beside them."""
     from lm_eval import simple_evaluate
 
@@ -201,9 +203,8 @@ def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
     return table
 
 
-@program("harness")
-def main(cfg: DictConfig) -> None:
-    config = parse(cfg, HarnessConfig)
+def evaluate(config: HarnessConfig) -> None:
+    """Everything that is not recorded yet, and the table."""
     check_harness(config)
     resolve_hardware(config)
     found, folder = checkpoints(config)
@@ -219,7 +220,7 @@ def main(cfg: DictConfig) -> None:
         weights = weights_of(lm)
         for task in tasks:
             say(f"{checkpoint.path}: {task}")
-            told = evaluate(lm, manager, task, config)
+            told = score(lm, manager, task, config)
             facts = {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
@@ -231,6 +232,19 @@ def main(cfg: DictConfig) -> None:
     records = [json.loads(record_file(folder, c, t, how).read_text()) for c in found for t in names]
     console().print(shown(records, names))
     print(folder)
+
+
+def check(config: HarnessConfig) -> ModelConfig:
+    """Raises UserError for what cannot be evaluated; the model that would be loaded."""
+    check_harness(config)
+    found, _ = checkpoints(config)
+    return ModelConfig(found[-1].name, found[-1].path, found[-1].revision)
+
+
+@program("harness", sweep("harness", check))
+def main(cfg: DictConfig) -> None:
+    refuse_launcher()
+    evaluate(parse(cfg, HarnessConfig))
 
 
 if __name__ == "__main__":

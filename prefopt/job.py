@@ -1,15 +1,17 @@
-"""Train what a sweep's submitter has frozen, as the launchers start it:
+"""Train or evaluate what a sweep's submitter has frozen, as the launchers start it:
 
-    python -m prefopt.job RUN_FOLDER
+    python -m prefopt.job FOLDER
 
-RUN_FOLDER/job.json holds the resolved config, and nothing is composed again. Exit code 0 means finished, 75 interrupted
+FOLDER/job.json holds the resolved config, and nothing is composed again. Exit code 0 means finished, 75 interrupted
 (saved, and to be started again), anything else failed: the traceback is then on stderr and in record.json.
 """
 
 import json
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -28,24 +30,41 @@ def run(folder: Path) -> None:
         return
     if is_first():
         amend(folder, status="running", **here())
-    from prefopt.train import plan, train
-
     frozen = json.loads((folder / "job.json").read_text())
     try:
-        planned = plan(parse(OmegaConf.create(frozen["config"]), TrainConfig))
-        if planned.run.name != folder.name:
-            raise UserError(
-                f"{folder}: the data files have changed since this was submitted (they now belong to "
-                f"{planned.run.name}). Bring them back, or submit the sweep again."
-            )
-        train(planned, command=frozen["command"], code=frozen["code"])
+        if "program" in frozen:
+            _evaluate(folder, frozen)
+        else:
+            _train(folder, frozen)
     except (Interrupted, KeyboardInterrupt):
+        if "program" in frozen:  # a training run has said so itself
+            amend(folder, status="interrupted")
         raise
     except BaseException as error:  # SystemExit too: whatever ends a job before its end is a failure, and is kept
         amend(folder, status="failed", error=traceback.format_exc())
         if not isinstance(error, Exception):
             raise RuntimeError(f"{type(error).__name__} ended the job before it had finished") from error
         raise
+
+
+def _train(folder: Path, frozen: dict[str, Any]) -> None:
+    from prefopt.train import plan, train
+
+    planned = plan(parse(OmegaConf.create(frozen["config"]), TrainConfig))
+    if planned.run.name != folder.name:
+        raise UserError(
+            f"{folder}: the data files have changed since this was submitted (they now belong to "
+            f"{planned.run.name}). Bring them back, or submit the sweep again."
+        )
+    train(planned, command=frozen["command"], code=frozen["code"])
+
+
+def _evaluate(folder: Path, frozen: dict[str, Any]) -> None:
+    from prefopt.posthoc.sweep import SCHEMAS
+
+    config = parse(OmegaConf.create(frozen["config"]), SCHEMAS[frozen["program"]])
+    import_module(f"prefopt.{frozen['program']}").evaluate(config)
+    amend(folder, status="finished")
 
 
 if __name__ == "__main__":

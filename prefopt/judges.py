@@ -202,6 +202,10 @@ class LanguageModelJudge(Judge):
         config = dict(config)
         if self.model is not None:
             config["completions_kwargs"] = {"model_name": self.model, **config["completions_kwargs"]}
+        if letters := config.get("completion_parser_kwargs", {}).get("outputs_to_match"):
+            # JSON, in which jobs are frozen, has made texts of these numbers.
+            kwargs = {**config["completion_parser_kwargs"], "outputs_to_match": {int(k): v for k, v in letters.items()}}
+            config["completion_parser_kwargs"] = kwargs
         template = config.pop("prompt_template")
         prompt = next((f for f in (packaged / template, Path(template).expanduser()) if f.is_file()), None)
         if prompt is None:

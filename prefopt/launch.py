@@ -24,14 +24,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
 
 from prefopt import UserError
-from prefopt.config import TrainConfig, build, check, parse, resolve_hardware
+from prefopt.config import ModelConfig, TrainConfig, build, check, parse, resolve_hardware
 from prefopt.liveness import UNDER_WAY, amend, here
 from prefopt.paths import write_json, write_whole
 from prefopt.program import Point
@@ -46,10 +48,25 @@ POLL_S = 3.0
 PACKAGE = Path(__file__).parent
 
 
+class Work(Protocol):
+    """What a launcher starts: `python -m prefopt.job FOLDER`, after job.json has been written there. `label` is what
+    tells it from the others of its sweep, and `model` the one by whose size it gets its resources."""
+
+    label: str
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def hardware(self) -> str: ...
+
+
 @dataclass
 class Job:
-    """A point of the sweep that has passed all checks. `label` is what tells it from the others; `state` is that of its
-    run before the sweep (liveness.state)."""
+    """A point of the sweep that has passed all checks. `state` is that of its run before the sweep (liveness.state)."""
 
     overrides: list[str]
     label: str
@@ -62,8 +79,20 @@ class Job:
         return self.state not in ("finished", "unknown", *UNDER_WAY)
 
     @property
+    def id(self) -> str:
+        return self.run.id
+
+    @property
     def folder(self) -> Path:
         return self.run.folder
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def hardware(self) -> str:
+        return f"{self.config.precision} on {self.config.device}"
 
     @property
     def intention(self) -> str:
@@ -86,11 +115,11 @@ class Launcher(ABC):
         """Put the hardware that the job will meet into its config. Raises UserError for what it cannot run."""
 
     @abstractmethod
-    def resources(self, job: Job) -> str:
+    def resources(self, job: Work) -> str:
         """What the job will get, in words."""
 
     @abstractmethod
-    def run(self, jobs: list[Job], code: Path, folder: Path) -> None:
+    def run(self, jobs: Sequence[Work], code: Path, folder: Path) -> None:
         """Start all `jobs`, which are frozen, on the code in `code`. Files of the sweep go into `folder`."""
 
 
@@ -107,10 +136,10 @@ class Local(Launcher):
     def settle(self, config: TrainConfig) -> None:
         resolve_hardware(config)
 
-    def resources(self, job: Job) -> str:
-        return f"{job.config.precision} on {job.config.device}"
+    def resources(self, job: Work) -> str:
+        return job.hardware
 
-    def run(self, jobs: list[Job], code: Path, folder: Path) -> None:
+    def run(self, jobs: Sequence[Work], code: Path, folder: Path) -> None:
         """Returns when all have ended. On Ctrl-C or SIGTERM the jobs are asked to save, and KeyboardInterrupt is
         raised when they have left; on a second one they are killed."""
         gpus = _gpus()
@@ -152,10 +181,10 @@ class _Child:
     """A running job; what it writes into its log is shown here too. It has a session of its own: a Ctrl-C is not for
     it, and it outlives a launcher that is killed."""
 
-    def __init__(self, job: Job, slot: int, env: dict[str, str], alone: bool):
+    def __init__(self, job: Work, slot: int, env: dict[str, str], alone: bool):
         self.job, self.slot = job, slot
-        self.prefix = "" if alone else f"{job.run.id} "
-        say(f"{job.run.id}: {job.label}")
+        self.prefix = "" if alone else f"{job.id} "
+        say(f"{job.id}: {job.label}")
         log = job.folder / "log.txt"
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -207,13 +236,25 @@ def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
         launcher.run(to_run, code, folder)
     found = wait([job.folder for job in jobs])
     console().print(table(found))
+    return verdict(found)
+
+
+def verdict(found: list[Look]) -> int:
+    """0 where all have finished; else 1, and why they have not on stderr."""
     bad = [each for each in found if each.state != "finished"]
     for each in bad:
         log = f"\n    {each.log}" if each.log.is_file() else ""
         print(f"{each.state}: {each.folder.name}: {each.why}{log}", file=sys.stderr)
     if bad:
-        print(f"{len(bad)} of {len(jobs)} jobs have not finished; the same command tries them again", file=sys.stderr)
+        print(f"{len(bad)} of {len(found)} jobs have not finished; the same command tries them again", file=sys.stderr)
     return 1 if bad else 0
+
+
+def refuse_launcher() -> None:
+    """Raise UserError where a launcher was given to a program that was not asked for a sweep."""
+    asked = HydraConfig.get()
+    if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in asked.overrides.task):
+        raise UserError("a launcher is for a sweep: add -m, or leave `launcher` out. This one would be run here.")
 
 
 def plan_sweep(points: list[Point]) -> tuple[Launcher, list[Job]]:

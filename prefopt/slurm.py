@@ -10,12 +10,13 @@ import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefopt import UserError
 from prefopt.config import ModelConfig, TrainConfig
-from prefopt.launch import Job, Launcher, python_environment
+from prefopt.launch import Launcher, Work, python_environment
 from prefopt.paths import write_json, write_whole
 from prefopt.progress import say
 from prefopt.stop import EXIT_CODE
@@ -70,13 +71,13 @@ class Slurm(Launcher):
                 "single trains in one: add engine=zero2."
             )
 
-    def limits(self, job: Job) -> tuple[int, int]:
+    def limits(self, job: Work) -> tuple[int, int]:
         """(time limit in minutes, memory per node in GiB) by the size of the job's model."""
-        billions = parameters(job.config.model) / 1e9
+        billions = parameters(job.model) / 1e9
         minutes = 60 * (self.hours + self.hours_per_billion * billions)
         return math.ceil(minutes), math.ceil(self.memory_gib + self.memory_gib_per_billion * billions)
 
-    def resources(self, job: Job) -> str:
+    def resources(self, job: Work) -> str:
         minutes, memory = self.limits(job)
         where = f"partition {self.partition}" if self.partition else "default partition"
         return (
@@ -84,10 +85,10 @@ class Slurm(Launcher):
             f"{minutes // 60}:{minutes % 60:02d} h"
         )
 
-    def run(self, jobs: list[Job], code: Path, folder: Path) -> None:
+    def run(self, jobs: Sequence[Work], code: Path, folder: Path) -> None:
         """Submit, and return. Jobs of one size share an array; where there is a cap on jobs at once, an array begins
         when the one before it has ended."""
-        groups: dict[tuple[int, int], list[Job]] = {}
+        groups: dict[tuple[int, int], list[Work]] = {}
         for job in jobs:
             groups.setdefault(self.limits(job), []).append(job)
         chunks = [

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from packaging.version import Version
 
 from prefopt import UserError
 from prefopt.config import EngineConfig, ModelConfig, TrainConfig, build, check, parse, resolve_hardware
-from prefopt.launch import launch
+from prefopt.launch import launch, refuse_launcher
 from prefopt.program import program
 from prefopt.ranks import first_alone, is_first, together, world_size
 
@@ -358,9 +357,7 @@ def describe(objective: "Objective") -> str:
 
 @program("train", launch)
 def main(cfg: DictConfig) -> None:
-    asked = HydraConfig.get()
-    if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in asked.overrides.task):
-        raise UserError("a launcher is for a sweep: add -m, or leave `launcher` out. This one run would be run here.")
+    refuse_launcher()
     config = parse(cfg, TrainConfig)
     check(config)
     resolve_hardware(config)

@@ -61,7 +61,8 @@ def run(overrides, tmp_path_factory) -> Path:
 def harness(run: Path, hub: Path, *changes: str) -> subprocess.CompletedProcess[str]:
     common = [f"run={run}", "tasks=[arc_easy,arc_challenge]", "precision=float32", "device=cpu", "batch_size=4"]
     changed = {change.split("=")[0] for change in changes}
-    return run_program(*[c for c in common if c.split("=")[0] not in changed], *changes, program="harness", cwd=hub)
+    kept = [c for c in common if c.split("=")[0] not in changed]
+    return run_program(*sorted([*kept, *changes], key=lambda c: c != "-m"), program="harness", cwd=hub)
 
 
 def told(run: Path) -> dict[tuple[str, str], dict]:
@@ -147,3 +148,28 @@ def test_a_real_task_of_a_real_model_gives_what_lm_eval_gives(tmp_path):
     theirs = json.loads(file.read_text())["results"]["arc_easy"]
     for metric in ("acc", "acc_norm"):
         assert ours["metrics"][metric] == {"value": theirs[f"{metric},none"], "stderr": theirs[f"{metric}_stderr,none"]}
+
+
+def test_a_sweep_over_runs_is_a_job_for_each(run, hub, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "second", ignore=shutil.ignore_patterns("harness"))
+    sweep = ["-m", f"run={run},{copy}", "tasks=arc_easy", "limit=3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    process = harness(run, hub, *sweep, "launcher.at_once=2")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("mean acc_norm") == 2
+    found = [json.loads((tmp_path / "sweep" / f"job_{n}" / "record.json").read_text()) for n in range(2)]
+    assert [r["status"] for r in found] == ["finished"] * 2
+    assert [len(list((folder / "harness").glob("final-arc_easy-*"))) for folder in (run, copy)][1] == 1
+    process = harness(run, hub, "-m", f"run={run},nowhere", f"hydra.sweep.dir={tmp_path / 'none'}")
+    assert process.returncode == 2
+    assert "nothing was started, because of these jobs" in process.stderr
+    assert "run=nowhere is no run's folder" in process.stderr
+    assert not (tmp_path / "none" / "job_0").exists()
+
+
+def test_a_job_that_fails_says_so(run, hub, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "broken", ignore=shutil.ignore_patterns("harness"))
+    (broken / "policy" / "model.safetensors").write_bytes(b"no weights")
+    process = harness(run, hub, "-m", f"run={broken}", "tasks=arc_easy", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert process.returncode == 1
+    assert "failed: job_0" in process.stderr
+    assert not (broken / "harness").exists()

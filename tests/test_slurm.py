@@ -155,3 +155,23 @@ def test_one_failing_rank_of_two_fails_the_job(tmp_path):
         ["2", "0", "localhost"],
         ["2", "1", "localhost"],
     ]
+
+
+def test_evaluations_are_jobs_too(overrides, tmp_path):
+    """prefopt.alpaca over two runs, in an array of Slurm's."""
+    runs = tmp_path / "runs"
+    process = run_program("-m", *overrides(runs), "seed=1,2")
+    assert process.returncode == 0, process.stderr
+    folders = [str(file.parent) for file in sorted(runs.glob("*/record.json"))]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"instruction": "What is a kettle?"}\n{"instruction": "And a train?"}\n')
+    sweep = ["-m", f"run={','.join(folders)}", "judge=reward_model", f"instructions={questions}", "precision=float32"]
+    sweep += ["sampling.max_new_tokens=4", *PRESET, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    process = run_program(*sweep, program="alpaca", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    print(process.stdout)
+    assert process.returncode == 0, process.stderr
+    found = [json.loads((tmp_path / "sweep" / f"job_{n}" / "record.json").read_text()) for n in range(2)]
+    assert [r["status"] for r in found] == ["finished"] * 2
+    assert all(r["slurm_job"] for r in found)
+    for folder in folders:
+        assert len(list(Path(folder).glob("alpaca/*/record.json"))) == 1

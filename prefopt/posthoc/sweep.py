@@ -1,0 +1,88 @@
+"""Sweeps of the programs that evaluate runs: every point is checked, frozen and run as a job of its own, here or by
+Slurm, as a sweep of training runs is.
+
+    python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo launcher=slurm launcher.partition=gpu
+
+What a job has done is kept by the program itself, so the same command again does only what is missing.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from prefopt import UserError
+from prefopt.config import AlpacaConfig, HarnessConfig, ModelConfig, build, parse
+from prefopt.launch import Launcher, snapshot, verdict, wait
+from prefopt.liveness import here
+from prefopt.paths import write_json
+from prefopt.program import Launch, Point
+from prefopt.runs import console
+
+SCHEMAS: dict[str, type[HarnessConfig | AlpacaConfig]] = {"harness": HarnessConfig, "alpaca": AlpacaConfig}
+
+
+@dataclass
+class Task:
+    """One point; its folder holds job.json, record.json and log.txt."""
+
+    label: str
+    config: Any
+    model: ModelConfig
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def hardware(self) -> str:
+        return f"{self.config.precision} on {self.config.device}"
+
+
+def sweep(program: str, check: Callable[[Any], ModelConfig]) -> Launch:
+    """launch(points, folder, dry_run) for `program`. `check` raises UserError for a config that it cannot run, and says
+    which model it would load."""
+
+    def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
+        first = parse(points[0].cfg, SCHEMAS[program]).launcher
+        launcher = build(first, Launcher, "launcher")
+        shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
+        problems, tasks = [], []
+        for n, point in enumerate(points):
+            label = " ".join(o for o in point.overrides if o not in shared)
+            try:
+                config = parse(point.cfg, SCHEMAS[program])
+                if config.launcher != first:
+                    raise UserError("the jobs of a sweep have one launcher; do not sweep over `launcher`")
+                tasks.append(Task(label, config, check(config), folder / f"job_{n}"))
+            except UserError as error:
+                problems.append(f"{label}: {error}")
+        if problems:
+            raise UserError("\n".join(["nothing was started, because of these jobs:", *problems]))
+        shown = Table("job", "resources", title=f"{len(tasks)} jobs of prefopt.{program}, in {folder}")
+        for task in tasks:
+            shown.add_row(task.label, launcher.resources(task))
+        console().print(shown)
+        if dry_run:
+            return 0
+        code = snapshot(folder / "code")
+        for task, point in zip(tasks, points, strict=True):
+            overrides = [o for o in point.overrides if not o.startswith("launcher")]
+            told = {"command": f"python -m prefopt.{program} {shlex.join(overrides)}", "code": str(code)}
+            frozen = {"program": program, "config": dataclasses.asdict(task.config), **told}
+            write_json(task.folder / "job.json", frozen)
+            record = {"status": "queued", "name": task.id, "error": None, **told, **here(), "slurm_job": None}
+            write_json(task.folder / "record.json", record)
+        launcher.run(tasks, code, folder)
+        found = wait([task.folder for task in tasks])
+        for task in tasks:
+            log = task.folder / "log.txt"
+            print(f"{task.label}\n{log.read_text(errors='replace') if log.is_file() else ''}")
+        return verdict(found)
+
+    return launch

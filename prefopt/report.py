@@ -177,11 +177,19 @@ def write_over_seeds(records: list[Record], config: ReportConfig) -> list[Path]:
         error = row[f"{figure}_se"]
         return f"{row[figure]:.{digits[figure]}f}" + ("" if error is None else f" ± {error:.{digits[figure]}f}")
 
-    headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in FIGURES)]
-    texts = [[r["method"], str(r["n"]), *(cell(r, f) for f in FIGURES)] for r in rows]
+    # Beside the table with `columns`, which has figures of the same kind, they are shown there.
+    published = {} if config.columns else read_published(config)
+    theirs = list(next(iter(published.values()))) if published else []
+    headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in FIGURES), *map(_of_paper, theirs)]
+    papers = [_paper(published, r["method"]) for r in rows]
+    texts = [
+        [r["method"], str(r["n"]), *(cell(r, f) for f in FIGURES), *(paper.get(name, "–") for name in theirs)]
+        for r, paper in zip(rows, papers, strict=True)
+    ]
     notes = [
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
-        "held-out prompts, whose choice is a further error that these do not show.",
+        "held-out prompts, whose choice is a further error that these do not show."
+        + (f" The paper's figures ({config.published}) are other metrics of another model." if published else ""),
         *provenance(records, config),
     ]
     return _write(config, "over_seeds", headers, texts, rows, notes)
@@ -220,17 +228,13 @@ def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
     beside ours."""
     assert config.columns
     values, rows = by_column(records, config.columns)
-    published: dict[str, dict[str, str]] = {}
-    if config.published:
-        with Path(config.published).open(newline="") as file:
-            for line in csv.DictReader(file):
-                published[next(iter(line.values()))] = dict(list(line.items())[1:])
+    published = read_published(config)
     theirs = list(next(iter(published.values()))) if published else []
-    headers = ["method", *values, *(f"paper: {name.replace('_', ' ')}" for name in theirs)]
+    headers = ["method", *values, *map(_of_paper, theirs)]
     texts: list[list[str]] = []
     table: list[dict[str, Any]] = []
     for row in rows:
-        paper = next((p for name, p in published.items() if _same_method(name, row["method"])), {})
+        paper = _paper(published, row["method"])
         shown = []
         for value in values:
             cell = row.get(value)
@@ -251,8 +255,36 @@ def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
     return _write(config, "by_column", headers, texts, table, notes)
 
 
-def _same_method(published: str, ours: str) -> bool:
-    return published.replace("-", "_") == ours.split(" ")[0]
+def read_published(config: ReportConfig) -> dict[str, dict[str, str]]:
+    """The figures of each method in the CSV `published`: the column `method`, and all others but `model`; empty where
+    there is none. Raises UserError for a file of another kind."""
+    if not config.published:
+        return {}
+    file = Path(config.published)
+    if not file.is_file():
+        raise UserError(f"published={config.published}: no such file")
+    found: dict[str, dict[str, str]] = {}
+    with file.open(newline="") as stream:
+        for line in csv.DictReader(stream):
+            method = line.pop("method", None)
+            line.pop("model", None)
+            if method is None or method in found:
+                raise UserError(f"published={config.published} must have a column `method`, and one row for each.")
+            found[method] = line
+    return found
+
+
+def _of_paper(column: str) -> str:
+    return f"paper: {column.replace('_', ' ')}"
+
+
+def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
+    """The published figures of a method of ours; `X+mappo` is our mappo_X."""
+    for name, figures in published.items():
+        base, plus, wrapper = name.replace("-", "_").partition("+")
+        if ours.split(" ")[0] == (f"{wrapper}_{base}" if plus else base):
+            return figures
+    return {}
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:

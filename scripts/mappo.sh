@@ -26,7 +26,8 @@ for lr in "${!wrapped[@]}"; do
     $python -m prefopt.train "${sweep[@]}" "optimizer.lr=$lr" objective=mappo "objective/base=${wrapped[$lr]}"
 done
 $python -m prefopt.report runs_dir=runs/mappo/tuning output=results/mappo/tuning
-$python -m prefopt.report runs_dir=runs/mappo/final output=results/mappo
+$python -m prefopt.report runs_dir=runs/mappo/final output=results/mappo \
+    published=results/published/mappo_table_2.csv
 
 # A quarter of the training prompts, so that a stage is one pass over its 32 pairs in four steps.
 prompts=runs/mappo/prompts.jsonl

@@ -113,6 +113,19 @@ def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):
     process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
     assert process.returncode == 0, process.stderr
     assert "| dpo β=0.1 steps=1 | 3 | " in (tmp_path / "out" / "over_seeds.md").read_text()
+    (tmp_path / "published.csv").write_text("model,method,score\nbig,dpo+mappo,7\nbig,dpo,6\nbig,beta-dpo,5\n")
+    process = run_program(command[0], command[1], f"published={tmp_path / 'published.csv'}", program="report")
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / "out" / "over_seeds.md").read_text()
+    shown = {line.split("|")[1].split()[0]: line.split("|")[-2].strip() for line in text.splitlines()[2:5]}
+    assert shown == {"dpo": "6", "beta_dpo": "5"}
+    assert "are other metrics of another model" in text
+    (tmp_path / "published.csv").write_text("method,score\ndpo,1\ndpo,2\n")
+    process = run_program(command[0], command[1], f"published={tmp_path / 'published.csv'}", program="report")
+    assert process.returncode == 2
+    assert "one row for each" in process.stderr
+    (tmp_path / "published.csv").write_text("method,one,two\nbeta-dpo,1.67,1.84\ndpo,1.62,1.71\n")
+    process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
     lines = (tmp_path / "out" / "by_column.md").read_text().splitlines()
     assert lines[0] == "| method | 1 | 2 | paper: one | paper: two |"
     assert lines[2:4] == [

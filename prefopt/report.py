@@ -320,8 +320,10 @@ def provenance(records: list[Record], config: ReportConfig) -> list[str]:
     commits = {f"{r['git']['commit'][:10]}{' with changes' if r['git']['dirty'] else ''}" for r in records if r["git"]}
     versions = {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for r in records}
     evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
+    keys = ("runs_dir", "output", "columns", "published")
+    given = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
     return [
-        f"Made by `python -m prefopt.report runs_dir={config.runs_dir} output={config.output}` from {len(records)} "
+        f"Made by `python -m prefopt.report {' '.join(given)}` from {len(records)} "
         f"runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",

@@ -6,10 +6,10 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow slurm-test lint bench clean-demo mappo madpo
+.PHONY: help setup demo test test-slow slurm-test lint bench bench-fidelity clean-demo mappo madpo
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## install everything into .venv (done once)
 
@@ -42,6 +42,9 @@ slurm-test: setup ## a sweep of the tiny model through a real Slurm of one node,
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m prefopt.bench.data
 	$(BIN)/python -m prefopt.bench.steps
+
+bench-fidelity: setup ## AlpacaEval's published win rates from its published preferences, model by model (needs shared files)
+	$(BIN)/python -m pytest tests/test_alpaca.py -m slow -k published -s
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

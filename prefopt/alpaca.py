@@ -175,8 +175,10 @@ def figures(annotations: list[dict[str, Any]], length_controlled: bool) -> dict[
         "letter_missing": sum(_letter_missing(row) for row in annotations),
     }
     with alpaca_eval() as package, TemporaryDirectory() as scratch:
-        # Without a difference in length there is nothing to control for, and the GLM's feature is 0 / 0.
-        if length_controlled and (lengths["model"] - lengths["baseline"]).std() > 0:
+        # Without a difference in length there is nothing to control for, and the GLM's feature is 0 / 0. A baseline
+        # against itself is 50 by definition.
+        itself = (frame["generator_1"] == frame["generator_2"]).all()
+        if length_controlled and (itself or (lengths["model"] - lengths["baseline"]).std() > 0):
             frame = frame[["index", "preference", "output_1", "output_2", "generator_1", "generator_2"]]
             told = package.metrics.get_length_controlled_winrate(frame, save_weights_dir=scratch)
             (file,) = Path(scratch).rglob("*.csv")

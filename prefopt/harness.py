@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,19 +70,23 @@ def task_names(tasks: str | list[str]) -> list[str]:
 
 def preflight(names: list[str]) -> "TaskManager":
     """Raises UserError that names every task that does not exist or whose data are missing."""
+    import datasets
     from lm_eval.tasks import TaskManager
 
-    manager, problems = TaskManager(), []
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    manager, problems, failed = TaskManager(), [], []
     for name in names:
         try:
             manager.load([name])
         except Exception as error:  # `datasets` and lm-eval raise a dozen kinds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             problems.append(f"task {name} cannot be loaded: {reason}")
+            failed.append(name)
     if problems:
         hint = (
             "`lm-eval ls tasks` lists the names. Missing data are fetched on a machine with network: python -m "
-            f"prefopt.prefetch 'tasks=[{','.join(names)}]'"
+            f"prefopt.prefetch 'tasks=[{','.join(failed)}]'"
         )
         raise UserError("\n".join([*problems, hint]))
     return manager

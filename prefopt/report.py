@@ -44,12 +44,45 @@ def read_records(runs_dir: Path) -> list[Record]:
     for file in sorted(runs_dir.glob("*/record.json")):
         record = json.loads(file.read_text())
         if record["status"] == "finished":
-            records.append(record)
+            records.append(record | {"posthoc": posthoc(file.parent)})
         else:
             say(f"left out: {file.parent} is {record['status']}; run its command again: {record.get('command')}")
     if not records:
         raise UserError(f"no finished run in {runs_dir}. Train one first: python -m prefopt.train runs_dir={runs_dir}")
     return sorted(records, key=lambda r: (r["objective"], beta(r) or 0.0, r["name"]))
+
+
+def posthoc(folder: Path) -> dict[str, tuple[float, float | None]]:
+    """What prefopt.harness and prefopt.alpaca have found of a run's final policy: percentages and standard errors. A
+    figure's name says the tasks, or the judge and the baseline, so that no two kinds share a column."""
+    suites: dict[str, list[Record]] = {}
+    for file in sorted(folder.glob("harness/final-*.json")):
+        told = json.loads(file.read_text())
+        if "acc" in told["metrics"]:
+            suites.setdefault(json.dumps(told["settings"], sort_keys=True), []).append(told)
+    found: dict[str, tuple[float, float | None]] = {}
+    for settings, told in suites.items():
+        tasks, how = [t["task"] for t in told], json.loads(settings)
+        what = ", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
+        extra = [f"{k} {how[k]}" for k in ("limit", "num_fewshot") if how[k] is not None]
+        extra += ["chat template"] * how["chat_template"]
+        errors = [t["metrics"]["acc"]["stderr"] for t in told]
+        error = None if None in errors else 100 * math.hypot(*errors) / len(errors)
+        mean = 100 * statistics.fmean(t["metrics"]["acc"]["value"] for t in told)
+        found[f"mean acc of {'; '.join([what, *extra])}"] = mean, error
+    for file in sorted(folder.glob("alpaca/final-*/record.json")):
+        record = json.loads(file.read_text())
+        of = f"{record['judge']['name']}, against {record['baseline']['name']}, {record['figures']['n']} questions"
+        for figure, value, se in (
+            ("win rate", "win_rate", "standard_error"),
+            ("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error"),
+        ):
+            name = f"{figure} ({of})"
+            if name in found:  # the same with other settings
+                name += f" {file.parent.name.rpartition('-')[2]}"
+            if value in record["figures"]:
+                found[name] = record["figures"][value], record["figures"][se]
+    return found
 
 
 def beta(record: Record) -> float | None:
@@ -111,14 +144,29 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
         # beta has a column of its own; what else tells the run apart stays with the objective's name.
         objective = " ".join(part for part in label.split(" ") if not part.startswith("β="))
         rows.append(row | {"run": record["name"], "objective": objective, "beta": beta(record)})
+    names = posthoc_names(records)
+    for row in rows:
+        own: dict[str, Any] = next((r.get("posthoc", {}) for r in records if r["name"] == row["run"]), {})
+        for name in names:
+            row[name], row[f"{name}_se"] = own.get(name, (None, None))
     return rows
+
+
+def posthoc_names(records: list[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.get("posthoc", {})))
+
+
+def shown_columns(records: list[Record]) -> dict[str, str]:
+    """The columns of the table, with the heading of each; the run comes last."""
+    columns = {c: heading for c, heading in COLUMNS.items() if c != "run"}
+    return columns | {name: f"{name}, %" for name in posthoc_names(records)} | {"run": COLUMNS["run"]}
 
 
 def write_tables(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> list[Path]:
     """table.csv with full precision, table.md as people read it with where it came from."""
-    shown = [c for c in COLUMNS if c != "run"] + ["run"]
-    texts = [[cells(row)[c] for c in shown] for row in rows]
-    return _write(config, "table", [COLUMNS[c] for c in shown], texts, rows, provenance(records, config))
+    columns = shown_columns(records)
+    texts = [[cells(row, posthoc_names(records))[c] for c in columns] for row in rows]
+    return _write(config, "table", list(columns.values()), texts, rows, provenance(records, config))
 
 
 def _write(
@@ -287,8 +335,8 @@ def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
     return {}
 
 
-def cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row as text: what was not measured is a dash."""
+def cells(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+    """A row as text, with its post-hoc figures `names`: what was not measured is a dash."""
 
     def number(key: str, digits: int) -> str:
         value = row.get(key)
@@ -306,6 +354,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "kl": number("kl", 2),
         "chosen_logps_drift": number("chosen_logps_drift", 2),
         "sample_length": number("sample_length", 1),
+        **{name: number(name, 1) for name in names},
     }
 
 
@@ -389,10 +438,11 @@ def main(cfg: DictConfig) -> None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = table_rows(records)
-    shown = [c for c in COLUMNS if c != "run"]
-    table = Table(*(COLUMNS[c] for c in shown))
+    columns = shown_columns(records)
+    columns.pop("run")
+    table = Table(*columns.values())
     for row in rows:
-        table.add_row(*(cells(row)[c] for c in shown))
+        table.add_row(*(cells(row, posthoc_names(records))[c] for c in columns))
     # Wide enough for the table where the output is not a terminal.
     Console(width=None if os.isatty(1) else 140).print(table)
     files = write_tables(rows, records, config) + draw(records, output) + write_over_seeds(records, config)

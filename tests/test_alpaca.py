@@ -24,6 +24,7 @@ from prefopt.compare import page
 from prefopt.data.formats import as_messages
 from prefopt.judges import Duel, LanguageModelJudge, Names, RewardJudge
 from prefopt.posthoc.oracle import Vader
+from prefopt.report import posthoc
 from prefopt.scorers import OracleScorer
 from tests.tiny import ENVIRONMENT, ROOT, run_program
 
@@ -424,6 +425,15 @@ def test_rewards_judge_for_nothing(run):
     trained = json.loads((run / "record.json").read_text())
     assert told["weights"] == trained["final_weights"] != told["baseline"]["weights"] == trained["initial_weights"]
     assert "win rate (reward of Vader)" in process.stdout
+    assert posthoc(run)["win rate (reward of Vader, against model-initial, 24 questions)"] == (
+        told["figures"]["win_rate"], told["figures"]["standard_error"],
+    )  # fmt: skip
+    command_ = [f"runs_dir={run.parent}", f"output={run.parent / 'report'}"]
+    shown = run_program(*command_, program="report")
+    assert shown.returncode == 0, shown.stderr
+    text = (run.parent / "report" / "table.md").read_text()
+    assert "win rate (reward of Vader, against model-initial, 24 questions), % |" in text
+    assert f"| {told['figures']['win_rate']:.1f} ± {told['figures']['standard_error']:.1f} |" in text
 
 
 def test_answers_in_a_file_are_a_baseline_and_must_be_all(run, tmp_path):

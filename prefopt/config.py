@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_type_hints
@@ -133,7 +134,8 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: Any = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    steps: int = MISSING
+    steps: int | None = None
+    epochs: float | None = None
     batch_size: int = MISSING
     micro_batch_tokens: int = MISSING
     layout: str = MISSING
@@ -143,7 +145,7 @@ class TrainConfig:
     gradient_checkpointing: bool = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
-    export_every: int | None = None
+    exports: int = MISSING
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
@@ -154,6 +156,17 @@ class TrainConfig:
     precision: str = MISSING
     device: str = MISSING
     runs_dir: str = MISSING
+
+    @property
+    def total_steps(self) -> int:
+        """`steps`, once the number of pairs has turned `epochs` into it (`count_steps`)."""
+        assert self.steps is not None
+        return self.steps
+
+    def count_steps(self, pairs: int) -> None:
+        """Where epochs are given, the steps that take them over so many pairs."""
+        if self.epochs is not None:
+            self.steps = math.ceil(self.epochs * pairs / self.batch_size)
 
 
 @dataclass
@@ -369,7 +382,7 @@ def check(config: TrainConfig) -> None:
     """Cross-field checks. Raises UserError that lists every problem found."""
     problems = [
         f"{key} must be at least 1, is {getattr(config, key)}"
-        for key in ("steps", "batch_size", "eval_every", "save_every")
+        for key in ("batch_size", "eval_every", "save_every")
         if getattr(config, key) < 1
     ]
     rules: list[tuple[bool, str]] = [
@@ -378,8 +391,14 @@ def check(config: TrainConfig) -> None:
             "heldout_pairs must be at least 1, or null for all",
         ),
         (
-            config.export_every is None or config.export_every >= 1,
-            "export_every must be at least 1 optimizer step, or null for the last policy alone",
+            (config.steps is None) != (config.epochs is None),
+            "give steps or epochs, and null for the other one (steps=null epochs=3)",
+        ),
+        (config.steps is None or config.steps >= 1, f"steps must be at least 1, is {config.steps}"),
+        (config.epochs is None or config.epochs > 0, f"epochs must be positive, is {config.epochs}"),
+        (
+            config.exports >= 1,
+            "exports must be at least 1: the last policy",
         ),
         (
             config.patience is None or config.patience >= 1,

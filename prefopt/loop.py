@@ -114,6 +114,8 @@ def train(job: Job) -> list[dict[str, Any]]:
     interrupted.
     """
     config, run, engine = job.config, job.run, job.engine
+    steps = config.total_steps
+    exports = {round(k * steps / config.exports) for k in range(1, config.exports)}
     start = 0
     best = Best()
     checkpoint = latest_checkpoint(run.checkpoints)
@@ -124,42 +126,42 @@ def train(job: Job) -> list[dict[str, Any]]:
         start = meta["step"]
         if config.patience is not None:
             best = Best(tensors.get("best", {}), **meta.get("best", {}))
-        say(f"  going on from step {start} of {config.steps} ({checkpoint})")
+        say(f"  going on from step {start} of {steps} ({checkpoint})")
     logger = Loggers(run, config.logger, start)
     try:
         if start == 0:
             metrics = evaluate_once(job, 0)
             logger.log("heldout", 0, metrics)
             best.watch(job, 0, metrics)
-        with Bar("training", config.steps, config.logger.progress, done=start) as bar:
+        with Bar("training", steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in upcoming(job, start):
                 metrics = train_step(job, step, micro_batches)
                 done = step + 1
                 logger.log("train", done, metrics)
-                if done % config.eval_every == 0 or done == config.steps:
+                if done % config.eval_every == 0 or done == steps:
                     found = evaluate_once(job, done)
                     logger.log("heldout", done, found)
                     best.watch(job, done, found)
-                over = done == config.steps or best.evaluations_since == config.patience
+                over = done == steps or best.evaluations_since == config.patience
                 leave = not over and stop.requested()
                 if (done % config.save_every == 0 and not over) or leave:
                     state = engine.state() | {"objective": job.state} | best.state()
                     if is_first():
                         save_checkpoint(run.checkpoints, done, state, best.meta())
                     wait()
-                if job.export and config.export_every and done % config.export_every == 0 and not over:
+                if job.export and done in exports and not over:
                     if is_first():
                         job.export(run.folder / "policies" / f"step_{done:07d}")
                     wait()
                 if leave:
-                    raise stop.Interrupted(f"saved after step {done} of {config.steps}")
+                    raise stop.Interrupted(f"saved after step {done} of {steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
                 if over:
                     break
     finally:
         logger.close()
     best.restore(job)
-    last = config.steps if config.patience is None else best.step
+    last = steps if config.patience is None else best.step
     return [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= last]
 
 
@@ -202,9 +204,9 @@ def upcoming(job: Job, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, its micro-batches); those of the next step are collated while this one computes."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(job.step, start)
-        for step in range(start, job.config.steps):
+        for step in range(start, job.config.total_steps):
             micro_batches = coming.result()
-            if step + 1 < job.config.steps:
+            if step + 1 < job.config.total_steps:
                 coming = pool.submit(job.step, step + 1)
             yield step, micro_batches
 
@@ -239,7 +241,7 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
             f"pairs: {', '.join(ids)}. Look at these pairs, or lower optimizer.lr="
             f"{config.optimizer.lr}; the same command goes on from the last checkpoint."
         )
-    lr = config.optimizer.lr * job.schedule(step, config.steps)
+    lr = config.optimizer.lr * job.schedule(step, config.total_steps)
     engine.step(lr)
     job.state = scored[-1][1].state
     seconds = time.monotonic() - began
@@ -396,8 +398,8 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
         parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
         parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
         parts.append(f"length {metrics['sample_length']:.1f}")
-    say(f"  step {step}/{job.config.steps}: {', '.join(parts) or 'nothing to evaluate'}")
-    for row in metrics.get("reliability", []) if step == job.config.steps else []:
+    say(f"  step {step}/{job.config.total_steps}: {', '.join(parts) or 'nothing to evaluate'}")
+    for row in metrics.get("reliability", []) if step == job.config.total_steps else []:
         found = f"{row['confidence']:.3f} on average, right {row['accuracy']:.3f} (n {row['n']})"
         say(f"    confidence {row['low']:.1f} to {row['high']:.1f}: {found}")
     fall, limit = -metrics.get("chosen_logratio_per_token", 0.0), job.config.squeeze_alarm

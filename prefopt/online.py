@@ -128,6 +128,7 @@ def go_on(config: OnlineConfig) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.start(stages=[])
     evaluations: list[dict[str, Any]] = []
+    steps = 0
     policy: Path | None = None
     try:
         for n, part in enumerate(stages, start=1):
@@ -135,7 +136,8 @@ def go_on(config: OnlineConfig) -> None:
             policy = done.policy_folder
             # The first evaluation of a later stage is the last of the one before.
             found = done.record["evaluations"][bool(evaluations) :]
-            evaluations += [row | {"step": row["step"] + (n - 1) * config.steps, "stage": n} for row in found]
+            evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in found]
+            steps += done.record["config"]["steps"]
             told = {"stage": n, "prompts": len(part), "run": str(done.folder), "policy": str(policy)}
             told |= {key: done.record[key] for key in ("data", "initial_weights", "final_weights")}
             run.update(stages=[*run.record["stages"], told])

@@ -93,7 +93,7 @@ def table(looks: list[Look]) -> Table:
         shown.add_row(
             each.folder.name,
             each.state,
-            f"{metrics.get('step', '–')}/{record['config']['steps']}",
+            f"{metrics.get('step', '–')}/{record['config']['steps'] or '?'}",
             *figures,
             where or record.get("host") or "–",
             age(each.age_s),

@@ -7,6 +7,7 @@ A run that is finished is skipped, one that was interrupted goes on from its las
 started by a launcher (prefopt/launch.py).
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -155,7 +156,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
-    say(f"{run.folder}: {config.steps} steps of {config.batch_size} pairs, {config.precision} on {config.device}")
+    length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
+    say(f"{run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
     say(f"  objective: {describe(objective)}")
 
     from prefopt.data.cache import Limits, prepare
@@ -207,6 +209,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
             f"{run.folder} was begun from other weights than model.path={config.model.path} holds now. Remove the "
             "folder to begin again, or bring the old weights back."
         )
+    config.count_steps(len(data["train"].pairs))
+    facts |= {"config": dataclasses.asdict(config)}
     run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
     layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
@@ -304,7 +308,7 @@ def make_reference(
     load = functools.partial(load_initial, config, layout)
     if objective.sides != SIDES:
         return Cached(load)  # it compares nothing; there are samples alone to score
-    indices = run_indices(len(train_pairs), config.seed, config.steps, config.batch_size)
+    indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
     parts: list[Any] = [heldout, Subset(train_pairs, indices if "reference" in objective.needs else [])]  # type: ignore[arg-type]
     pairs: Any = ConcatDataset(parts)  # read one by one: they may be more than the memory holds
     tokens, show = config.micro_batch_tokens, config.logger.progress

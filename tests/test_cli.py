@@ -7,7 +7,7 @@ import pytest
 
 from prefopt.data.sources import read_rows
 from prefopt.posthoc.oracle import Vader
-from tests.tiny import ROOT, run_program, tiny_overrides, write_pairs
+from tests.tiny import ROOT, records, run_program, tiny_overrides, write_pairs
 
 
 def refused(process: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -46,6 +46,8 @@ CASES = {
     "target": (["objective._target_=prefopt.objectives.nope.Nope"], ["objective._target_", "cannot import"]),
     "target of another kind": (["objective._target_=prefopt.optim.Cosine"], ["must be a dataclass derived from Obj"]),
     "zero steps": (["steps=0"], ["steps must be at least 1, is 0"]),
+    "steps and epochs": (["epochs=2"], ["give steps or epochs, and null for the other one"]),
+    "neither steps nor epochs": (["steps=null"], ["give steps or epochs"]),
     "several values at once": (["steps=0", "optimizer.lr=0"], ["steps must be at least 1", "optimizer.lr must be"]),
     "micro-batches": (
         ["objective=mmpo", "batch_size=4", "objective.micro_batch_size=3"],
@@ -163,7 +165,21 @@ def test_report_without_runs_says_how_to_get_one(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "score", "online", "report"])
+def test_epochs_are_the_steps_that_they_take(overrides, tmp_path):
+    """12 pairs, 5 a step: two epochs are five steps, of which the last goes a pair beyond."""
+    found = []
+    for name, length in (("epochs", ["steps=null", "epochs=2"]), ("steps", ["steps=5"])):
+        process = run_program(*overrides(tmp_path / name), *length, "batch_size=5", "exports=3")
+        assert process.returncode == 0, process.stderr
+        (record,) = records(tmp_path / name)
+        assert record["config"]["steps"] == 5
+        folder = tmp_path / name / record["name"]
+        assert sorted(f.name for f in (folder / "policies").iterdir()) == ["step_0000002", "step_0000003"]
+        found.append(record["final_weights"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "score", "online", "report", "harness", "alpaca", "compare"])
 def test_help_lists_the_choices(program):
     process = run_program("--help", program=program)
     assert process.returncode == 0

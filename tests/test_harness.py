@@ -52,7 +52,7 @@ def hub(tmp_path_factory) -> Path:
 def run(overrides, tmp_path_factory) -> Path:
     """The folder of a finished run with a policy in the middle."""
     runs = tmp_path_factory.mktemp("harness")
-    process = run_program(*overrides(runs), "export_every=2")
+    process = run_program(*overrides(runs), "exports=2")
     assert process.returncode == 0, process.stderr
     (folder,) = (path.parent for path in runs.glob("*/record.json"))
     assert [p.name for p in (folder / "policies").iterdir()] == ["step_0000002"]

@@ -28,7 +28,7 @@ def record_of(run: str) -> dict[str, Any]:
 
 
 def policies(run: str, which: str) -> list[Checkpoint]:
-    """`final`: the finished policy; `all`: those that export_every has left as well, in the order of their steps.
+    """`final`: the finished policy; `all`: those that `exports` has kept as well, in the order of their steps.
 
     Raises UserError where there is none.
     """

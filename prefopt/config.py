@@ -36,6 +36,7 @@ class ModelConfig:
     name: str = MISSING
     path: str = MISSING
     revision: str | None = None
+    tokenizer: str | None = None
 
 
 @dataclass

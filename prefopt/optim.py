@@ -24,7 +24,8 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Rises linearly over the first round(warmup * steps) steps, then falls to `final` along half a cosine.
+    """Rises linearly over the first round(warmup * steps) steps, or, from 1 on, the first `warmup` steps; then falls to
+    `final` along half a cosine.
 
     Step 0 already moves: with w warm-up steps it has 1 / w of the peak, and step w - 1 reaches the peak.
     """
@@ -33,11 +34,15 @@ class Cosine(Schedule):
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.warmup <= 1, f"warmup must be a share of the steps in [0, 1], got {self.warmup}")
+        whole = self.warmup >= 1 and self.warmup == int(self.warmup)
+        require(
+            0 <= self.warmup < 1 or whole,
+            f"warmup must be a share of the steps in [0, 1), or a number of steps, got {self.warmup}",
+        )
         require(0 <= self.final <= 1, f"final must be a share of the peak in [0, 1], got {self.final}")
 
     def __call__(self, step: int, steps: int) -> float:
-        warmup = round(self.warmup * steps)
+        warmup = round(self.warmup * steps) if self.warmup < 1 else min(int(self.warmup), steps)
         if step < warmup:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, steps - warmup)

@@ -78,10 +78,12 @@ class Item(ABC):
 
 @dataclass(frozen=True)
 class Model(Item):
-    """Configuration, safetensors weights and tokenizer of a causal language model."""
+    """Configuration, safetensors weights and tokenizer of a causal language model; or without its weights."""
+
+    weights: bool = True
 
     def __str__(self) -> str:
-        return f"model {_place(self.path, self.revision)}"
+        return f"{'model' if self.weights else 'tokenizer'} {_place(self.path, self.revision)}"
 
     @property
     def local(self) -> bool:
@@ -89,6 +91,8 @@ class Model(Item):
 
     @property
     def command(self) -> str:
+        if not self.weights:
+            return f"python -m prefopt.prefetch model=hub model.path=MODEL model.tokenizer={shlex.quote(self.path)}"
         words = ["model=hub", f"model.path={self.path}"] + [f"model.revision={self.revision}"] * bool(self.revision)
         return f"python -m prefopt.prefetch {shlex.join(words)}"
 
@@ -107,7 +111,7 @@ class Model(Item):
         except CachedRepoTreeNotFoundError:  # fetched by something else, file by file
             listing = list(present)
         try:
-            names = set(wanted(listing))
+            names = set(wanted(listing, self.weights))
         except Lacking as error:
             raise Lacking(f"its copy in {snapshot} is not complete: {error}") from None
         if INDEX in names and INDEX in present:
@@ -118,7 +122,7 @@ class Model(Item):
         return sum(present[name] for name in names)
 
     def fetch(self) -> None:
-        names = wanted(HfApi().list_repo_files(self.path, revision=self.revision))
+        names = wanted(HfApi().list_repo_files(self.path, revision=self.revision), self.weights)
         snapshot_download(self.path, revision=self.revision, allow_patterns=names)
 
 
@@ -165,7 +169,7 @@ class Data(Item):
         datasets.load_dataset(self.path, self.config, revision=self.revision)
 
 
-def wanted(files: Iterable[str]) -> list[str]:
+def wanted(files: Iterable[str], with_weights: bool = True) -> list[str]:
     """The files of a model's repository that transformers reads: safetensors weights, configurations, tokenizer,
     templates; no second copy of the weights in another format, and no pickles.
 
@@ -177,11 +181,14 @@ def wanted(files: Iterable[str]) -> list[str]:
     templates = {name for name in names if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", name)}
     if "config.json" not in texts:
         raise Lacking("it has no config.json, so it is not a model that transformers loads (an adapter alone is none)")
-    if not weights:
+    if not with_weights:
+        weights = set()
+    elif not weights:
         raise Lacking("it has no weights in safetensors format, and pickles are not fetched")
     if not texts & set(TOKENIZERS) and not any(name.endswith((".tiktoken", ".model")) for name in texts):
         raise Lacking("it has no tokenizer")
-    return sorted(weights | texts | templates | ({INDEX} if WEIGHTS not in names else set()))
+    index = {INDEX} if weights and WEIGHTS not in names else set()
+    return sorted(weights | texts | templates | index)
 
 
 def items(model: ModelConfig, dataset: DatasetConfig, also: Iterable[str] = ()) -> list[Item]:
@@ -199,7 +206,9 @@ def items(model: ModelConfig, dataset: DatasetConfig, also: Iterable[str] = ()) 
         rest, _, config = text.partition(":")
         name, _, revision = rest.partition("@")
         data.setdefault(Data(name, revision or None, config or None), ())
-    return [Model(model.path, model.revision), *(replace(item, splits=splits) for item, splits in data.items())]
+    models = [Model(model.path, model.revision)]
+    models += [Model(model.tokenizer, weights=False)] if model.tokenizer else []
+    return [*models, *(replace(item, splits=splits) for item, splits in data.items())]
 
 
 def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
@@ -214,7 +223,8 @@ def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
             if _is_on_hub(item) and item.offline():
                 item.there()
         except Lacking as error:
-            what = f"no model can be loaded from model.path={item.path}" if isinstance(item, Model) else f"no {item}"
+            model_itself = isinstance(item, Model) and item.weights
+            what = f"no model can be loaded from model.path={item.path}" if model_itself else f"no {item}"
             messages.append(
                 f"{what}: the hub is switched off, and {error}.\nFetch it on a machine with network: {item.command}"
             )

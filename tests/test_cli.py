@@ -57,7 +57,7 @@ CASES = {
     "precision": (["precision=float16"], ["precision must be auto, bfloat16 or float32"]),
     "layout": (["layout=dense"], ["layout must be packed or prefix_shared or padded, is 'dense'"]),
     "temperature": (["sampling.temperature=-1"], ["sampling.temperature must not be negative"]),
-    "warm-up": (["schedule.warmup=2"], ["schedule.warmup must be a share"]),
+    "warm-up": (["schedule.warmup=1.5"], ["schedule.warmup must be a share"]),
     "missing value": (["dataset=jsonl", "dataset.name=x"], ["no value for dataset.train", "dataset.train=VALUE"]),
     "missing file": (["dataset=jsonl", "dataset.train=no.jsonl"], ["data file no.jsonl does not exist"]),
     "missing package": (["model.path=package://no_such_package/x.gguf"], ["no_such_package is not installed"]),

@@ -50,6 +50,19 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
         check_vocabulary(tiny_model(100), tokenizer)
 
 
+def test_a_base_model_takes_the_tokenizer_of_another(tmp_path):
+    config = saved(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="template"):
+        load_tokenizer(config)
+    saved(tmp_path / "instruct")
+    config.tokenizer = str(tmp_path / "instruct")
+    assert load_tokenizer(config).chat_template == tiny_tokenizer().chat_template
+    config.tokenizer = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no tokenizer can be loaded from model\.tokenizer="):
+        load_tokenizer(config)
+
+
 def test_the_digest_is_of_values_and_names():
     a, b = tiny_model(50), tiny_model(50)
     assert weights_digest(a) == weights_digest(b)

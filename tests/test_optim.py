@@ -19,6 +19,8 @@ def test_cosine_by_hand():
     assert schedule(6, 10) == pytest.approx(0.1 + 0.9 / 2)
     assert 0.1 < schedule(9, 10) < 0.2
     assert Cosine(warmup=0.0)(0, 1) == 1.0
+    assert [Cosine(warmup=4)(step, 40) for step in range(40)] == [Cosine(warmup=0.1)(step, 40) for step in range(40)]
+    assert Cosine(warmup=100)(3, 4) == 1  # a run that is over before
 
 
 def test_matrices_decay_and_vectors_do_not():

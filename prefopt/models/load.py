@@ -27,9 +27,10 @@ from prefopt.progress import say
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Raises UserError where there is none, or one without chat template or eos token."""
-    path = checkpoint_path(config)
+    own = config.tokenizer is None
+    path = checkpoint_path(config) if own else str(config.tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision if own else None)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("tokenizer", config, error)) from None
     check_chat_template(tokenizer)
@@ -211,7 +212,8 @@ def _convert_gguf(gguf: Path) -> Path:
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
+    given = f"tokenizer={config.tokenizer}" if what == "tokenizer" and config.tokenizer else f"path={config.path}"
     return (
-        f"no {what} can be loaded from model.path={config.path}: {reason}\nGive a hub name (with network), a folder "
+        f"no {what} can be loaded from model.{given}: {reason}\nGive a hub name (with network), a folder "
         "that save_pretrained wrote, or model=smollm2_135m_offline."
     )

@@ -314,7 +314,7 @@ def register() -> None:
         node = OmegaConf.load(file)
         if "nll_weight" in node:
             store.store(group="objective/base", name=file.stem, node=node, package="objective.base")
-    OmegaConf.register_new_resolver("basename", lambda path: PurePath(path).name, replace=True)
+    OmegaConf.register_new_resolver("basename", lambda path: PurePath(path or "").name, replace=True)
 
 
 def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:

@@ -1,43 +1,164 @@
 """Every sweep file: each of its jobs composes, passes the checks, and is another run."""
 
+import csv
+import functools
 import itertools
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from prefopt.config import TrainConfig, build, check, parse, register
+from prefopt.config import OnlineConfig, TrainConfig, build, check, check_online, parse, register
 from prefopt.objectives.base import Objective
 from prefopt.program import SweepFiles
 from prefopt.run import Run
 from tests.tiny import ROOT, records, run_program
 
-SWEEPS = sorted((ROOT / "sweeps" / "sweep").glob("*.yaml"))
+FOLDER = ROOT / "sweeps" / "sweep"
+SWEEPS = sorted(
+    str(file.relative_to(FOLDER).with_suffix(""))
+    for file in FOLDER.rglob("*.yaml")
+    if not file.name.startswith("_") and "online" not in file.name
+)
+PUBLISHED = ROOT / "results" / "published"
 
 
-def jobs(name: str) -> list[Run]:
+def composed(program: str, overrides: list[str]) -> DictConfig:
     register()
     Plugins.instance().register(SweepFiles)
-    params = OmegaConf.to_container(OmegaConf.load(ROOT / "sweeps/sweep" / f"{name}.yaml").hydra.sweeper.params)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(program, overrides, return_hydra_config=True)
+
+
+@functools.cache
+def jobs(name: str) -> list[Run]:
+    """What the sweep file expands to; a model or data file that it wants to be told is told here."""
+    first = composed("train", [f"+sweep={name}"])
+    params = OmegaConf.to_container(first.hydra.sweeper.params)
     assert isinstance(params, dict)
+    wanted = {"model.path": OmegaConf.is_missing(first.model, "path")}
+    wanted["dataset.train"] = first.dataset.train is None and not first.dataset.sources
+    told = [f"{key}=told" for key, wants in wanted.items() if wants and key not in params]
     grid = itertools.product(
         *([f"{key}={value}" for value in str(values).split(",")] for key, values in params.items())
     )
     runs = []
     for point in grid:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = parse(compose("train", [f"+sweep={name}", *point]), TrainConfig)
+        cfg = composed("train", [f"+sweep={name}", *told, *point])
+        with open_dict(cfg):
+            del cfg["hydra"]
+        config = parse(cfg, TrainConfig)
         check(config)
         runs.append(Run(config, build(config.objective, Objective, "objective").name, {}))
     return runs
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=lambda f: f.stem)
-def test_jobs_compose_and_differ(file):
-    names = [run.name for run in jobs(file.stem)]
-    assert len(names) >= 2
+@pytest.mark.parametrize("name", SWEEPS)
+def test_jobs_compose_and_differ(name):
+    names = [run.name for run in jobs(name)]
+    assert len(names) >= (1 if "/" in name else 2)
     assert len(set(names)) == len(names)
+
+
+def table(name: str) -> list[dict[str, str]]:
+    with (PUBLISHED / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("row", table("mmpo_table_3"), ids=lambda row: f"{row['model']}-{row['objective']}")
+def test_mmpos_grid_is_its_table_3(row):
+    """Every block: count, and each hyperparameter that the table or the issue names."""
+    runs = jobs(f"mmpo/{row['model'].replace('.', '_').replace('-', '_')}_{row['objective']}")
+    configs = [run.record["config"] for run in runs]
+    betas = [float(beta) for beta in row["betas"].split("|")]
+    assert [config["objective"]["beta"] for config in configs] == betas
+    for run, config in zip(runs, configs, strict=True):
+        objective = config["objective"]
+        assert run.record["objective"] == row["objective"]
+        assert config["model"]["name"] == row["model"]
+        assert config["optimizer"]["lr"] == float(row["learning_rate"])
+        assert (config["epochs"], config["steps"], config["exports"]) == (
+            float(row["epochs"]),
+            None,
+            int(row["epochs"]),
+        )
+        assert config["batch_size"] == 2 * 16 * 4
+        assert (config["max_prompt_tokens"], config["max_completion_tokens"]) == (1800, 512)
+        assert (config["schedule"]["warmup"], config["precision"]) == (0.1, "bfloat16")
+        assert config["schedule"]["_target_"].endswith("Cosine")
+        assert set(config["dataset"]["sources"]) == {"orca", "ultrafeedback"}
+        assert config["optimizer"]["eight_bit"] == (row["optimizer"] == "adamw_8bit")
+        if row["trainable"] == "full":
+            assert config["peft"]["target_modules"] == []
+        else:
+            kinds = {"attention": 4, "attention+mlp": 7}
+            assert len(config["peft"]["target_modules"]) == kinds[row["lora_targets"]]
+            assert [config["peft"][k] for k in ("r", "alpha", "dropout")] == [
+                float(row[f"lora_{k}"]) for k in ("r", "alpha", "dropout")
+            ]
+        if row["simpo_gamma_over_beta"]:
+            assert objective["gamma_beta_ratio"] == float(row["simpo_gamma_over_beta"])
+        if row["mmpo_margin"]:
+            assert objective["margin"] == float(row["mmpo_margin"])
+            assert (objective["normalization"], objective["micro_batch_size"]) == ("micro_batch", 2)
+
+
+def test_mmpos_grid_has_no_other_blocks():
+    blocks = {name for name in SWEEPS if name.startswith("mmpo/") and "/sft" not in name}
+    assert blocks == {
+        f"mmpo/{row['model'].replace('.', '_').replace('-', '_')}_{row['objective']}" for row in table("mmpo_table_3")
+    }
+    assert sum(len(jobs(name)) for name in blocks) == 45  # three models at four betas and one at three, three methods
+
+
+def test_mappos_runs_are_its_table_2():
+    """Each method of the table that is trained offline has a sweep, with the paper's settings."""
+    methods = {row["method"] for row in table("mappo_table_2") if not row["method"].startswith("i-")}
+    names = {m: f"mappo/offline_{'mappo_' if m.endswith('+mappo') else ''}{m.partition('+')[0]}" for m in methods}
+    assert set(names.values()) == {name for name in SWEEPS if name.startswith("mappo/")}
+    for method, name in names.items():
+        (run,) = jobs(name)
+        config = run.record["config"]
+        base = config["objective"]["base"] if method.endswith("+mappo") else config["objective"]
+        assert run.record["objective"] == name.partition("offline_")[2]
+        assert base["beta"] == 0.1
+        assert (config["batch_size"], config["optimizer"]["lr"], config["optimizer"]["weight_decay"]) == (
+            128,
+            5e-7,
+            0.01,
+        )
+        assert (config["schedule"]["warmup"], config["precision"]) == (100, "bfloat16")
+        if "simpo" in method:
+            assert base["beta"] * base["gamma_beta_ratio"] == pytest.approx(1)
+        if "cpo" in method:
+            assert base["nll_weight"] == 0.2
+
+
+@pytest.mark.parametrize("name", ["mappo/online_dpo", "mappo/online_mappo"])
+def test_mappos_online_runs(name):
+    given = [f"+sweep={name}", "model.path=told", "prompts=told", "dataset.heldout=null"]
+    cfg = composed("online", given)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    config = parse(cfg, OnlineConfig)
+    check_online(config)
+    assert (config.stages, config.samples_per_prompt, config.stage_sampling.temperature) == (3, 8, 1.0)
+    assert (config.batch_size, config.optimizer.lr, config.schedule["warmup"]) == (128, 5e-7, 100)
+    assert build(config.objective, Objective, "objective").name == name.partition("_")[2].replace("mappo", "mappo_dpo")
+
+
+def test_madpos_runs_are_its_settings():
+    methods = {row["method"].replace("-", "_") for row in table("madpo_table_1")}
+    configs = [run.record for run in jobs("madpo/paper")]
+    assert {r["objective"] for r in configs} == methods
+    assert len(configs) == 4 * 3 * 3
+    for record in configs + [run.record for run in jobs("madpo/sensitivity")]:
+        config = record["config"]
+        assert [config["peft"][k] for k in ("r", "alpha", "dropout")] == [16, 32, 0.05]
+        assert (config["optimizer"]["lr"], config["epochs"], config["batch_size"]) == (1e-5, 2, 32)
+        assert (config["optimizer"]["betas"], config["optimizer"]["weight_decay"]) == ([0.9, 0.95], 0.01)
+        assert config["schedule"]["warmup"] == 0.03
 
 
 def test_the_demo_is_two_objectives_at_two_betas():

@@ -168,7 +168,9 @@ class Server:
                 owner.keys.add(self.headers.get("Authorization") or self.headers.get("x-api-key"))
                 fault = faults(text, owner.asked[text])
                 if isinstance(fault, int):
-                    return self.send(fault, {"error": {"message": f"rate limit or fault {fault}, key {SECRET}"}})
+                    return self.send(
+                        fault, {"error": {"message": f"{'rate limit' if fault == 429 else 'fault'} {fault}, {SECRET}"}}
+                    )
                 if self.path.endswith("/messages"):
                     return self.send(200, messages(text))
                 return self.send(200, fault or chat(text, body))
@@ -401,6 +403,26 @@ def test_the_first_judge_of_the_paper_is_alpaca_evals_own(run):
     assert other.returncode == 2
     assert "nowhere.txt: no such file" in other.stderr
     assert server.calls == calls
+
+
+def test_a_refused_key_is_said_without_the_key_and_nothing_is_written_into_packages(run):
+    import alpaca_eval
+
+    package = Path(alpaca_eval.__file__).parent
+
+    def files() -> dict[Path, int]:
+        return {f: f.stat().st_mtime_ns for f in package.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
+
+    before = files()
+    server = Server(lambda text, n: 401)
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge-5", "judge.key=JUDGE_KEY"]
+    process = evaluate(run, *judge, env={"JUDGE_KEY": SECRET})
+    assert process.returncode == 2
+    assert "judge local_Judge-5 failed" in process.stderr
+    assert "fault 401, ***" in process.stderr
+    assert SECRET not in process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    assert files() == before
 
 
 def test_an_estimate_above_max_cost_asks_nothing(run):

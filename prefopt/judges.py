@@ -171,9 +171,8 @@ class LanguageModelJudge(Judge):
             judge = self._write(place)
             for _ in range(ATTEMPTS):
                 known = _prune(annotations)
-                self._budget(
-                    [d for d in duels if d.reference != d.model and _key(d) not in known], len(duels), max_cost
-                )
+                asked = [d for d in duels if d.reference != d.model and _key(d) not in known]
+                max_cost -= self._budget(asked, len(duels), max_cost)
                 found = self._ask(duels, names, judge, annotations)
                 missing = [row["index"] for row in found if not _is_preference(row["preference"])]
                 if not missing:
@@ -225,7 +224,8 @@ class LanguageModelJudge(Judge):
         write_whole(folder / "client.yaml", yaml.safe_dump({"default": [client]}))
         return folder
 
-    def _budget(self, duels: Sequence[Duel], n: int, max_cost: float) -> None:
+    def _budget(self, duels: Sequence[Duel], n: int, max_cost: float) -> float:
+        """Say what asking for these preferences will cost, and return it. Raises UserError above `max_cost`."""
         config, prompt = self._read()
         how = config.get("completions_kwargs", {})
         written = len(duels) * (how.get("max_tokens") or how.get("max_tokens_to_sample") or 0)
@@ -237,7 +237,11 @@ class LanguageModelJudge(Judge):
             f"to read and {written:,} to write, about {cost:.2f} USD"
         )
         if cost > max_cost:
-            raise UserError(f"the estimate of {cost:.2f} USD is above max_cost={max_cost:g}. Nothing was asked for.")
+            raise UserError(
+                f"the estimate of {cost:.2f} USD is above what is left of max_cost, {max_cost:.2f} USD. Nothing was asked "
+                "for."
+            )
+        return cost
 
     def _ask(self, duels: Sequence[Duel], names: Names, judge: Path, annotations: Path) -> list[dict[str, Any]]:
         """alpaca-eval's own evaluation; a row without preference has None or NaN there."""

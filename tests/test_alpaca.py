@@ -430,7 +430,7 @@ def test_an_estimate_above_max_cost_asks_nothing(run):
     judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge-4", "judge.price=[1000,0]"]
     process = evaluate(run, *judge, "max_cost=0.5")
     assert process.returncode == 2
-    assert "is above max_cost=0.5. Nothing was asked for." in process.stderr
+    assert "is above what is left of max_cost, 0.50 USD. Nothing was asked for." in process.stderr
     assert server.calls == 0
 
 

@@ -238,8 +238,8 @@ class LanguageModelJudge(Judge):
         )
         if cost > max_cost:
             raise UserError(
-                f"the estimate of {cost:.2f} USD is above what is left of max_cost, {max_cost:.2f} USD. Nothing was asked "
-                "for."
+                f"the estimate of {cost:.2f} USD is above what is left of max_cost, {max_cost:.2f} USD. Nothing was "
+                "asked for."
             )
         return cost
 

@@ -1,4 +1,5 @@
-"""Read the records of finished runs; write a table (Markdown, CSV) and a figure (PNG, SVG).
+"""Read the records of finished runs; write a table (Markdown, CSV, LaTeX) and a figure (PNG,
+SVG, PDF).
 
     python -m prefopt.report runs_dir=runs output=results/mine
     python -m prefopt.report runs_dir=runs/madpo output=results/madpo columns=dataset.format.quality
@@ -26,17 +27,17 @@ from prefopt import UserError
 from prefopt.config import ReportConfig, parse
 from prefopt.figures import COLOURS, plotting, save
 from prefopt.metrics import mean_and_error
-from prefopt.paths import write_whole
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import VOLATILE
+from prefopt.tables import Tabular
 
 Record = dict[str, Any]
 MARKERS = "osD^vP*X"
 
 
 def read_records(runs_dir: Path) -> list[Record]:
-    """Finished runs below `runs_dir`, by objective, beta and name. Says which runs are left out.
+    """Finished runs below `runs_dir`, each with its `folder`, by objective, beta and name. Says which are left out.
 
     Raises UserError if there is none.
     """
@@ -44,7 +45,7 @@ def read_records(runs_dir: Path) -> list[Record]:
     for file in sorted(runs_dir.glob("*/record.json")):
         record = json.loads(file.read_text())
         if record["status"] == "finished":
-            records.append(record | {"posthoc": posthoc(file.parent)})
+            records.append(record | {"posthoc": posthoc(file.parent), "folder": str(file.parent)})
         else:
             say(f"left out: {file.parent} is {record['status']}; run its command again: {record.get('command')}")
     if not records:
@@ -162,33 +163,11 @@ def shown_columns(records: list[Record]) -> dict[str, str]:
     return columns | {name: f"{name}, %" for name in posthoc_names(records)} | {"run": COLUMNS["run"]}
 
 
-def write_tables(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> list[Path]:
-    """table.csv with full precision, table.md as people read it with where it came from."""
+def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
+    """`table_rows` as people read them, with where they came from."""
     columns = shown_columns(records)
     texts = [[cells(row, posthoc_names(records))[c] for c in columns] for row in rows]
-    return _write(config, "table", list(columns.values()), texts, rows, provenance(records, config))
-
-
-def _write(
-    config: ReportConfig,
-    name: str,
-    headers: list[str],
-    texts: list[list[str]],
-    rows: list[dict[str, Any]],
-    notes: list[str],
-) -> list[Path]:
-    """NAME.md of the texts, with the notes below, and NAME.csv of the rows."""
-    folder = Path(config.output)
-    markdown_file, csv_file = folder / f"{name}.md", folder / f"{name}.csv"
-    left = ("run", "objective", "method")
-    rule = "|" + "|".join(" --- " if header in left else " ---: " for header in headers) + "|"
-    head, *body = ["| " + " | ".join(line) + " |" for line in [headers, *texts]]
-    write_whole(markdown_file, "\n".join([head, rule, *body, "", *notes]) + "\n")
-    with csv_file.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return [markdown_file, csv_file]
+    return Tabular("table", list(columns.values()), texts, rows, provenance(records, command(config)))
 
 
 FIGURES = ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
@@ -212,11 +191,11 @@ def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_over_seeds(records: list[Record], config: ReportConfig) -> list[Path]:
-    """over_seeds.md and .csv; nothing where no two runs differ in their seed alone."""
+def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | None:
+    """None where no two runs differ in their seed alone."""
     rows = over_seeds(records)
     if all(row["n"] == 1 for row in rows):
-        return []
+        return None
     digits = dict(zip(FIGURES, (2, 3, 2, 2, 1), strict=True))
 
     def cell(row: dict[str, Any], figure: str) -> str:
@@ -238,9 +217,9 @@ def write_over_seeds(records: list[Record], config: ReportConfig) -> list[Path]:
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
         "held-out prompts, whose choice is a further error that these do not show."
         + (f" The paper's figures ({config.published}) are other metrics of another model." if published else ""),
-        *provenance(records, config),
+        *provenance(records, command(config)),
     ]
-    return _write(config, "over_seeds", headers, texts, rows, notes)
+    return Tabular("over_seeds", headers, texts, rows, notes)
 
 
 def by_column(records: list[Record], key: str) -> tuple[list[str], list[dict[str, Any]]]:
@@ -271,9 +250,8 @@ def by_column(records: list[Record], key: str) -> tuple[list[str], list[dict[str
     return values, rows
 
 
-def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
-    """by_column.md and .csv. `config.published`: a CSV whose first column names the method, and whose others are shown
-    beside ours."""
+def by_column_table(records: list[Record], config: ReportConfig) -> Tabular:
+    """`config.published`: a CSV whose first column names the method, and whose others are shown beside ours."""
     assert config.columns
     values, rows = by_column(records, config.columns)
     published = read_published(config)
@@ -298,9 +276,9 @@ def write_by_column(records: list[Record], config: ReportConfig) -> list[Path]:
         f"{first['samples']} held-out prompts, which are the same for all, is {error:.3f} (median). The initial policy "
         f"has {first['oracle_reward']:.3f} ± {first['oracle_reward_se']:.3f}."
         + (" The paper's figures are rewards of another oracle on another scale." if published else ""),
-        *provenance(records, config),
+        *provenance(records, command(config)),
     ]
-    return _write(config, "by_column", headers, texts, table, notes)
+    return Tabular("by_column", headers, texts, table, notes)
 
 
 def read_published(config: ReportConfig) -> dict[str, dict[str, str]]:
@@ -358,8 +336,14 @@ def cells(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
     }
 
 
-def provenance(records: list[Record], config: ReportConfig) -> list[str]:
-    """Sentences that say from what the table was made, and where."""
+def command(config: ReportConfig) -> str:
+    keys = ("runs_dir", "output", "columns", "published")
+    given = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
+    return f"python -m prefopt.report {' '.join(given)}"
+
+
+def provenance(records: list[Record], command: str) -> list[str]:
+    """Sentences that say from what a table was made, where, and by which command."""
     machines = {json.dumps(r["machine"]): r["machine"] for r in records}.values()
     places = "; ".join(
         f"{m['cores']} cores of {m['processor']} ({m['instructions']}), {m['memory_gib']:.0f} GiB"
@@ -369,11 +353,9 @@ def provenance(records: list[Record], config: ReportConfig) -> list[str]:
     commits = {f"{r['git']['commit'][:10]}{' with changes' if r['git']['dirty'] else ''}" for r in records if r["git"]}
     versions = {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for r in records}
     evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
-    keys = ("runs_dir", "output", "columns", "published")
-    given = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
     return [
-        f"Made by `python -m prefopt.report {' '.join(given)}` from {len(records)} "
-        f"runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a resumed run, its last sitting).",
+        f"Made by `{command}` from {len(records)} runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a "
+        "resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
         f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "
@@ -445,8 +427,12 @@ def main(cfg: DictConfig) -> None:
         table.add_row(*(cells(row, posthoc_names(records))[c] for c in columns))
     # Wide enough for the table where the output is not a terminal.
     Console(width=None if os.isatty(1) else 140).print(table)
-    files = write_tables(rows, records, config) + draw(records, output) + write_over_seeds(records, config)
-    for file in files + (write_by_column(records, config) if config.columns else []):
+    files = main_table(rows, records, config).write(output) + draw(records, output)
+    if seeds := over_seeds_table(records, config):
+        files += seeds.write(output)
+    if config.columns:
+        files += by_column_table(records, config).write(output)
+    for file in files:
         print(file)
 
 

@@ -254,7 +254,7 @@ def test_the_table_and_the_figure_are_made_of_the_json(tmp_path):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1, block
     written = steps.draw(results, tmp_path)
-    assert [f.name for f in written] == ["steps.png", "steps.svg"]
+    assert [f.name for f in written] == ["steps.png", "steps.svg", "steps.pdf"]
     assert steps.table({k: v for k, v in results.items() if k != "grid_vs_trl"}).count("## ") == 4
 
 

@@ -139,8 +139,9 @@ def test_the_learnt_part_is_marked(finished):
 
 def test_it_prints_the_tables_and_last_the_paths(finished):
     folder, process = finished
-    names = ["report.md", "report.csv", "lengths.png", "lengths.svg", "reward_gaps.png", "reward_gaps.svg"]
-    assert process.stdout.splitlines()[-6:] == [str(folder / name) for name in names]
+    figures = [f"{figure}.{suffix}" for figure in ("lengths", "reward_gaps") for suffix in ("png", "svg", "pdf")]
+    names = ["report.md", "report.csv", *figures]
+    assert process.stdout.splitlines()[-8:] == [str(folder / name) for name in names]
     for part in ("⟦XXXX⟧", "Lengths in tokens", "prompt_in_heldout", "share chosen longer", "50.0 %"):
         assert part in process.stdout
     for name in ("lengths", "reward_gaps"):

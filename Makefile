@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow slurm-test lint bench bench-fidelity clean-demo mappo madpo
+.PHONY: help setup demo test test-slow slurm-test lint bench bench-fidelity clean-demo mappo madpo figures
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,12 @@ mappo: setup ## MaPPO offline and online on the embedded task, in miniature; tab
 
 madpo: setup ## MADPO's experiment on the embedded task, in miniature; tables in results/madpo
 	scripts/madpo.sh
+
+figures: setup ## the papers' tables, figures and pages: what is published, and the runs that there are in runs/PAPER/final
+	@for paper in mmpo mappo madpo; do \
+		runs=$$(ls -d runs/$$paper/final 2> /dev/null); \
+		$(BIN)/python -m prefopt.papers paper=$$paper $${runs:+runs_dir=$$runs} || exit 1; \
+	done
 
 test: setup ## the tests (a few minutes), in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile

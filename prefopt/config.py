@@ -261,6 +261,19 @@ class ReportConfig:
 
 
 @dataclass
+class PapersConfig:
+    """What `python -m prefopt.papers` reads (conf/papers.yaml)."""
+
+    paper: str = MISSING
+    runs_dir: str | None = None
+    output: str = MISSING
+    published: str = MISSING
+    tasks: Any = None
+    judge: str | None = None
+    baseline: str | None = None
+
+
+@dataclass
 class RunsConfig:
     """What `python -m prefopt.runs` reads (conf/runs.yaml)."""
 
@@ -305,6 +318,7 @@ def register() -> None:
     store.store(name="harness_schema", node=HarnessConfig)
     store.store(name="alpaca_schema", node=AlpacaConfig)
     store.store(name="report_schema", node=ReportConfig)
+    store.store(name="papers_schema", node=PapersConfig)
     store.store(name="runs_schema", node=RunsConfig)
     store.store(name="prefetch_schema", node=PrefetchConfig)
     store.store(name="data_report_schema", node=DataReportConfig)

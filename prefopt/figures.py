@@ -14,7 +14,7 @@ PREFIX = "mappo_"
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method, whose name begins with its objective's ("dpo optimizer.lr=1e-05"). MaPPO has that of its
+    """A colour for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
     base, and needs another line style; what no paper compares has a colour that is free here."""
     bases = {m: m.split(" ")[0].removeprefix(PREFIX) for m in methods}
     taken = [OF_METHOD[b] for b in bases.values() if b in OF_METHOD]
@@ -37,7 +37,8 @@ def plotting() -> Iterator[Any]:
     """matplotlib.pyplot, without a display and in our style. Imported here because it takes a second."""
     import matplotlib as mpl
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Hydra lets its notes on fonts through
+    for chatty in ("matplotlib", "fontTools"):  # Hydra lets their notes on fonts through
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -93,10 +93,15 @@ def beta(record: Record) -> float | None:
     return None if value is None else float(value)
 
 
+def flat_config(record: Record) -> dict[str, Any]:
+    """The run's config with dotted keys."""
+    return dict(_flatten(record["config"]))
+
+
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
     for the keys `without`."""
-    flat = [dict(_flatten(r["config"])) for r in records]
+    flat = [flat_config(r) for r in records]
     names = []
     for record, config in zip(records, flat, strict=True):
         siblings = [c for c, r in zip(flat, records, strict=True) if r["objective"] == record["objective"]]
@@ -231,7 +236,7 @@ def by_column(records: list[Record], key: str) -> tuple[list[str], list[dict[str
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     values: list[str] = []
-    flat = [dict(_flatten(r["config"])) for r in records]
+    flat = [flat_config(r) for r in records]
     for record, config, name in zip(records, flat, labels(records, without=("seed", "dataset.name", key)), strict=True):
         if key not in config or not record["evaluations"] or "oracle_reward" not in record["evaluations"][-1]:
             raise UserError(f"run {record['name']} has no {key}, or was not evaluated by an oracle: it fits no column.")
@@ -358,9 +363,15 @@ def provenance(records: list[Record], command: str) -> list[str]:
         "resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
-        f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "
-        f"{evaluated.get('samples', 0)} responses, one to each held-out prompt; "
-        "s.e. over these, with one training seed per run.",
+        *(
+            [
+                f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "
+                f"{evaluated['samples']} responses, one to each held-out prompt; "
+                "s.e. over these, with one training seed per run."
+            ]
+            if "samples" in evaluated
+            else []
+        ),
     ]
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from prefopt.paths import write_whole
 
-TEXT_COLUMNS = ("run", "objective", "method", "model", "source", "quality")  # set to the left; numbers to the right
+TEXT_COLUMNS = (
+    "run",
+    "objective",
+    "method",
+    "model",
+    "source",
+    "commit",
+    "command",
+)  # set to the left; numbers to the right
 _LATEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     "\\": r"\textbackslash{}",

@@ -1,0 +1,229 @@
+"""The figures of prefopt.papers, from the numbers of prefopt.points. Each function returns the files that it has
+written, none where there is nothing to draw."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.figures import PREFIX, method_colours, plotting, save, shade
+from prefopt.points import (
+    SIDES,
+    Point,
+    Value,
+    at_last_epoch,
+    drift,
+    model_names,
+    paths,
+    plain,
+    sensitive_keys,
+    sensitivity,
+)
+from prefopt.report import MARKERS, Record
+
+
+def draw_paths(
+    points: Sequence[Point], sft: dict[str, Value], published: Sequence[Point], metric: str, output: Path
+) -> list[Path]:
+    """MMPO's figures 1 to 3: LM accuracy against win rate, a panel per model, an arrowed path per method and beta.
+    Below, the win rate alone over the epochs, where the published runs have a place too: faint behind ours, and in full
+    where there are none of ours."""
+    ours = bool(points)
+    models = list(dict.fromkeys(p.model for p in points or published))
+    if not models:
+        return []
+    complete = [p for p in points if p.accuracy and p.win_rate]
+    behind = [p for p in published if not ours or any(plain(p.model) == plain(m) for m in models)]
+    everything = [*points, *behind]
+    colours = method_colours(sorted({p.method for p in everything}))
+    betas = sorted({p.beta for p in everything if p.beta is not None})
+    rows = 1 + bool(complete)
+    with plotting() as plt:
+        width = max(3.4, 2.35 * len(models))
+        figure, axes = plt.subplots(
+            rows, len(models), figsize=(width, 2.25 * rows + 0.75), squeeze=False, layout="constrained", sharey="row"
+        )
+        for column, model in enumerate(models):
+            top, bottom = axes[0][column], axes[-1][column]
+            top.set_title(model)
+            own = paths(p for p in points if p.model == model)
+            if complete:
+                for (_, method, value), path in own.items():
+                    _arrows(top, [p for p in path if p.accuracy and p.win_rate], _look(colours[method], value, betas))
+                if model in sft:
+                    top.axvline(sft[model][0], color="0.3", linestyle=":", linewidth=1.2)
+                top.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
+                top.set_xlabel("LM accuracy, %")
+            for (_, method, value), path in paths(p for p in behind if plain(p.model) == plain(model)).items():
+                _over_epochs(bottom, path, _look(colours[method], value, betas), faint=ours)
+            for (_, method, value), path in own.items():
+                _over_epochs(bottom, path, _look(colours[method], value, betas))
+            bottom.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
+            bottom.xaxis.get_major_locator().set_params(integer=True)
+            bottom.set_xlabel("epoch")
+        for row in axes:
+            row[0].set_ylabel(f"{metric}, %".replace("length-controlled ", "length-controlled\n"))
+        line = plt.Line2D
+        methods = [line([], [], color=c, linewidth=2, label=m) for m, c in colours.items()]
+        marks = [
+            line([], [], color=str(0.65 - 0.65 * i / max(1, len(betas) - 1)), marker=MARKERS[i % len(MARKERS)],
+                 markersize=4, linewidth=1, label=f"β = {b:g}")
+            for i, b in enumerate(betas)
+        ]  # fmt: skip
+        extra = [line([], [], color="0.3", linestyle="--", linewidth=0.8, label="50 %")]
+        if complete and sft:
+            extra.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
+        if ours and behind:
+            extra.append(line([], [], color="0.3", alpha=0.3, linewidth=1, label="published, gpt-4o-mini alone"))
+        # Two rows, methods above betas: a legend is filled column by column.
+        upper, lower = [*methods, *extra], marks
+        while len(upper) != len(lower):
+            min(upper, lower, key=len).append(line([], [], linestyle="", label=" "))
+        handles = [handle for pair in zip(upper, lower, strict=True) for handle in pair]
+        legend = {"frameon": False, "fontsize": 8, "handlelength": 1.8, "columnspacing": 1.2}
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(upper), **legend)
+        return save(figure, output, "mmpo_paths")
+
+
+def _look(colour: str, value: float | None, betas: list[float]) -> dict[str, Any]:
+    """A darker shade and another marker for each larger beta."""
+    place = betas.index(value) if value is not None else 0
+    return {"color": shade(colour, place, len(betas)), "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.1}
+
+
+def _arrows(axis: Any, path: Sequence[Point], look: dict[str, Any]) -> None:
+    """A path with an arrow head in the middle of each of its parts, and the errors of its last point."""
+    told = [(p.accuracy, p.win_rate) for p in path if p.accuracy and p.win_rate]
+    if not told:
+        return
+    x, y = [a[0] for a, _ in told], [w[0] for _, w in told]
+    axis.plot(x, y, markersize=3, **look)
+    for i in range(len(x) - 1):
+        if told[i] == told[i + 1]:  # without a direction
+            continue
+        middle = (x[i] + x[i + 1]) / 2, (y[i] + y[i + 1]) / 2
+        style = {
+            "arrowstyle": "-|>,head_length=0.3,head_width=0.15",
+            "color": look["color"],
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        axis.annotate("", xy=middle, xytext=(x[i], y[i]), arrowprops=style | {"linewidth": look["linewidth"]})
+    (accuracy, win_rate) = told[-1]
+    errors = {"xerr": accuracy[1] or 0, "yerr": win_rate[1] or 0, "elinewidth": 0.7}
+    axis.errorbar(x[-1], y[-1], color=look["color"], marker=look["marker"], markersize=5.5, **errors)
+
+
+def _over_epochs(axis: Any, path: Sequence[Point], look: dict[str, Any], faint: bool = False) -> None:
+    told = [(p.epoch, p.win_rate) for p in path if p.win_rate]
+    x, y = [e for e, _ in told], [w[0] for _, w in told]
+    if faint:
+        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.3, zorder=1)
+        return
+    errors = [w[1] or 0 for _, w in told]
+    axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **look)
+
+
+def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Path]:
+    """The win rates of all betas at the last epoch, by source of the points: a bar from the lowest to the highest, the
+    first source's marks filled, the other's hollow."""
+    ends = {source: at_last_epoch(own) for source, own in points.items()}
+    sources = [source for source, own in ends.items() if own]
+    if not sources:
+        return []
+    models = list({plain(model): model for own in reversed(list(ends.values())) for model, _ in own}.values())
+    methods = sorted({method for own in ends.values() for _, method in own})
+    colours = method_colours(methods)
+    places = [(method, source) for method in methods for source in sources]
+    with plotting() as plt:
+        size = (max(3.4, 0.9 + 0.17 * len(places) * len(models)), 2.6)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for source in sources:
+            mark = {"marker": "o", "markersize": 3.5, "linestyle": "", "markeredgewidth": 0.8}
+            mark |= {"markerfacecolor": "white"} if source != sources[0] else {}
+            for (model, method), (_, by_beta) in ends[source].items():
+                place = (places.index((method, source)) + 0.5) / len(places) - 0.5
+                x = [plain(m) for m in models].index(plain(model)) + 0.8 * place
+                y = [value for value, _ in by_beta.values()]
+                colour = colours[method]
+                axis.plot([x, x], [min(y), max(y)], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
+                axis.plot([x] * len(y), y, color=colour, **mark)
+        axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
+        axis.set_xticks(range(len(models)), models)
+        axis.set_ylabel("win rate at the last epoch, %")
+        handles = [plt.Line2D([], [], color=colours[m], linewidth=5, alpha=0.5, label=m) for m in methods]
+        for source in sources if len(sources) > 1 else []:
+            face = {"markerfacecolor": "white"} if source != sources[0] else {}
+            handles.append(
+                plt.Line2D([], [], color="0.3", marker="o", markersize=3.5, linestyle="", label=source, **face)
+            )
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+        return save(figure, output, "mmpo_spread")
+
+
+def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]:
+    """Held-out log-probs of the chosen and the rejected completions over the steps, less their value before training. A
+    row per model and data, a line per method, a band of one standard error over its seeds; MaPPO full, its base
+    dashed in the same colour."""
+    models = model_names(records)
+    measured = [
+        r for r in records if r["evaluations"] and "chosen_logps" in r["evaluations"][0] and r["objective"] != "sft"
+    ]
+    panels = list(dict.fromkeys((models[r["name"]], r["config"]["dataset"]["name"]) for r in measured))
+    if not panels:
+        return []
+    with plotting() as plt:
+        size = (6.8, 2.4 * len(panels) + 0.9)
+        figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained", sharey="row")
+        handles: dict[str, Any] = {}
+        for row, panel in zip(axes, panels, strict=True):
+            members = [r for r in measured if (models[r["name"]], r["config"]["dataset"]["name"]) == panel]
+            for axis, side in zip(row, SIDES, strict=True):
+                curves = drift(members, side)
+                colours = method_colours(list(curves))
+                wrapped = any(label.startswith(PREFIX) for label in curves)
+                repeats: dict[tuple[str, str], int] = {}
+                for label, curve in curves.items():
+                    dashed = wrapped and not label.startswith(PREFIX)
+                    steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]
+                    line = "--" if dashed else "-"
+                    again = repeats[colours[label], line] = repeats.get((colours[label], line), -1) + 1
+                    (handle,) = axis.plot(steps, means, color=colours[label], linestyle=line, linewidth=1.4,
+                                          marker=MARKERS[again % len(MARKERS)], markersize=3, label=label)  # fmt: skip
+                    if any(e is not None for *_, e in curve):
+                        low, high = ([m + sign * (e or 0) for _, m, e in curve] for sign in (-1, 1))
+                        axis.fill_between(steps, low, high, color=colours[label], alpha=0.15, linewidth=0)
+                    handles.setdefault(label, handle)
+                axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
+                axis.set_title(f"{side} · {panel[0]} on {panel[1]}", fontsize=9)
+                axis.set_xlabel("optimizer step")
+                axis.xaxis.get_major_locator().set_params(integer=True)
+            row[0].set_ylabel("change of log-prob (nats)")
+        # A legend is filled column by column: a base and its MaPPO above each other.
+        order = sorted(handles, key=lambda label: (label.removeprefix(PREFIX), label.startswith(PREFIX)))
+        legend = {"frameon": False, "fontsize": 7.5, "handlelength": 3}
+        figure.legend(handles=[handles[k] for k in order], loc="outside lower center", ncols=4, **legend)
+        return save(figure, output, name)
+
+
+def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list[Path]:
+    """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error
+    over seeds."""
+    found = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
+    if not found:
+        return []
+    with plotting() as plt:
+        size = (max(3.4, 2.6 * len(found)), 2.9)
+        figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained", sharey=True)
+        for axis, (key, curves) in zip(axes[0], found.items(), strict=True):
+            colours = method_colours(list(curves))
+            for place, (label, curve) in enumerate(curves.items()):
+                errors = [e or 0 for *_, e in curve]
+                siblings = [other for other in curves if colours[other] == colours[label]]
+                colour = shade(colours[label], siblings.index(label), len(siblings))
+                x, y = [v for v, *_ in curve], [m for _, m, _ in curve]
+                mark = {"marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+                axis.errorbar(x, y, yerr=errors, label=label, color=colour, linewidth=1.2, elinewidth=0.8, **mark)
+            axis.set_xlabel(key.removeprefix("objective."))
+            axis.legend(frameon=False, fontsize=7)
+        axes[0][0].set_ylabel("final oracle reward")
+        return save(figure, output, name)

@@ -73,15 +73,21 @@ def draw_paths(
         if complete and sft:
             extra.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
         if ours and behind:
-            extra.append(line([], [], color="0.3", alpha=0.3, linewidth=1, label="published, gpt-4o-mini alone"))
-        # Two rows, methods above betas: a legend is filled column by column.
-        upper, lower = [*methods, *extra], marks
-        while len(upper) != len(lower):
-            min(upper, lower, key=len).append(line([], [], linestyle="", label=" "))
-        handles = [handle for pair in zip(upper, lower, strict=True) for handle in pair]
-        legend = {"frameon": False, "fontsize": 8, "handlelength": 1.8, "columnspacing": 1.2}
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(upper), **legend)
+            extra.append(line([], [], color="0.3", alpha=0.5, linewidth=0.9, label="published"))
+        _legend(plt, figure, [[*methods, *extra], marks], width / 1.1)
         return save(figure, output, "mmpo_paths")
+
+
+def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) -> None:
+    """Below the figure, each group in rows of its own with at most so many columns."""
+    most = max(2, int(columns))
+    rows = [group[i : i + most] for group in groups for i in range(0, len(group), most)]
+    wide = max(map(len, rows))
+    blank = plt.Line2D([], [], linestyle="", label=" ")
+    padded = [[*row, *[blank] * (wide - len(row))] for row in rows]
+    handles = [row[i] for i in range(wide) for row in padded]  # matplotlib fills column by column
+    look = {"frameon": False, "fontsize": 7.5, "handlelength": 2.2, "columnspacing": 1.2}
+    figure.legend(handles=handles, loc="outside lower center", ncols=wide, **look)
 
 
 def _look(colour: str, value: float | None, betas: list[float]) -> dict[str, Any]:
@@ -117,7 +123,7 @@ def _over_epochs(axis: Any, path: Sequence[Point], look: dict[str, Any], faint: 
     told = [(p.epoch, p.win_rate) for p in path if p.win_rate]
     x, y = [e for e, _ in told], [w[0] for _, w in told]
     if faint:
-        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.3, zorder=1)
+        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.5, zorder=1)
         return
     errors = [w[1] or 0 for _, w in told]
     axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **look)
@@ -125,12 +131,14 @@ def _over_epochs(axis: Any, path: Sequence[Point], look: dict[str, Any], faint: 
 
 def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Path]:
     """The win rates of all betas at the last epoch, by source of the points: a bar from the lowest to the highest, the
-    first source's marks filled, the other's hollow."""
-    ends = {source: at_last_epoch(own) for source, own in points.items()}
-    sources = [source for source, own in ends.items() if own]
-    if not sources:
+    first source's marks filled. The other's are hollow, and of the models of the first alone."""
+    ends = {source: found for source, own in points.items() if (found := at_last_epoch(own))}
+    if not ends:
         return []
-    models = list({plain(model): model for own in reversed(list(ends.values())) for model, _ in own}.values())
+    first = {plain(model) for model, _ in next(iter(ends.values()))}
+    ends = {source: {k: v for k, v in own.items() if plain(k[0]) in first} for source, own in ends.items()}
+    sources = [source for source, own in ends.items() if own]
+    models = list(dict.fromkeys(model for model, _ in ends[sources[0]]))
     methods = sorted({method for own in ends.values() for _, method in own})
     colours = method_colours(methods)
     places = [(method, source) for method in methods for source in sources]
@@ -156,7 +164,7 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
             handles.append(
                 plt.Line2D([], [], color="0.3", marker="o", markersize=3.5, linestyle="", label=source, **face)
             )
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+        _legend(plt, figure, [handles[: len(methods)], handles[len(methods) :]], size[0] / 0.9)
         return save(figure, output, "mmpo_spread")
 
 
@@ -198,10 +206,9 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
                 axis.set_xlabel("optimizer step")
                 axis.xaxis.get_major_locator().set_params(integer=True)
             row[0].set_ylabel("change of log-prob (nats)")
-        # A legend is filled column by column: a base and its MaPPO above each other.
-        order = sorted(handles, key=lambda label: (label.removeprefix(PREFIX), label.startswith(PREFIX)))
-        legend = {"frameon": False, "fontsize": 7.5, "handlelength": 3}
-        figure.legend(handles=[handles[k] for k in order], loc="outside lower center", ncols=4, **legend)
+        bases = [handle for label, handle in handles.items() if not label.startswith(PREFIX)]
+        wrappers = [handle for label, handle in handles.items() if label.startswith(PREFIX)]
+        _legend(plt, figure, [bases, wrappers], 4)
         return save(figure, output, name)
 
 

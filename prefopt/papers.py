@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import PapersConfig, ReportConfig, parse
+from prefopt.harness import SUITES
 from prefopt.metrics import mean_and_error
 from prefopt.paper_figures import draw_drift, draw_paths, draw_sensitivity, draw_spread
 from prefopt.paths import write_whole
@@ -36,6 +37,7 @@ from prefopt.points import (
     metric_of,
     model_names,
     peaks,
+    plain,
     points_of,
     published_points,
     read_csv,
@@ -59,8 +61,7 @@ class Figure:
 def same(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
     """Whether a row of a published table is about this model and method; `X+mappo` is our mappo_X."""
     base, plus, wrapper = theirs["method"].replace("-", "_").partition("+")
-    plain = [re.sub(r"[-_ ]", "", name.lower()) for name in (ours[0], theirs["model"])]
-    return plain[0] == plain[1] and ours[1].split(" ")[0] == (f"{wrapper}_{base}" if plus else base)
+    return plain(ours[0]) == plain(theirs["model"]) and ours[1].split(" ")[0] == (f"{wrapper}_{base}" if plus else base)
 
 
 def beside(
@@ -87,8 +88,9 @@ def number(value: Value | None, digits: int = 2) -> str:
     return f"{value[0]:.{digits}f}" + ("" if value[1] is None else f" ± {value[1]:.{digits}f}")
 
 
-def peak_table(points: Sequence[Point], published: str, by: str, notes: list[str]) -> Tabular:
-    """MMPO's table 1 (`by` accuracy: the win rate where LM accuracy peaks) or 2 (`by` win_rate: the reverse)."""
+def peak_table(points: Sequence[Point], published: str, by: str, like: set[str], notes: list[str]) -> Tabular:
+    """MMPO's table 1 (`by` accuracy: the win rate where LM accuracy peaks) or 2 (`by` win_rate: the reverse). `like`:
+    which of the two is measured as the paper does, so that a difference means something."""
     selected = "peak_lm_accuracy" if by == "accuracy" else "peak_win_rate"
     theirs = [r for r in read_csv(published, "mmpo_tables_1_2.csv") if r["selected_by"] == selected]
     ours = [vars(p) for p in peaks(points, by)]
@@ -104,7 +106,7 @@ def peak_table(points: Sequence[Point], published: str, by: str, notes: list[str
         ]
         for key, column in (("accuracy", "lm_accuracy"), ("win_rate", "lc_win_rate")):
             value, printed = row.get(key), paper.get(column)
-            difference = value[0] - float(printed) if value and printed else None
+            difference = value[0] - float(printed) if value and printed and key in like else None
             cells += [number(value), printed or "–", "–" if difference is None else f"{difference:+.2f}"]
             numbers |= {key: value and value[0], f"{key}_se": value and value[1]}
             numbers |= {f"paper_{key}": printed, f"{key}_difference": difference}
@@ -122,7 +124,7 @@ def spread_table(rows: list[dict[str, Any]], notes: list[str]) -> Tabular:
 
     keys = {
         "source": "source", "model": "model", "method": "method", "betas": "β", "epoch": "epoch", "lowest": "lowest, %",
-        "highest": "highest, %", "spread": "spread", "se": "s.e.", "noise": "of equal win rates",
+        "highest": "highest, %", "spread": "spread", "se": "s.e.", "noise": "by noise alone",
     }  # fmt: skip
     texts = [[f"{r[k]:g}" if k == "epoch" else cell(r[k]) for k in keys] for r in rows]
     return Tabular(
@@ -241,10 +243,13 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
             "python -m prefopt.alpaca with run=RUN checkpoints=all"
         )
     published, sft = published_points(config.published), sft_accuracy(found)
+    order = [plain(row["model"]) for row in read_csv(config.published, "mmpo_tables_1_2.csv")]  # by size
+    points.sort(key=lambda p: order.index(plain(p.model)) if plain(p.model) in order else len(order))
     by_source = {"ours": points, "published": published}
     notes = [
         "Paper: length-controlled win rate of AlpacaEval 2 against the SFT model of the same size, mean of two judges; "
-        "LM accuracy, mean of ten tasks; standard errors are not known.",
+        "LM accuracy, mean of ten tasks; standard errors are not known. Differences are "
+        "given where ours is the same metric.",
         *_what(metric, found),
         "A peak is the highest of all β and epochs, and for that reason alone too high by a part of its standard "
         "error, which is that of the one point.",
@@ -274,7 +279,8 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
     )
     output, name = Path(config.output), metric.name if metric else "length-controlled win rate"
     spread = [row for source, own in by_source.items() for row in spreads(own, source)]
-    tables = [peak_table(points, config.published, by, notes) for by in ("accuracy", "win_rate")]
+    like = as_published(metric, found)
+    tables = [peak_table(points, config.published, by, like, notes) for by in ("accuracy", "win_rate")]
     spread_caption = (
         "Win rates of all β at the last epoch, a bar from the lowest to the highest; hollow where they are published "
         "ones beside ours. A short bar near 0 % is no merit."
@@ -285,6 +291,16 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         Figure("Through the epochs", caption, draw_paths(points, sft, published, name, output)),
         Figure("Spread over β", spread_caption, draw_spread(by_source, output)),
     ]
+
+
+def as_published(metric: Metric | None, found: Sequence[Evaluated]) -> set[str]:
+    """Which of accuracy and win_rate is the paper's metric: the mean of its ten tasks in full, zero-shot; the
+    length-controlled win rate, whoever the judge is."""
+    told = [t for policy in found for t in policy.harness]
+    whole = all(t["settings"]["limit"] is None and not t["settings"]["num_fewshot"] for t in told)
+    accuracy = whole and {t["task"] for t in told} == set(SUITES["mmpo"])
+    controlled = metric is not None and metric.key == "length_controlled_win_rate"
+    return {name for name, holds in (("accuracy", accuracy), ("win_rate", controlled)) if holds}
 
 
 def _what(metric: Metric | None, found: Sequence[Evaluated]) -> list[str]:
@@ -360,7 +376,9 @@ thead { border-bottom: 1px solid; } th, td { padding: .2rem .6rem; text-align: r
 """
 
 
-def page(title: str, tables: Sequence[Tabular], figures: Sequence[Figure], records: Sequence[Record], made: str) -> str:
+def page(
+    title: str, tables: Sequence[Tabular], figures: Sequence[Figure], records: Sequence[Record], origin: Sequence[str]
+) -> str:
     """One HTML file that needs nothing besides: the figures stand in it as SVG. All text is escaped."""
     shown = []
     for figure in figures:
@@ -369,7 +387,7 @@ def page(title: str, tables: Sequence[Tabular], figures: Sequence[Figure], recor
                 caption = f"<figcaption><p>{html.escape(figure.caption)}</p></figcaption>"
                 picture = inline(file.read_text(), figure.title)
                 shown.append(f"<figure><h2>{html.escape(figure.title)}</h2><div>{picture}</div>{caption}</figure>")
-    shown += [table.html() for table in tables]
+    shown += [replace(t, notes=[note for note in t.notes if note not in origin]).html() for t in tables]
     if records:
         cells = [[r["name"], commit(r["git"]), r["command"]] for r in records]
         notes = ["A + after a commit: with changes that were not committed."]
@@ -377,7 +395,7 @@ def page(title: str, tables: Sequence[Tabular], figures: Sequence[Figure], recor
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1><p>Made by <code>{html.escape(made)}</code></p>
+<h1>{html.escape(title)}</h1>{"".join(f"<p>{html.escape(sentence)}</p>" for sentence in origin)}
 {"".join(shown)}</body></html>
 """
 
@@ -404,7 +422,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(config.output)
     files = [file for table in tables for file in table.write(output)] + [f for each in figures for f in each.files]
     target = output / f"{config.paper}.html"
-    write_whole(target, page(title, tables, figures, records, command(config)))
+    write_whole(target, page(title, tables, figures, records, origin(records, config)))
     for file in [*files, target]:
         print(file)
 

@@ -269,8 +269,8 @@ class PapersConfig:
     output: str = MISSING
     published: str = MISSING
     tasks: Any = None
-    judge: str | None = None
-    baseline: str | None = None
+    judge_name: str | None = None
+    baseline_name: str | None = None
 
 
 @dataclass

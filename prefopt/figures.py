@@ -9,7 +9,7 @@ from typing import Any
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # The methods that the papers compare have theirs in every figure of every paper.
-OF_METHOD = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "madpo", "beta_dpo"), COLOURS, strict=True))
+OF_METHOD = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLOURS, strict=True))
 PREFIX = "mappo_"
 
 

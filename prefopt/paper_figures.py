@@ -1,6 +1,7 @@
 """The figures of prefopt.papers, from the numbers of prefopt.points. Each function returns the files that it has
 written, none where there is nothing to draw."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,13 @@ def draw_paths(
             extra.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
         if ours and behind:
             extra.append(line([], [], color="0.3", alpha=0.5, linewidth=0.9, label="published"))
-        _legend(plt, figure, [[*methods, *extra], marks], width / 1.1)
+        _legend(plt, figure, [[*methods, *extra], marks], max(2, width / 1.1))
         return save(figure, output, "mmpo_paths")
 
 
 def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) -> None:
     """Below the figure, each group in rows of its own with at most so many columns."""
-    most = max(2, int(columns))
+    most = max(1, int(columns))
     rows = [group[i : i + most] for group in groups for i in range(0, len(group), most)]
     wide = max(map(len, rows))
     blank = plt.Line2D([], [], linestyle="", label=" ")
@@ -218,19 +219,28 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
     found = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
     if not found:
         return []
+    lines = max(map(len, found.values()))
+
+    def last(part: str) -> str:  # of a dotted key; it says enough here
+        return re.sub(r"^.*\.(?=\w+=)", "", part)
+
     with plotting() as plt:
-        size = (max(3.4, 2.6 * len(found)), 2.9)
+        size = (max(3.4, 2.6 * len(found)), 2.6 + 0.17 * lines)
         figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained", sharey=True)
         for axis, (key, curves) in zip(axes[0], found.items(), strict=True):
             colours = method_colours(list(curves))
+            shared = set.intersection(*(set(label.split(" ")) for label in curves))
             for place, (label, curve) in enumerate(curves.items()):
-                errors = [e or 0 for *_, e in curve]
                 siblings = [other for other in curves if colours[other] == colours[label]]
-                colour = shade(colours[label], siblings.index(label), len(siblings))
-                x, y = [v for v, *_ in curve], [m for _, m, _ in curve]
-                mark = {"marker": MARKERS[place % len(MARKERS)], "markersize": 4}
-                axis.errorbar(x, y, yerr=errors, label=label, color=colour, linewidth=1.2, elinewidth=0.8, **mark)
+                look = {"color": shade(colours[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
+                look |= {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 0.8}
+                own = " ".join(last(part) for part in label.split(" ") if part not in shared)
+                x, y, errors = ([point[i] or 0 for point in curve] for i in range(3))
+                axis.errorbar(x, y, yerr=errors if any(errors) else None, label=own, **look)
+            title = " ".join(last(part) for part in next(iter(curves)).split(" ") if part in shared)
+            axis.set_title(title, fontsize=9)
             axis.set_xlabel(key.removeprefix("objective."))
-            axis.legend(frameon=False, fontsize=7)
+            if len(curves) > 1:
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False, fontsize=7.5)
         axes[0][0].set_ylabel("final oracle reward")
         return save(figure, output, name)

@@ -12,6 +12,7 @@ prefopt.alpaca leave in a run's folder, nothing from names or logs. Records that
 
 import html
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,9 +221,9 @@ Made = tuple[list[Tabular], list[Figure]]
 
 
 def command(config: PapersConfig) -> str:
-    keys = ("paper", "runs_dir", "output", "published", "tasks", "judge", "baseline")
-    given = [(key, getattr(config, key)) for key in keys]
-    return " ".join(["python -m prefopt.papers", *(f"{k}={v}" for k, v in given if v is not None)]).replace("'", "")
+    given = {k: v for k, v in vars(config).items() if v is not None}
+    texts = {k: f"[{','.join(v)}]" if isinstance(v, list) else v for k, v in given.items()}
+    return shlex.join(["python", "-m", "prefopt.papers", *(f"{k}={v}" for k, v in texts.items())])
 
 
 def origin(records: Sequence[Record], config: PapersConfig) -> list[str]:

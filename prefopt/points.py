@@ -58,12 +58,15 @@ class Point:
 
 
 def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Evaluated]:
-    """The evaluated policies of these runs. Where a run has kept its last policy twice, the final one alone.
+    """The evaluated policies of these runs, with the records that the config chooses. Where a run has kept its last
+    policy twice, the final one alone.
 
-    Raises UserError where the records could not share a figure, naming what differs and where.
+    Raises UserError where the records could not share a figure, naming what differs and where, and where the config
+    chooses what is not there.
     """
     wanted = None if config.tasks is None else set(task_names(config.tasks))
     found = []
+    seen: dict[str, set[str]] = {"tasks": set(), "judge_name": set(), "baseline_name": set()}
     for record in records:
         folder = Path(record["folder"])
         files = [("harness", file) for file in sorted(folder.glob("harness/*.json"))]
@@ -72,10 +75,13 @@ def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Eval
         for kind, file in files:
             content = json.loads(file.read_text()) | {"file": str(file)}
             if kind == "harness":
+                seen["tasks"].add(content["task"])
                 keep = "acc" in content["metrics"] and (wanted is None or content["task"] in wanted)
             else:
-                keep = config.judge in (None, content["judge"]["name"])
-                keep &= config.baseline in (None, content["baseline"]["name"])
+                judge, baseline = content["judge"]["name"], content["baseline"]["name"]
+                seen["judge_name"].add(judge)
+                seen["baseline_name"].add(baseline)
+                keep = config.judge_name in (None, judge) and config.baseline_name in (None, baseline)
             if keep:
                 steps.setdefault(content["step"], {"harness": [], "alpaca": []})[kind].append(content)
         for step, kinds in sorted(steps.items()):
@@ -83,6 +89,11 @@ def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Eval
             one = "final" if "final" in names else min(names)
             own = {kind: [t for t in told if t["checkpoint"] == one] for kind, told in kinds.items()}
             found.append(Evaluated(record, step, **own))
+    asked = {"tasks": wanted, "judge_name": {config.judge_name or ""}, "baseline_name": {config.baseline_name or ""}}
+    for key, names in asked.items():
+        if lacking := sorted((names or set()) - seen[key] - {""}):
+            there = ", ".join(sorted(seen[key])) or "none"
+            raise UserError(f"{key}: no record in {config.runs_dir} has {', '.join(lacking)}. There is {there}.")
     check_comparable(found, model_names(records), wanted)
     return found
 
@@ -95,7 +106,8 @@ def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted:
     def note(what: str, value: Any, file: str) -> None:
         seen.setdefault(what, {}).setdefault(str(value), []).append(file)
 
-    problems = []
+    problems: list[str] = []
+    missing: dict[str, list[str]] = {}
     for policy in found:
         for told in policy.harness:
             for key in ("limit", "num_fewshot", "chat_template"):
@@ -103,8 +115,8 @@ def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted:
         tasks = sorted(t["task"] for t in policy.harness)
         if tasks:
             note("tasks", ", ".join(dict.fromkeys(tasks)), policy.harness[0]["file"])
-            if lacking := sorted((wanted or set()) - set(tasks)):
-                problems.append(f"no record of {', '.join(lacking)} beside {policy.harness[0]['file']}")
+            if lacking := ", ".join(sorted((wanted or set()) - set(tasks))):
+                missing.setdefault(lacking, []).append(policy.harness[0]["file"])
         judges = sorted(t["judge"]["name"] for t in policy.alpaca)
         if judges and policy.run["objective"] != "sft":
             note("judges", ", ".join(dict.fromkeys(judges)), policy.alpaca[0]["file"])
@@ -121,6 +133,8 @@ def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted:
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 files = [t["file"] for t in (policy.harness if kind == "task" else policy.alpaca)]
                 problems.append(f"{kind} {twice[0]} has two records of one policy: {', '.join(files)}")
+    for lacking, files in missing.items():
+        problems.append(f"no record of {lacking} beside {files[0]}, {len(files)} such policies in all")
     for what, values in seen.items():
         if len(values) > 1:
             places = [f"{value} ({files[0]}, {len(files)} in all)" for value, files in values.items()]
@@ -128,7 +142,7 @@ def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted:
     if problems:
         raise UserError(
             "\n  ".join(["these records cannot share a figure:", *problems])
-            + "\nSay which are meant by tasks=, judge= or baseline=, finish what is missing, or move the others away."
+            + "\nChoose by tasks=, judge_name= or baseline_name=, finish what is missing, or move the others away."
         )
 
 
@@ -149,7 +163,7 @@ def metric_of(found: Sequence[Evaluated]) -> Metric | None:
         return None
     judges = sorted({t["judge"]["name"] for t in told})
     if len(judges) > 1 and set(judges) != set(PAPER_JUDGES):
-        raise UserError(f"several judges, whose mean means nothing: {', '.join(judges)}. Choose one: judge=NAME")
+        raise UserError(f"several judges, whose mean means nothing: {', '.join(judges)}. Choose one: judge_name=NAME")
     controlled = all("length_controlled_win_rate" in t["figures"] for t in told)
     who = judges[0] if len(judges) == 1 else f"the mean of {' and '.join(judges)}"
     against = ", ".join(sorted({t["baseline"]["name"] for t in told}))

@@ -261,6 +261,8 @@ def by_column_table(records: list[Record], config: ReportConfig) -> Tabular:
     values, rows = by_column(records, config.columns)
     published = read_published(config)
     theirs = list(next(iter(published.values()))) if published else []
+    if all(any(column.startswith(value) for column in theirs) for value in values):  # in the paper's order
+        values.sort(key=lambda value: next(i for i, column in enumerate(theirs) if column.startswith(value)))
     headers = ["method", *values, *map(_of_paper, theirs)]
     texts: list[list[str]] = []
     table: list[dict[str, Any]] = []

@@ -200,9 +200,9 @@ def test_two_judges_of_the_paper_have_a_mean(tmp_path):
     alpaca(folder, 20, 40, GPT, lc=44, error=1.0)
     alpaca(folder, 20, 60, HAIKU, lc=66, error=2.0)
     assert points(tmp_path)[0].win_rate == (55, 1.5)
-    assert points(tmp_path, judge=HAIKU)[0].win_rate == (66, 2.0)
+    assert points(tmp_path, judge_name=HAIKU)[0].win_rate == (66, 2.0)
     alpaca(folder, 20, 60, "another", lc=66)
-    with pytest.raises(UserError, match="Choose one: judge=NAME"):
+    with pytest.raises(UserError, match="Choose one: judge_name=NAME"):
         points(tmp_path)
 
 
@@ -247,10 +247,20 @@ def test_other_batches_of_answers_are_the_same_comparison(tmp_path):
     assert len(points(tmp_path)) == 2
 
 
-def test_a_named_task_that_is_missing_is_named(tmp_path):
-    harness(train(tmp_path, "dpo"), 20, 0.5)
-    with pytest.raises(UserError, match="no record of piqa"):
+def test_what_is_asked_for_and_missing_is_named(tmp_path):
+    first = train(tmp_path, "dpo")
+    harness(first, 20, 0.5)
+    harness(first, 20, 0.5, "piqa")
+    harness(train(tmp_path, "ipo"), 20, 0.5)
+    alpaca(first, 20, 50)
+    with pytest.raises(UserError, match=r"no record of piqa beside .*ipo.*, 1 such"):
         points(tmp_path, tasks=["arc_easy", "piqa"])
+    with pytest.raises(UserError, match=r"tasks: no record in .* has race. There is arc_easy, piqa"):
+        points(tmp_path, tasks=["arc_easy", "race"])
+    with pytest.raises(UserError, match=f"judge_name: .* has {HAIKU}. There is {GPT}"):
+        points(tmp_path, judge_name=HAIKU)
+    with pytest.raises(UserError, match=r"baseline_name: .* has gpt4. There is policy-initial"):
+        points(tmp_path, baseline_name="gpt4")
 
 
 def test_of_equal_peaks_the_earliest_and_of_the_smallest_beta():
@@ -469,6 +479,12 @@ def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
     for name in names:
         assert (tmp_path / "out" / name).stat().st_size > 100
     assert (tmp_path / "out" / "mmpo_paths.pdf").read_bytes()[:4] == b"%PDF"
+    selected = [f"runs_dir={grid}", f"output={tmp_path / 'b'}", "tasks=[piqa]", f"judge_name={GPT}"]
+    process = run_program("paper=mmpo", *selected, "baseline_name=policy-initial", program="papers")
+    assert process.returncode == 0, process.stderr
+    assert f"'tasks=[piqa]' judge_name={GPT} baseline_name=policy-initial`" in (
+        tmp_path / "b" / "mmpo.html"
+    ).read_text().replace("&#x27;", "'")
     process = run_program("paper=mnpo", f"output={tmp_path}", program="papers")
     assert process.returncode == 2
     assert "paper must be mmpo, mappo, madpo" in process.stderr

@@ -74,7 +74,7 @@ def draw_paths(
         if complete and sft:
             extra.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
         if ours and behind:
-            extra.append(line([], [], color="0.3", alpha=0.5, linewidth=0.9, label="published"))
+            extra.append(line([], [], color="0.3", alpha=0.4, linewidth=0.9, label="published"))
         _legend(plt, figure, [[*methods, *extra], marks], max(2, width / 1.1))
         return save(figure, output, "mmpo_paths")
 
@@ -87,7 +87,7 @@ def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) 
     blank = plt.Line2D([], [], linestyle="", label=" ")
     padded = [[*row, *[blank] * (wide - len(row))] for row in rows]
     handles = [row[i] for i in range(wide) for row in padded]  # matplotlib fills column by column
-    look = {"frameon": False, "fontsize": 7.5, "handlelength": 2.2, "columnspacing": 1.2}
+    look = {"frameon": False, "fontsize": 7.5, "handlelength": 2.6, "columnspacing": 1.2}
     figure.legend(handles=handles, loc="outside lower center", ncols=wide, **look)
 
 
@@ -124,7 +124,7 @@ def _over_epochs(axis: Any, path: Sequence[Point], look: dict[str, Any], faint: 
     told = [(p.epoch, p.win_rate) for p in path if p.win_rate]
     x, y = [e for e, _ in told], [w[0] for _, w in told]
     if faint:
-        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.5, zorder=1)
+        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.4, zorder=1)
         return
     errors = [w[1] or 0 for _, w in told]
     axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **look)
@@ -171,8 +171,8 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
 
 def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]:
     """Held-out log-probs of the chosen and the rejected completions over the steps, less their value before training. A
-    row per model and data, a line per method, a band of one standard error over its seeds; MaPPO full, its base
-    dashed in the same colour."""
+    row per model and data, a line per method, a band of one standard error over its seeds; a base full, its
+    MaPPO dashed in the same colour."""
     models = model_names(records)
     measured = [
         r for r in records if r["evaluations"] and "chosen_logps" in r["evaluations"][0] and r["objective"] != "sft"
@@ -189,15 +189,15 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
             for axis, side in zip(row, SIDES, strict=True):
                 curves = drift(members, side)
                 colours = method_colours(list(curves))
-                wrapped = any(label.startswith(PREFIX) for label in curves)
-                repeats: dict[tuple[str, str], int] = {}
+                repeats: dict[tuple[str, bool], int] = {}  # methods of one colour have markers of their own
                 for label, curve in curves.items():
-                    dashed = wrapped and not label.startswith(PREFIX)
+                    dashed = label.startswith(PREFIX)
+                    look = {"color": colours[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
+                    again = repeats[colours[label], dashed] = repeats.get((colours[label], dashed), -1) + 1
+                    look |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
+                    look |= {"markerfacecolor": "white"} if dashed else {}
                     steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]
-                    line = "--" if dashed else "-"
-                    again = repeats[colours[label], line] = repeats.get((colours[label], line), -1) + 1
-                    (handle,) = axis.plot(steps, means, color=colours[label], linestyle=line, linewidth=1.4,
-                                          marker=MARKERS[again % len(MARKERS)], markersize=3, label=label)  # fmt: skip
+                    (handle,) = axis.plot(steps, means, label=label, **look)
                     if any(e is not None for *_, e in curve):
                         low, high = ([m + sign * (e or 0) for _, m, e in curve] for sign in (-1, 1))
                         axis.fill_between(steps, low, high, color=colours[label], alpha=0.15, linewidth=0)

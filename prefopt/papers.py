@@ -265,9 +265,9 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         *origin(records, config),
     ]
     both = any(p.accuracy and p.win_rate for p in points)
-    caption = "One path for each method and β, larger β darker; dashed, 50 %; bars, one standard error. " + (
-        "Above, LM accuracy against win rate, an arrow for each step between evaluated epochs; dotted, the accuracy of "
-        "the SFT model. Below, the win rate by epoch. "
+    caption = "One path for each method and β, larger β darker; dashed, 50 %. " + (
+        "Bars: one standard error. Above, LM accuracy against win rate, an arrow for each step between evaluated "
+        "epochs; dotted, the accuracy of the SFT model. Below, the win rate by epoch. "
         if both
         else "Win rate by epoch. "
     )
@@ -334,7 +334,7 @@ def mappo(records: Sequence[Record], config: PapersConfig) -> Made:
     caption = (
         "Mean log-prob of the held-out chosen (left) and rejected (right) completions, less its value before training: "
         "the mean over seeds, with a band of one standard error. Where both fall, probability has gone to other texts: "
-        "the squeezing effect. Full: MaPPO; dashed: its base alone."
+        "the squeezing effect. Full: a base alone; dashed: with MaPPO."
     )
     return tables, [Figure("Log-prob drift", caption, draw_drift(records, Path(config.output), "mappo_drift"))]
 

@@ -90,8 +90,8 @@ def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Eval
             own = {kind: [t for t in told if t["checkpoint"] == one] for kind, told in kinds.items()}
             found.append(Evaluated(record, step, **own))
     asked = {"tasks": wanted, "judge_name": {config.judge_name or ""}, "baseline_name": {config.baseline_name or ""}}
-    for key, names in asked.items():
-        if lacking := sorted((names or set()) - seen[key] - {""}):
+    for key, chosen in asked.items():
+        if lacking := sorted((chosen or set()) - seen[key] - {""}):
             there = ", ".join(sorted(seen[key])) or "none"
             raise UserError(f"{key}: no record in {config.runs_dir} has {', '.join(lacking)}. There is {there}.")
     check_comparable(found, model_names(records), wanted)
@@ -149,7 +149,7 @@ def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted:
 def model_names(records: Sequence[Record]) -> dict[str, str]:
     """The model of each run by the run's name. What began from the final weights of an SFT run among these has its
     model's name: a run's folder is no model's name."""
-    sft = {r["final_weights"]: r["config"]["model"]["name"] for r in records if r["objective"] == "sft"}
+    sft = {r.get("final_weights"): r["config"]["model"]["name"] for r in records if r["objective"] == "sft"}
     return {r["name"]: sft.get(r["initial_weights"], r["config"]["model"]["name"]) for r in records}
 
 

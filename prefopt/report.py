@@ -25,7 +25,7 @@ from rich.table import Table
 
 from prefopt import UserError
 from prefopt.config import ReportConfig, parse
-from prefopt.figures import COLOURS, plotting, save
+from prefopt.figures import PREFIX, method_colours, plotting, save
 from prefopt.metrics import mean_and_error
 from prefopt.program import program
 from prefopt.progress import say
@@ -464,16 +464,17 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
-    """A colour per objective, and a marker per objective and beta: the same for the first, second, ... beta of each
-    objective, and others for the objectives that must use a colour again."""
-    names = sorted({r["objective"] for r in records})
+    """The colour of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
+    each objective, and others for the objectives that share a colour (MaPPO and its base)."""
+    names = sorted({r["objective"] for r in records}, key=lambda name: (name.startswith(PREFIX), name))
     betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
     most = max(len(values) for values in betas.values())
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    colours = method_colours(names)
     markers: dict[tuple[str, float | None], str] = {}
     for record in records:
         name, value = record["objective"], beta(record)
-        place = names.index(name) // len(COLOURS) * most + betas[name].index(value or 0.0)
+        alike = [other for other in names if colours[other] == colours[name]]
+        place = alike.index(name) * most + betas[name].index(value or 0.0)
         markers[name, value] = MARKERS[place % len(MARKERS)]
     return colours, markers
 

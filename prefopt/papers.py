@@ -1,7 +1,7 @@
 """A paper's tables and figures from the records of finished runs, with what the paper prints beside them.
 
     python -m prefopt.papers paper=mmpo                                   # the published figures by themselves
-    python -m prefopt.papers paper=mmpo runs_dir=runs/mmpo
+    python -m prefopt.papers paper=mmpo 'runs_dir=runs/paper/mmpo/*'
     python -m prefopt.papers paper=mappo runs_dir=runs/mappo/final
     python -m prefopt.papers paper=madpo runs_dir=runs/madpo/final
 
@@ -243,7 +243,7 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
             f"no policy in {config.runs_dir} has been evaluated. Evaluate them first: python -m prefopt.harness and "
             "python -m prefopt.alpaca with run=RUN checkpoints=all"
         )
-    published, sft = published_points(config.published), sft_accuracy(found)
+    published, sft = published_points(config.published), sft_accuracy(found, models)
     order = [plain(row["model"]) for row in read_csv(config.published, "mmpo_tables_1_2.csv")]  # by size
     points.sort(key=lambda p: order.index(plain(p.model)) if plain(p.model) in order else len(order))
     by_source = {"ours": points, "published": published}
@@ -260,7 +260,8 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         "Spread: the highest less the lowest win rate of all β at the last epoch; s.e. as if the two were independent. "
         "The last column is the spread that equal win rates would show on average if their errors were independent: an "
         "upper estimate, because all β share their questions.",
-        "Published: length-controlled win rates by gpt-4o-mini alone. β = 1 is not in the paper's grid.",
+        "Published: length-controlled win rates by gpt-4o-mini alone, SimPO without length normalization. β = 1 is not "
+        "in the paper's grid.",
         *_what(metric, []),
         *origin(records, config),
     ]
@@ -272,10 +273,11 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         else "Win rate by epoch. "
     )
     caption += (
-        "Faint: the published runs, length-controlled and by gpt-4o-mini alone. Their accuracies by epoch are not "
-        "known, so they have no place in a panel with accuracy."
+        "Faint: the published runs, length-controlled and by gpt-4o-mini alone, SimPO without length normalization. "
+        "Their accuracies by epoch are not known, so they have no place in a panel with accuracy."
         if points
-        else "These are the published runs, length-controlled and by gpt-4o-mini alone. Their accuracies by epoch are "
+        else "These are the published runs, length-controlled and by gpt-4o-mini alone, SimPO without length "
+        "normalization. Their accuracies by epoch are "
         "not known, so the paper's figures with accuracy cannot be drawn from them."
     )
     output, name = Path(config.output), metric.name if metric else "length-controlled win rate"
@@ -306,10 +308,13 @@ def as_published(metric: Metric | None, found: Sequence[Evaluated]) -> set[str]:
 
 def _what(metric: Metric | None, found: Sequence[Evaluated]) -> list[str]:
     """What our figures are."""
+    normalized = {p.run["config"]["objective"].get("length_normalize") for p in found if p.run["objective"] == "simpo"}
+    simpo = {"with" if each else "without" for each in normalized}
     tasks = sorted({t["task"] for p in found for t in p.harness})
     return [
         *([f"Ours: {metric.name}, {metric.about}."] if metric else []),
         *([f"Ours: LM accuracy, the mean acc of {', '.join(tasks)}."] if tasks else []),
+        *([f"Ours: SimPO {' and '.join(sorted(simpo))} length normalization."] if simpo else []),
     ]
 
 
@@ -412,13 +417,19 @@ def inline(svg: str, title: str) -> str:
     return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
+def matching(pattern: str) -> list[Path]:
+    """What the pattern stands for; itself where there is nothing of the kind."""
+    path = Path(pattern)
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [path]
+
+
 @program("papers")
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, PapersConfig)
     if config.paper not in PAPERS:
         raise UserError(f"paper must be {', '.join(PAPERS)}, is {config.paper!r}")
     title, make = PAPERS[config.paper]
-    records = read_records(Path(config.runs_dir)) if config.runs_dir else []
+    records = read_records(*matching(config.runs_dir)) if config.runs_dir else []
     tables, figures = make(records, config)
     output = Path(config.output)
     files = [file for table in tables for file in table.write(output)] + [f for each in figures for f in each.files]

@@ -147,10 +147,15 @@ def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted:
 
 
 def model_names(records: Sequence[Record]) -> dict[str, str]:
-    """The model of each run by the run's name. What began from the final weights of an SFT run among these has its
-    model's name: a run's folder is no model's name."""
+    """The model of each run by the run's name. One that was not named but after its folder, and began from the final
+    weights of an SFT run among these, has the name of that run's model."""
     sft = {r.get("final_weights"): r["config"]["model"]["name"] for r in records if r["objective"] == "sft"}
-    return {r["name"]: sft.get(r["initial_weights"], r["config"]["model"]["name"]) for r in records}
+    names = {}
+    for record in records:
+        model = record["config"]["model"]
+        unnamed = model["name"] == Path(model["path"]).name
+        names[record["name"]] = sft.get(record["initial_weights"], model["name"]) if unnamed else model["name"]
+    return names
 
 
 def metric_of(found: Sequence[Evaluated]) -> Metric | None:
@@ -244,11 +249,11 @@ def grouped(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Re
     return groups
 
 
-def sft_accuracy(found: Sequence[Evaluated]) -> dict[str, Value]:
-    """LM accuracy of the SFT policies that preference runs began from, by model."""
-    begun = {p.run["initial_weights"] for p in found if p.run["objective"] != "sft"}
+def sft_accuracy(found: Sequence[Evaluated], models: dict[str, str]) -> dict[str, Value]:
+    """LM accuracy of the last policies of the SFT runs that preference runs began from, by the model of these."""
+    begun = {p.run["initial_weights"]: models[p.run["name"]] for p in found if p.run["objective"] != "sft"}
     own = [p for p in found if p.run["objective"] == "sft" and p.run["final_weights"] in begun]
-    last = {p.run["config"]["model"]["name"]: accuracy_of(p) for p in own}
+    last = {begun[p.run["final_weights"]]: accuracy_of(p) for p in own}
     return {model: value for model, value in last.items() if value is not None}
 
 
@@ -380,8 +385,8 @@ def plain(model: str) -> str:
 
 
 def published_points(folder: str) -> list[Point]:
-    """The win rates of the published MMPO runs (arXiv 2510.22881) by epoch, for gpt-4o-mini alone: each method as the
-    paper defines it, so SimPO with and the others without length normalization, MMPO without the entropy bonus."""
+    """The win rates of the published MMPO runs (arXiv 2510.22881) by epoch, for gpt-4o-mini alone, as its plots have
+    them: without length normalization, SimPO too, and MMPO without the entropy bonus."""
     return [
         Point(
             row["model"],
@@ -392,7 +397,7 @@ def published_points(folder: str) -> list[Point]:
             (float(row["lc_win_rate"]), None),
         )
         for row in read_csv(folder, "mmpo_epochs_gpt4o_mini.csv")
-        if row["length_normalized"] == ("yes" if row["method"] == "simpo" else "no") and row["entropy"] != "yes"
+        if row["length_normalized"] == "no" and row["entropy"] != "yes"
     ]
 
 

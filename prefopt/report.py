@@ -36,21 +36,24 @@ Record = dict[str, Any]
 MARKERS = "osD^vP*X"
 
 
-def read_records(runs_dir: Path) -> list[Record]:
-    """Finished runs below `runs_dir`, each with its `folder`, by objective, beta and name. Says which are left out.
+def read_records(*runs_dirs: Path) -> list[Record]:
+    """Finished runs in these folders, each with its `folder`, by objective, beta and name; a run that lies in two of
+    them once. Says which are left out.
 
     Raises UserError if there is none.
     """
-    records = []
-    for file in sorted(runs_dir.glob("*/record.json")):
+    records: dict[str, Record] = {}
+    for file in sorted(file for runs_dir in runs_dirs for file in runs_dir.glob("*/record.json")):
         record = json.loads(file.read_text())
         if record["status"] == "finished":
-            records.append(record | {"posthoc": posthoc(file.parent), "folder": str(file.parent)})
+            extra = {"posthoc": posthoc(file.parent), "folder": str(file.parent)}
+            records.setdefault(record["name"], record | extra)
         else:
             say(f"left out: {file.parent} is {record['status']}; run its command again: {record.get('command')}")
     if not records:
-        raise UserError(f"no finished run in {runs_dir}. Train one first: python -m prefopt.train runs_dir={runs_dir}")
-    return sorted(records, key=lambda r: (r["objective"], beta(r) or 0.0, r["name"]))
+        folder = " ".join(map(str, runs_dirs))
+        raise UserError(f"no finished run in {folder}. Train one first: python -m prefopt.train runs_dir={folder}")
+    return sorted(records.values(), key=lambda r: (r["objective"], beta(r) or 0.0, r["name"]))
 
 
 def posthoc(folder: Path) -> dict[str, tuple[float, float | None]]:

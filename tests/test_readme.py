@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
 from prefopt.config import (
+    AlpacaConfig,
     DataReportConfig,
     HarnessConfig,
     OnlineConfig,
@@ -38,6 +39,8 @@ YAMLS = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.ya
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "harness": HarnessConfig,
+    "alpaca": AlpacaConfig,
+    "compare": AlpacaConfig,
     "online": OnlineConfig,
     "sample": SampleConfig,
     "score": ScoreConfig,

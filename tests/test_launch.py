@@ -208,7 +208,7 @@ def test_arrays_stay_below_the_sites_limit(fake, tmp_path, monkeypatch):
 
 
 def test_resources_grow_with_the_model(monkeypatch):
-    job = SimpleNamespace(config=SimpleNamespace(model=None))
+    job = SimpleNamespace(model=None)
     found = []
     for billions in (0.1, 1, 8):
         monkeypatch.setattr(prefopt.slurm, "parameters", lambda _, n=billions: int(n * 1e9))

@@ -8,7 +8,7 @@ import torch
 
 from prefopt import UserError
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from prefopt.config import LoggerConfig, ModelConfig, OptimizerConfig
+from prefopt.config import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
 from prefopt.data.formats import Chat, Pairs
 from prefopt.data.layout import LAYOUTS
 from prefopt.data.sampler import step_indices
@@ -36,8 +36,8 @@ TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
 def job(objective, tmp_path, **changes) -> Job:
-    config = SimpleNamespace(
-        **{"steps": 4, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
+    config = TrainConfig(
+        **{"steps": 4, "exports": 1, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
         | {"logits": "tiled", "precision": "float32", "gradient_checkpointing": False}
         | {"reference_model": None, "patience": None}
         | {"optimizer": OptimizerConfig(1e-3, [0.9, 0.999], 1e-8, 0.0, 1.0), "logger": LoggerConfig(progress=False)}

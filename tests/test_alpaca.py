@@ -344,6 +344,7 @@ def test_a_preference_that_never_comes_makes_the_result_incomplete(run):
     assert sorted(server.asked.values())[-2] == 1  # nothing else is asked twice
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_two_jobs_pay_once(run, tmp_path):
     server = Server(lambda text, n: time.sleep(0.4))
     judge = ["judge=local_text", f"judge.base_url={server.url}/v1", "judge.model=Judge-3"]
@@ -388,6 +389,7 @@ def test_claude_is_asked_by_the_real_client_and_fences_do_no_harm(run):
     assert not [f for f in run.rglob("*") if f.is_file() and SECRET.encode() in f.read_bytes()]
 
 
+@pytest.mark.slow
 def test_the_first_judge_of_the_paper_is_alpaca_evals_own(run):
     server = Server()
     judge = ["judge=gpt4o_mini", f"judge.base_url={server.url}/v1"]
@@ -537,6 +539,7 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
 # The page
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_on_a_page_that_needs_nothing_else(run, overrides, tmp_path_factory):
     runs = tmp_path_factory.mktemp("other")
     assert run_program(*overrides(runs), "optimizer.lr=0.02", "seed=1").returncode == 0

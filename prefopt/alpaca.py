@@ -12,13 +12,14 @@ settings, preferences in RUN/alpaca by judge and texts, so what was stopped goes
 result of a comparison is a folder there with record.json and annotations.json.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -246,8 +247,16 @@ def two_judges(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {k: sum(f[k] for f in own) / len(own) for k in keys}
 
 
-def judged(config: AlpacaConfig, judge: Judge, checkpoint: Checkpoint, questions: list[Question], all_: bool) -> Path:
-    """Answer, judge and record, as far as that is not done; the comparison's folder."""
+def judged(
+    config: AlpacaConfig,
+    judge: Judge,
+    checkpoint: Checkpoint,
+    questions: list[Question],
+    all_: bool,
+    reference: Callable[[], Answers],
+) -> Path:
+    """Answer, judge and record, as far as that is not done; the comparison's folder. `reference` gives the baseline's
+    answers, which are asked for only where there is something to do."""
     name, model = baseline_of(config)
     settings = {
         "baseline": model.path if model else config.baseline,
@@ -265,7 +274,7 @@ def judged(config: AlpacaConfig, judge: Judge, checkpoint: Checkpoint, questions
         return folder
     began = time.monotonic()
     ours = generate(ModelConfig(checkpoint.name, checkpoint.path, None), checkpoint.path, questions, config)
-    theirs = generate(model, name, questions, config) if model else from_file(config.baseline, name, questions)
+    theirs = reference()
     duels = [
         Duel(i, q.prompt, q.instruction, theirs.texts[i], ours.texts[i], (theirs.finished[i], ours.finished[i]))
         for i, q in enumerate(questions)
@@ -305,6 +314,11 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in plain.items()}
 
 
+def answers_of_baseline(config: AlpacaConfig, questions: list[Question]) -> Answers:
+    name, model = baseline_of(config)
+    return generate(model, name, questions, config) if model else from_file(config.baseline, name, questions)
+
+
 def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     """The judge, the questions, and whether these are all of AlpacaEval's. Raises UserError for whatever is missing,
     before a model is loaded or a judge asked."""
@@ -323,8 +337,9 @@ def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
 def evaluate(config: AlpacaConfig) -> None:
     """Every comparison that is not recorded yet, and what came of each."""
     judge, questions, all_ = prepare(config)
+    reference = functools.cache(lambda: answers_of_baseline(config, questions))  # one model load for all checkpoints
     for checkpoint in policies(config.run, config.checkpoints):
-        folder = judged(config, judge, checkpoint, questions, all_)
+        folder = judged(config, judge, checkpoint, questions, all_, reference)
         record = json.loads((folder / "record.json").read_text())
         console().print(shown(record))
         others = [json.loads(f.read_text()) for f in folder.parent.glob("*/record.json")]

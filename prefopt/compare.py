@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prefopt import UserError
-from prefopt.alpaca import judged, prepare
+from prefopt.alpaca import answers_of_baseline, judged, prepare
 from prefopt.config import AlpacaConfig, parse
 from prefopt.launch import refuse_launcher
 from prefopt.paths import write_whole
@@ -131,7 +131,7 @@ def compare(cfg: DictConfig) -> None:
         config.instructions, config.split = data["heldout"], data["heldout_split"]
     judge, questions, all_ = prepare(config)
     (checkpoint,) = policies(config.run, "final")
-    folder = judged(config, judge, checkpoint, questions, all_)
+    folder = judged(config, judge, checkpoint, questions, all_, lambda: answers_of_baseline(config, questions))
     record = json.loads((folder / "record.json").read_text())
     output = folder / "page.html"
     write_whole(output, page(record, json.loads((folder / "annotations.json").read_text())))

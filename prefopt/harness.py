@@ -192,6 +192,14 @@ def lm_accuracy(records: list[dict[str, Any]]) -> dict[str, float]:
     return {"mean acc": sum(accs) / len(accs), "mean acc_norm": sum(norms) / len(norms)} if accs else {}
 
 
+def accuracy_percent(records: list[dict[str, Any]]) -> tuple[float, float | None]:
+    """The mean of acc over tasks that all have it, and its standard error, the tasks' errors being independent (None
+    where one is not known)."""
+    errors = [r["metrics"]["acc"]["stderr"] for r in records]
+    error = None if None in errors else 100 * math.hypot(*errors) / len(errors)
+    return 100 * lm_accuracy(records)["mean acc"], error
+
+
 def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
     """A row per checkpoint: every task's first metric, and the means."""
     table = Table("checkpoint", *names, "mean acc", "mean acc_norm")

@@ -1,6 +1,7 @@
 """Who says which of two answers is better: a language model behind an API, asked by alpaca-eval, or a reward. One
 dataclass each, named by a YAML in conf/judge."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -145,11 +146,11 @@ class LanguageModelJudge(Judge):
         return self.name
 
     def describe(self) -> dict[str, Any]:
-        config, prompt = self._read()
+        config, prompt = self._asked
         return {"name": self.name, "base_url": self.base_url, "annotator": config, "prompt": _sha256(prompt)}
 
     def check(self) -> None:
-        config, _ = self._read()
+        config, _ = self._asked
         package = {"openai_completions": "openai", "anthropic_completions": "anthropic"}.get(config["fn_completions"])
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"judge {self.name} needs the package {package}: pip install 'prefopt[evaluation]'")
@@ -184,7 +185,8 @@ class LanguageModelJudge(Judge):
             "without log-probs of its answer gives no preference at all: judge=local_text reads the letter instead."
         )
 
-    def _read(self) -> tuple[dict[str, Any], str]:
+    @functools.cached_property
+    def _asked(self) -> tuple[dict[str, Any], str]:
         """alpaca-eval's configuration of this judge, and the text of its prompt."""
         spec = importlib.util.find_spec("alpaca_eval")
         if spec is None or not spec.submodule_search_locations:
@@ -213,7 +215,7 @@ class LanguageModelJudge(Judge):
 
     def _write(self, place: Path) -> Path:
         """The folder that alpaca-eval is pointed to: the judge as it was asked, without a key."""
-        config, prompt = self._read()
+        config, prompt = self._asked
         folder = place / "judge" / "configuration"
         write_whole(folder / "prompt.txt", prompt)
         own = {self.name: {"prompt_template": "configuration/prompt.txt", **config}}
@@ -226,7 +228,7 @@ class LanguageModelJudge(Judge):
 
     def _budget(self, duels: Sequence[Duel], n: int, max_cost: float) -> float:
         """Say what asking for these preferences will cost, and return it. Raises UserError above `max_cost`."""
-        config, prompt = self._read()
+        config, prompt = self._asked
         how = config.get("completions_kwargs", {})
         written = len(duels) * (how.get("max_tokens") or how.get("max_tokens_to_sample") or 0)
         letters = sum(len(prompt) + len(d.instruction) + len(d.reference) + len(d.model) for d in duels)
@@ -247,7 +249,7 @@ class LanguageModelJudge(Judge):
         """alpaca-eval's own evaluation; a row without preference has None or NaN there."""
         import pandas as pd
 
-        config, _ = self._read()
+        config, _ = self._asked
         how: dict[str, Any] = {"chunksize": CHUNK}
         if config["fn_completions"] == "openai_completions":
             how["client_config_path"] = str(judge / "client.yaml")

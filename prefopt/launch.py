@@ -24,10 +24,10 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 POLL_S = 3.0
 PACKAGE = Path(__file__).parent
+T = TypeVar("T")
 
 
 class Work(Protocol):
@@ -257,40 +258,58 @@ def refuse_launcher() -> None:
         raise UserError("a launcher is for a sweep: add -m, or leave `launcher` out. This one would be run here.")
 
 
+def checked(
+    points: list[Point], schema: type[Any], make: Callable[[Point, str, Any, Launcher], T]
+) -> tuple[Launcher, list[T]]:
+    """The sweep's launcher, and `make(point, label, config, launcher)` of each point, whose label is what tells it from
+    the others. Raises UserError that names every point that `make` or the schema refuses."""
+    first = parse(points[0].cfg, schema).launcher
+    launcher = build(first, Launcher, "launcher")
+    shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
+    problems, made = [], []
+    for point in points:
+        label = " ".join(o for o in point.overrides if o not in shared)
+        try:
+            config = parse(point.cfg, schema)
+            if config.launcher != first:
+                raise UserError("the jobs of a sweep have one launcher; do not sweep over `launcher`")
+            made.append(make(point, label, config, launcher))
+        except UserError as error:
+            problems.append(f"{label}: {error}")
+    if problems:
+        raise UserError("\n".join(["nothing was started, because of these jobs:", *problems]))
+    return launcher, made
+
+
 def plan_sweep(points: list[Point]) -> tuple[Launcher, list[Job]]:
     """The sweep's launcher, and its jobs; of several with one run folder, the first. Raises UserError that names every
     job that is refused."""
     from prefopt.train import plan
 
-    problems, jobs = [], dict[str, Job]()
-    first = parse(points[0].cfg, TrainConfig).launcher
-    launcher = build(first, Launcher, "launcher")
-    shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
-    for point in points:
-        label = " ".join(o for o in point.overrides if o not in shared)
-        try:
-            config = parse(point.cfg, TrainConfig)
-            check(config)
-            if config.launcher != first:
-                raise UserError("the jobs of a sweep have one launcher; do not sweep over `launcher`")
-            if config.device.startswith("cuda:"):
-                raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
-            launcher.settle(config)
-            run = plan(config).run
-        except UserError as error:
-            problems.append(f"{label}: {error}")
-            continue
+    def job(point: Point, label: str, config: TrainConfig, launcher: Launcher) -> Job:
+        check(config)
+        if config.device.startswith("cuda:"):
+            raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
+        launcher.settle(config)
+        run = plan(config).run
         state = look([run.folder])[0].state if (run.folder / "record.json").is_file() else "new"
-        jobs.setdefault(run.name, Job(point.overrides, label, config, run, state))
-    if problems:
-        raise UserError("\n".join(["nothing was started, because of these jobs:", *problems]))
+        return Job(point.overrides, label, config, run, state)
+
+    launcher, found = checked(points, TrainConfig, job)
+    jobs: dict[str, Job] = {}
+    for each in found:
+        jobs.setdefault(each.run.name, each)
     return launcher, list(jobs.values())
+
+
+def command_of(program: str, overrides: list[str]) -> str:
+    """What does here, and alone, what a job of the sweep with these overrides does."""
+    return f"python -m prefopt.{program} {shlex.join(o for o in overrides if not o.startswith('launcher'))}"
 
 
 def freeze(job: Job, code: Path) -> None:
     """Write job.json, and the record as queued by this process."""
-    overrides = [o for o in job.overrides if not o.startswith("launcher")]
-    command = f"python -m prefopt.train {shlex.join(overrides)}"
+    command = command_of("train", job.overrides)
     frozen = {"config": dataclasses.asdict(job.config), "command": command, "code": str(code)}
     write_json(job.folder / "job.json", frozen)
     facts = {"command": command, "code": str(code), "error": None}

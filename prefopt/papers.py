@@ -48,7 +48,7 @@ from prefopt.points import (
     win_rate_of,
 )
 from prefopt.program import program
-from prefopt.report import Record, by_column_table, provenance, read_records
+from prefopt.report import Record, by_column_table, our_name, provenance, read_records
 from prefopt.tables import Tabular
 
 
@@ -60,9 +60,8 @@ class Figure:
 
 
 def same(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
-    """Whether a row of a published table is about this model and method; `X+mappo` is our mappo_X."""
-    base, plus, wrapper = theirs["method"].replace("-", "_").partition("+")
-    return plain(ours[0]) == plain(theirs["model"]) and ours[1].split(" ")[0] == (f"{wrapper}_{base}" if plus else base)
+    """Whether a row of a published table is about this model and method."""
+    return plain(ours[0]) == plain(theirs["model"]) and ours[1].split(" ")[0] == our_name(theirs["method"])
 
 
 def beside(

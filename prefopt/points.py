@@ -15,7 +15,7 @@ from typing import Any
 from prefopt import UserError
 from prefopt.alpaca import PAPER_JUDGES, two_judges
 from prefopt.config import PapersConfig
-from prefopt.harness import lm_accuracy, task_names
+from prefopt.harness import accuracy_percent, task_names
 from prefopt.metrics import mean_and_error
 from prefopt.progress import say
 from prefopt.report import Record, beta, flat_config, labels
@@ -182,9 +182,7 @@ def accuracy_of(policy: Evaluated) -> Value | None:
     """LM accuracy, percent: the mean of `acc` over the tasks, whose errors are independent."""
     if not policy.harness:
         return None
-    errors = [t["metrics"]["acc"]["stderr"] for t in policy.harness]
-    error = None if None in errors else 100 * math.hypot(*errors) / len(errors)
-    return 100 * lm_accuracy(policy.harness)["mean acc"], error
+    return accuracy_percent(policy.harness)
 
 
 def win_rate_of(policy: Evaluated, metric: Metric | None) -> Value | None:

@@ -26,6 +26,7 @@ from rich.table import Table
 from prefopt import UserError
 from prefopt.config import ReportConfig, parse
 from prefopt.figures import PREFIX, method_colours, plotting, save
+from prefopt.harness import accuracy_percent
 from prefopt.metrics import mean_and_error
 from prefopt.program import program
 from prefopt.progress import say
@@ -70,10 +71,7 @@ def posthoc(folder: Path) -> dict[str, tuple[float, float | None]]:
         what = ", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
         extra = [f"{k} {how[k]}" for k in ("limit", "num_fewshot") if how[k] is not None]
         extra += ["chat template"] * how["chat_template"]
-        errors = [t["metrics"]["acc"]["stderr"] for t in told]
-        error = None if None in errors else 100 * math.hypot(*errors) / len(errors)
-        mean = 100 * statistics.fmean(t["metrics"]["acc"]["value"] for t in told)
-        found[f"mean acc of {'; '.join([what, *extra])}"] = mean, error
+        found[f"mean acc of {'; '.join([what, *extra])}"] = accuracy_percent(told)
     for file in sorted(folder.glob("alpaca/final-*/record.json")):
         record = json.loads(file.read_text())
         of = f"{record['judge']['name']}, against {record['baseline']['name']}, {record['figures']['n']} questions"
@@ -154,10 +152,10 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
         objective = " ".join(part for part in label.split(" ") if not part.startswith("β="))
         rows.append(row | {"run": record["name"], "objective": objective, "beta": beta(record)})
     names = posthoc_names(records)
+    own: dict[str, dict[str, Any]] = {r["name"]: r.get("posthoc", {}) for r in records}
     for row in rows:
-        own: dict[str, Any] = next((r.get("posthoc", {}) for r in records if r["name"] == row["run"]), {})
         for name in names:
-            row[name], row[f"{name}_se"] = own.get(name, (None, None))
+            row[name], row[f"{name}_se"] = own.get(row["run"], {}).get(name, (None, None))
     return rows
 
 
@@ -173,8 +171,9 @@ def shown_columns(records: list[Record]) -> dict[str, str]:
 
 def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
     """`table_rows` as people read them, with where they came from."""
-    columns = shown_columns(records)
-    texts = [[cells(row, posthoc_names(records))[c] for c in columns] for row in rows]
+    columns, names = shown_columns(records), posthoc_names(records)
+    shown = [cells(row, names) for row in rows]
+    texts = [[row[c] for c in columns] for row in shown]
     return Tabular("table", list(columns.values()), texts, rows, provenance(records, command(config)))
 
 
@@ -315,12 +314,14 @@ def _of_paper(column: str) -> str:
 
 
 def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
-    """The published figures of a method of ours; `X+mappo` is our mappo_X."""
-    for name, figures in published.items():
-        base, plus, wrapper = name.replace("-", "_").partition("+")
-        if ours.split(" ")[0] == (f"{wrapper}_{base}" if plus else base):
-            return figures
-    return {}
+    """The published figures of a method of ours."""
+    return next((figures for name, figures in published.items() if our_name(name) == ours.split(" ")[0]), {})
+
+
+def our_name(published: str) -> str:
+    """What the papers' tables call X+mappo is our mappo_X, and their beta-dpo our beta_dpo."""
+    base, plus, wrapper = published.replace("-", "_").partition("+")
+    return f"{wrapper}_{base}" if plus else base
 
 
 def cells(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
@@ -435,15 +436,13 @@ def main(cfg: DictConfig) -> None:
     records = read_records(Path(config.runs_dir))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    rows = table_rows(records)
-    columns = shown_columns(records)
-    columns.pop("run")
-    table = Table(*columns.values())
-    for row in rows:
-        table.add_row(*(cells(row, posthoc_names(records))[c] for c in columns))
+    whole = main_table(table_rows(records), records, config)
+    table = Table(*whole.headers[:-1])  # the run's name, which comes last, would not fit
+    for texts in whole.texts:
+        table.add_row(*texts[:-1])
     # Wide enough for the table where the output is not a terminal.
     Console(width=None if os.isatty(1) else 140).print(table)
-    files = main_table(rows, records, config).write(output) + draw(records, output)
+    files = whole.write(output) + draw(records, output)
     if seeds := over_seeds_table(records, config):
         files += seeds.write(output)
     if config.columns:

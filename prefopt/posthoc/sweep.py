@@ -7,7 +7,7 @@ What a job has done is kept by the program itself, so the same command again doe
 """
 
 import dataclasses
-import shlex
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,8 @@ from typing import Any
 
 from rich.table import Table
 
-from prefopt import UserError
-from prefopt.config import AlpacaConfig, HarnessConfig, ModelConfig, build, parse
-from prefopt.launch import Launcher, snapshot, verdict, wait
+from prefopt.config import AlpacaConfig, HarnessConfig, ModelConfig
+from prefopt.launch import Launcher, checked, command_of, snapshot, verdict, wait
 from prefopt.liveness import here
 from prefopt.paths import write_json
 from prefopt.program import Launch, Point
@@ -49,21 +48,12 @@ def sweep(program: str, check: Callable[[Any], ModelConfig]) -> Launch:
     which model it would load."""
 
     def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
-        first = parse(points[0].cfg, SCHEMAS[program]).launcher
-        launcher = build(first, Launcher, "launcher")
-        shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
-        problems, tasks = [], []
-        for n, point in enumerate(points):
-            label = " ".join(o for o in point.overrides if o not in shared)
-            try:
-                config = parse(point.cfg, SCHEMAS[program])
-                if config.launcher != first:
-                    raise UserError("the jobs of a sweep have one launcher; do not sweep over `launcher`")
-                tasks.append(Task(label, config, check(config), folder / f"job_{n}"))
-            except UserError as error:
-                problems.append(f"{label}: {error}")
-        if problems:
-            raise UserError("\n".join(["nothing was started, because of these jobs:", *problems]))
+        numbers = itertools.count()
+
+        def make(point: Point, label: str, config: Any, launcher: Launcher) -> Task:
+            return Task(label, config, check(config), folder / f"job_{next(numbers)}")
+
+        launcher, tasks = checked(points, SCHEMAS[program], make)
         shown = Table("job", "resources", title=f"{len(tasks)} jobs of prefopt.{program}, in {folder}")
         for task in tasks:
             shown.add_row(task.label, launcher.resources(task))
@@ -72,8 +62,7 @@ def sweep(program: str, check: Callable[[Any], ModelConfig]) -> Launch:
             return 0
         code = snapshot(folder / "code")
         for task, point in zip(tasks, points, strict=True):
-            overrides = [o for o in point.overrides if not o.startswith("launcher")]
-            told = {"command": f"python -m prefopt.{program} {shlex.join(overrides)}", "code": str(code)}
+            told = {"command": command_of(program, point.overrides), "code": str(code)}
             frozen = {"program": program, "config": dataclasses.asdict(task.config), **told}
             write_json(task.folder / "job.json", frozen)
             record = {"status": "queued", "name": task.id, "error": None, **told, **here(), "slurm_job": None}

@@ -19,7 +19,8 @@ from prefopt.points import (
     sensitive_keys,
     sensitivity,
 )
-from prefopt.report import MARKERS, Record
+from prefopt.records import Record
+from prefopt.report import MARKERS
 
 
 def draw_paths(

@@ -7,7 +7,8 @@
 
 Tables are written as Markdown, CSV and LaTeX (booktabs), figures as PNG, SVG and PDF, and all of it once more as one
 HTML page that needs nothing besides. Everything comes from the records that prefopt.train, prefopt.harness and
-prefopt.alpaca leave in a run's folder, nothing from names or logs. Records that cannot be compared are refused.
+prefopt.alpaca leave in a run's folder, nothing from names or logs. Records that cannot be compared are refused. They are
+written into records.jsonl, from which (runs_dir=FILE) the same tables and figures can be made without the runs.
 """
 
 import html
@@ -48,7 +49,8 @@ from prefopt.points import (
     win_rate_of,
 )
 from prefopt.program import program
-from prefopt.report import Record, by_column_table, our_name, provenance, read_records
+from prefopt.records import Record, read_records, write_archive
+from prefopt.report import by_column_table, our_name, provenance
 from prefopt.tables import Tabular
 
 
@@ -434,7 +436,11 @@ def main(cfg: DictConfig) -> None:
     files = [file for table in tables for file in table.write(output)] + [f for each in figures for f in each.files]
     target = output / f"{config.paper}.html"
     write_whole(target, page(title, tables, figures, records, origin(records, config)))
-    for file in [*files, target]:
+    files.append(target)
+    if records and Path(config.runs_dir or "").suffix != ".jsonl":
+        files.append(output / "records.jsonl")
+        write_archive(records, files[-1])
+    for file in files:
         print(file)
 
 

@@ -18,7 +18,8 @@ from prefopt.config import PapersConfig
 from prefopt.harness import accuracy_percent, task_names
 from prefopt.metrics import mean_and_error
 from prefopt.progress import say
-from prefopt.report import Record, beta, flat_config, labels
+from prefopt.records import Record, beta
+from prefopt.report import flat_config, labels
 
 Value = tuple[float, float | None]  # a figure and its standard error, where that is known
 SIDES = ("chosen", "rejected")
@@ -68,12 +69,8 @@ def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Eval
     found = []
     seen: dict[str, set[str]] = {"tasks": set(), "judge_name": set(), "baseline_name": set()}
     for record in records:
-        folder = Path(record["folder"])
-        files = [("harness", file) for file in sorted(folder.glob("harness/*.json"))]
-        files += [("alpaca", file) for file in sorted(folder.glob("alpaca/*/record.json"))]
         steps: dict[int, dict[str, list[Record]]] = {}
-        for kind, file in files:
-            content = json.loads(file.read_text()) | {"file": str(file)}
+        for kind, content in [(kind, told) for kind in ("harness", "alpaca") for told in record[kind]]:
             if kind == "harness":
                 seen["tasks"].add(content["task"])
                 keep = "acc" in content["metrics"] and (wanted is None or content["task"] in wanted)

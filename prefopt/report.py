@@ -29,69 +29,41 @@ from prefopt.figures import PREFIX, method_colours, plotting, save
 from prefopt.harness import accuracy_percent
 from prefopt.metrics import mean_and_error
 from prefopt.program import program
-from prefopt.progress import say
+from prefopt.records import Record, beta, read_records
 from prefopt.run import VOLATILE
 from prefopt.tables import Tabular
 
-Record = dict[str, Any]
 MARKERS = "osD^vP*X"
 
 
-def read_records(*runs_dirs: Path) -> list[Record]:
-    """Finished runs in these folders, each with its `folder`, by objective, beta and name; a run that lies in two of
-    them once. Says which are left out.
-
-    Raises UserError if there is none.
-    """
-    records: dict[str, Record] = {}
-    for file in sorted(file for runs_dir in runs_dirs for file in runs_dir.glob("*/record.json")):
-        record = json.loads(file.read_text())
-        if record["status"] == "finished":
-            extra = {"posthoc": posthoc(file.parent), "folder": str(file.parent)}
-            records.setdefault(record["name"], record | extra)
-        else:
-            say(f"left out: {file.parent} is {record['status']}; run its command again: {record.get('command')}")
-    if not records:
-        folder = " ".join(map(str, runs_dirs))
-        raise UserError(f"no finished run in {folder}. Train one first: python -m prefopt.train runs_dir={folder}")
-    return sorted(records.values(), key=lambda r: (r["objective"], beta(r) or 0.0, r["name"]))
-
-
-def posthoc(folder: Path) -> dict[str, tuple[float, float | None]]:
+def posthoc(record: Record) -> dict[str, tuple[float, float | None]]:
     """What prefopt.harness and prefopt.alpaca have found of a run's final policy: percentages and standard errors. A
     figure's name says the tasks, or the judge and the baseline, so that no two kinds share a column."""
     suites: dict[str, list[Record]] = {}
-    for file in sorted(folder.glob("harness/final-*.json")):
-        told = json.loads(file.read_text())
-        if "acc" in told["metrics"]:
+    for told in record["harness"]:
+        if told["checkpoint"] == "final" and "acc" in told["metrics"]:
             suites.setdefault(json.dumps(told["settings"], sort_keys=True), []).append(told)
     found: dict[str, tuple[float, float | None]] = {}
-    for settings, told in suites.items():
-        tasks, how = [t["task"] for t in told], json.loads(settings)
+    for settings, suite in suites.items():
+        tasks, how = [t["task"] for t in suite], json.loads(settings)
         what = ", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
         extra = [f"{k} {how[k]}" for k in ("limit", "num_fewshot") if how[k] is not None]
         extra += ["chat template"] * how["chat_template"]
-        found[f"mean acc of {'; '.join([what, *extra])}"] = accuracy_percent(told)
-    for file in sorted(folder.glob("alpaca/final-*/record.json")):
-        record = json.loads(file.read_text())
-        of = f"{record['judge']['name']}, against {record['baseline']['name']}, {record['figures']['n']} questions"
+        found[f"mean acc of {'; '.join([what, *extra])}"] = accuracy_percent(suite)
+    for told in record["alpaca"]:
+        if told["checkpoint"] != "final":
+            continue
+        of = f"{told['judge']['name']}, against {told['baseline']['name']}, {told['figures']['n']} questions"
         for figure, value, se in (
             ("win rate", "win_rate", "standard_error"),
             ("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error"),
         ):
             name = f"{figure} ({of})"
             if name in found:  # the same with other settings
-                name += f" {file.parent.name.rpartition('-')[2]}"
-            if value in record["figures"]:
-                found[name] = record["figures"][value], record["figures"][se]
+                name += f" {Path(told['file']).parent.name.rpartition('-')[2]}"
+            if value in told["figures"]:
+                found[name] = told["figures"][value], told["figures"][se]
     return found
-
-
-def beta(record: Record) -> float | None:
-    """The objective's beta, or that of its base where it wraps one."""
-    objective = record["config"]["objective"]
-    value = objective.get("beta", objective.get("base", {}).get("beta"))
-    return None if value is None else float(value)
 
 
 def flat_config(record: Record) -> dict[str, Any]:
@@ -152,7 +124,7 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
         objective = " ".join(part for part in label.split(" ") if not part.startswith("β="))
         rows.append(row | {"run": record["name"], "objective": objective, "beta": beta(record)})
     names = posthoc_names(records)
-    own: dict[str, dict[str, Any]] = {r["name"]: r.get("posthoc", {}) for r in records}
+    own: dict[str, dict[str, Any]] = {r["name"]: posthoc(r) for r in records}
     for row in rows:
         for name in names:
             row[name], row[f"{name}_se"] = own.get(row["run"], {}).get(name, (None, None))
@@ -160,7 +132,7 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def posthoc_names(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in record.get("posthoc", {})))
+    return list(dict.fromkeys(name for record in records for name in posthoc(record)))
 
 
 def shown_columns(records: list[Record]) -> dict[str, str]:

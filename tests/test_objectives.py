@@ -648,6 +648,18 @@ def test_madpo_coefficient_and_weight():
     assert objective.weights(torch.zeros(1).double()).item() == 1
 
 
+def test_madpos_ablation_is_its_two_halves():
+    """Each half has MADPO's weight where c is on its side of 1, and DPO's elsewhere."""
+    both, amplifies, damps = (MADPO(0.1, only=only) for only in (None, "amplification", "damping"))
+    h = torch.linspace(-30, 30, 400).double()
+    inside = h.abs() < both.tau
+    assert torch.equal(amplifies.weights(h)[inside], both.weights(h)[inside])
+    assert torch.equal(damps.weights(h)[~inside], both.weights(h)[~inside])
+    assert (amplifies.weights(h)[~inside] == 1).all()
+    assert (damps.weights(h)[inside] == 1).all()
+    assert (both.weights(h)[inside] != 1).all()
+
+
 def test_madpo_at_weight_1_is_dpo_bit_for_bit():
     x = inputs()
     x = dataclasses.replace(x, chosen_rewards=torch.zeros(4).double(), rejected_rewards=torch.full((4,), 8.0).double())
@@ -770,6 +782,7 @@ def test_derived_quantities():
         lambda: MADPO(0.1, c_max=1.0),
         lambda: MADPO(0.1, c_min=1.0),
         lambda: MADPO(0.1, tau=0.0),
+        lambda: MADPO(0.1, only="hard"),
         lambda: FDPO(0.1, "kl"),
         lambda: FDPO(0.1, "alpha"),
         lambda: FDPO(0.1, "js", 0.5),

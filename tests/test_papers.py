@@ -32,7 +32,7 @@ from prefopt.points import (
     sft_accuracy,
     spreads,
 )
-from prefopt.report import read_records
+from prefopt.records import read_records
 from prefopt.tables import Tabular, latex_text
 from tests.tiny import ROOT, run_program
 

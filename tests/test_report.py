@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from prefopt.report import labels, over_seeds, read_records, table_rows
+from prefopt.records import read_records
+from prefopt.report import labels, over_seeds, table_rows
 from tests.tiny import records, run_program
 
 

@@ -1,0 +1,48 @@
+# What the scripts of scripts/mini and scripts/paper share. Their arguments go to every sweep (launcher=slurm
+# launcher.partition=gpu, --dry-run). Called again they skip what is finished and go on with what is not; with --dry-run
+# they print the training jobs with an estimate of what these take, and write nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+arguments=("$@")
+dry=
+[[ " $* " == *" --dry-run "* ]] && dry=yes
+
+prefopt() { $python -m "prefopt.$1" "${@:2}"; }           # one program, here
+sweep() { prefopt "$1" -m "${@:2}" "${arguments[@]}"; }   # its jobs, where the launcher says
+unless_dry() { [[ -n $dry ]] || "$@"; }
+
+# The value of key $3 in the best of the runs of method $2 in $1.
+best() { if [[ -n $dry ]]; then echo 1e-4; else prefopt runs "runs_dir=$1" "name=$2-*" "best=$3"; fi; }
+
+# The folders of the runs in $1 whose names begin with $2, for run=.
+runs_in() { (shopt -s nullglob; files=("$1/$2"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
+
+# Train methods $1 (with commas), each with the learning rate that is best in the runs of $2; methods named mappo_BASE are
+# objective=mappo objective/base=BASE. The rest are further arguments.
+train_best() {
+    local method lr
+    declare -A plain=() wrapped=() # the methods by their learning rate: one sweep for each
+    for method in ${1//,/ }; do
+        lr=$(best "$2" "$method" optimizer.lr)
+        if [[ $method == mappo_* ]]; then wrapped[$lr]+=${wrapped[$lr]:+,}${method#mappo_}; else plain[$lr]+=${plain[$lr]:+,}$method; fi
+    done
+    for lr in "${!plain[@]}"; do sweep train "${@:3}" "optimizer.lr=$lr" "objective=${plain[$lr]}"; done
+    for lr in "${!wrapped[@]}"; do
+        sweep train "${@:3}" "optimizer.lr=$lr" objective=mappo "objective/base=${wrapped[$lr]}"
+    done
+}
+
+# Reward models of the three data qualities in $1/rewards, and the embedded rows with their scores, $1/scored.jsonl.gz.
+score_sentiment() {
+    sweep train +sweep=mini/madpo_rewards "runs_dir=$1/rewards"
+    [[ -n $dry || -f $1/scored.jsonl.gz ]] && return
+    local rows=package://prefopt/data/sentiment_offline.jsonl.gz quality model
+    for quality in high medium low; do
+        model=("$1"/rewards/reward-*-sentiment-"$quality"-*/policy)
+        prefopt score "input=$rows" "output=$1/scored_$quality.jsonl.gz" "name=rewards_$quality" \
+            scorer=reward_model "scorer.path=${model[0]}"
+        rows=$1/scored_$quality.jsonl.gz
+    done
+    mv "$rows" "$1/scored.jsonl.gz"
+}

@@ -322,6 +322,8 @@ def answers_of_baseline(config: AlpacaConfig, questions: list[Question]) -> Answ
 def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     """The judge, the questions, and whether these are all of AlpacaEval's. Raises UserError for whatever is missing,
     before a model is loaded or a judge asked."""
+    if config.baseline == "gpt4_turbo":  # AlpacaEval 2's own
+        config.baseline = str(hub_file(QUESTIONS))
     check_alpaca(config)
     resolve_hardware(config)
     judge = build(config.judge, Judge, "judge")

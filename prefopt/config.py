@@ -528,8 +528,8 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
 def check_harness(config: HarnessConfig) -> None:
     """The same for `prefopt.harness`, with the package that it needs."""
     problems = _hardware_problems(config)
-    if config.checkpoints not in ("final", "all"):
-        problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.checkpoints not in ("final", "all", "initial"):
+        problems.append(f"checkpoints must be final, all or initial, is {config.checkpoints!r}")
     if config.batch_size < 1:
         problems.append(f"batch_size must be at least 1, is {config.batch_size}")
     if config.limit is not None and config.limit < 1:

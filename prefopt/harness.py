@@ -27,7 +27,7 @@ from prefopt import UserError
 from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, resolve_hardware
 from prefopt.launch import refuse_launcher
 from prefopt.paths import write_json
-from prefopt.posthoc.policies import Checkpoint, policies
+from prefopt.posthoc.policies import Checkpoint, policies, record_of
 from prefopt.posthoc.sweep import sweep
 from prefopt.program import program
 from prefopt.progress import say
@@ -58,7 +58,11 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
         return [Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)], Path(
             config.output
         )
-    found = policies(config.run, config.checkpoints)
+    if config.checkpoints == "initial":
+        model = ModelConfig(**record_of(config.run)["config"]["model"])
+        found = [Checkpoint("initial", checkpoint_path(model), 0, model.revision)]
+    else:
+        found = policies(config.run, config.checkpoints)
     return found, Path(config.output) if config.output else Path(config.run) / "harness"
 
 

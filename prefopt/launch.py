@@ -221,6 +221,8 @@ def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
     """
     if world_size() > 1:
         raise UserError("a sweep is started once, not by several processes (torchrun): its launcher starts the jobs.")
+    if dry_run:
+        return preview(points)
     launcher, jobs = plan_sweep(points)
     title = f"{len(jobs)} jobs, run folders in {jobs[0].config.runs_dir}"
     shown = Table("job", "run folder", "what happens", "resources", title=title, title_justify="left")
@@ -228,8 +230,6 @@ def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
         resources = launcher.resources(job) if job.to_run else "–"
         shown.add_row(job.label, job.folder.name, job.intention, resources)
     console().print(shown)
-    if dry_run:
-        return 0
     if to_run := [job for job in jobs if job.to_run]:
         code = snapshot(Path(to_run[0].config.runs_dir) / "code")
         for job in to_run:
@@ -284,22 +284,64 @@ def checked(
 def plan_sweep(points: list[Point]) -> tuple[Launcher, list[Job]]:
     """The sweep's launcher, and its jobs; of several with one run folder, the first. Raises UserError that names every
     job that is refused."""
-    from prefopt.train import plan
-
-    def job(point: Point, label: str, config: TrainConfig, launcher: Launcher) -> Job:
-        check(config)
-        if config.device.startswith("cuda:"):
-            raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
-        launcher.settle(config)
-        run = plan(config).run
-        state = look([run.folder])[0].state if (run.folder / "record.json").is_file() else "new"
-        return Job(point.overrides, label, config, run, state)
-
-    launcher, found = checked(points, TrainConfig, job)
+    launcher, found = checked(points, TrainConfig, plan_job)
     jobs: dict[str, Job] = {}
     for each in found:
         jobs.setdefault(each.run.name, each)
     return launcher, list(jobs.values())
+
+
+def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher) -> Job:
+    """Raises UserError for a job that cannot be run, Lacking where it is only that something is not on this machine."""
+    from prefopt.train import plan
+
+    check(config)
+    if config.device.startswith("cuda:"):
+        raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
+    launcher.settle(config)
+    run = plan(config).run
+    state = look([run.folder])[0].state if (run.folder / "record.json").is_file() else "new"
+    return Job(point.overrides, label, config, run, state)
+
+
+def preview(points: list[Point]) -> int:
+    """Print what a sweep would do and, by estimate, take; 0. A model or data set that is not here yet is named below
+    the table, and refuses nothing."""
+    from prefopt.data.sources import Lacking
+    from prefopt.estimate import GPU, Estimate, estimate
+    from prefopt.objectives.base import Objective
+
+    lacking: dict[str, None] = {}
+    estimates: list[Estimate] = []
+    shown = Table("job", "run folder", "what happens", "resources", "GPU hours", "policies, GB", title_justify="left")
+
+    def row(point: Point, label: str, config: TrainConfig, launcher: Launcher) -> str:
+        try:
+            job = plan_job(point, label, config, launcher)
+            cells = [job.folder.name, job.intention, launcher.resources(job) if job.to_run else "–"]
+            to_run = job.to_run
+        except Lacking as error:
+            lacking.update(dict.fromkeys(str(error).splitlines()))
+            cells, to_run = ["–", "waits for what is lacking", "–"], True
+        found = estimate(config, build(config.objective, Objective, "objective")) if to_run else None
+        estimates.extend([found] if found else [])
+        sizes = [f"{found.gpu_hours:.2g}", f"{found.policies_gb:.2g}"] if found else ["–", "–"]
+        shown.add_row(label, *cells, *sizes)
+        return config.runs_dir
+
+    _, folders = checked(points, TrainConfig, row)
+    shown.title = f"{len(folders)} jobs, run folders in {folders[0]}"
+    hours, kept = sum(e.gpu_hours for e in estimates), sum(e.policies_gb for e in estimates)
+    at_work = max((e.checkpoint_gb for e in estimates), default=0.0)
+    shown.caption = (
+        f"Estimates for {len(estimates)} jobs, without evaluations after training: {hours:.3g} GPU hours ({GPU}), "
+        f"{kept:.3g} GB of policies, and up to {at_work:.2g} GB more for the checkpoint of each job under way."
+    )
+    shown.caption_justify = "left"
+    console().print(shown)
+    if lacking:
+        print("\n".join(["lacking, before this can start:", *lacking]))
+    return 0
 
 
 def command_of(program: str, overrides: list[str]) -> str:

@@ -147,9 +147,15 @@ def go_on(config: OnlineConfig) -> None:
     except Exception:
         run.fail(traceback.format_exc())
         raise
-    first = run.record["stages"][0]["initial_weights"]
-    run.finish(evaluations=evaluations, initial_weights=first, seconds=time.monotonic() - began)
-    say(f"{run.folder}: finished; the policy is in {policy}")
+    told = run.record["stages"]
+    ends = {"initial_weights": told[0]["initial_weights"], "final_weights": told[-1]["final_weights"]}
+    pairs = sum(stage["data"]["train"]["items"] for stage in told)
+    assert policy is not None  # there is at least one stage
+    if not run.policy_folder.exists():  # where the jobs that evaluate a run look for it
+        run.policy_folder.symlink_to(policy.relative_to(run.folder))
+    data = {"train": {"items": pairs}}
+    run.finish(evaluations=evaluations, data=data, **ends, seconds=time.monotonic() - began)
+    say(f"{run.folder}: finished; the policy is in {run.policy_folder}")
 
 
 @program("online")

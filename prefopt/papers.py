@@ -2,13 +2,13 @@
 
     python -m prefopt.papers paper=mmpo                                   # the published figures by themselves
     python -m prefopt.papers paper=mmpo 'runs_dir=runs/paper/mmpo/*'
-    python -m prefopt.papers paper=mappo runs_dir=runs/mappo/final
-    python -m prefopt.papers paper=madpo runs_dir=runs/madpo/final
+    python -m prefopt.papers paper=mappo runs_dir=runs/mini/mappo/final
+    python -m prefopt.papers paper=madpo runs_dir=results/mini/madpo/records.jsonl
 
 Tables are written as Markdown, CSV and LaTeX (booktabs), figures as PNG, SVG and PDF, and all of it once more as one
 HTML page that needs nothing besides. Everything comes from the records that prefopt.train, prefopt.harness and
-prefopt.alpaca leave in a run's folder, nothing from names or logs. Records that cannot be compared are refused. They are
-written into records.jsonl, from which (runs_dir=FILE) the same tables and figures can be made without the runs.
+prefopt.alpaca leave in a run's folder, nothing from names or logs. Records that cannot be compared are refused. They
+are written into records.jsonl, from which (runs_dir=FILE) the same tables and figures can be made without the runs.
 """
 
 import html
@@ -41,6 +41,7 @@ from prefopt.points import (
     peaks,
     plain,
     points_of,
+    pooled,
     published_points,
     read_csv,
     read_evaluated,
@@ -49,7 +50,7 @@ from prefopt.points import (
     win_rate_of,
 )
 from prefopt.program import program
-from prefopt.records import Record, read_records, write_archive
+from prefopt.records import Record, last_step, read_records, write_archive
 from prefopt.report import by_column_table, our_name, provenance
 from prefopt.tables import Tabular
 
@@ -179,9 +180,7 @@ def results_table(
             own = [p for p in points if (p.model, p.method, p.beta) == (model, method, value)]
             ends = [(r["evaluations"][0], r["evaluations"][-1]) for r in seeds if r["evaluations"]]
             row: dict[str, Any] = {"model": model, "method": method, "beta": value, "seeds": len(seeds)}
-            last = [
-                p for p in own if p.epoch == epoch_of(seeds[0], seeds[0]["config"]["steps"]) and p.seeds == len(seeds)
-            ]
+            last = [p for p in own if p.epoch == epoch_of(seeds[0], last_step(seeds[0])) and p.seeds == len(seeds)]
             row["win_rate"] = last[0].win_rate if last else None
             row["oracle_reward"] = over(ends, lambda first, last: last["oracle_reward"])
             for side in SIDES:
@@ -214,6 +213,58 @@ def over(ends: Sequence[tuple[Record, Record]], figure: Callable[..., float]) ->
     except (KeyError, ZeroDivisionError):
         return None
     return mean, error if len(ends) > 1 else None
+
+
+# The paper's columns, as lm-eval's tasks and metrics. Which metric of a task it prints it does not say.
+ACADEMIC = {
+    "ifeval": ("ifeval", "prompt_level_strict_acc"),
+    "gpqa": ("gpqa_main_zeroshot", "acc"),
+    "mmlu": ("mmlu", "acc"),
+    "hellaswag": ("hellaswag", "acc_norm"),
+    "truthfulqa": ("truthfulqa_mc2", "acc"),
+    "gsm8k": ("gsm8k", "exact_match,strict-match"),
+}
+
+
+def academic_table(records: Sequence[Record], published: str, notes: list[str]) -> Tabular:
+    """The MaPPO paper's academic benchmarks, in percent: final policies, mean over seeds, and the models they began
+    from (the paper's `it`), which `prefopt.harness checkpoints=initial` evaluates."""
+    models = model_names(records)
+    groups: dict[tuple[str, str], list[list[Record]]] = {}
+    for model in dict.fromkeys(models.values()):
+        members = [r for r in records if models[r["name"]] == model]
+        if initial := [t for r in members for t in r["harness"] if t["step"] == 0]:
+            groups[model, "it"] = [initial]
+        for (method, value), seeds in grouped(members).items():
+            name = f"{method} β={value:g}" if value else method
+            groups[model, name] = [[t for t in r["harness"] if t["checkpoint"] == "final"] for r in seeds]
+    ours: list[dict[str, Any]] = []
+    for (model, method), policies in groups.items():
+        row: dict[str, Any] = {"model": model, "method": method}
+        for column, (task, metric) in ACADEMIC.items():
+            scores = [
+                [(100 * m["value"], m["stderr"] and 100 * m["stderr"]) for t in told if t["task"] == task
+                 for m in [t["metrics"].get(metric)] if m]
+                for told in policies
+            ]  # fmt: skip
+            row[column] = pooled([own[0] if own else None for own in scores])
+        if any(row[column] for column in ACADEMIC):
+            ours.append(row)
+    texts, rows = [], []
+    for row, paper in beside(ours, read_csv(published, "mappo_academic.csv")):
+        texts.append([row["model"], row["method"]])
+        numbers: dict[str, Any] = {key: row[key] for key in ("model", "method")}
+        for column in ACADEMIC:
+            value = row.get(column)
+            texts[-1] += [number(value, 1), paper.get(column, "–")]
+            numbers |= {column: value and value[0], f"{column}_se": value and value[1]}
+            numbers[f"paper_{column}"] = paper.get(column)
+        rows.append(numbers)
+    headers = ["model", "method", *(h for column in ACADEMIC for h in (column, "paper"))]
+    what = "; ".join(f"{column}: {metric.replace(',', ', ')} of {task}" for column, (task, metric) in ACADEMIC.items())
+    return Tabular(
+        "mappo_academic", headers, texts, rows, [f"Ours, in percent: {what}.", *notes], "Academic benchmarks"
+    )
 
 
 # Papers
@@ -336,6 +387,7 @@ def mappo(records: Sequence[Record], config: PapersConfig) -> Made:
         results_table(name, title, records, points, read_csv(config.published, f"{name}.csv"), metric, notes)
         for name, title in titles.items()
     ]
+    tables.append(academic_table(records, config.published, origin(records, config)))
     tables += policies_table("mappo", found, metric, models, [*_what(metric, found), *origin(records, config)])
     caption = (
         "Mean log-prob of the held-out chosen (left) and rejected (right) completions, less its value before training: "

@@ -70,7 +70,7 @@ def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Eval
     seen: dict[str, set[str]] = {"tasks": set(), "judge_name": set(), "baseline_name": set()}
     for record in records:
         steps: dict[int, dict[str, list[Record]]] = {}
-        for kind, content in [(kind, told) for kind in ("harness", "alpaca") for told in record[kind]]:
+        for kind, content in [*(("harness", t) for t in record["harness"]), *(("alpaca", t) for t in record["alpaca"])]:
             if kind == "harness":
                 seen["tasks"].add(content["task"])
                 keep = "acc" in content["metrics"] and (wanted is None or content["task"] in wanted)
@@ -207,11 +207,11 @@ def pooled(values: Sequence[Value | None]) -> Value | None:
 
 
 def points_of(found: Sequence[Evaluated], metric: Metric | None, models: dict[str, str]) -> list[Point]:
-    """The evaluated policies of all preference runs, over their evaluated seeds, by epoch; a step that some of these
-    lack is named and left out.
+    """The evaluated policies of all preference runs but for the initial ones, over their evaluated seeds, by epoch; a
+    step that some of these lack is named and left out.
 
     A method is an objective, with the keys (but beta and seed) in which its runs of one model differ."""
-    policies = [p for p in found if p.run["objective"] != "sft"]
+    policies = [p for p in found if p.run["objective"] != "sft" and p.step]
     runs = {p.run["name"]: p.run for p in policies}
     points = []
     for model in dict.fromkeys(models[name] for name in runs):
@@ -245,10 +245,12 @@ def grouped(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Re
 
 
 def sft_accuracy(found: Sequence[Evaluated], models: dict[str, str]) -> dict[str, Value]:
-    """LM accuracy of the last policies of the SFT runs that preference runs began from, by the model of these."""
+    """LM accuracy of the policies that preference runs began from, by the model of these: the last ones of SFT runs,
+    and those evaluated as `checkpoints=initial`."""
     begun = {p.run["initial_weights"]: models[p.run["name"]] for p in found if p.run["objective"] != "sft"}
     own = [p for p in found if p.run["objective"] == "sft" and p.run["final_weights"] in begun]
     last = {begun[p.run["final_weights"]]: accuracy_of(p) for p in own}
+    last |= {models[p.run["name"]]: accuracy_of(p) for p in found if p.run["objective"] != "sft" and p.step == 0}
     return {model: value for model, value in last.items() if value is not None}
 
 

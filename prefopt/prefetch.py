@@ -212,19 +212,23 @@ def items(model: ModelConfig, dataset: DatasetConfig, also: Iterable[str] = ()) 
 
 
 def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
-    """A message for everything on the hub that a job needs and that is not on this machine, if the hub is switched off.
+    """A message for every model that is nowhere, and for everything on the hub that a job needs and that is not on this
+    machine, if the hub is switched off.
 
     Asks no network, and loads neither torch nor, unless the data set is on the hub, `datasets`. Raises UserError for a
     data set without rows to read (`prefopt.data.dataset.sources`).
     """
     messages = []
     for item in items(model, dataset):
+        model_itself = isinstance(item, Model) and item.weights
+        what = f"no model can be loaded from model.path={item.path}" if model_itself else f"no {item}"
+        if isinstance(item, Model) and not item.local and not _is_on_hub(item):
+            messages.append(f"{what}: it is neither a folder here nor a name on the hub (OWNER/NAME).")
+            continue
         try:
             if _is_on_hub(item) and item.offline():
                 item.there()
         except Lacking as error:
-            model_itself = isinstance(item, Model) and item.weights
-            what = f"no model can be loaded from model.path={item.path}" if model_itself else f"no {item}"
             messages.append(
                 f"{what}: the hub is switched off, and {error}.\nFetch it on a machine with network: {item.command}"
             )

@@ -1,5 +1,5 @@
-"""The records of finished runs, with those of the jobs that evaluated their policies: what every table and figure is made
-of. They lie in the runs' folders, or, to be kept and passed on, in one file.
+"""The records of finished runs, with those of the jobs that evaluated their policies: what every table and figure is
+made of. They lie in the runs' folders, or, to be kept and passed on, in one file.
 """
 
 import json
@@ -13,12 +13,12 @@ from prefopt.progress import say
 
 Record = dict[str, Any]
 # Of the machine and the moment: no figure depends on them, and they are nobody else's business.
-LOCAL = ("folder", "code", "host", "pid", "pid_born", "slurm_job", "error")
+LOCAL = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
 
 def read_records(*places: Path) -> list[Record]:
-    """Finished runs in these folders and archives (`write_archive`), by objective, beta and name; a run that lies in two
-    of them once. `harness` and `alpaca` of each are the records of its evaluated policies. Says which are left out.
+    """Finished runs in these folders and archives (`write_archive`), by objective, beta and name; a run that lies in
+    two of them once. `harness` and `alpaca` of each are the records of its evaluated policies. Says which are left out.
 
     Raises UserError if there is none.
     """
@@ -55,8 +55,8 @@ def _archived(file: Path) -> list[Record]:
 
 
 def write_archive(records: Sequence[Record], file: Path) -> None:
-    """A line per run, which `read_records` reads again. Without what is the machine's own; paths below the current folder
-    are relative to it."""
+    """A line per run, which `read_records` reads again. Without what is the machine's own; paths below the current
+    folder are relative to it."""
     here = f"{Path.cwd()}/"
     lines = []
     for record in records:
@@ -65,6 +65,12 @@ def write_archive(records: Sequence[Record], file: Path) -> None:
             kept[kind] = [{k: v for k, v in told.items() if k not in LOCAL} for told in record[kind]]
         lines.append(json.dumps(kept, ensure_ascii=False).replace(here, ""))
     write_whole(file, "\n".join(lines) + "\n")
+
+
+def last_step(record: Record) -> int:
+    """The optimizer steps behind the final policy: of an online run those of all stages."""
+    step: int = record["evaluations"][-1]["step"] if record["evaluations"] else record["config"]["steps"]
+    return step
 
 
 def beta(record: Record) -> float | None:

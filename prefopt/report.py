@@ -291,9 +291,11 @@ def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
 
 
 def our_name(published: str) -> str:
-    """What the papers' tables call X+mappo is our mappo_X, and their beta-dpo our beta_dpo."""
-    base, plus, wrapper = published.replace("-", "_").partition("+")
-    return f"{wrapper}_{base}" if plus else base
+    """What the papers' tables call X+mappo is our mappo_X, their i-X (iterative) our online-X, beta-dpo beta_dpo."""
+    base, plus, wrapper = published.partition("+")
+    online = "online-" * base.startswith("i-")
+    name = base.removeprefix("i-").replace("-", "_")
+    return online + (f"{wrapper}_{name}" if plus else name)
 
 
 def cells(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:

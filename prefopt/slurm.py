@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefopt import UserError
-from prefopt.config import ModelConfig, TrainConfig
+from prefopt.config import TrainConfig
+from prefopt.estimate import parameters
 from prefopt.launch import Launcher, Work, python_environment
 from prefopt.paths import write_json, write_whole
 from prefopt.progress import say
@@ -175,18 +176,3 @@ def submit(script: Path, after: str | None) -> str:
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch refused {script}: {error.stderr.strip()}") from None
     return answer.strip().split(";")[0]
-
-
-def parameters(config: ModelConfig) -> int:
-    """How many a model has, from its config: no weight is read (but a GGUF is converted first, once)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from prefopt.models.load import check_model, checkpoint_path
-
-    check_model(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision)
-        )
-    return sum(p.numel() for p in model.parameters())

@@ -58,6 +58,7 @@ def plan(config: TrainConfig) -> Plan:
     """Everything that can be refused is refused here, with UserError. `config` is one that `check` has passed and whose
     hardware is resolved."""
     from prefopt.data.dataset import check_dataset, has_heldout, split_digest
+    from prefopt.data.sources import Lacking
     from prefopt.loggers import check_logger
     from prefopt.objectives.base import Objective
     from prefopt.optim import Schedule, check_optimizer
@@ -90,7 +91,7 @@ def plan(config: TrainConfig) -> Plan:
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
         )
     if lacking := missing(config.model, config.dataset):
-        raise UserError("\n".join(lacking))
+        raise Lacking("\n".join(lacking))
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
     return Plan(config, objective, schedule, oracle, run)

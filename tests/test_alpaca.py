@@ -25,6 +25,7 @@ from prefopt.compare import page
 from prefopt.data.formats import as_messages
 from prefopt.judges import Duel, LanguageModelJudge, Names, RewardJudge
 from prefopt.posthoc.oracle import Vader
+from prefopt.records import read_records
 from prefopt.report import posthoc
 from prefopt.scorers import OracleScorer
 from tests.tiny import ENVIRONMENT, ROOT, run_program
@@ -450,7 +451,7 @@ def test_rewards_judge_for_nothing(run):
     trained = json.loads((run / "record.json").read_text())
     assert told["weights"] == trained["final_weights"] != told["baseline"]["weights"] == trained["initial_weights"]
     assert "win rate (reward of Vader)" in process.stdout
-    assert posthoc(run)["win rate (reward of Vader, against model-initial, 24 questions)"] == (
+    assert posthoc(read_records(run.parent)[0])["win rate (reward of Vader, against model-initial, 24 questions)"] == (
         told["figures"]["win_rate"], told["figures"]["standard_error"],
     )  # fmt: skip
     command_ = [f"runs_dir={run.parent}", f"output={run.parent / 'report'}"]

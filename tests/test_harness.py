@@ -13,6 +13,7 @@ from prefopt import UserError
 from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, register
 from prefopt.harness import checkpoints
 from prefopt.models.load import checkpoint_path
+from prefopt.records import read_records
 from prefopt.report import posthoc
 from tests.tiny import ENVIRONMENT, ROOT, run_program
 
@@ -93,7 +94,7 @@ def test_every_checkpoint_gives_what_lm_eval_gives_and_is_computed_once(run, hub
     assert ours["first_request"]["continuation"]
     assert ours["fewshot"] == {"arc_easy": 0}
     both = [found["final", task]["metrics"]["acc"] for task in ("arc_challenge", "arc_easy")]
-    mean, error = posthoc(run)["mean acc of arc_challenge, arc_easy"]
+    mean, error = posthoc(read_records(run.parent)[0])["mean acc of arc_challenge, arc_easy"]
     assert mean == pytest.approx(50 * sum(acc["value"] for acc in both))
     assert error == pytest.approx(50 * sum(acc["stderr"] ** 2 for acc in both) ** 0.5)
     files = {f: f.stat().st_mtime_ns for f in (run / "harness").iterdir()}

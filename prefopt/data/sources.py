@@ -39,7 +39,7 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
             )
         rows = _from_datasets(path, split, revision)
     elif not file.is_file():
-        raise UserError(
+        raise Lacking(
             f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name."
         )
     elif path.endswith(".parquet"):

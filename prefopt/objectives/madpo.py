@@ -17,10 +17,10 @@ class MADPO(ImplicitReward):
         c(h) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) exp(decay (|h| - tau)))     c(tau) = 1
         w(h) = sigma(c(h) h) / sigma(h)  where h > -tau,  else 1
 
-    Right pairs within tau count more than in DPO (amplification, c > 1), those beyond it less (damping, c < 1); `only` one
-    of the two leaves the other pairs as they are in DPO. The rewards are raw outputs of a Bradley-Terry reward model
-    (log-odds), not probabilities. `c_min` null is 1 / c_max; `decay` is the paper's lambda. Scores are beta * u. Raises
-    ValueError for beta <= 0, c_max <= 1, c_min outside (0, 1), decay <= 0, tau <= 0, or another `only`.
+    Right pairs within tau count more than in DPO (amplification, c > 1), those beyond it less (damping, c < 1); `only`
+    one of the two leaves the other pairs as they are in DPO. The rewards are raw outputs of a Bradley-Terry reward
+    model (log-odds), not probabilities. `c_min` null is 1 / c_max; `decay` is the paper's lambda. Scores are beta * u.
+    Raises ValueError for beta <= 0, c_max <= 1, c_min outside (0, 1), decay <= 0, tau <= 0, or another `only`.
     """
 
     equation = "w(h) · (−log σ(β(u_w − u_l))), w(h) = σ(c(h)h)/σ(h) if h > −τ else 1, h = r_w − r_l"

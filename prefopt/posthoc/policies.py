@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
+from prefopt.records import last_step
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def policies(run: str, which: str) -> list[Checkpoint]:
     Raises UserError where there is none.
     """
     record, folder = record_of(run), Path(run)
-    final = [Checkpoint("final", str(folder / "policy"), record["config"]["steps"])] * (folder / "policy").is_dir()
+    final = [Checkpoint("final", str(folder / "policy"), last_step(record))] * (folder / "policy").is_dir()
     earlier = [
         Checkpoint(path.name, str(path), int(path.name.removeprefix("step_")))
         for path in sorted((folder / "policies").glob("step_*"))

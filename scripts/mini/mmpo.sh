@@ -26,9 +26,11 @@ fi
 all=run=$(runs_in $runs/final)
 IFS=, read -ra some <<< "${all#run=}"
 # lm-eval loads a task's data from a folder of that name before it asks the hub: TASK_DATA holds such folders.
-tasks=(tasks=[arc_easy,piqa,winogrande] limit=100)
+tasks=(tasks=[arc_easy,piqa,winogrande] limit=50)
+links=()
+trap 'rm -f "${links[@]}"' EXIT
 for folder in "${TASK_DATA:-../shared/data/lm_harness/hub}"/*/; do
-    [[ ! -d $folder || -e $(basename "$folder") ]] || ln -s "$folder" .
+    if [[ -d $folder && ! -e $(basename "$folder") ]]; then ln -s "$folder" . && links+=("$(basename "$folder")"); fi
 done
 sweep harness "run=${some[0]}" checkpoints=initial "${tasks[@]}"
 sweep harness "$all" checkpoints=all "${tasks[@]}"

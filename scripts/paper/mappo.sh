@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# MaPPO as the paper has it (arXiv 2507.21183): on each of seven models DPO and iterative DPO with and without it, on
+# Qwen2.5-7B also SimPO, IPO and CPO; 8 responses to each prompt of UltraFeedback, scored by FsfairX-LLaMA3-RM-v0.1. Runs
+# where there is a GPU, for sampling and scoring; one GPU holds what trains in it up to 3B parameters, above that add
+# engine=zero2 and GPUs. MODELS (with spaces) is what to do.
+. "$(dirname "$0")/../common.sh"
+runs=runs/paper/mappo
+prompts=HuggingFaceH4/ultrafeedback_binarized
+reward_model=sfairXC/FsfairX-LLaMA3-RM-v0.1
+plugin=Qwen/Qwen2.5-7B-Instruct # where MaPPO is a plug-in for the other methods too
+models=(Qwen/Qwen2.5-{1.5B,3B,7B,14B,32B}-Instruct mistralai/Mistral-7B-Instruct-v0.3 meta-llama/Meta-Llama-3-8B-Instruct)
+[[ -z ${MODELS:-} ]] || read -ra models <<< "$MODELS"
+
+online=(env -u HF_HUB_OFFLINE "$python" -m prefopt.prefetch) # needs network; what is here already is left
+unless_dry "${online[@]}" model=hub "model.path=$reward_model" dataset=ultrafeedback_binarized tasks=mappo alpaca=true
+for model in "${models[@]}"; do
+    unless_dry "${online[@]}" model=hub "model.path=$model" dataset=ultrafeedback_binarized
+    for split in train_prefs test_prefs; do
+        data=$runs/data/${model#*/}_$split
+        unless_dry prefopt sample model=hub "model.path=$model" "prompts=$prompts" split=$split samples_per_prompt=8 \
+            sampling.max_new_tokens=2048 backend=vllm "output=$data.jsonl.gz"
+        unless_dry prefopt score "input=$data.jsonl.gz" "output=${data}_scored.jsonl.gz" \
+            scorer=hub_reward_model "scorer.path=$reward_model"
+    done
+    data=$runs/data/${model#*/}
+    data=("dataset.train=${data}_train_prefs_scored.jsonl.gz" "dataset.heldout=${data}_test_prefs_scored.jsonl.gz")
+    methods="dpo mappo_dpo"
+    [[ $model != "$plugin" ]] || methods+=" simpo mappo_simpo ipo mappo_ipo cpo mappo_cpo"
+    for method in $methods; do
+        sweep train "+sweep=mappo/offline_$method" "model.path=$model" "${data[@]}"
+    done
+    for method in dpo mappo; do # in one process each, here
+        unless_dry prefopt online "+sweep=mappo/online_$method" "model.path=$model" "prompts=$prompts"
+    done
+done
+[[ -n $dry ]] && exit
+
+sweep harness "run=$(runs_in $runs)" checkpoints=initial,final tasks=mappo
+sweep alpaca "run=$(runs_in $runs)" baseline=gpt4_turbo "judge=${JUDGE:-gpt4o_mini}" # the paper does not name its judge
+prefopt papers paper=mappo runs_dir=$runs output=results/paper/mappo

@@ -6,7 +6,14 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow slurm-test lint bench bench-fidelity clean-demo mappo madpo figures
+# Of the reproductions: mini (this machine) or paper; where the jobs run; further arguments (ARGS="launcher.at_once=2",
+# ARGS=--dry-run).
+SCALE ?= mini
+LAUNCHER ?= local
+ARGS ?=
+
+.PHONY: help setup demo test test-slow slurm-test lint bench bench-fidelity clean-demo figures \
+	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,16 +31,17 @@ demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; table and figu
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
 
-mappo: setup ## MaPPO offline and online on the embedded task, in miniature; tables in results/mappo
-	scripts/mappo.sh
+reproduce-mmpo: setup ## MMPO's grid, in miniature or (SCALE=paper LAUNCHER=slurm) as published; results/SCALE/mmpo
+reproduce-mappo: setup ## MaPPO, offline and online, likewise
+reproduce-madpo: setup ## MADPO's three data qualities, likewise
+reproduce-mmpo reproduce-mappo reproduce-madpo: reproduce-%:
+	scripts/$(SCALE)/$*.sh launcher=$(LAUNCHER) $(ARGS)
 
-madpo: setup ## MADPO's experiment on the embedded task, in miniature; tables in results/madpo
-	scripts/madpo.sh
-
-figures: setup ## the papers' tables, figures and pages: what is published, and the runs that there are in runs/PAPER/final
-	@for paper in mmpo mappo madpo; do \
-		runs=$$(ls -d runs/$$paper/final 2> /dev/null); \
-		$(BIN)/python -m prefopt.papers paper=$$paper $${runs:+runs_dir=$$runs} || exit 1; \
+figures: setup ## the papers' tables, figures and pages, from the records in results/mini and from what is published
+	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
+	for paper in mmpo mappo madpo; do \
+		$(BIN)/python -m prefopt.papers paper=$$paper runs_dir=results/mini/$$paper/records.jsonl \
+			output=results/mini/$$paper || exit 1; \
 	done
 
 test: setup ## the tests (a few minutes), in two processes

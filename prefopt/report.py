@@ -2,7 +2,7 @@
 SVG, PDF).
 
     python -m prefopt.report runs_dir=runs output=results/mine
-    python -m prefopt.report runs_dir=runs/madpo output=results/madpo columns=dataset.format.quality
+    python -m prefopt.report runs_dir=runs/mini/madpo/final output=results/mini/madpo columns=dataset.format.quality
 
 Where runs differ in their seed alone there is also a table of their means over seeds; with `columns` one with a column
 for each value of that key.

@@ -13,7 +13,7 @@ from prefopt import UserError
 from prefopt.alpaca import PAPER_JUDGES
 from prefopt.config import PapersConfig
 from prefopt.figures import COLOURS, method_colours
-from prefopt.papers import beside, draw_drift, mappo, mmpo, page, peak_table, same
+from prefopt.papers import academic_table, beside, draw_drift, mappo, mmpo, page, peak_table, same
 from prefopt.points import (
     Point,
     drift,
@@ -32,7 +32,7 @@ from prefopt.points import (
     sft_accuracy,
     spreads,
 )
-from prefopt.records import read_records
+from prefopt.records import LOCAL, read_records, write_archive
 from prefopt.tables import Tabular, latex_text
 from tests.tiny import ROOT, run_program
 
@@ -489,7 +489,8 @@ def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
     tables = ["mmpo_table_1", "mmpo_table_2", "mmpo_spread", "mmpo_policies"]
     names = [f"{t}.{s}" for t in tables for s in ("md", "csv", "tex")]
     names += [f"{f}.{s}" for f in ("mmpo_paths", "mmpo_spread") for s in ("png", "svg", "pdf")]
-    assert process.stdout.splitlines() == [str(tmp_path / "out" / name) for name in [*names, "mmpo.html"]]
+    written = [*names, "mmpo.html", "records.jsonl"]
+    assert process.stdout.splitlines() == [str(tmp_path / "out" / name) for name in written]
     for name in names:
         assert (tmp_path / "out" / name).stat().st_size > 100
     assert (tmp_path / "out" / "mmpo_paths.pdf").read_bytes()[:4] == b"%PDF"
@@ -502,6 +503,62 @@ def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
     process = run_program("paper=mnpo", f"output={tmp_path}", program="papers")
     assert process.returncode == 2
     assert "paper must be mmpo, mappo, madpo" in process.stderr
+
+
+@pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])
+def test_the_tables_in_the_repository_are_what_their_records_give(paper, tmp_path):
+    """Every number of results/mini can be computed again, without a run. Only the words that say from where differ."""
+    folder = ROOT / "results" / "mini" / paper
+    process = run_program(
+        f"paper={paper}", f"runs_dir={folder / 'records.jsonl'}", f"output={tmp_path}", program="papers"
+    )
+    assert process.returncode == 0, process.stderr
+    made = {file.name for file in tmp_path.glob("*.csv")}
+    assert made
+    for name in made:
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), name
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_an_archive_of_records_is_their_runs(grid, tmp_path):
+    """Without what is the machine's own; and another file is refused by its name."""
+    archive = tmp_path / "records.jsonl"
+    write_archive(read_records(grid), archive)
+    gone = {*LOCAL, "harness", "alpaca"}
+    before, after = ([{k: v for k, v in r.items() if k not in gone} for r in read_records(f)] for f in (grid, archive))
+    assert before == after
+    assert points(archive) == points(grid)
+    archive.write_text("{}")
+    with pytest.raises(UserError, match=r"records\.jsonl is no archive"):
+        read_records(archive)
+
+
+def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
+    """Final policies over seeds, beside the model they began from; the paper's `it` and X+mappo are found."""
+    runs, name = tmp_path / "runs", "Llama-3-8B-Instruct"
+    for seed, value in enumerate((0.5, 0.7)):
+        folder = train(runs, "mappo_dpo", seed=seed)
+        record = json.loads((folder / "record.json").read_text())
+        record["config"]["model"] = {"name": name, "path": f"lab/{name}x", "revision": None}
+        write(folder / "record.json", record)
+        told = {"checkpoint": "final", "step": 20, "task": "gsm8k", "settings": {"limit": None}, "git": None}
+        metric = {"exact_match,strict-match": {"value": value, "stderr": 0.03}}
+        write(folder / "harness" / "final-gsm8k.json", told | {"metrics": metric})
+    told |= {
+        "checkpoint": "initial",
+        "step": 0,
+        "metrics": {"exact_match,strict-match": {"value": 0.4, "stderr": 0.02}},
+    }
+    write(folder / "harness" / "initial-gsm8k.json", told)
+    table = academic_table(read_records(runs), PUBLISHED, [])
+    ours = {row["method"]: row for row in table.rows if row["model"] == name}
+    assert ours["it"]["gsm8k"] == pytest.approx(40)
+    assert (ours["it"]["gsm8k_se"], ours["it"]["paper_gsm8k"]) == (pytest.approx(2), "73.4")
+    mean = ours["mappo_dpo β=0.1"]
+    assert mean["gsm8k"] == pytest.approx(60)
+    assert mean["gsm8k_se"] == pytest.approx(math.hypot(10, 3))
+    assert mean["paper_gsm8k"] == "79.5"
+    assert mean["mmlu"] is None
 
 
 def test_madpo_has_its_table_by_quality_and_the_published_ones_alone(tmp_path):

@@ -39,9 +39,7 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
             )
         rows = _from_datasets(path, split, revision)
     elif not file.is_file():
-        raise Lacking(
-            f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name."
-        )
+        raise Lacking(f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name.")
     elif path.endswith(".parquet"):
         rows = _from_parquet(path, file)
     else:
@@ -69,7 +67,7 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
         text = "".join(f"{f.relative_to(file)} {_sha256(f)}\n" for f in files)
         return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
     if path.endswith(SUFFIXES):
-        raise UserError(f"data file {path} does not exist.")
+        raise Lacking(f"data file {path} does not exist.")
     return str(_load(path, split, revision)._fingerprint)
 
 

@@ -3,7 +3,7 @@
 # they print the training jobs with an estimate of what these take, and write nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=.venv/bin/python
+python=${PREFOPT_PYTHON:-.venv/bin/python}
 arguments=("$@")
 dry=
 [[ " $* " == *" --dry-run "* ]] && dry=yes

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import forked
+
 ROOT = Path(__file__).parents[1]
 TEXT = [
     "Write a two-sentence review of the electric kettle. It was good and bad and quick.",
@@ -121,7 +123,10 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None):
+    """Of a real process where it is given variables that libraries read when they are imported."""
     environment = ENVIRONMENT | (env or {})
+    if program in forked.PROGRAMS and all(key.startswith("PREFOPT_") for key in env or {}):
+        return forked.run(list(args), program, cwd, environment)
     return subprocess.run(command(*args, program=program), cwd=cwd, env=environment, capture_output=True, text=True)
 
 

@@ -291,14 +291,15 @@ def plan_sweep(points: list[Point]) -> tuple[Launcher, list[Job]]:
         if config.device.startswith("cuda:"):
             raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
         launcher.settle(config)
-        run = plan(config).run
-        state = look([run.folder])[0].state if (run.folder / "record.json").is_file() else "new"
-        return Job(point.overrides, label, config, run, state)
+        return Job(point.overrides, label, config, plan(config).run, "new")
 
     launcher, found = checked(points, TrainConfig, job)
-    jobs: dict[str, Job] = {}
+    jobs: dict[Path, Job] = {}
     for each in found:
-        jobs.setdefault(each.run.name, each)
+        jobs.setdefault(each.folder, each)
+    # All at once: Slurm is asked for all of its jobs, however many there are.
+    for seen in look([folder for folder in jobs if (folder / "record.json").is_file()]):
+        jobs[seen.folder].state = seen.state
     return launcher, list(jobs.values())
 
 
@@ -353,12 +354,15 @@ def python_environment(code: Path) -> dict[str, str]:
 def wait(folders: list[Path]) -> list[Look]:
     """Until none of the runs is under way, with a line for every change. What is seen last.
 
-    A run counts as dead when it has looked so three times: a file system may show a record late.
+    A run counts as dead when it has looked so three times: a file system may show a record late. One that has finished
+    is not looked at again.
     """
     before: dict[Path, str] = {}
     dead = dict.fromkeys(folders, 0)
+    seen: dict[Path, Look] = {}
     while True:
-        found = look(folders)
+        seen |= {each.folder: each for each in look([f for f in folders if before.get(f) != "finished"])}
+        found = [seen[folder] for folder in folders]
         for each in found:
             dead[each.folder] = dead[each.folder] + 1 if each.state == "died" else 0
             if before.get(each.folder, each.state) != each.state:

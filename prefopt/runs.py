@@ -8,6 +8,7 @@ A run whose process is gone, or whose Slurm job is, is never shown as running (p
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -51,7 +52,7 @@ class Look:
         if self.state == "died":
             said = (line.decode(errors="replace").rstrip() for _, line in lines_from_end(self.log))
             last = next((line for line in said if line), "empty")
-            error = next((line for line in (last, *said) if "error" in line.lower()), last)
+            error = next((line for line in itertools.chain([last], said) if "error" in line.lower()), last)
             slurm = f" (Slurm: {self.slurm or 'job gone'})" if self.record.get("slurm_job") else ""
             return f"ended without a word{slurm}; its log: {error}"
         return "cannot be asked from here" if self.state == "unknown" else ""

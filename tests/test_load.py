@@ -69,7 +69,7 @@ GRIDS = {
     "lists, additions, mappings": (
         [
             "optimizer.betas=[0.9,0.95],[0.8,0.9]", "+dataset.columns={prompt: q}", "~objective.label_smoothing",
-            "dataset.oracle={a: 1},null",
+            "++dataset.oracle={a: 1},null",
         ],
         1,
     ),

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -39,6 +40,7 @@ from prefopt.config import (
     parse,
     register,
 )
+from prefopt.data import sources
 from prefopt.data.formats import Format, Pairs
 from prefopt.data.sources import digest, read_rows
 from prefopt.figures import plotting, save
@@ -590,6 +592,21 @@ def test_a_data_folder_with_a_card_and_a_link_inside_is_read(tmp_path, monkeypat
     card("own/*.jsonl")(folder, folder)
     assert [row["prompt"] for _, row in read_rows(str(folder))] == ["Hi"]
     assert digest(str(folder))
+
+
+def test_a_card_on_the_hub_names_no_other_host(tmp_path, monkeypatch):
+    def download(path: str, name: str, repo_type: str, revision: str | None) -> str:
+        if name != "README.md":
+            raise LocalEntryNotFoundError(name)
+        card("https://127.0.0.1:9/x.jsonl")(tmp_path, tmp_path)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the data set was read"))
+    with pytest.raises(UserError, match=r"data outside of its folder: https://127\.0\.0\.1"):
+        list(read_rows("lab/Pairs"))
 
 
 class Host:

@@ -80,6 +80,12 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
         return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
     if path.endswith(SUFFIXES):
         raise UserError(f"data file {path} does not exist.")
+    return _fingerprint(path, split, revision)
+
+
+@functools.cache
+def _fingerprint(path: str, split: str, revision: str | None) -> str:
+    """Asked for once per process: a sweep's thousand jobs would load it as often."""
     return str(_load(path, split, revision)._fingerprint)
 
 

@@ -55,6 +55,7 @@ slurm-test: setup ## a sweep of the tiny model through a real Slurm of one node,
 
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m prefopt.bench.data
+	$(BIN)/python -m prefopt.bench.load
 	$(BIN)/python -m prefopt.bench.steps
 
 bench-fidelity: setup ## AlpacaEval's published win rates from its published preferences, model by model (needs shared files)

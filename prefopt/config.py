@@ -9,6 +9,8 @@ import difflib
 import importlib.util
 import inspect
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_type_hints
@@ -19,9 +21,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefopt import UserError
+from prefopt.keys import key_in
 
 T = TypeVar("T")
 
+NO_KEYS = (
+    "Configs and commands go into records and logs; a key stays in the environment, and a config names its variable "
+    "(judge.key=OPENAI_API_KEY)."
+)
 ROOT = Path(__file__).parents[1]
 
 CHOICES = {
@@ -349,6 +356,9 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
                 f"{prefix}{missing[0]}=VALUE"
             )
         OmegaConf.resolve(merged)
+        for key, value in _texts(OmegaConf.to_container(merged), prefix):
+            if found := key_in(value):
+                raise UserError(f"{key} holds {found}. {NO_KEYS}")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
     except OmegaConfBaseException as error:
         raise UserError(f"{prefix}{_describe(error)}") from None
@@ -393,9 +403,20 @@ def build(node: Any, base: type[T], where: str) -> T:
         raise UserError(f"{where}.{error}") from None
 
 
+def name_problems(**names: str) -> list[str]:
+    """What becomes part of a file's name is no path and no piece of shell. `names`: by key, __ for a dot."""
+    return [
+        f"{key.replace('__', '.')} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "
+        f"not a dot or a blank first, is {name!r}"
+        for key, name in names.items()
+        if name and not re.fullmatch(r"[\w+=@,-][\w+=@,. -]*", name)
+    ]
+
+
 def check(config: TrainConfig) -> None:
     """Cross-field checks. Raises UserError that lists every problem found."""
-    problems = [
+    problems = name_problems(model__name=config.model.name, dataset__name=config.dataset.name)
+    problems += [
         f"{key} must be at least 1, is {getattr(config, key)}"
         for key in ("batch_size", "eval_every", "save_every")
         if getattr(config, key) < 1
@@ -527,7 +548,10 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
 
 def check_harness(config: HarnessConfig) -> None:
     """The same for `prefopt.harness`, with the package that it needs."""
-    problems = _hardware_problems(config)
+    problems = _hardware_problems(config) + name_problems(model__name=config.model.name)
+    # lm-eval takes the path of a YAML too, which may name Python code to run.
+    for task in [config.tasks] if isinstance(config.tasks, str) else config.tasks:
+        problems += name_problems(tasks=str(task))
     if config.checkpoints not in ("final", "all", "initial"):
         problems.append(f"checkpoints must be final, all or initial, is {config.checkpoints!r}")
     if config.batch_size < 1:
@@ -607,6 +631,15 @@ def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig | Harnes
     if config.device not in devices:
         problems.append(f"device {config.device!r} is not there. This machine has: {', '.join(devices)}")
     return problems
+
+
+def _texts(node: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of all texts below a node; `where` leads the keys."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{where}{key}" if isinstance(value, str) else f"{where}{key}.")
+    elif isinstance(node, str):
+        yield where, node
 
 
 def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:

@@ -39,21 +39,29 @@ class Estimate:
 def parameters(config: ModelConfig) -> int:
     """How many a model has, from its config: no weight is read (but a GGUF is converted first, once). Of a model that
     is not here, what its name says (Llama-3.2-1B). Raises UserError where that says nothing."""
+    return _parameters(config.name, config.path, config.revision)
+
+
+@functools.cache
+def _parameters(name: str, path: str, revision: str | None) -> int:
+    """Counted once for all the jobs of a sweep that have the model."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from prefopt.models.load import check_model, checkpoint_path
 
-        check_model(config)
+        check_model(ModelConfig(name, path, revision))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision)
+                AutoConfig.from_pretrained(
+                    checkpoint_path(ModelConfig(name, path, revision)), revision=revision, trust_remote_code=False
+                )
             )
         return sum(p.numel() for p in model.parameters())
     except UserError:
-        for name in (Path(config.path).name, config.name):
-            if said := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([MB])(?![A-Za-z0-9])", name, re.IGNORECASE):
+        for each in (Path(path).name, name):
+            if said := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([MB])(?![A-Za-z0-9])", each, re.IGNORECASE):
                 return round(float(said[1]) * (1e6 if said[2] in "Mm" else 1e9))
         raise
 

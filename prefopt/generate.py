@@ -138,7 +138,7 @@ def vllm_sampler(
     from prefopt.models.load import checkpoint_path
 
     path = checkpoint_path(config)
-    llm = LLM(model=path, revision=config.revision, dtype=precision)
+    llm = LLM(model=path, revision=config.revision, dtype=precision, load_format="safetensors")
     eos = tokenizer.eos_token_id
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:

@@ -179,6 +179,8 @@ def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
         dtype=config.precision,
         device=config.device,
         batch_size=config.batch_size,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
 
 

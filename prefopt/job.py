@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from prefopt import UserError
 from prefopt.config import TrainConfig, parse
+from prefopt.keys import Masked
 from prefopt.liveness import amend, here, read_record
 from prefopt.program import exit_code
 from prefopt.ranks import is_first
@@ -68,4 +69,5 @@ def _evaluate(folder: Path, frozen: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)
     sys.exit(exit_code(lambda: run(Path(sys.argv[1])), []))

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import yaml
 
 from prefopt import UserError
 from prefopt.data.formats import Message
+from prefopt.keys import mask
 from prefopt.paths import write_json, write_whole
 from prefopt.progress import say
 from prefopt.scorers import Request, RewardScorer
 from prefopt.store import locked
 
 ATTEMPTS = 3  # passes over the rows that got no preference
+CLIENTS = {"openai": "OpenAI", "anthropic": "Anthropic"}  # the vendors' packages, and what asks in them
 CHUNK = 20  # rows that are asked for before the answers are written
 CHARACTERS_PER_TOKEN = 4  # of an estimate: English text, any tokenizer
 
@@ -136,10 +139,20 @@ class LanguageModelJudge(Judge):
     def __post_init__(self) -> None:
         if len(self.price) != 2 or min(self.price) < 0:
             raise ValueError(f"price must be two numbers, USD per million tokens read and written, is {self.price}")
-        if self.base_url is not None and not re.fullmatch(r"https?://[^@/\s]+(/\S*)?", self.base_url):
+        # What they are is not shown: it may be a key that was put into the wrong place.
+        if self.base_url is not None and not re.fullmatch(r"https?://[^@/?#\s]+(/[^?#\s]*)?", self.base_url):
             raise ValueError(
-                f"base_url must be http(s)://HOST[:PORT]/PATH without user or password, is {self.base_url}"
+                "base_url must be http(s)://HOST[:PORT]/PATH without user or password, and without a query"
             )
+        if self.key is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key):
+            raise ValueError(
+                "key must be the name of the environment variable that holds the key, such as OPENAI_API_KEY, and not "
+                "the key itself"
+            )
+        if self.annotator is None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name must be that of one of alpaca-eval's judges, is {self.name}")
+        if self.annotator is not None:
+            _check_annotator(self.annotator)
 
     @property
     def title(self) -> str:
@@ -264,6 +277,7 @@ class LanguageModelJudge(Judge):
                     """Whole or not at all: what is in this file was paid for."""
                     aside = annotations.with_suffix(".tmp")
                     super().save(aside)
+                    aside.write_text(mask(aside.read_text()))  # a server may say anything
                     aside.replace(annotations)
 
                 def load_(self, path: str | None = None) -> None:
@@ -294,12 +308,11 @@ class LanguageModelJudge(Judge):
                     caching_path=str(annotations),
                 )
             except OpenAIError as error:
-                text = str(error)
-                if self.key:
-                    text = text.replace(os.environ[self.key], "***")
+                elsewhere = 300 <= getattr(error, "status_code", 0) < 400
+                why = " (a redirect, which is not followed: set judge.base_url to where the server is)" * elsewhere
                 raise UserError(
-                    f"judge {self.name} failed: {text}. What was judged is kept in {annotations}; the same command "
-                    "goes on from there."
+                    f"judge {self.name} failed: {mask(str(error))}{why}. What was judged is kept in {annotations}; the "
+                    "same command goes on from there."
                 ) from None
         order = {d.instruction: d.index for d in duels}
         return sorted(found, key=lambda row: order[row["instruction"]])
@@ -307,7 +320,8 @@ class LanguageModelJudge(Judge):
 
 @contextmanager
 def alpaca_eval() -> Iterator[Any]:
-    """The package, without its messages and warnings: what can go wrong is looked at here."""
+    """The package, without its messages and warnings: what can go wrong is looked at here. The vendors' clients that it
+    makes meanwhile follow no redirect, so that questions and answers go to no other host than the configured one."""
     import logging
 
     with warnings.catch_warnings():
@@ -317,10 +331,30 @@ def alpaca_eval() -> Iterator[Any]:
         root = logging.getLogger()
         level = root.level
         root.setLevel(logging.CRITICAL)
+        clients = {name: import_module(name) for name in CLIENTS if importlib.util.find_spec(name)}
+        own = {name: getattr(module, CLIENTS[name]) for name, module in clients.items()}
+        for name, module in clients.items():
+            staying = functools.partial(module.DefaultHttpxClient, follow_redirects=False)
+            setattr(module, CLIENTS[name], lambda make=own[name], http=staying, **how: make(http_client=http(), **how))
         try:
             yield package
         finally:
             root.setLevel(level)
+            for name, module in clients.items():
+                setattr(module, CLIENTS[name], own[name])
+
+
+def _check_annotator(annotator: dict[str, Any]) -> None:
+    """Raises ValueError for a description by which alpaca-eval would run code, or reach a host, that only it names."""
+    asked = annotator.get("fn_completions")
+    if asked not in ("openai_completions", "anthropic_completions"):
+        raise ValueError(f"annotator.fn_completions must be openai_completions or anthropic_completions, is {asked!r}")
+    foreign = [k for k in annotator.get("completions_kwargs", {}) if k.startswith(("client_", "openai_", "anthropic_"))]
+    if foreign:
+        raise ValueError(
+            f"annotator.completions_kwargs: {', '.join(foreign)} would choose another client, host or key: set "
+            "judge.base_url and judge.key"
+        )
 
 
 def _key(duel: Duel) -> tuple[str, str, str]:

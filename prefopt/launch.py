@@ -285,10 +285,18 @@ def plan_sweep(points: list[Point]) -> tuple[Launcher, list[Job]]:
     """The sweep's launcher, and its jobs; of several with one run folder, the first. Raises UserError that names every
     job that is refused."""
     launcher, found = checked(points, TrainConfig, plan_job)
-    jobs: dict[str, Job] = {}
+    jobs: dict[Path, Job] = {}
     for each in found:
-        jobs.setdefault(each.run.name, each)
+        jobs.setdefault(each.folder, each)
+    look_at(list(jobs.values()))
     return launcher, list(jobs.values())
+
+
+def look_at(jobs: list[Job]) -> None:
+    """See what became of the jobs' runs before. All at once: Slurm is asked for all of its jobs, however many."""
+    folders = {job.folder: job for job in jobs}
+    for seen in look([folder for folder in folders if (folder / "record.json").is_file()]):
+        folders[seen.folder].state = seen.state
 
 
 def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher) -> Job:
@@ -299,9 +307,7 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher) 
     if config.device.startswith("cuda:"):
         raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
     launcher.settle(config)
-    run = plan(config).run
-    state = look([run.folder])[0].state if (run.folder / "record.json").is_file() else "new"
-    return Job(point.overrides, label, config, run, state)
+    return Job(point.overrides, label, config, plan(config).run, "new")
 
 
 def preview(points: list[Point]) -> int:
@@ -312,25 +318,30 @@ def preview(points: list[Point]) -> int:
     from prefopt.objectives.base import Objective
 
     lacking: dict[str, None] = {}
-    estimates: list[Estimate] = []
-    shown = Table("job", "run folder", "what happens", "resources", "GPU hours", "policies, GB", title_justify="left")
 
-    def row(point: Point, label: str, config: TrainConfig, launcher: Launcher) -> str:
+    def planned(
+        point: Point, label: str, config: TrainConfig, launcher: Launcher
+    ) -> tuple[str, TrainConfig, Job | None]:
         try:
-            job = plan_job(point, label, config, launcher)
-            cells = [job.folder.name, job.intention, launcher.resources(job) if job.to_run else "–"]
-            to_run = job.to_run
+            return label, config, plan_job(point, label, config, launcher)
         except Lacking as error:
             lacking.update(dict.fromkeys(str(error).splitlines()))
-            cells, to_run = ["–", "waits for what is lacking", "–"], True
-        found = estimate(config, build(config.objective, Objective, "objective")) if to_run else None
-        estimates.extend([found] if found else [])
-        sizes = [f"{found.gpu_hours:.2g}", f"{found.policies_gb:.2g}"] if found else ["–", "–"]
-        shown.add_row(label, *cells, *sizes)
-        return config.runs_dir
+            return label, config, None
 
-    _, folders = checked(points, TrainConfig, row)
-    shown.title = f"{len(folders)} jobs, run folders in {folders[0]}"
+    launcher, found = checked(points, TrainConfig, planned)
+    look_at([job for _, _, job in found if job])
+    title = f"{len(found)} jobs, run folders in {found[0][1].runs_dir}"
+    headings = ("job", "run folder", "what happens", "resources", "GPU hours", "policies, GB")
+    shown = Table(*headings, title=title, title_justify="left")
+    estimates: list[Estimate] = []
+    for label, config, job in found:
+        cells, sizes = ["–", "waits for what is lacking", "–"], ["–", "–"]
+        if job:
+            cells = [job.folder.name, job.intention, launcher.resources(job) if job.to_run else "–"]
+        if (job is None or job.to_run) and (size := estimate(config, build(config.objective, Objective, "objective"))):
+            estimates.append(size)
+            sizes = [f"{size.gpu_hours:.2g}", f"{size.policies_gb:.2g}"]
+        shown.add_row(label, *cells, *sizes)
     hours, kept = sum(e.gpu_hours for e in estimates), sum(e.policies_gb for e in estimates)
     at_work = max((e.checkpoint_gb for e in estimates), default=0.0)
     shown.caption = (
@@ -395,12 +406,15 @@ def python_environment(code: Path) -> dict[str, str]:
 def wait(folders: list[Path]) -> list[Look]:
     """Until none of the runs is under way, with a line for every change. What is seen last.
 
-    A run counts as dead when it has looked so three times: a file system may show a record late.
+    A run counts as dead when it has looked so three times: a file system may show a record late. One that has finished
+    is not looked at again.
     """
     before: dict[Path, str] = {}
     dead = dict.fromkeys(folders, 0)
+    seen: dict[Path, Look] = {}
     while True:
-        found = look(folders)
+        seen |= {each.folder: each for each in look([f for f in folders if before.get(f) != "finished"])}
+        found = [seen[folder] for folder in folders]
         for each in found:
             dead[each.folder] = dead[each.folder] + 1 if each.state == "died" else 0
             if before.get(each.folder, each.state) != each.state:

@@ -1,13 +1,15 @@
 """Where metrics go: metrics.jsonl always, wandb if asked for."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
 from prefopt.config import LoggerConfig
-from prefopt.paths import write_whole
+from prefopt.paths import lines_from_end
 from prefopt.ranks import is_first
 from prefopt.run import Run
 
@@ -30,9 +32,8 @@ class Loggers:
         if not is_first():
             self.file = Path(os.devnull).open("a")  # noqa: SIM115
             return
-        kept = [row for row in read_metrics(run) if row["step"] <= start] if start else []
-        write_whole(run.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = run.metrics_file.open("a")
+        self.file.truncate(_end(run.metrics_file, start) if start else 0)
         if config.wandb:
             import wandb
 
@@ -61,12 +62,25 @@ class Loggers:
             self.wandb.finish()
 
 
-def read_metrics(run: Run) -> list[dict[str, Any]]:
+def read_metrics(run: Run) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that a killed process left half-written is passed over."""
-    rows = []
-    for line in run.metrics_file.read_text().splitlines() if run.metrics_file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    if not run.metrics_file.is_file():
+        return
+    with run.metrics_file.open() as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                break
+
+
+def _end(file: Path, step: int) -> int:
+    """The length of the file up to the last row that is not from after `step`: rows come in the order of their steps,
+    and a half-written one is the last."""
+    lines = lines_from_end(file)
+    next(lines, None)  # what follows the last line's end
+    for place, line in lines:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                return place + len(line) + 1
+    return 0

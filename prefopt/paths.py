@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
+from prefopt.keys import mask
 
 
 def resolve_path(path: str) -> Path:
@@ -14,6 +16,8 @@ def resolve_path(path: str) -> Path:
     if not path.startswith("package://"):
         return Path(path).expanduser()
     package, _, name = path.removeprefix("package://").partition("/")
+    if not package.isidentifier() or ".." in Path(name).parts or Path(name).is_absolute():
+        raise UserError(f"{path}: it must be package://PACKAGE/FILE, a file inside of that Python package.")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -30,9 +34,30 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"
 
 
+def lines_from_end(path: Path, block: int = 2**16) -> Iterator[tuple[int, bytes]]:
+    """(where it begins, line) of a file's lines from the last to the first, without their ends; only the blocks that
+    are needed are read, however long the file is. Nothing where there is no file, or an empty one."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        rest = b""
+        while start:
+            size = min(block, start)
+            start -= size
+            file.seek(start)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            place = start + len(rest) + sum(len(line) + 1 for line in lines) + 1
+            for line in reversed(lines):
+                place -= len(line) + 1
+                yield place, line
+            if not start:
+                yield 0, rest
+
+
 def write_json(path: Path, content: Any) -> None:
-    """The one form in which records, jobs and results are written."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """The one form in which records, jobs and results are written; without keys, which an error may bring along."""
+    write_whole(path, mask(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

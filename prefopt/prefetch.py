@@ -34,7 +34,7 @@ from omegaconf import DictConfig
 from prefopt import UserError
 from prefopt.config import DatasetConfig, ModelConfig, PrefetchConfig, parse
 from prefopt.data.dataset import sources
-from prefopt.data.sources import SUFFIXES, Lacking, cached_commit, prepared
+from prefopt.data.sources import SUFFIXES, Lacking, cached_commit, check_card, prepared
 from prefopt.paths import resolve_path
 from prefopt.program import program
 from prefopt.progress import say
@@ -165,6 +165,7 @@ class Data(Item):
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
+        check_card(self.path, self.revision)
         # All splits are prepared, whichever is asked for.
         datasets.load_dataset(self.path, self.config, revision=self.revision)
 

@@ -75,16 +75,27 @@ def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
     for the keys `without`."""
     flat = [flat_config(r) for r in records]
+    values: dict[str, dict[str, set[str]]] = {}  # of each key, over the runs of an objective; None where a run lacks it
+    for record, config in zip(records, flat, strict=True):
+        own = values.setdefault(record["objective"], {})
+        for key, value in config.items():
+            own.setdefault(key, set()).add(repr(value))
+    for record, config in zip(records, flat, strict=True):
+        for key in values[record["objective"]].keys() - config.keys():
+            values[record["objective"]][key].add(repr(None))
+    apart = {
+        objective: [
+            key
+            for key in sorted(own)
+            if len(own[key]) > 1
+            and key not in ("objective.beta", "objective.base.beta", *without)
+            and key.split(".")[0] not in VOLATILE
+        ]
+        for objective, own in values.items()
+    }
     names = []
     for record, config in zip(records, flat, strict=True):
-        siblings = [c for c, r in zip(flat, records, strict=True) if r["objective"] == record["objective"]]
-        differing = [
-            f"{key}={config.get(key)}"
-            for key in sorted(config)
-            if key not in ("objective.beta", "objective.base.beta", *without)
-            and key.split(".")[0] not in VOLATILE
-            and len({repr(c.get(key)) for c in siblings}) > 1
-        ]
+        differing = [f"{key}={config[key]}" for key in apart[record["objective"]] if key in config]
         parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else []) + differing
         names.append(" ".join(parts))
     return names

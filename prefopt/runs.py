@@ -8,6 +8,7 @@ A run whose process is gone, or whose Slurm job is, is never shown as running (p
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -23,9 +24,11 @@ from rich.table import Table
 from prefopt import UserError
 from prefopt.config import RunsConfig, parse
 from prefopt.liveness import STATES, read_record, slurm_queue, state
+from prefopt.paths import lines_from_end
 from prefopt.program import program
 
 WATCH_EVERY_S = 5.0
+HELDOUT = b'"split": "heldout"'  # as json.dumps writes it; what lacks it is not parsed
 
 
 @dataclass
@@ -47,17 +50,19 @@ class Look:
         if self.state in ("failed", "interrupted", "requeued"):
             return ((self.record.get("error") or "").strip().splitlines() or [""])[-1]
         if self.state == "died":
-            said = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+            said = (line.decode(errors="replace").rstrip() for _, line in lines_from_end(self.log))
+            last = next((line for line in said if line), "empty")
+            error = next((line for line in itertools.chain([last], said) if "error" in line.lower()), last)
             slurm = f" (Slurm: {self.slurm or 'job gone'})" if self.record.get("slurm_job") else ""
-            errors = [line for line in said if "error" in line.lower()] or said or ["empty"]
-            return f"ended without a word{slurm}; its log: {errors[-1]}"
+            return f"ended without a word{slurm}; its log: {error}"
         return "cannot be asked from here" if self.state == "unknown" else ""
 
     def metrics(self) -> dict[str, Any]:
-        """The last step, and the last evaluation's main figures."""
-        file = self.folder / "metrics.jsonl"
+        """The last step, and the last evaluation's main figures, read from the end of metrics.jsonl."""
         found: dict[str, Any] = {}
-        for line in reversed(file.read_text().splitlines() if file.is_file() else []):
+        for _, line in lines_from_end(self.folder / "metrics.jsonl"):
+            if found and HELDOUT not in line:
+                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # the line that is being written
@@ -134,6 +139,8 @@ def best(looks: list[Look], key: str) -> Any:
 
 
 def select(config: RunsConfig) -> list[Look]:
+    if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        raise UserError(f"name={config.name} must be the name of a run's folder in runs_dir; * stands for anything")
     folders = sorted(file.parent for file in Path(config.runs_dir).glob(f"{config.name}/record.json"))
     return [each for each in look(folders) if not config.status or each.state in config.status]
 

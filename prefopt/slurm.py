@@ -7,6 +7,7 @@ a flag that it looks at between steps instead of a handler that ends it anywhere
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -51,6 +52,12 @@ class Slurm(Launcher):
                 raise ValueError(f"{name} must be at least {value}, is {getattr(self, name)}")
         if self.at_once is not None and self.at_once < 1:
             raise ValueError(f"at_once must be at least 1, or null, is {self.at_once}")
+        for name, given in {"partition": self.partition, "account": self.account}.items():
+            if given is not None and not re.fullmatch(r"\w[\w.,+@-]*", given):
+                raise ValueError(f"{name} must be of letters, digits and . , _ + @ - alone, is {given!r}")
+        for option in self.options:
+            if not re.fullmatch(r"--?\w[^\x00-\x1f\x7f]*", option):
+                raise ValueError(f"options must each be one option of sbatch, such as --qos=long, and not {option!r}")
         if self.hours * 3600 < 2 * self.signal_s:
             raise ValueError(
                 f"hours={self.hours:g} is too short for signal_s={self.signal_s}: a job would be asked to leave as "
@@ -100,6 +107,9 @@ class Slurm(Launcher):
         before: str | None = None
         for number, (limits, chunk) in enumerate(chunks):
             listing = (folder / f"jobs_{number}.txt").resolve()
+            for path in (listing, *(job.folder.resolve() for job in chunk)):
+                if not str(path).isprintable():  # a line of the listing or of the script would be two
+                    raise UserError(f"Slurm's files cannot name the folder {str(path)!r}: give another runs_dir.")
             write_whole(listing, "".join(f"{job.folder.resolve()}\n" for job in chunk))
             script = listing.with_suffix(".sh")
             write_whole(script, self.script(len(chunk), limits, listing, code))
@@ -137,6 +147,7 @@ class Slurm(Launcher):
         ]
         environment = python_environment(code)
         path = environment.pop("PYTHONPATH")
+        python = shlex.split(self.python) if self.python else [sys.executable]
         return "\n".join(
             [
                 "#!/bin/bash",
@@ -152,7 +163,7 @@ class Slurm(Launcher):
                 "srun --cpus-per-task=$SLURM_CPUS_PER_TASK --kill-on-bad-exit=1 bash -c \\",
                 '    \'trap "" TERM USR2  # until Python takes them',
                 '    RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"\' - \\',
-                f'    {self.python or shlex.quote(sys.executable)} -m prefopt.job "$folder"',
+                f'    {shlex.join(python)} -m prefopt.job "$folder"',
                 "code=$?",
                 "# A job that is being cancelled saves and leaves in the same way, and is no longer RUNNING.",
                 f"if [ $code -eq {EXIT_CODE} ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {self.requeues} ] &&",

@@ -78,19 +78,18 @@ class Store:
         data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
                      "values": values.float().contiguous()})  # fmt: skip
         write_whole(self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors", data)
-        self._remember(keys, values.float())
+        self.rows |= {key: len(self.values) + i for i, key in enumerate(keys)}
+        self.values = torch.cat([self.values, values.float()])
 
     def _read(self) -> None:
         assert self.folder is not None
-        self.values, self.rows = self.values[:0], {}
+        parts, self.rows, n = [self.values[:0]], {}, 0
         for file in sorted(self.folder.glob("*.safetensors")):
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest()[:24] != file.stem:
                 raise UserError(f"{file} is damaged: its content does not have the digest in its name. Remove it.")
             tensors = load(data)
-            self._remember([row.tobytes() for row in tensors["keys"].numpy()], tensors["values"])
-
-    def _remember(self, keys: Sequence[bytes], values: Tensor) -> None:
-        start = len(self.values)
-        self.values = torch.cat([self.values, values])
-        self.rows |= {key: start + i for i, key in enumerate(keys)}
+            self.rows |= {key.tobytes(): n + i for i, key in enumerate(tensors["keys"].numpy())}
+            parts.append(tensors["values"])
+            n += len(parts[-1])
+        self.values = torch.cat(parts)  # once: for each shard it would copy all those before it

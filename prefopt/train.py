@@ -80,6 +80,11 @@ def plan(config: TrainConfig) -> Plan:
     check_dataset(config.dataset)
     if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
         raise UserError(f"peft.path={config.peft.path} is no adapter: it holds no adapter_config.json.")
+    if config.peft.path and not (Path(config.peft.path) / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"peft.path={config.peft.path} holds no adapter_model.safetensors; adapter_model.bin would be a pickle, "
+            "which could run any code and is not read. Save the adapter again with peft 0.7 or later."
+        )
     if config.peft.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.quantize needs the package bitsandbytes: pip install 'prefopt[bitsandbytes]'")
     if config.peft.quantize and objective.trains == "reward_model":

@@ -3,20 +3,21 @@
 import functools
 
 import torch
+from torch import Tensor
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of `n` pairs in one epoch; another seed or epoch gives another order."""
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """`(n,)`: the order of `n` pairs in one epoch; another seed or epoch gives another order."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
+    return torch.randperm(n, generator=generator)
 
 
 def step_indices(n: int, seed: int, step: int, batch_size: int) -> list[int]:
     """Indices of the pairs of optimizer step `step` (from 0). Epochs follow each other without a gap: a step may end
     one and begin the next, and every pair comes exactly once an epoch."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    return [permutation(n, seed, position // n)[position % n] for position in positions]
+    return [int(permutation(n, seed, position // n)[position % n]) for position in positions]
 
 
 def run_indices(n: int, seed: int, steps: int, batch_size: int) -> list[int]:
@@ -24,4 +25,4 @@ def run_indices(n: int, seed: int, steps: int, batch_size: int) -> list[int]:
     seen = min(n, steps * batch_size)
     if seen == n:
         return list(range(n))
-    return sorted(permutation(n, seed, 0)[:seen])
+    return sorted(permutation(n, seed, 0)[:seen].tolist())

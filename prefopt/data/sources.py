@@ -1,14 +1,18 @@
 """Rows from wherever they lie: JSON, JSONL, their gzips, Parquet, a local folder, or a data set on the hub."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import constants
+import yaml
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 
 from prefopt import UserError
@@ -19,7 +23,13 @@ class Lacking(UserError):
     """Why a model or a data set cannot be used on this machine without the hub."""
 
 
+class Outside(UserError):
+    """A data set that would be read from somewhere else than where it is."""
+
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+CARDS = ("README.md", ".huggingface.yaml")  # where `datasets` reads which files are data
 Row = dict[str, Any]
 
 
@@ -68,6 +78,12 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
         return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
     if path.endswith(SUFFIXES):
         raise Lacking(f"data file {path} does not exist.")
+    return _fingerprint(path, split, revision)
+
+
+@functools.cache
+def _fingerprint(path: str, split: str, revision: str | None) -> str:
+    """Asked for once per process: a sweep's thousand jobs would load it as often."""
     return str(_load(path, split, revision)._fingerprint)
 
 
@@ -132,14 +148,18 @@ def _load(path: str, split: str, revision: str | None) -> Any:
     local = resolve_path(path)
     try:
         if local.is_dir():
+            _check_folder(local)
             return datasets.load_dataset(str(local), split=split)
         if not (constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE):
+            check_card(path, revision)
             return datasets.load_dataset(path, split=split, revision=revision)
         # With the hub off, load_dataset would read the newest copy there is, whatever its revision.
         config, version, commit = prepared(path, revision).parts[-3:]
         name = path.rpartition("/")[2]
         cached = Cache(repo_id=path, dataset_name=name, config_name=config, version=version, hash=commit)
         return cached.as_dataset(split=split)
+    except Outside:
+        raise
     except Lacking as error:
         raise UserError(
             f"the data set {path}: the hub is switched off, and {error}. Give a file or a folder, or fetch it on a "
@@ -151,6 +171,53 @@ def _load(path: str, split: str, revision: str | None) -> Any:
             f"the data set {path} (split {split}) cannot be loaded: {reason}\nGive a file, a folder, or a hub name; "
             "its splits are chosen by dataset.train_split and dataset.heldout_split."
         ) from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises Outside for a link that leads out of the folder (but to the hub's cache, whose snapshots are links), an
+    archive, or a card that names files elsewhere."""
+    inside = [folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()]
+    for file in sorted(folder.rglob("*")):
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise Outside(f"{file} is a link that leads out of its folder. Put the file itself there, or remove it.")
+        if file.name.endswith(ARCHIVES):
+            raise Outside(f"{file} is an archive, which is not unpacked: do it yourself, and leave out the archive.")
+    for name in CARDS:
+        if (folder / name).is_file():
+            _check_card(folder / name)
+
+
+def check_card(path: str, revision: str | None) -> None:
+    """The same for the card of a data set on the hub, which is fetched. Raises what the hub's clients raise."""
+    for name in CARDS:
+        with contextlib.suppress(EntryNotFoundError):
+            _check_card(Path(hf_hub_download(path, name, repo_type="dataset", revision=revision)))
+
+
+def _check_card(file: Path) -> None:
+    """A card may say which files are data, and `datasets` would read them from anywhere, from any host."""
+    text = file.read_text(errors="replace")
+    if file.suffix == ".md":
+        front = re.match(r"\s*---\r?\n(.*?)\n---", text, re.DOTALL)
+        text = front[1] if front else ""
+    for name in _data_files(yaml.safe_load(text)):
+        if "://" in name or "::" in name or ".." in Path(name).parts or Path(name).is_absolute():
+            raise Outside(
+                f"{file} names data outside of its folder: {name}. They are not read; if you want them, fetch them "
+                "yourself and give the file."
+            )
+
+
+def _data_files(node: Any, below: bool = False) -> Iterator[str]:
+    """All texts under the keys data_files and data_dir of a card."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _data_files(value, below or key in ("data_files", "data_dir"))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _data_files(value, below)
+    elif below and isinstance(node, str):
+        yield node
 
 
 def prepared(path: str, revision: str | None = None, config: str | None = None) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt import UserError
@@ -206,8 +207,15 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *comple
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    """The conversation as the template writes it."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    """The conversation as the template writes it. Raises UserError where the template refuses it, or asks for what
+    jinja2's sandbox keeps from it."""
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} cannot write a conversation of the turns "
+            f"{', '.join(m['role'] for m in messages)}: {error}. Look at the template, and at the data's roles."
+        ) from None
     assert isinstance(text, str)
     return text
 

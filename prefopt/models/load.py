@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,13 +25,19 @@ from prefopt.data.tokenize import check_chat_template
 from prefopt.paths import cache_dir, resolve_path
 from prefopt.progress import say
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# transformers would ask a service on the hub, in the background, to make safetensors of a pickle.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Raises UserError where there is none, or one without chat template or eos token."""
     own = config.tokenizer is None
     path = checkpoint_path(config) if own else str(config.tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision if own else None)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision if own else None, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("tokenizer", config, error)) from None
     check_chat_template(tokenizer)
@@ -40,7 +47,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def check_model(config: ModelConfig) -> None:
     """Raise UserError, before any weight is read, for a model that cannot be found."""
     try:
-        AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision)
+        AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("model", config, error)) from None
 
@@ -132,9 +139,14 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
         # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
         # bfloat16 weights loses small updates.
         model, loading = auto.from_pretrained(
-            checkpoint_path(config), revision=config.revision, dtype=torch.float32, output_loading_info=True, **changes
+            checkpoint_path(config),
+            revision=config.revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            **{"trust_remote_code": False} | changes,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_cannot_load("model", config, error)) from None
     return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
 
@@ -212,6 +224,12 @@ def _convert_gguf(gguf: Path) -> Path:
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
+    folder = Path(config.path)
+    if what == "model" and folder.is_dir() and (pickles := [f for s in PICKLES for f in sorted(folder.rglob(s))]):
+        reason = (
+            f"{pickles[0].relative_to(folder)} is a pickle (PyTorch's or DeepSpeed's), which could run any code and is "
+            "not read; weights must be safetensors. If you trust it, convert it with the program that wrote it."
+        )
     given = f"tokenizer={config.tokenizer}" if what == "tokenizer" and config.tokenizer else f"path={config.path}"
     return (
         f"no {what} can be loaded from model.{given}: {reason}\nGive a hub name (with network), a folder "

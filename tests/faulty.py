@@ -18,7 +18,7 @@ from prefopt.objectives.dpo import DPO
 @dataclass(frozen=True)
 class Faulty(DPO):
     """DPO; `fault` is none, raise, raise_in_second (process of two), stop (asked to, in training), exit, leave (exit
-    code 0), kill, or a file to wait for. In training only: nan and gradient (of pairs with a chosen completion of 17
+    code 0), kill, or a file to wait for. In training only: nan and gradient (of pairs with a chosen completion of 28
     tokens), memory (suffices for one pair), and at the n-th call in one process, as $FAULT_AT="RANK N" says: hang,
     freeze, die. $MENDED turns it off."""
 
@@ -54,9 +54,10 @@ class Faulty(DPO):
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "freeze" else signal.SIGKILL)
         if fault == "memory" and len(chosen) > 1:
             torch.empty(2**60, dtype=torch.uint8)
-        if fault in ("nan", "gradient"):
-            bad = inputs.chosen_lengths == 17
-            # The square root of 0: a value like any other, whose derivative is not finite.
-            wrong = chosen * torch.nan if fault == "nan" else chosen + (chosen - chosen.detach()).sqrt()
-            return torch.where(bad, wrong, chosen)
+        bad = (inputs.chosen_lengths == 28).nonzero()[:, 0]
+        if fault == "nan":
+            return chosen.index_fill(0, bad, torch.nan)
+        if fault == "gradient":  # the square root of 0: a value like any other, whose derivative is not finite
+            zero = chosen[bad] - chosen[bad].detach()
+            return chosen.index_add(0, bad, zero.sqrt())
         return chosen

@@ -1,5 +1,5 @@
-"""Programs in processes that are forked from one that has imported everything: real processes, whose start takes a second
-and not five, so that a test can afford to kill many."""
+"""Programs in processes that are forked from one that has imported everything: real processes, whose start takes a
+second and not five, so that a test can afford to kill many."""
 
 import multiprocessing
 import os
@@ -25,8 +25,8 @@ def kill() -> None:
 
 @dataclass
 class At:
-    """`action` is called in the process just before its `n`-th call of `function` ("module:name" or "module:Class.name",
-    as its callers look it up)."""
+    """`action` is called in the process just before its `n`-th call of `function` ("module:name" or
+    "module:Class.name", as its callers look it up)."""
 
     function: str
     n: int = 1
@@ -71,9 +71,7 @@ def run(log: Path, *args: str, **how: Any) -> tuple[int, str]:
     return process.exitcode, log.read_text()
 
 
-def _main(
-    log: Path, args: tuple[str, ...], program: str, env: dict[str, str], at: At | None, file_size: int
-) -> None:
+def _main(log: Path, args: tuple[str, ...], program: str, env: dict[str, str], at: At | None, file_size: int) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

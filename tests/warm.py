@@ -1,5 +1,5 @@
-"""What the programs import when they run, for tests/forks.py. Nothing is computed here: a process that has gone backward
-once cannot be forked."""
+"""What the programs import when they run, for tests/forks.py. Nothing is computed here: a process that has gone
+backward once cannot be forked."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import prefopt.checkpoint
 import prefopt.data.cache

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,11 @@ def await_file(file: Path) -> None:
         time.sleep(0.01)
 
 
+def await_text(process: BaseProcess, file: Path, *texts: str) -> None:
+    while process.is_alive() and not (file.exists() and any(text in file.read_text() for text in texts)):
+        time.sleep(0.001)
+
+
 # Killed.
 
 
@@ -126,17 +132,16 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
 @pytest.mark.slow
 def test_killed_fifty_times_in_a_row_at_random(overrides, tmp_path, env):
     """With an objective of two passes and a state of its own."""
-    arguments = ["objective=beta_dpo", "steps=150", "eval_every=50", "save_every=1"]
+    arguments = ["objective=beta_dpo", "steps=300", "eval_every=50", "save_every=1"]
     code, said = run(tmp_path / "log", *overrides(tmp_path / "whole"), *arguments, env=env)
     assert code == 0, said
     moments = random.Random(0)
     arguments = [*overrides(tmp_path / "killed"), *arguments]
     for n in range(50):
+        (tmp_path / "log").unlink(missing_ok=True)
         process = start(tmp_path / "log", *arguments, env=env)
-        # From its start-up to a few steps after it went on, however fast this machine is.
-        if n % 5:
-            while process.is_alive() and "going on" not in (tmp_path / "log").read_text() and n > 5:
-                time.sleep(0.001)
+        if n % 5:  # within a few steps from where it went on, which take longer on a slow machine; else in its start-up
+            await_text(process, tmp_path / "log", "going on from step", "step 0:")
         time.sleep(moments.expovariate(20 if n % 5 else 2))
         process.kill()
         process.join()

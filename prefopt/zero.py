@@ -40,6 +40,7 @@ class Zero2(Engine):
     def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool):
         if policy.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; one process alone has none
         import deepspeed
 
         # Every process would print it at the first step; DeepSpeed calls the old name.

@@ -35,6 +35,7 @@ CHOICES = {
     "layout": ("packed", "prefix_shared", "padded"),
     "logits": ("tiled", "dense"),
     "reference": ("cached", "resident", "adapter_off"),
+    "nonfinite": ("stop", "skip"),
 }
 
 
@@ -106,6 +107,7 @@ class PeftConfig:
 class EngineConfig:
     name: str = MISSING
     offload_optimizer: bool = MISSING
+    hang_s: float = MISSING
 
 
 @dataclass
@@ -160,6 +162,7 @@ class TrainConfig:
     reference_model: str | None = None
     patience: int | None = None
     squeeze_alarm: float | None = None
+    nonfinite: str = MISSING
     seed: int = MISSING
     precision: str = MISSING
     device: str = MISSING
@@ -459,6 +462,7 @@ def check(config: TrainConfig) -> None:
             "peft=lora_attention_mlp, or leave reference=cached",
         ),
         (config.engine.name in ("single", "zero2"), f"engine.name must be single or zero2, is {config.engine.name!r}"),
+        (config.engine.hang_s > 0, f"engine.hang_s must be positive, is {config.engine.hang_s:g}"),
         (
             not config.engine.offload_optimizer or config.engine.name == "zero2",
             "engine.offload_optimizer: only engine=zero2 can",

@@ -58,6 +58,10 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def discard(self) -> None:
+        """Forget the gradients instead of a step."""
+        self.optimizer.zero_grad()
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """{"weights", "moments"}: flat, named tensors; `load_state` takes them back exactly."""
         moments = {

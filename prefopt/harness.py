@@ -109,8 +109,11 @@ def settings(config: HarnessConfig) -> dict[str, Any]:
     }
 
 
-def record_file(folder: Path, checkpoint: Checkpoint, task: str, how: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:8]
+def record_file(config: HarnessConfig, folder: Path, checkpoint: Checkpoint, task: str, how: dict[str, Any]) -> Path:
+    """Named by all that decides the figures: in a run's own folder its policies are known by their names, and in
+    `output` models of one name may meet."""
+    which = how if config.output is None else how | {"path": checkpoint.path, "revision": checkpoint.revision}
+    digest = hashlib.sha256(json.dumps(which, sort_keys=True).encode()).hexdigest()[:8]
     return folder / f"{checkpoint.name}-{task}-{digest}.json"
 
 
@@ -228,7 +231,7 @@ def evaluate(config: HarnessConfig) -> None:
     resolve_hardware(config)
     found, folder = checkpoints(config)
     names, how = task_names(config.tasks), settings(config)
-    todo = {c: [t for t in names if not record_file(folder, c, t, how).is_file()] for c in found}
+    todo = {c: [t for t in names if not record_file(config, folder, c, t, how).is_file()] for c in found}
     if any(todo.values()):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = preflight(sorted({task for tasks in todo.values() for task in tasks}))
@@ -247,8 +250,8 @@ def evaluate(config: HarnessConfig) -> None:
                 "weights": weights,
             }
             told |= facts | {"settings": how, "machine": machine(), "git": git()}
-            write_json(record_file(folder, checkpoint, task, how), told)
-    records = [json.loads(record_file(folder, c, t, how).read_text()) for c in found for t in names]
+            write_json(record_file(config, folder, checkpoint, task, how), told)
+    records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in found for t in names]
     console().print(shown(records, names))
     print(folder)
 

@@ -18,15 +18,18 @@ from omegaconf import OmegaConf
 from prefopt import UserError
 from prefopt.config import TrainConfig, parse
 from prefopt.keys import Masked
-from prefopt.liveness import amend, here, read_record
+from prefopt.liveness import amend, here, hold, read_record
 from prefopt.program import exit_code
 from prefopt.ranks import is_first
 from prefopt.stop import Interrupted, listen
 
 
 def run(folder: Path) -> None:
-    """Raises UserError where the data files are no longer those of the submission, and stop.Interrupted."""
+    """Raises UserError where another process works on it, or the data files are no longer those of the submission, and
+    stop.Interrupted."""
     listen()  # before anything that takes seconds
+    if is_first():
+        hold(folder)
     if read_record(folder)["status"] == "finished":  # and its node was lost before Slurm knew of it
         return
     if is_first():

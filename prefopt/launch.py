@@ -97,13 +97,13 @@ class Job:
 
     @property
     def intention(self) -> str:
-        from prefopt.checkpoint import latest_checkpoint
+        from prefopt.checkpoint import complete_checkpoints
 
         if not self.to_run:
             return {"finished": "finished", "unknown": f"left alone: may run on {self.run.record['host']}"}.get(
                 self.state, f"{self.state}: waits for it"
             )
-        checkpoint = latest_checkpoint(self.run.checkpoints)
+        checkpoint = max(complete_checkpoints(self.run.checkpoints), default=None)
         start = f"from step {int(checkpoint.name.removeprefix('step_'))}" if checkpoint else "from the start"
         return start if self.state == "new" else f"{self.state}: again {start}"
 

@@ -1,15 +1,18 @@
-"""Whether the process that a run's record names is still there. A record alone cannot say: a killed process writes
-nothing."""
+"""Who works on a run, and whether the process that its record names is still there. A record alone cannot say: a killed
+process writes nothing."""
 
+import fcntl
 import getpass
 import json
 import os
 import shutil
 import socket
 import subprocess
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from prefopt import UserError
 from prefopt.paths import write_json
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
@@ -32,7 +35,51 @@ def here() -> dict[str, Any]:
     """The facts by which `state` finds this process again. `slurm_job` is JOB_TASK where launcher=slurm started it: a
     job that a person wrote, or an interactive one, may outlive what runs in it."""
     job = os.environ.get("PREFOPT_SLURM_JOB")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": _born(os.getpid()), "slurm_job": job}
+    born = _born(os.getpid())
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": born, "slurm_job": job, "since": now()}
+
+
+def who(record: dict[str, Any]) -> str:
+    """The process that a record names, for people."""
+    place = f"Slurm job {record['slurm_job']}" if record.get("slurm_job") else f"process {record['pid']}"
+    return f"{place} on {record['host']} since {record['since']}"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def hold(folder: Path) -> None:
+    """Make this process the only one that works on the run in `folder`, until `let_go` or its end: the system lets go
+    of the lock of a process that ends, however it does. May be called again.
+
+    Raises UserError that says who holds it, and OSError where `folder` cannot be written.
+    """
+    if holds(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"{folder} is held by {lock.read() or 'another process'}. Wait for it, or stop it.") from None
+    lock.truncate(0)
+    lock.write(who(here()))
+    lock.flush()
+    _held[folder.resolve()] = lock
+
+
+def holds(folder: Path) -> bool:
+    return folder.resolve() in _held
+
+
+def let_go(folder: Path) -> None:
+    if lock := _held.pop(folder.resolve(), None):
+        lock.close()
 
 
 def state(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:

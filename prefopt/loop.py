@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: evaluate, step, log, save. It knows no objective by name."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt import UserError, stop
-from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from prefopt.checkpoint import latest_checkpoint, load_checkpoint, not_finite, save_checkpoint
 from prefopt.config import TrainConfig
 from prefopt.data.formats import Message
 from prefopt.data.layout import LAYOUTS, Batch, Layout
@@ -30,10 +32,10 @@ from prefopt.models.adapter import seed_dropout, training
 from prefopt.models.reference import ROUNDING, SIDES, Reference
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
 from prefopt.optim import Schedule
-from prefopt.paths import cache_dir, write_whole
+from prefopt.paths import cache_dir, write_json, write_whole
 from prefopt.posthoc.oracle import Oracle
 from prefopt.progress import Bar, say, track
-from prefopt.ranks import gather, is_first, rank, wait, world_size
+from prefopt.ranks import by_first, gather, is_first, rank, watch, world_size
 from prefopt.run import Run
 
 # Policy and reference are the same function of the same weights before the first step; what is left is rounding.
@@ -118,7 +120,8 @@ def train(job: Job) -> list[dict[str, Any]]:
     exports = {round(k * steps / config.exports) for k in range(1, config.exports)}
     start = 0
     best = Best()
-    checkpoint = latest_checkpoint(run.checkpoints)
+    # The first process chooses, since it may put a damaged one aside.
+    checkpoint = gather(latest_checkpoint(run.checkpoints) if is_first() else None)[0]
     if checkpoint:
         tensors, meta = load_checkpoint(checkpoint)
         engine.load_state(tensors)
@@ -128,6 +131,8 @@ def train(job: Job) -> list[dict[str, Any]]:
             best = Best(tensors.get("best", {}), **meta.get("best", {}))
         say(f"  going on from step {start} of {steps} ({checkpoint})")
     logger = Loggers(run, config.logger, start)
+    limit_s = config.engine.hang_s
+    watch(limit_s)
     try:
         if start == 0:
             metrics = evaluate_once(job, 0)
@@ -136,6 +141,7 @@ def train(job: Job) -> list[dict[str, Any]]:
         with Bar("training", steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in upcoming(job, start):
                 metrics = train_step(job, step, micro_batches)
+                watch(limit_s)
                 done = step + 1
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == steps:
@@ -144,21 +150,19 @@ def train(job: Job) -> list[dict[str, Any]]:
                     best.watch(job, done, found)
                 over = done == steps or best.evaluations_since == config.patience
                 leave = not over and stop.requested()
+                # Before the checkpoint: a run that goes on from there would not come by here again.
+                if job.export and done in exports and not over:
+                    by_first(partial(job.export, run.folder / "policies" / f"step_{done:07d}"), limit_s)
                 if (done % config.save_every == 0 and not over) or leave:
                     state = engine.state() | {"objective": job.state} | best.state()
-                    if is_first():
-                        save_checkpoint(run.checkpoints, done, state, best.meta())
-                    wait()
-                if job.export and done in exports and not over:
-                    if is_first():
-                        job.export(run.folder / "policies" / f"step_{done:07d}")
-                    wait()
+                    by_first(partial(save_checkpoint, run.checkpoints, done, state, best.meta()), limit_s)
                 if leave:
                     raise stop.Interrupted(f"saved after step {done} of {steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
                 if over:
                     break
     finally:
+        watch(None)
         logger.close()
     best.restore(job)
     last = steps if config.patience is None else best.step
@@ -214,13 +218,14 @@ def upcoming(job: Job, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
 def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
     """One optimizer step over `batch_size` pairs, in micro-batches. Returns the step's metrics.
 
-    The host waits for the device once, for the metrics. Raises UserError, without touching the weights, if loss or
-    gradient is not finite.
+    The host waits for the device once, for the metrics. If loss or gradient is not finite the weights stay as they are:
+    raises UserError, or the metrics say `skipped`, as `nonfinite` asks for.
     """
     config, engine = job.config, job.engine
     began = time.monotonic()
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
-    with training(engine.policy), casting_once():
+    where = f"step {step + 1}"
+    with training(engine.policy), casting_once(), short_of_memory(job, where, micro_batches):
         scored = accumulate_gradients(job, step, micro_batches)
     if config.gradient_checkpointing and (lacking := engine.without_gradient()):
         raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")
@@ -234,15 +239,14 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
         ids, tokens = [i for _, share, _ in shares for i in share], sum(share for *_, share in shares)
         gradient_norm = gradient_norm.cpu()
     metrics = step_metrics(job.objective, scored, gradient_norm=gradient_norm)
-    bad = [name for name in ("loss", "gradient_norm") if not torch.tensor(metrics[name]).isfinite()]
-    if bad:
-        raise UserError(
-            f"step {step + 1}: {' and '.join(bad)} not finite; the step was refused and the weights are unchanged. Its "
-            f"pairs: {', '.join(ids)}. Look at these pairs, or lower optimizer.lr="
-            f"{config.optimizer.lr}; the same command goes on from the last checkpoint."
-        )
     lr = config.optimizer.lr * job.schedule(step, config.total_steps)
-    engine.step(lr)
+    bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
+    if bad:
+        refuse(job, step, bad, ids, metrics | {"lr": lr})
+        engine.discard()
+        return {name: value for name, value in metrics.items() if math.isfinite(value)} | {"lr": lr, "skipped": 1}
+    with short_of_memory(job, where, micro_batches):
+        engine.step(lr)
     job.state = scored[-1][1].state
     seconds = time.monotonic() - began
     return metrics | {
@@ -251,6 +255,63 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
         "tokens_per_second": tokens / seconds,
         "peak_memory_gib": peak_memory_gib(engine.device),
     }
+
+
+def refuse(job: Job, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]) -> None:
+    """Write what there is to know about a step that was refused to nonfinite/ in the run's folder; say so, or raise
+    UserError where the run is to stop, or every step would be refused since the weights are not finite."""
+    config, run = job.config, job.run
+    file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
+    weights = not_finite({name: p.detach() for name, p in job.engine.parameters.items()})
+    if is_first():
+        before = [row for row in read_metrics(run) if row["step"] <= step]
+        shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+        told = {"step": step + 1, "not_finite": bad, "weights_not_finite": weights, "pairs": ids, "metrics": shown}
+        write_json(file, told | {"metrics_before": before[-1:]})
+    message = (
+        f"step {step + 1}: {' and '.join(bad)} not finite; the step was refused and the weights are unchanged. Its "
+        f"{len(ids)} pairs and the metrics are in {file}."
+    )
+    if config.nonfinite == "skip" and not weights:
+        say(f"  {message}")
+        return
+    hint = "with nonfinite=skip it passes over such a step"
+    if weights:
+        hint = f"the weights are not finite either (first in {weights[0]}), so no later step could be taken"
+    raise UserError(
+        f"{message} Its pairs: {', '.join(ids)}. Look at these pairs, or lower optimizer.lr={config.optimizer.lr}. The "
+        f"same command goes on from the last checkpoint; {hint}."
+    )
+
+
+@contextlib.contextmanager
+def short_of_memory(job: Job, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """Where the memory does not suffice: UserError with the largest micro-batch, and with what makes it smaller."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter, and so is a CPU's
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        config = job.config
+        largest = max(micro_batches, key=lambda m: m.batch.input_ids.numel())
+        rows, tokens = largest.batch.input_ids.shape
+        ways = []
+        if len(largest.pairs) > 1:
+            ways.append(f"micro_batch_tokens={rows * tokens // 2}")
+        if not config.gradient_checkpointing:
+            ways.append("gradient_checkpointing=true")
+        raise UserError(
+            f"{where}: out of memory on {config.device}. The largest of its {len(micro_batches)} micro-batches has "
+            f"{len(largest.pairs)} pairs in {rows} rows of {tokens} tokens (micro_batch_tokens="
+            f"{config.micro_batch_tokens}). "
+            + (
+                f"Give {' or '.join(ways)}: a step stays one of {config.batch_size} pairs, and the run the same, which "
+                "goes on from its last checkpoint. "
+                if ways
+                else "It is one pair already: use peft=lora_attention, engine=zero2 on more GPUs, or a smaller model. "
+            )
+            + f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
 
 
 def accumulate_gradients(
@@ -372,9 +433,7 @@ def by_side(job: Job, name: str, values: Tensor) -> dict[str, Any]:
 
 def evaluate_once(job: Job, step: int) -> dict[str, Any]:
     """`evaluate` by the first process, while the others wait."""
-    metrics = evaluate(job, step) if is_first() else {}
-    wait()
-    return metrics
+    return by_first(partial(evaluate, job, step), job.config.engine.hang_s) or {}
 
 
 def evaluate(job: Job, step: int) -> dict[str, Any]:
@@ -421,7 +480,8 @@ def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[
     micro_batches = job.micro_batches(pairs)
     known = job.reference is not None and job.objective.sides == SIDES
     show = job.config.logger.progress
-    parts = [pair_inputs(job, part, reference=known) for part in track(micro_batches, "held-out pairs", show)]
+    with short_of_memory(job, f"evaluation after step {step}", micro_batches):
+        parts = [pair_inputs(job, part, reference=known) for part in track(micro_batches, "held-out pairs", show)]
     if job.objective.scope == "step":
         parts = [whole_step(job, 0, parts)]
     scored = [(inputs, job.objective(inputs)) for inputs in parts]
@@ -481,7 +541,7 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cached = cache_dir() / "initial_samples" / digest
-    samples_file = job.run.folder / "samples" / "step_0000000.jsonl"
+    samples_file = file_of_samples(job, 0)
     if not (cached / "metrics.json").is_file():
         metrics = sample_metrics(job, 0)
         write_whole(cached / "samples.jsonl", samples_file.read_text())
@@ -509,7 +569,7 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
         for prompt, s, reward, logratio in zip(job.prompts, samples, rewards, logratios, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_whole(job.run.folder / "samples" / f"step_{step:07d}.jsonl", text)
+    write_whole(file_of_samples(job, step), text)
     reward, reward_se = mean_and_error(rewards)
     kl, kl_se = mean_and_error(logratios)
     return {
@@ -521,6 +581,13 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
         "sample_finished": sum(s.finished for s in samples) / len(samples),
         "samples": len(samples),
     }
+
+
+def file_of_samples(job: Job, step: int) -> Path:
+    """Its folder is there afterwards. Raises FileNotFoundError where the run's own is gone, with its file system."""
+    folder = job.run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    return folder / f"step_{step:07d}.jsonl"
 
 
 def sample_logratios(job: Job, samples: Sequence[Sample]) -> list[float]:

@@ -25,7 +25,7 @@ from prefopt import UserError
 from prefopt.config import ModelConfig, OnlineConfig, TrainConfig, build, check_online, parse, resolve_hardware
 from prefopt.data.formats import Message, content_id
 from prefopt.data.sources import digest, read_rows, write_rows
-from prefopt.liveness import UNDER_WAY, state
+from prefopt.liveness import let_go
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.ranks import world_size
@@ -122,10 +122,7 @@ def go_on(config: OnlineConfig) -> None:
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
-    if run.record["status"] == "running" and state(run.record) in UNDER_WAY:
-        raise UserError(f"{run.folder} is under way already, as process {run.record['pid']}. Wait for it, or stop it.")
     began = time.monotonic()
-    run.folder.mkdir(parents=True, exist_ok=True)
     run.start(stages=[])
     evaluations: list[dict[str, Any]] = []
     steps = 0
@@ -147,6 +144,8 @@ def go_on(config: OnlineConfig) -> None:
     except Exception:
         run.fail(traceback.format_exc())
         raise
+    finally:
+        let_go(run.folder)
     told = run.record["stages"]
     ends = {"initial_weights": told[0]["initial_weights"], "final_weights": told[-1]["final_weights"]}
     pairs = sum(stage["data"]["train"]["items"] for stage in told)

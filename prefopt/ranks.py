@@ -6,10 +6,13 @@ neither.
 
 import contextlib
 import datetime
+import faulthandler
 import io
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # What one process may do while the others wait: making the reference cache, drawing samples, converting a model.
 PATIENCE = datetime.timedelta(hours=12)
@@ -58,6 +61,30 @@ def wait() -> None:
         from torch import distributed
 
         distributed.barrier()
+
+
+def watch(limit_s: float | None) -> None:
+    """Of several processes: call it again within so many seconds, or this one writes on stderr where it stands and
+    ends, by which its launcher ends the others. None: take all the time there is.
+
+    What hangs is mostly one process, and all the others wait for it without an error; each says where it is.
+    """
+    if limit_s is None or world_size() == 1:
+        faulthandler.cancel_dump_traceback_later()
+    else:
+        faulthandler.dump_traceback_later(limit_s, exit=True)
+
+
+def by_first(work: Callable[[], T], limit_s: float) -> T | None:
+    """What `work` gives in the first process, which may take its time over it, while the others wait; None in those.
+    Before and after it all are watched."""
+    watch(None)
+    found = work() if is_first() else None
+    if is_first():
+        watch(limit_s)  # the others are waiting already
+    wait()
+    watch(limit_s)
+    return found
 
 
 @contextlib.contextmanager

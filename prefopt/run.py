@@ -4,6 +4,7 @@ The folder's name says objective, model and data, and ends in a hash of everythi
 resolved config without the keys in VOLATILE, and the digests of the data files. The same command finds its run again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,17 +14,22 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from prefopt import UserError
 from prefopt.config import ROOT, TrainConfig
-from prefopt.liveness import amend, here, read_record
+from prefopt.liveness import amend, here, hold, holds, now, read_record
 from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
 
-# Where things are written and run, how they are shown, and how often they are saved changes no number.
-VOLATILE = ("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm")
+# Where things are written and run, how they are shown, how often they are saved, and whether a step that cannot be
+# taken ends the run changes no number. How much is computed at a time changes no more than their rounding, as the
+# number of processes does; a run that ran out of memory goes on with less.
+VOLATILE = (
+    *("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm", "nonfinite"),
+    *("micro_batch_tokens", "gradient_checkpointing"),
+)
 PACKAGES = (
     "prefopt",
     "torch",
@@ -52,25 +58,40 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
         self.policy_folder = self.folder / "policy"
-        self.record: dict[str, Any] = {}
-        file = self.folder / "record.json"
-        if file.is_file():
-            self.record = json.loads(file.read_text())
-        else:
-            self.record = {"name": self.name, "id": self.id, "objective": objective_name, "status": "new"}
-        self.record |= {} if self.finished else {"config": resolved, "data_digests": data_digests}
+        self._known = {"name": self.name, "id": self.id, "objective": objective_name}
+        self._asked = {"config": resolved, "data_digests": data_digests}
+        self._read()
         self.attempt = self.record.get("attempt", 0) + 1
 
     @property
     def finished(self) -> bool:
         return self.record["status"] == "finished"
 
+    def _read(self) -> None:
+        self.record: dict[str, Any] = self._known | {"status": "new"}
+        file = self.folder / "record.json"
+        if file.is_file():
+            self.record = json.loads(file.read_text())
+        self.record |= {} if self.finished else self._asked
+
+    def hold(self) -> None:
+        """Keep other processes off this run (`liveness.hold`). Only the first process does.
+
+        Raises UserError where another one holds it, or has finished it meanwhile.
+        """
+        if is_first() and not holds(self.folder):
+            hold(self.folder)
+            self._read()  # what another process did with it since this one looked
+            if self.finished:
+                raise UserError(f"{self.folder} has been finished meanwhile by another process; nothing is left to do.")
+
     def start(self, **facts: Any) -> None:
         """Mark the run as running here and now, and write down under which circumstances. May be called again."""
+        self.hold()
         circumstances = {
             "status": "running",
             "attempt": self.attempt,
-            "started": self.record.get("started") or _now(),
+            "started": self.record.get("started") or now(),
             "command": " ".join(sys.orig_argv),
             "git": git(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
@@ -86,18 +107,19 @@ class Run:
             write_json(self.folder / "record.json", self.record)
 
     def finish(self, **facts: Any) -> None:
-        self.update(status="finished", finished=_now(), **facts)
+        self.update(status="finished", finished=now(), **facts)
 
     def interrupt(self, why: str) -> None:
-        if self.folder.is_dir():
+        if holds(self.folder):
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
-        if not (self.folder / "record.json").is_file():
-            return
+        if not (self.folder / "record.json").is_file() or (is_first() and not holds(self.folder)):
+            return  # it has not begun, or it is another process's
         # Any process may be the one that failed first; those that were waiting for it fail after it.
-        if world_size() == 1 or read_record(self.folder)["status"] != "failed":
-            amend(self.folder, status="failed", finished=_now(), error=error)
+        with contextlib.suppress(OSError):  # nothing can be written: that may be what the error is
+            if world_size() == 1 or read_record(self.folder)["status"] != "failed":
+                amend(self.folder, status="failed", finished=now(), error=error)
 
 
 def machine() -> dict[str, Any]:
@@ -141,7 +163,3 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -7,6 +7,7 @@ A run that is finished is skipped, one that was interrupted goes on from its las
 started by a launcher (prefopt/launch.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -30,7 +31,7 @@ from prefopt.program import program
 from prefopt.ranks import first_alone, is_first, together, world_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -128,30 +129,54 @@ def train(plan: Plan, **facts: Any) -> None:
     """Build, loop, export; `facts` go into the run's record.
 
     Raises stop.Interrupted, with everything saved, when SIGTERM or SIGUSR2 asks for it, and UserError where the run is
-    under way elsewhere.
+    under way elsewhere, or its folder cannot be written.
     """
     from prefopt import stop
-    from prefopt.liveness import UNDER_WAY
+    from prefopt.liveness import UNDER_WAY, let_go, who
     from prefopt.runs import look
 
     run = plan.run
-    if is_first() and run.folder.is_dir() and run.record.get("pid") != os.getpid():
-        (found,) = look([run.folder])
-        if found.state in UNDER_WAY:
-            slurm, pid = found.record["slurm_job"], found.record["pid"]
-            place = f"Slurm job {slurm}" if slurm else f"process {pid}"
-            raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
-    stop.listen()
-    # What a process has to say is written down before its end becomes an error of all the others.
-    with together(plan.config.device, plan.config.engine.name != "single"):
-        try:
-            _train(plan, facts)
-        except (stop.Interrupted, KeyboardInterrupt) as error:
-            run.interrupt(str(error) or "Ctrl-C")
+    with in_plain_words(run):
+        if is_first() and (run.folder / "record.json").is_file() and not run.finished:
+            (found,) = look([run.folder])
+            if found.state in UNDER_WAY and found.record["pid"] != os.getpid():  # queued: it does not hold it yet
+                place = who(found.record)
+                raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
+            run.hold()
+        stop.listen()
+        # What a process has to say is written down before its end becomes an error of all the others.
+        with together(plan.config.device, plan.config.engine.name != "single"):
+            try:
+                _train(plan, facts)
+            except (stop.Interrupted, KeyboardInterrupt) as error:
+                run.interrupt(str(error) or "Ctrl-C")
+                raise
+            except Exception:
+                run.fail(traceback.format_exc())
+                raise
+            finally:
+                let_go(run.folder)
+
+
+@contextlib.contextmanager
+def in_plain_words(run: "Run") -> "Iterator[None]":
+    """A full disk, a folder that cannot be written, a file system that is gone: UserError that says what is kept."""
+    from prefopt.checkpoint import complete_checkpoints, gib
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's: transformers raises its own, with its own advice
             raise
-        except Exception:
-            run.fail(traceback.format_exc())
-            raise
+        kept, room = "the first step", ""
+        with contextlib.suppress(OSError):
+            room = f" ({gib(shutil.disk_usage(run.folder).free)} are free there)"
+            if found := complete_checkpoints(run.checkpoints):
+                kept = f"its last checkpoint, {max(found).name}, which is kept"
+        raise UserError(
+            f"{run.folder}: {error}. Make room there{room}, or bring the disk or the rights back; the same command "
+            f"then goes on from {kept}."
+        ) from error
 
 
 def _train(plan: Plan, facts: dict[str, Any]) -> None:
@@ -160,6 +185,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     config, run, objective, oracle = plan.config, plan.run, plan.objective, plan.oracle
     reward_model = objective.trains == "reward_model"
     if run.finished:
+        if is_first():  # it may have been killed just before it did so itself
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
@@ -190,7 +217,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.sides:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
 
-    from prefopt.checkpoint import export
+    from prefopt.checkpoint import KEPT, check_space, export
     from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
@@ -233,6 +260,13 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         engine = Zero2(policy, config.optimizer, config.engine.offload_optimizer)
     else:
         engine = Engine(policy, config.optimizer)
+    if is_first():
+        weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+        trained = sum(p.numel() for p in engine.parameters.values())
+        # Weights and both moments of each number in training, and the best weights beside them.
+        checkpoint = trained * (4 + (2 if config.optimizer.eight_bit else 8) + (0 if config.patience is None else 4))
+        saved = min(KEPT + 1, max(1, (config.total_steps - 1) // config.save_every))
+        check_space(run.folder, checkpoint * saved + weights * config.exports)
     prompts = data["heldout"].prompts if oracle else []
 
     def write_policy(target: Path, last: bool = False) -> str:

@@ -40,6 +40,7 @@ class Zero2(Engine):
     def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool):
         if policy.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; one process alone has none
         import deepspeed
 
         # Every process would print it at the first step; DeepSpeed calls the old name.
@@ -87,6 +88,21 @@ class Zero2(Engine):
             group["lr"] = lr
         self.zero.step()
         self.zero.zero_grad()
+        self._reached.clear()
+
+    def discard(self) -> None:
+        """What DeepSpeed does by itself where gradients are not finite."""
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        self.zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        self.zero.zero_grad()
+        self.zero._release_preflattened_grad_buffers()
+        if self.zero.cpu_offload:
+            self.zero.reset_cpu_buffers()
+            self.zero._offload_accumulated_param_ids = set()
+        else:
+            self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
+            self.zero.all_grad_tensors = dict.fromkeys(self.zero.all_grad_tensors)
         self._reached.clear()
 
     def state(self) -> dict[str, dict[str, Tensor]]:

@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 
 from prefopt import UserError
 from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, register
-from prefopt.harness import checkpoints
+from prefopt.harness import checkpoints, record_file
 from prefopt.models.load import checkpoint_path
+from prefopt.posthoc.policies import Checkpoint
 from prefopt.records import read_records
 from prefopt.report import posthoc
 from tests.tiny import ENVIRONMENT, ROOT, run_program
@@ -117,6 +118,16 @@ def test_tasks_that_cannot_be_loaded_are_all_named_before_a_model_is(run, hub, t
         assert message in process.stderr
     assert "arc_easy cannot" not in process.stderr
     assert not (copy / "harness").exists()
+
+
+def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):
+    files = []
+    for path in ("a/policy", "b/policy"):
+        config = HarnessConfig(run=None, output=str(tmp_path))
+        files.append(record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": None}))
+        assert files[-1] == record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": None})
+        assert files[-1] != record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": 5})
+    assert files[0] != files[1]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 def test_a_non_finite_step_is_refused_with_the_ids_of_its_pairs(tmp_path):
     j = job(DPO(0.5), tmp_path, batch_size=2)
+    j.run = SimpleNamespace(folder=tmp_path, metrics_file=tmp_path / "metrics.jsonl")
     with torch.no_grad():
         j.engine.policy.get_output_embeddings().weight[0, 0] = float("nan")
     before = [p.detach().clone() for p in j.engine.policy.parameters()]

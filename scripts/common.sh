@@ -33,9 +33,10 @@ train_best() {
     done
 }
 
-# Reward models of the three data qualities in $1/rewards, and the embedded rows with their scores, $1/scored.jsonl.gz.
+# Reward models of the three data qualities in $1/rewards, and the embedded rows with their scores, $1/scored.jsonl.gz. The
+# rest are further arguments of the training.
 score_sentiment() {
-    sweep train +sweep=mini/madpo_rewards "runs_dir=$1/rewards"
+    sweep train +sweep=mini/madpo_rewards "runs_dir=$1/rewards" "${@:2}"
     [[ -n $dry || -f $1/scored.jsonl.gz ]] && return
     local rows=package://prefopt/data/sentiment_offline.jsonl.gz quality model
     for quality in high medium low; do

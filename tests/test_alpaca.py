@@ -402,7 +402,7 @@ def test_the_first_judge_of_the_paper_is_alpaca_evals_own(run):
     assert told["judge"]["annotator"]["completions_kwargs"]["model_name"] == "gpt-4o-mini-2024-07-18"
     calls = server.calls
     # A judge with another prompt is another judge.
-    nowhere = "+judge.annotator={prompt_template: nowhere.txt}"
+    nowhere = "+judge.annotator={prompt_template: nowhere.txt, fn_completions: openai_completions}"
     other = evaluate(run, *judge, "judge.name=mine", nowhere, env={"OPENAI_API_KEY": SECRET})
     assert other.returncode == 2
     assert "nowhere.txt: no such file" in other.stderr

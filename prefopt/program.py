@@ -1,8 +1,11 @@
 """What every command-line program shares: Hydra composes, errors are shown, the exit code tells."""
 
 import logging
+import os
+import shlex
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +15,14 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from prefopt import UserError
-from prefopt.config import ROOT, register
+from prefopt.config import ROOT, register, unknown_key
 from prefopt.stop import EXIT_CODE, Interrupted
 
 
@@ -36,6 +41,7 @@ class Point:
     cfg: DictConfig
 
 
+SWEEP_FOLDER = "hydra.sweep.dir="
 Launch = Callable[[list[Point], Path, bool], int]
 
 
@@ -44,7 +50,8 @@ def program(
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a command-line program of a function that takes the composed config `conf/<config_name>.yaml`.
 
-    A UserError becomes one message on stderr and exit code 2, any other exception a traceback and exit code 1.
+    A UserError, or a command line that Hydra cannot compose, becomes one message on stderr and exit code 2, any other
+    exception a traceback and exit code 1.
 
     A multirun composes all its points first. Where there is `launch`, Hydra only composes: launch(points, the sweep's
     folder, whether --dry-run was given) starts the jobs and returns the exit code. Otherwise the points run one after
@@ -55,38 +62,45 @@ def program(
         def main() -> None:
             failures: list[str] = []
             points: list[Point] = []
-            folder = Path()
             code = 0
 
             def run(cfg: DictConfig) -> None:
-                nonlocal code, folder
-                asked = HydraConfig.get()
-                if launch and asked.mode == RunMode.MULTIRUN:
-                    folder = Path(asked.sweep.dir)
-                    points.append(Point(list(asked.overrides.task), cfg))
+                nonlocal code
+                if launch and HydraConfig.get().mode == RunMode.MULTIRUN:
+                    points.append(Point(list(HydraConfig.get().overrides.task), cfg))
                     return
                 code = max(code, exit_code(lambda: job(cfg), failures), key=(0, EXIT_CODE, 2, 1).index)
 
             for client in ("httpx", "httpx2"):  # Hydra's root logger would show a line for each request to the hub
                 logging.getLogger(client).setLevel(logging.WARNING)
+            logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it cannot import, it also raises
+            os.environ["HYDRA_FULL_ERROR"] = (
+                "1"  # Hydra raises what it cannot compose, and does not print it in its way
+            )
             register()
             Plugins.instance().register(SweepFiles)
             if launch and any(argument.startswith("hydra/launcher") for argument in sys.argv):
                 sys.exit("error: Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
+            sweep, dry_run = bool({"-m", "--multirun"} & set(sys.argv)), "--dry-run" in sys.argv
+            if dry_run and not (launch and sweep):
+                sys.exit("error: --dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
+            given = [argument.removeprefix(SWEEP_FOLDER) for argument in sys.argv if argument.startswith(SWEEP_FOLDER)]
             with tempfile.TemporaryDirectory() as scratch:
-                dry_run = "--dry-run" in sys.argv
-                if dry_run:
-                    if not launch or not {"-m", "--multirun"} & set(sys.argv):
-                        sys.exit("error: --dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
-                    # Hydra's sweeper writes a file before anything is launched.
-                    sys.argv[sys.argv.index("--dry-run")] = f"hydra.sweep.dir={scratch}"
+                if sweep:  # Hydra's sweeper writes a file before anything is composed
+                    ours = [a for a in sys.argv if a != "--dry-run" and not a.startswith(SWEEP_FOLDER)]
+                    sys.argv[:] = [*ours, f"{SWEEP_FOLDER}{scratch}"]
                 try:
                     hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(run)()
                     if launch and points:
+                        folder = Path(given[-1]) if given else sweep_folder(points[0].cfg)
                         code = exit_code(lambda: launch(points, folder, dry_run), failures)
                 except KeyboardInterrupt:
                     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                     sys.exit(130)
+                except Exception as error:  # of composing: what a job raises does not come this far
+                    print(f"error: {_refusal(error)}", file=sys.stderr)
+                    print(f"All groups and keys: python -m prefopt.{config_name} --help", file=sys.stderr)
+                    sys.exit(2)
             if not points and (len(failures) > 1 or (failures and "-m" in sys.argv)):
                 print("failed:", *failures, sep="\n  ", file=sys.stderr)
             sys.exit(code)
@@ -94,6 +108,11 @@ def program(
         return main
 
     return decorate
+
+
+def sweep_folder(cfg: DictConfig) -> Path:
+    """Where a sweep's job scripts and what its jobs leave besides their runs is kept."""
+    return Path(cfg.get("runs_dir", "runs")) / "multirun" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
 
 
 def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
@@ -113,6 +132,18 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         traceback.print_exc()
         failures.append(_describe(error))
         return 1
+
+
+def _refusal(error: Exception) -> str:
+    """What keeps Hydra from composing, without its advice: to add a key with a plus, which the schema would refuse."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        known, key = [str(key) for key in cause.parent_node], cause.full_key
+        return unknown_key(str(key), known) if known else f"{key} is not there yet; add it with a plus: +{key}=VALUE"
+    if not isinstance(error, HydraException):  # it does not say what it is about
+        return f"{error or type(error).__name__} (in {shlex.join(sys.argv[1:])})"
+    message = str(error).partition("Config search path:")[0].strip()
+    return f"{message}: {str(cause).splitlines()[0]}" if isinstance(cause, OmegaConfBaseException) else message
 
 
 def _describe(error: Exception) -> str:

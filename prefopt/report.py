@@ -27,7 +27,9 @@ from prefopt import UserError
 from prefopt.config import ReportConfig, parse
 from prefopt.figures import PREFIX, method_colours, plotting, save
 from prefopt.harness import accuracy_percent
+from prefopt.liveness import load_record
 from prefopt.metrics import mean_and_error
+from prefopt.paths import check_folder
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.run import VOLATILE
@@ -45,7 +47,7 @@ def read_records(*runs_dirs: Path) -> list[Record]:
     """
     records: dict[str, Record] = {}
     for file in sorted(file for runs_dir in runs_dirs for file in runs_dir.glob("*/record.json")):
-        record = json.loads(file.read_text())
+        record = load_record(file)
         if record["status"] == "finished":
             extra = {"posthoc": posthoc(file.parent), "folder": str(file.parent)}
             records.setdefault(record["name"], record | extra)
@@ -433,20 +435,20 @@ def draw(records: list[Record], output: Path) -> list[Path]:
 @program("report")
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
+    check_folder("output", config.output)
     records = read_records(Path(config.runs_dir))
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     whole = main_table(table_rows(records), records, config)
+    others = [over_seeds_table(records, config), by_column_table(records, config) if config.columns else None]
+    output.mkdir(parents=True, exist_ok=True)
     table = Table(*whole.headers[:-1])  # the run's name, which comes last, would not fit
     for texts in whole.texts:
         table.add_row(*texts[:-1])
     # Wide enough for the table where the output is not a terminal.
     Console(width=None if os.isatty(1) else 140).print(table)
     files = whole.write(output) + draw(records, output)
-    if seeds := over_seeds_table(records, config):
-        files += seeds.write(output)
-    if config.columns:
-        files += by_column_table(records, config).write(output)
+    for other in filter(None, others):
+        files += other.write(output)
     for file in files:
         print(file)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import ROOT, TrainConfig
-from prefopt.liveness import amend, here, read_record
+from prefopt.liveness import amend, here, load_record, read_record
 from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
 
@@ -55,7 +55,7 @@ class Run:
         self.record: dict[str, Any] = {}
         file = self.folder / "record.json"
         if file.is_file():
-            self.record = json.loads(file.read_text())
+            self.record = load_record(file)
         else:
             self.record = {"name": self.name, "id": self.id, "objective": objective_name, "status": "new"}
         self.record |= {} if self.finished else {"config": resolved, "data_digests": data_digests}

@@ -206,8 +206,15 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *comple
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    """The conversation as the template writes it."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    """The conversation as the template writes it. Raises UserError where it cannot."""
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # a template is somebody's program, and may refuse turns that it does not know
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} cannot write {', '.join(m['role'] for m in messages)}: "
+            f"{reason}. Use a model with another template, or leave out rows with such turns."
+        ) from None
     assert isinstance(text, str)
     return text
 

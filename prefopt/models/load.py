@@ -31,18 +31,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     path = checkpoint_path(config) if own else str(config.tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision if own else None)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("tokenizer", config, error)) from None
+    except Exception as error:  # whatever reading somebody's files raises
+        raise UserError(_cannot_load("tokenizer", path, error)) from None
     check_chat_template(tokenizer)
     return tokenizer
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise UserError, before any weight is read, for a model that cannot be found."""
+def check_model(config: ModelConfig, key: str = "model.path") -> None:
+    """Raise UserError, before any weight is read, for a model that cannot be found. `key`: where the user named it."""
     try:
         AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("model", config, error)) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever reading somebody's files raises
+        raise UserError(_cannot_load("model", f"{key}={config.path}", error)) from None
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,10 +134,17 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
         # The dtype is explicit because transformers 5 takes the checkpoint's own otherwise, and an optimizer on
         # bfloat16 weights loses small updates.
         model, loading = auto.from_pretrained(
-            checkpoint_path(config), revision=config.revision, dtype=torch.float32, output_loading_info=True, **changes
+            checkpoint_path(config),
+            revision=config.revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are among what is lacking
+            **changes,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("model", config, error)) from None
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever reading somebody's files raises
+        raise UserError(_cannot_load("model", config.path, error)) from None
     return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
 
 
@@ -193,7 +202,13 @@ def _convert_gguf(gguf: Path) -> Path:
         return target
     say(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
     transformers_logging.disable_progress_bar()
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever reading somebody's file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model file {gguf} cannot be read: {reason}. Get it again, or give another model.") from None
     # A model loaded from GGUF refuses save_pretrained, so its weights move into one made from its config.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -210,10 +225,9 @@ def _convert_gguf(gguf: Path) -> Path:
     return target
 
 
-def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    given = f"tokenizer={config.tokenizer}" if what == "tokenizer" and config.tokenizer else f"path={config.path}"
+def _cannot_load(what: str, given: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"no {what} can be loaded from model.{given}: {reason}\nGive a hub name (with network), a folder "
+        f"no {what} can be loaded from {given}: {reason}\nGive a hub name (with network), a folder "
         "that save_pretrained wrote, or model=smollm2_135m_offline."
     )

@@ -651,7 +651,7 @@ def _not_finite(value: Any, key: str) -> list[str]:
 
 def _describe(error: OmegaConfBaseException) -> str:
     if isinstance(error, InterpolationToMissingValueError):
-        lacking = str(error.msg).rpartition(" ")[2]
+        lacking = str(error.msg).partition("Missing mandatory value: ")[2].split()[0]
         return f"no value for {lacking}. Give it on the command line: {lacking}=VALUE"
     key = error.full_key or ""
     message = (error.msg or str(error)).splitlines()[0]

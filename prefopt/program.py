@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from prefopt import UserError
@@ -67,7 +67,7 @@ def program(
             def run(cfg: DictConfig) -> None:
                 nonlocal code
                 if launch and HydraConfig.get().mode == RunMode.MULTIRUN:
-                    points.append(Point(list(HydraConfig.get().overrides.task), cfg))
+                    points.append(Point(overrides(), cfg))
                     return
                 code = max(code, exit_code(lambda: job(cfg), failures), key=(0, EXIT_CODE, 2, 1).index)
 
@@ -110,6 +110,12 @@ def program(
     return decorate
 
 
+def overrides() -> list[str]:
+    """What the command line of the job in hand changes, as it was typed: an interpolation in it means the job's config,
+    and not Hydra's."""
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+
+
 def sweep_folder(cfg: DictConfig) -> Path:
     """Where a sweep's job scripts and what its jobs leave besides their runs is kept."""
     return Path(cfg.get("runs_dir", "runs")) / "multirun" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
@@ -148,6 +154,6 @@ def _refusal(error: Exception) -> str:
 
 def _describe(error: Exception) -> str:
     composed = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    job = " ".join(HydraConfig.get().overrides.task) if composed else ""
+    job = " ".join(overrides()) if composed else ""
     message = (str(error) or type(error).__name__).splitlines()[0]
     return f"{job}: {message}"

@@ -436,6 +436,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
     check_folder("output", config.output)
+    read_published(config)
     records = read_records(Path(config.runs_dir))
     output = Path(config.output)
     whole = main_table(table_rows(records), records, config)

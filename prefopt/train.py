@@ -230,10 +230,10 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
             f"{run.folder} was begun from other weights than model.path={config.model.path} holds now. Remove the "
             "folder to begin again, or bring the old weights back."
         )
+    layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     config.count_steps(len(data["train"].pairs))
     facts |= {"config": dataclasses.asdict(config)}
     run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
-    layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
     with first_alone():
         reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)

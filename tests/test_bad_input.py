@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt import stop
 from prefopt.models import load
-from tests.tiny import run_program, write_pairs
+from tests.tiny import ROOT, run_program, write_pairs
 
 ALWAYS = {
     "train": "model=hub model.path=model dataset=jsonl dataset.train=train.jsonl dataset.heldout=heldout.jsonl "
@@ -162,7 +162,7 @@ TABLE = [
     config("a nested key", "optimizer.lrr=1", "unknown key optimizer.lrr. Did you mean optimizer.lr?"),
     config("several keys", "+a=1 +model.b=2", "unknown key a.", "unknown key model.b. The keys here are: name"),
     config("an objective's key", "objective.gamma=1", "unknown key objective.gamma. The keys here are", "beta"),
-    config("the same with a plus", "+objective.gamma=1", "unknown key objective.gamma"),
+    config("an objective's key with a plus", "+objective.gamma=1", "unknown key objective.gamma"),
     config("another's key", "objective=simpo +objective.label_smoothing=0.1", "unknown key objective.label_smoothing"),
     config("a relative's key", "objective=ipo objective.label_smoothing=0.1", "unknown key objective.label_smoothing"),
     config("a column without plus", "dataset.columns.prompt=q", "add it with a plus: +dataset.columns.prompt=VALUE"),
@@ -275,9 +275,9 @@ TABLE = [
         "row 1: wrong roles (the turns are assistant, assistant)",
         "dataset.policies.wrong_roles=drop",
     ),
-    rows("NaN reward", pair(chosen_reward=float("nan")), "row 1: field 'chosen_reward' must be a finite number, is nan"),
+    rows("NaN reward", pair(chosen_reward=float("nan")), "'chosen_reward' must be a finite number, is nan"),
     rows("a reward of 400 digits", pair(chosen_reward=10**400), "row 1: field 'chosen_reward' must be a finite number"),
-    rows("a reward as text", pair(chosen_reward="0.5"), "row 1: field 'chosen_reward' must be a finite number, is '0.5'"),
+    rows("a reward as text", pair(chosen_reward="0.5"), "'chosen_reward' must be a finite number, is '0.5'"),
     rows("a reward off the scale", pair(chosen_reward=5), "chosen_reward 5 is outside",
              given="dataset.reward_scale=[0,1]"),
     rows("only identical pairs", pair(chosen="y"), "nothing is left", "(identical: 1)", "dataset.policies.DEFECT"),
@@ -343,11 +343,11 @@ TABLE = [
              loads=True),
     model("weights are not numbers", weights(lambda name, tensor: tensor * float("nan")), "gives nan", "again",
              loads=True),
-    model("no such layers", lambda folder: None, "peft.target_modules=['nope']: there are none in llama. Its layers are",
+    model("no such layers", lambda folder: None, "peft.target_modules=['nope']: there are none in llama. Its",
           given="peft.target_modules=[nope]", loads=True),
     # The environment
     config("two processes", "", "WORLD_SIZE", "engine=single trains in one: add engine=zero2", env={"WORLD_SIZE": "2"}),
-    config("many processes", "", "WORLD_SIZE must be a number, is 'many'. Unset it", env={"WORLD_SIZE": "many"}),
+    config("many processes", "", "WORLD_SIZE must be a number, is 'many': unset it", env={"WORLD_SIZE": "many"}),
     config("a cache in a file", "", "PREFOPT_CACHE=train.jsonl", "is a file", env={"PREFOPT_CACHE": "train.jsonl"}),
     # prefopt.sample
     other("sample", "no file", "", "data file in.jsonl does not exist. Give a file"),
@@ -497,7 +497,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def arguments(case: Case) -> list[str]:
-    published = Path(__file__).parents[1] / "results" / "published"
+    published = ROOT / "results" / "published"
     program, *flags = case.program.split()
     return [*flags, *ALWAYS.get(program, "").split(), *shlex.split(case.given.replace("{published}", str(published)))]
 
@@ -559,7 +559,7 @@ def of(wrong: str) -> Case:
 def test_a_process_shows_the_same(case, place, tiny_folder):
     lay(place, case.files)
     before = tree(place)
-    env = {"PREFOPT_CACHE": str(tiny_folder / "cache"), "OPENAI_API_KEY": ""}
+    env = {"PREFOPT_CACHE": str(tiny_folder / "cache"), "OPENAI_API_KEY": "", "PYTHONPATH": str(ROOT)}
     process = run_program(*arguments(case), program=case.program.split()[0], cwd=place, env=env)
     assert process.returncode == 2
     assert "Traceback" not in process.stderr

@@ -113,7 +113,9 @@ def program(
 def overrides() -> list[str]:
     """What the command line of the job in hand changes, as it was typed: an interpolation in it means the job's config,
     and not Hydra's."""
-    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+    found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(found, list)
+    return [str(override) for override in found]
 
 
 def sweep_folder(cfg: DictConfig) -> Path:

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from prefopt import UserError
 from prefopt.config import AlpacaConfig, ModelConfig, build, check_alpaca, parse, resolve_hardware
-from prefopt.data.formats import Message, as_messages
+from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.judges import Duel, Judge, Names, alpaca_eval
 from prefopt.launch import refuse_launcher
@@ -100,11 +100,12 @@ def read_questions(path: str | None, split: str | None) -> tuple[list[Question],
     repeated = 0
     for where, row in read_rows(file, split):
         try:
-            prompt = as_messages(row["instruction"] if "instruction" in row else row["prompt"])
+            prompt = as_prompt(row["instruction"] if "instruction" in row else row["prompt"])
         except KeyError:
-            raise UserError(f"{where} has neither a field 'instruction' nor 'prompt'.") from None
+            fields = ", ".join(row) or "none"
+            raise UserError(f"{where} has neither a field 'instruction' nor 'prompt' (its fields: {fields}).") from None
         except ValueError as error:
-            raise UserError(f"{where}: {error}.") from None
+            raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
         single = len(prompt) == 1
         text = prompt[0]["content"] if single else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         repeated += text in questions
@@ -322,6 +323,8 @@ def answers_of_baseline(config: AlpacaConfig, questions: list[Question]) -> Answ
 def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     """The judge, the questions, and whether these are all of AlpacaEval's. Raises UserError for whatever is missing,
     before a model is loaded or a judge asked."""
+    from prefopt.models.load import check_model
+
     if config.baseline == "gpt4_turbo":  # AlpacaEval 2's own
         config.baseline = str(hub_file(QUESTIONS))
     check_alpaca(config)
@@ -329,8 +332,12 @@ def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     judge = build(config.judge, Judge, "judge")
     judge.check()
     record_of(config.run)
-    baseline_of(config)
+    name, model = baseline_of(config)
     questions, all_ = read_questions(config.instructions, config.split)
+    if model:
+        check_model(model, "baseline")
+    else:
+        from_file(config.baseline, name, questions)
     if all_:
         hub_file(GAMED)
     return judge, questions, all_

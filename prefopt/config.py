@@ -6,6 +6,7 @@ refused, also when it comes with Hydra's `+`.
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import inspect
 import math
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from prefopt import UserError
 from prefopt.keys import key_in
@@ -318,6 +319,7 @@ class DataReportConfig:
     output: str = MISSING
 
 
+@functools.cache
 def register() -> None:
     """Make the schemas and the resolvers known to Hydra. Every program calls it before it composes."""
     store = ConfigStore.instance()
@@ -344,13 +346,13 @@ def register() -> None:
 def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
     """Resolve `node` into an instance of the dataclass `schema`. `prefix` leads the keys in messages.
 
-    Raises UserError that names all unknown keys, or the first key with a missing value, a wrong type, or a value that
-    the dataclass refuses with ValueError (whose message begins with the field's name).
+    Raises UserError that names all unknown keys, or all numbers that are not finite, or the first key with a missing
+    value, a wrong type, or a value that the dataclass refuses with ValueError (whose message begins with the field's
+    name).
     """
-    unknown = _unknown_keys(node, schema, prefix)
-    if unknown:
-        raise UserError("\n".join(unknown))
     try:
+        if unknown := _unknown_keys(node, schema, prefix):
+            raise UserError("\n".join(unknown))
         merged = OmegaConf.merge(OmegaConf.structured(schema), node)
         missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
         if missing:
@@ -362,6 +364,8 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
         for key, value in _texts(OmegaConf.to_container(merged), prefix):
             if found := key_in(value):
                 raise UserError(f"{key} holds {found}. {NO_KEYS}")
+        if problems := _not_finite(OmegaConf.to_container(merged), prefix):
+            raise UserError("\n".join(problems))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
     except OmegaConfBaseException as error:
         raise UserError(f"{prefix}{_describe(error)}") from None
@@ -452,10 +456,14 @@ def check(config: TrainConfig) -> None:
         (config.max_prompt_tokens >= 1, "max_prompt_tokens must be at least 1"),
         (config.max_completion_tokens >= 1, "max_completion_tokens must be at least 1"),
         (config.optimizer.lr > 0, f"optimizer.lr must be positive, is {config.optimizer.lr}"),
-        (len(config.optimizer.betas) == 2, f"optimizer.betas must be two numbers, is {config.optimizer.betas}"),
+        (
+            len(config.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in config.optimizer.betas),
+            f"optimizer.betas must be two numbers in [0, 1), is {config.optimizer.betas}",
+        ),
+        (config.optimizer.eps > 0, f"optimizer.eps must be positive, is {config.optimizer.eps}"),
         (config.optimizer.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative (0: no clipping)"),
         (config.optimizer.weight_decay >= 0, "optimizer.weight_decay must not be negative"),
-        (config.seed >= 0, "seed must not be negative"),
+        (0 <= config.seed < 2**32, f"seed must be from 0 to {2**32 - 1}, is {config.seed}"),
         (
             config.reference != "adapter_off" or bool(config.peft.target_modules),
             "reference=adapter_off is the policy without its adapter, and there is none: add peft=lora_attention or "
@@ -646,15 +654,21 @@ def _texts(node: Any, where: str) -> Iterator[tuple[str, str]]:
         yield where, node
 
 
+def unknown_key(name: str, known: list[str]) -> str:
+    """What to say of a dotted key whose last part is none of `known`."""
+    prefix, dot, key = name.rpartition(".")
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean {prefix}{dot}{near[0]}?" if near else f"The keys here are: {', '.join(known) or 'none'}."
+    return f"unknown key {name}. {hint}"
+
+
 def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:
     fields = {f.name: f.type for f in dataclasses.fields(schema)}
     problems = []
     for key in node:
         name = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f" Did you mean {prefix}{near[0]}?" if near else f" The keys here are: {', '.join(fields)}."
-            problems.append(f"unknown key {name}.{hint}")
+            problems.append(unknown_key(name, list(fields)))
         elif dataclasses.is_dataclass(fields[key]) and OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
             child = node[key]
             if OmegaConf.is_dict(child):
@@ -662,7 +676,20 @@ def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:
     return problems
 
 
+def _not_finite(value: Any, key: str) -> list[str]:
+    """Each rule for a number would have to think of NaN, which is neither above nor below anything, and of infinity."""
+    if isinstance(value, dict):
+        return [problem for k, v in value.items() for problem in _not_finite(v, f"{key}{k}.")]
+    if isinstance(value, list):
+        return [problem for i, v in enumerate(value) for problem in _not_finite(v, f"{key[:-1]}[{i}].")]
+    bad = isinstance(value, float) and not math.isfinite(value)
+    return [f"{key[:-1]} must be a finite number, is {value}"] if bad else []
+
+
 def _describe(error: OmegaConfBaseException) -> str:
+    if isinstance(error, InterpolationToMissingValueError):
+        lacking = str(error.msg).partition("Missing mandatory value: ")[2].split()[0]
+        return f"no value for {lacking}. Give it on the command line: {lacking}=VALUE"
     key = error.full_key or ""
     message = (error.msg or str(error)).splitlines()[0]
     return f"{key}: {message}" if key and key not in message else message

@@ -30,11 +30,11 @@ from transformers import PreTrainedTokenizerBase
 from prefopt import UserError
 from prefopt.config import DataReportConfig, parse
 from prefopt.data.cache import Limits, Prepared, TokenizedPairs, prepare, tokenizer_digest
-from prefopt.data.dataset import check_dataset, load_split, prompt_of, sources, split_digest
+from prefopt.data.dataset import check_dataset, has_heldout, load_split, prompt_of, sources, split_digest
 from prefopt.data.formats import Message, as_messages
 from prefopt.data.sources import read_rows
 from prefopt.figures import COLOURS, plotting, save
-from prefopt.paths import resolve_path, write_whole
+from prefopt.paths import check_folder, resolve_path, write_whole
 from prefopt.program import program
 from prefopt.progress import say
 
@@ -351,7 +351,10 @@ def main(cfg: DictConfig) -> None:
     for key in ("max_prompt_tokens", "max_completion_tokens"):
         if getattr(config, key) < 1:
             raise UserError(f"{key} must be at least 1, is {getattr(config, key)}")
+    check_folder("output", config.output)
     check_dataset(config.dataset)
+    for split in ("train", "heldout") if has_heldout(config.dataset) else ("train",):
+        split_digest(config.dataset, split)  # of files that are there
     evaluation = {path: evaluation_keys(path) for path in config.evaluation_prompts}
 
     from prefopt.models.load import load_tokenizer  # imports torch: bad input is refused before

@@ -26,7 +26,7 @@ from rich.table import Table
 from prefopt import UserError
 from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, resolve_hardware
 from prefopt.launch import refuse_launcher
-from prefopt.paths import write_json
+from prefopt.paths import check_folder, write_json
 from prefopt.posthoc.policies import Checkpoint, policies, record_of
 from prefopt.posthoc.sweep import sweep
 from prefopt.program import program
@@ -53,6 +53,8 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
     """What is to be evaluated, and the folder for its records. Raises UserError where it is not there."""
     from prefopt.models.load import checkpoint_path
 
+    if config.output:
+        check_folder("output", config.output)
     if config.run is None:
         assert config.output  # checked with the config
         return [Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)], Path(
@@ -66,9 +68,11 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
     return found, Path(config.output) if config.output else Path(config.run) / "harness"
 
 
-def task_names(tasks: str | list[str]) -> list[str]:
-    """lm-eval's names of a suite, a task, or a list of them."""
-    asked = [tasks] if isinstance(tasks, str) else list(tasks)
+def task_names(tasks: Any) -> list[str]:
+    """lm-eval's names of a suite, a task, or a list of them. Raises UserError for anything else."""
+    asked = [tasks] if isinstance(tasks, str) else tasks
+    if not asked or not isinstance(asked, list) or not all(isinstance(task, str) for task in asked):
+        raise UserError(f"tasks must be {', '.join(SUITES)}, a task of lm-eval, or a list of them, is {tasks!r}")
     return list(dict.fromkeys(name for task in asked for name in SUITES.get(task, [task])))
 
 
@@ -229,8 +233,8 @@ def evaluate(config: HarnessConfig) -> None:
     """Everything that is not recorded yet, and the table."""
     check_harness(config)
     resolve_hardware(config)
-    found, folder = checkpoints(config)
     names, how = task_names(config.tasks), settings(config)
+    found, folder = checkpoints(config)
     todo = {c: [t for t in names if not record_file(config, folder, c, t, how).is_file()] for c in found}
     if any(todo.values()):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -259,6 +263,7 @@ def evaluate(config: HarnessConfig) -> None:
 def check(config: HarnessConfig) -> ModelConfig:
     """Raises UserError for what cannot be evaluated; the model that would be loaded."""
     check_harness(config)
+    task_names(config.tasks)
     found, _ = checkpoints(config)
     return ModelConfig(found[-1].name, found[-1].path, found[-1].revision)
 

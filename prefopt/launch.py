@@ -36,7 +36,7 @@ from prefopt import UserError
 from prefopt.config import ModelConfig, TrainConfig, build, check, parse, resolve_hardware
 from prefopt.liveness import UNDER_WAY, amend, here
 from prefopt.paths import write_json, write_whole
-from prefopt.program import Point
+from prefopt.program import Point, overrides
 from prefopt.progress import say
 from prefopt.ranks import world_size
 from prefopt.runs import Look, console, look, table
@@ -254,7 +254,7 @@ def verdict(found: list[Look]) -> int:
 def refuse_launcher() -> None:
     """Raise UserError where a launcher was given to a program that was not asked for a sweep."""
     asked = HydraConfig.get()
-    if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in asked.overrides.task):
+    if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in overrides()):
         raise UserError("a launcher is for a sweep: add -m, or leave `launcher` out. This one would be run here.")
 
 

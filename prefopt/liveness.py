@@ -121,11 +121,22 @@ def slurm_queue() -> dict[str, str] | None:
     return dict(line.split() for line in answer.splitlines() if line.strip())
 
 
+def load_record(file: Path) -> dict[str, Any]:
+    """The record of a run, or of a job of a sweep. Raises UserError for a file that is none."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Bring it back, or move its folder away.") from None
+    if not isinstance(record, dict) or not {"name", "status"} <= record.keys():
+        raise UserError(f"{file} is no run's record: it needs name and status. Bring it back, or move its folder away.")
+    return record
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """record.json of a run's folder. What is queued in Slurm has its job's id in job.json: the submitter learns it
     when the job may already be writing its record."""
     list(folder.iterdir())  # on NFS this makes sure that the next line reads what another machine has renamed
-    record = json.loads((folder / "record.json").read_text())
+    record = load_record(folder / "record.json")
     if record["status"] == "queued" and not record.get("slurm_job") and (folder / "job.json").is_file():
         record["slurm_job"] = json.loads((folder / "job.json").read_text()).get("slurm_job")
     return record

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import ModelConfig, OnlineConfig, TrainConfig, build, check_online, parse, resolve_hardware
-from prefopt.data.formats import Message, content_id
+from prefopt.data.formats import Format, Message, content_id
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.liveness import let_go
 from prefopt.program import program
@@ -99,12 +99,26 @@ def run_stage(
     return planned.run
 
 
+def check_format(config: OnlineConfig) -> None:
+    """Raise UserError where the data set's format does not read what a stage writes."""
+    n = config.samples_per_prompt
+    row = {"prompt": "Hello", "responses": [str(i) for i in range(n)], "rewards": [float(i) for i in range(n)]}
+    try:
+        build(config.dataset.format, Format, "dataset.format")(row)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"dataset.format does not read rows of samples_per_prompt={n} scored responses, which a stage trains on "
+            f"({error}): leave dataset=samples."
+        ) from None
+
+
 def go_on(config: OnlineConfig) -> None:
     """All stages that are not finished yet."""
     from prefopt.objectives.base import Objective
     from prefopt.run import Run
     from prefopt.sample import read_prompts
     from prefopt.stop import Interrupted
+    from prefopt.train import parts as train_parts
 
     objective = build(config.objective, Objective, "objective")
     scorer = build(config.scorer, RewardScorer, "scorer")
@@ -112,6 +126,8 @@ def go_on(config: OnlineConfig) -> None:
         raise UserError(
             f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
         )
+    train_parts(stage_config(config, Path(config.runs_dir), None))
+    check_format(config)
     _, prompts = read_prompts(config.prompts, config.prompts_split)
     stages = parts(prompts, config.stages)
     places = {"prompts": (config.prompts, config.prompts_split or "train"),

@@ -26,7 +26,7 @@ from prefopt.config import PapersConfig, ReportConfig, parse
 from prefopt.harness import SUITES
 from prefopt.metrics import mean_and_error
 from prefopt.paper_figures import draw_drift, draw_paths, draw_sensitivity, draw_spread
-from prefopt.paths import write_whole
+from prefopt.paths import check_folder, write_whole
 from prefopt.points import (
     SIDES,
     Evaluated,
@@ -481,6 +481,7 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, PapersConfig)
     if config.paper not in PAPERS:
         raise UserError(f"paper must be {', '.join(PAPERS)}, is {config.paper!r}")
+    check_folder("output", config.output)
     title, make = PAPERS[config.paper]
     records = read_records(*matching(config.runs_dir)) if config.runs_dir else []
     tables, figures = make(records, config)

@@ -30,6 +30,7 @@ def resolve_path(path: str) -> Path:
 def cache_dir() -> Path:
     """$PREFOPT_CACHE, or prefopt/ in the user's cache folder."""
     if "PREFOPT_CACHE" in os.environ:
+        check_folder("PREFOPT_CACHE", os.environ["PREFOPT_CACHE"])
         return Path(os.environ["PREFOPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"
 
@@ -53,6 +54,25 @@ def lines_from_end(path: Path, block: int = 2**16) -> Iterator[tuple[int, bytes]
                 yield place, line
             if not start:
                 yield 0, rest
+
+
+def check_folder(key: str, folder: str | Path) -> None:
+    """Raise UserError where `folder`, which the user gave as `key`, neither is one nor can become one."""
+    path = Path(folder)
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"{key}={folder}: {there} is a file, and no folder. Give another {key}.")
+
+
+def check_output(output: str, *inputs: str) -> Path:
+    """The file `output`. Raises UserError where it cannot be written, or would replace what it is made from."""
+    path = Path(output)
+    check_folder("output", path.parent)
+    if path.is_dir() or not output.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"output={output} must be a file whose name ends in .jsonl or .jsonl.gz.")
+    if path.exists() and any(path.samefile(file) for file in map(resolve_path, inputs) if file.exists()):
+        raise UserError(f"output={output} is what is read, and would be lost. Give another file.")
+    return path
 
 
 def write_json(path: Path, content: Any) -> None:

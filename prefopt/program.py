@@ -3,13 +3,16 @@
 import copy
 import functools
 import logging
+import os
+import shlex
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -17,15 +20,16 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from prefopt import UserError
-from prefopt.config import NO_KEYS, ROOT, register
+from prefopt.config import NO_KEYS, ROOT, register, unknown_key
 from prefopt.keys import Masked, key_in
-from prefopt.paths import write_whole
 from prefopt.stop import EXIT_CODE, Interrupted
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -46,15 +50,8 @@ class Point:
     cfg: DictConfig
 
 
-class Composed(NamedTuple):
-    """What Hydra makes of a multirun, for a program that starts the jobs itself; `folder` is that of the sweep."""
-
-    points: list[Point]
-    folder: Path
-
-
 class Composer(Sweeper):
-    """Gives the program all points of a multirun at once, as `Composed`.
+    """Gives a program that starts its jobs itself all points of a multirun at once.
 
     Hydra's own sweeper composes every point twice, from all its files, at 0.1 s each time. Points that choose the same
     files (objective=dpo) differ in values alone: they are composed once, and each has its values put into a copy.
@@ -70,8 +67,6 @@ class Composer(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         given = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
         (grid,) = BasicSweeper.split_arguments(given, None)
-        folder = Path(self.config.hydra.sweep.dir)
-        write_whole(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         parsed = functools.cache(OverridesParser.create().parse_override)
         is_group = functools.cache(self.loader.repository.group_exists)
         composed: dict[tuple[str, ...], DictConfig] = {}
@@ -86,9 +81,10 @@ class Composer(Sweeper):
             cfg = copy.deepcopy(composed[files])
             self.loader._apply_overrides_to_config(values, cfg)
             points.append(Point(overrides, cfg))
-        self.program(Composed(points, folder))
+        self.program(points)
 
 
+SWEEP_FOLDER = "hydra.sweep.dir="
 Launch = Callable[[list[Point], Path, bool], int]
 
 
@@ -97,7 +93,8 @@ def program(
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a command-line program of a function that takes the composed config `conf/<config_name>.yaml`.
 
-    A UserError becomes one message on stderr and exit code 2, any other exception a traceback and exit code 1.
+    A UserError, or a command line that Hydra cannot compose, becomes one message on stderr and exit code 2, any other
+    exception a traceback and exit code 1.
 
     Of a multirun, where there is `launch`, Hydra only composes all points: launch(points, the sweep's folder, whether
     --dry-run was given) starts the jobs and returns the exit code. Otherwise the points run one after the other in this
@@ -108,13 +105,12 @@ def program(
         def main() -> None:
             failures: list[str] = []
             points: list[Point] = []
-            folder = Path()
             code = 0
 
-            def run(cfg: DictConfig | Composed) -> None:
-                nonlocal code, points, folder
-                if isinstance(cfg, Composed):
-                    points, folder = cfg
+            def run(cfg: DictConfig | list[Point]) -> None:
+                nonlocal code, points
+                if isinstance(cfg, list):
+                    points = cfg
                     return
                 code = max(code, exit_code(lambda: job(cfg), failures), key=(0, EXIT_CODE, 2, 1).index)
 
@@ -123,26 +119,36 @@ def program(
                 sys.exit(f"error: the command line holds {found}. {NO_KEYS}")
             for client in ("httpx", "httpx2"):  # Hydra's root logger would show a line for each request to the hub
                 logging.getLogger(client).setLevel(logging.WARNING)
+            logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it cannot import, it also raises
+            os.environ["HYDRA_FULL_ERROR"] = (
+                "1"  # Hydra raises what it cannot compose, and does not print it in its way
+            )
             register()
             Plugins.instance().register(SweepFiles)
             if launch:  # Hydra takes plugins of the name space hydra_plugins alone, which belongs to no package
                 Plugins.instance().class_name_to_class[BASIC_SWEEPER] = Composer
             if launch and any(argument.startswith("hydra/launcher") for argument in sys.argv):
                 sys.exit("error: Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
+            sweep, dry_run = bool({"-m", "--multirun"} & set(sys.argv)), "--dry-run" in sys.argv
+            if dry_run and not (launch and sweep):
+                sys.exit("error: --dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
+            given = [argument.removeprefix(SWEEP_FOLDER) for argument in sys.argv if argument.startswith(SWEEP_FOLDER)]
             with tempfile.TemporaryDirectory() as scratch:
-                dry_run = "--dry-run" in sys.argv
-                if dry_run:
-                    if not launch or not {"-m", "--multirun"} & set(sys.argv):
-                        sys.exit("error: --dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
-                    # Hydra's sweeper writes a file before anything is launched.
-                    sys.argv[sys.argv.index("--dry-run")] = f"hydra.sweep.dir={scratch}"
+                if sweep:  # Hydra's sweeper writes a file before anything is composed
+                    ours = [a for a in sys.argv if a != "--dry-run" and not a.startswith(SWEEP_FOLDER)]
+                    sys.argv[:] = [*ours, f"{SWEEP_FOLDER}{scratch}"]
                 try:
                     hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(run)()
                     if launch and points:
+                        folder = Path(given[-1]) if given else sweep_folder(points[0].cfg)
                         code = exit_code(lambda: launch(points, folder, dry_run), failures)
                 except KeyboardInterrupt:
                     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                     sys.exit(130)
+                except Exception as error:  # of composing: what a job raises does not come this far
+                    print(f"error: {_refusal(error)}", file=sys.stderr)
+                    print(f"All groups and keys: python -m prefopt.{config_name} --help", file=sys.stderr)
+                    sys.exit(2)
             if not points and (len(failures) > 1 or (failures and "-m" in sys.argv)):
                 print("failed:", *failures, sep="\n  ", file=sys.stderr)
             sys.exit(code)
@@ -150,6 +156,19 @@ def program(
         return main
 
     return decorate
+
+
+def overrides() -> list[str]:
+    """What the command line of the job in hand changes, as it was typed: an interpolation in it means the job's config,
+    and not Hydra's."""
+    found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(found, list)
+    return [str(override) for override in found]
+
+
+def sweep_folder(cfg: DictConfig) -> Path:
+    """Where a sweep's job scripts and what its jobs leave besides their runs is kept."""
+    return Path(cfg.get("runs_dir", "runs")) / "multirun" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
 
 
 def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
@@ -171,8 +190,20 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         return 1
 
 
+def _refusal(error: Exception) -> str:
+    """What keeps Hydra from composing, without its advice: to add a key with a plus, which the schema would refuse."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        known, key = [str(key) for key in cause.parent_node], cause.full_key
+        return unknown_key(str(key), known) if known else f"{key} is not there yet; add it with a plus: +{key}=VALUE"
+    if not isinstance(error, HydraException):  # it does not say what it is about
+        return f"{error or type(error).__name__} (in {shlex.join(sys.argv[1:])})"
+    message = str(error).partition("Config search path:")[0].strip()
+    return f"{message}: {str(cause).splitlines()[0]}" if isinstance(cause, OmegaConfBaseException) else message
+
+
 def _describe(error: Exception) -> str:
     composed = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    job = " ".join(HydraConfig.get().overrides.task) if composed else ""
+    job = " ".join(overrides()) if composed else ""
     message = (str(error) or type(error).__name__).splitlines()[0]
     return f"{job}: {message}"

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from prefopt import UserError
+
 T = TypeVar("T")
 
 # What one process may do while the others wait: making the reference cache, drawing samples, converting a model.
@@ -19,11 +21,20 @@ PATIENCE = datetime.timedelta(hours=12)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise UserError(
+            f"the environment variable {variable} must be a number, is {text!r}: unset it, or use torchrun."
+        )
+    return int(text)
 
 
 def is_first() -> bool:

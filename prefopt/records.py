@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
+from prefopt.liveness import load_record
 from prefopt.paths import write_whole
 from prefopt.progress import say
 
@@ -38,7 +39,7 @@ def read_records(*places: Path) -> list[Record]:
 def _in_folder(place: Path) -> list[Record]:
     found = []
     for file in sorted(place.glob("*/record.json")):
-        record = json.loads(file.read_text()) | {"folder": str(file.parent)}
+        record = load_record(file) | {"folder": str(file.parent)}
         for kind, pattern in (("harness", "harness/*.json"), ("alpaca", "alpaca/*/record.json")):
             own = sorted(file.parent.glob(pattern))
             record[kind] = [json.loads(each.read_text()) | {"file": str(each)} for each in own]

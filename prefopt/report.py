@@ -28,6 +28,7 @@ from prefopt.config import ReportConfig, parse
 from prefopt.figures import PREFIX, method_colours, plotting, save
 from prefopt.harness import accuracy_percent
 from prefopt.metrics import mean_and_error
+from prefopt.paths import check_folder
 from prefopt.program import program
 from prefopt.records import Record, beta, read_records
 from prefopt.run import VOLATILE
@@ -418,20 +419,21 @@ def draw(records: list[Record], output: Path) -> list[Path]:
 @program("report")
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
+    check_folder("output", config.output)
+    read_published(config)
     records = read_records(Path(config.runs_dir))
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     whole = main_table(table_rows(records), records, config)
+    others = [over_seeds_table(records, config), by_column_table(records, config) if config.columns else None]
+    output.mkdir(parents=True, exist_ok=True)
     table = Table(*whole.headers[:-1])  # the run's name, which comes last, would not fit
     for texts in whole.texts:
         table.add_row(*texts[:-1])
     # Wide enough for the table where the output is not a terminal.
     Console(width=None if os.isatty(1) else 140).print(table)
     files = whole.write(output) + draw(records, output)
-    if seeds := over_seeds_table(records, config):
-        files += seeds.write(output)
-    if config.columns:
-        files += by_column_table(records, config).write(output)
+    for other in filter(None, others):
+        files += other.write(output)
     for file in files:
         print(file)
 

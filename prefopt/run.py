@@ -71,7 +71,7 @@ class Run:
         self.record: dict[str, Any] = self._known | {"status": "new"}
         file = self.folder / "record.json"
         if file.is_file():
-            self.record = json.loads(file.read_text())
+            self.record = load_record(file)
         self.record |= {} if self.finished else self._asked
 
     def hold(self) -> None:

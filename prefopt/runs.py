@@ -134,7 +134,7 @@ def best(looks: list[Look], key: str) -> Any:
             raise UserError(f"best={key}: {each.folder} has no {key}, or was not evaluated by an oracle.")
         found.append((rewards[-1], value))
     if not found:
-        raise UserError(f"best={key}: there are no such runs.")
+        raise UserError(f"best={key}: there are no such runs. Choose others by runs_dir, name and status.")
     return max(found, key=lambda pair: pair[0])[1]
 
 
@@ -150,6 +150,13 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, RunsConfig)
     if wrong := sorted(set(config.status) - set(STATES)):
         raise UserError(f"status: there is no {', '.join(wrong)}. A run is {', '.join(STATES)}.")
+    if not Path(config.runs_dir).is_dir():
+        raise UserError(
+            f"runs_dir={config.runs_dir}: there is no such folder. The first run makes it: python -m prefopt.train "
+            f"runs_dir={config.runs_dir}"
+        )
+    if not config.name or "/" in config.name:
+        raise UserError(f"name={config.name} must be the name of a run's folder, in which * stands for anything")
     if config.best:
         print(best(select(config), config.best))
         return

@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 
 from prefopt import UserError, stop
 from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, check_sample, parse, resolve_hardware
-from prefopt.data.formats import Message, as_messages
+from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import Row, read_rows, write_rows
+from prefopt.paths import check_output
 from prefopt.program import program
 from prefopt.progress import Bar, say
 
@@ -32,11 +33,11 @@ def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Mes
     rows, prompts = [], []
     for where, row in read_rows(path, split):
         try:
-            prompts.append(as_messages(row["prompt"]))
+            prompts.append(as_prompt(row["prompt"]))
         except KeyError:
-            raise UserError(f"{where} has no field 'prompt'.") from None
+            raise UserError(f"{where} has no field 'prompt' (its fields: {', '.join(row) or 'none'}).") from None
         except ValueError as error:
-            raise UserError(f"{where}: {error}.") from None
+            raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
         rows.append(row)
     return rows, prompts
 
@@ -117,7 +118,7 @@ def _read_partial(partial: Path, digest: str) -> dict[int, Row]:
     if not whole:
         partial.unlink()
         return {}
-    if json.loads(whole[0]) != {"settings": digest}:
+    if whole[0] != json.dumps({"settings": digest}).encode() + b"\n":
         raise UserError(
             f"{partial} was begun with other settings, prompts or weights. Repeat that command to finish it, or remove "
             "the file to begin again."
@@ -132,9 +133,9 @@ def _read_partial(partial: Path, digest: str) -> dict[int, Row]:
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, SampleConfig)
     check_sample(config)
+    output = check_output(config.output, config.prompts)
     resolve_hardware(config)
     rows, prompts = read_prompts(config.prompts, config.split)
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
     partial = output.with_name(f"{output.name}.partial")
     n, where = config.samples_per_prompt, (config.backend, config.device, config.precision)

@@ -9,14 +9,14 @@ r is not there already). All other fields are carried over.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import ScoreConfig, build, check_hardware, parse, resolve_hardware
-from prefopt.data.formats import as_messages, completion, messages
+from prefopt.data.formats import as_messages, completion, messages, responses_of
 from prefopt.data.sources import Row, read_rows, write_rows
+from prefopt.paths import check_output
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.scorers import Request, RewardScorer
@@ -26,10 +26,7 @@ def requests_of(where: str, row: Row) -> list[Request]:
     """What there is to score in a row. Raises UserError for a row that holds no responses."""
     try:
         if "responses" in row:
-            prompt, responses = as_messages(row["prompt"]), row["responses"]
-            finished = row.get("finished", [True] * len(responses))
-            if not responses or len(responses) != len(finished) or not all(isinstance(r, str) for r in responses):
-                raise ValueError("responses must be a list of texts, and finished, if there, as long")
+            prompt, (responses, finished) = as_messages(row["prompt"]), responses_of(row)
             return [
                 Request(row, i, prompt, response, done, where)
                 for i, (response, done) in enumerate(zip(responses, finished, strict=True))
@@ -80,10 +77,12 @@ def score_rows(
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ScoreConfig)
     check_hardware(config)
+    if config.name in ("", "prompt", "responses", "finished"):
+        raise UserError(f"name={config.name} cannot be the field of the rewards. Give another, such as rewards.")
+    output = check_output(config.output, config.input)
     resolve_hardware(config)
     scorer = build(config.scorer, RewardScorer, "scorer")
     rows = list(read_rows(config.input, config.split))
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of scoring
     write_rows(output, score_rows(rows, scorer, config.device, config.precision, config.name))
     say(f"wrote {len(rows)} scored rows to {output}")

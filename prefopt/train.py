@@ -27,6 +27,7 @@ from packaging.version import Version
 from prefopt import UserError
 from prefopt.config import EngineConfig, ModelConfig, TrainConfig, build, check, parse, resolve_hardware
 from prefopt.launch import launch, refuse_launcher
+from prefopt.paths import check_folder
 from prefopt.program import program
 from prefopt.ranks import first_alone, is_first, together, world_size
 
@@ -55,17 +56,16 @@ class Plan:
     run: "Run"
 
 
-def plan(config: TrainConfig) -> Plan:
-    """Everything that can be refused is refused here, with UserError. `config` is one that `check` has passed and whose
-    hardware is resolved."""
-    from prefopt.data.dataset import check_dataset, has_heldout, split_digest
+def parts(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
+    """Everything that can be refused without the data is refused here, with UserError. `config` is one that `check` has
+    passed and whose hardware is resolved."""
+    from prefopt.data.dataset import check_dataset, has_heldout
     from prefopt.data.sources import Lacking
     from prefopt.loggers import check_logger
     from prefopt.objectives.base import Objective
     from prefopt.optim import Schedule, check_optimizer
     from prefopt.posthoc.oracle import Oracle
     from prefopt.prefetch import missing
-    from prefopt.run import Run
 
     objective = build(config.objective, Objective, "objective")
     schedule = build(config.schedule, Schedule, "schedule")
@@ -79,6 +79,7 @@ def plan(config: TrainConfig) -> Plan:
     check_engine(config.engine, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
+    check_folder("runs_dir", config.runs_dir)
     if config.peft.path and not (Path(config.peft.path) / "adapter_config.json").is_file():
         raise UserError(f"peft.path={config.peft.path} is no adapter: it holds no adapter_config.json.")
     if config.peft.path and not (Path(config.peft.path) / "adapter_model.safetensors").is_file():
@@ -98,6 +99,15 @@ def plan(config: TrainConfig) -> Plan:
         )
     if lacking := missing(config.model, config.dataset):
         raise Lacking("\n".join(lacking))
+    return objective, schedule, oracle
+
+
+def plan(config: TrainConfig) -> Plan:
+    """`parts`, and the run that the data make of them. Raises UserError."""
+    from prefopt.data.dataset import has_heldout, split_digest
+    from prefopt.run import Run
+
+    objective, schedule, oracle = parts(config)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
     return Plan(config, objective, schedule, oracle, run)
@@ -205,6 +215,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     )
 
     check_model(config.model)
+    if config.reference_model:
+        check_model(ModelConfig(config.reference_model, config.reference_model, None), "reference_model")
     tokenizer = load_tokenizer(config.model)
     with first_alone():
         data = prepare(
@@ -221,7 +233,14 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     from prefopt.engine import Engine, keep_freed_memory
     from prefopt.loop import Job
     from prefopt.loop import train as loop
-    from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, merge_adapter, save_adapter
+    from prefopt.models.adapter import (
+        adapter_layers,
+        add_adapter,
+        checkpoint_activations,
+        merge,
+        merge_adapter,
+        save_adapter,
+    )
     from prefopt.models.probe import choose_layout
 
     began = time.monotonic()
@@ -236,16 +255,18 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     check_vocabulary(policy, tokenizer)
     if config.peft.path:
         merge_adapter(policy, config.peft.path)
+    if config.peft.target_modules:
+        adapter_layers(policy, config.peft)
     digest = weights_digest(policy)
     if run.record.get("initial_weights", digest) != digest:
         raise UserError(
             f"{run.folder} was begun from other weights than model.path={config.model.path} holds now. Remove the "
             "folder to begin again, or bring the old weights back."
         )
+    layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     config.count_steps(len(data["train"].pairs))
     facts |= {"config": dataclasses.asdict(config)}
     run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
-    layout = choose_layout(config.layout, policy, data["train"].pairs[:256], config.precision)
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
     with first_alone():
         reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)

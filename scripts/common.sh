@@ -16,7 +16,7 @@ unless_dry() { [[ -n $dry ]] || "$@"; }
 best() { if [[ -n $dry ]]; then echo 1e-4; else prefopt runs "runs_dir=$1" "name=$2-*" "best=$3"; fi; }
 
 # The folders of the runs in $1 whose names begin with $2, for run=.
-runs_in() { (shopt -s nullglob; files=("$1/$2"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
+runs_in() { (shopt -s nullglob; files=("$1/${2:-}"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
 
 # Train methods $1 (with commas), each with the learning rate that is best in the runs of $2; methods named mappo_BASE are
 # objective=mappo objective/base=BASE. The rest are further arguments.

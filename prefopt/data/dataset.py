@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from prefopt import UserError
 from prefopt.config import DatasetConfig, PoliciesConfig, build, parse
 from prefopt.data.formats import Chat, Drop, Format, Item, Message, Pair, content_id
-from prefopt.data.sources import digest, read_rows
+from prefopt.data.sources import check_kind, digest, read_rows
 
 CANNOT_BE_KEPT = ("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long", "identical_after_truncation")
 
@@ -66,6 +66,8 @@ def check_dataset(config: DatasetConfig) -> None:
     """Raise UserError for a data set that cannot be read as it is described, before any row is read."""
     for name, source in sources(config).items():
         where = _key(config, name)
+        for path in filter(None, (source.train, source.heldout)):
+            check_kind(path)
         build(source.format, Format, f"{where}.format")
         check_policies(source.policies, where)
         if source.weight is not None and source.count is not None:
@@ -139,7 +141,10 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
         kept.update(reason for _, defects in found for reason in defects)
     if not items:
         said = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
-        raise UserError(f"nothing is left of the {split} split of data set {config.name} ({said}).")
+        raise UserError(
+            f"nothing is left of the {split} split of data set {config.name} ({said}). Mend the rows; what is done "
+            "about a defect is set by dataset.policies.DEFECT."
+        )
     if len({type(item) for item in items}) > 1:
         raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
     return Split(items, drops, kept, counts)
@@ -175,8 +180,8 @@ def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -
                 f"{where} has no field {error} (its fields: {fields}). {type(make).__name__} rows are: "
                 f"{(type(make).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
             ) from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: {error}.") from None
+        except ValueError as error:
+            raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
         for item in [made] if isinstance(made, Pair | Chat | Drop) else made:
             yield where, item
 
@@ -187,6 +192,8 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     for ours, theirs in columns.items():
         value: Any = row
         for key in theirs.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise KeyError(theirs)
             value = value[key]
         renamed[ours] = value
     return renamed

@@ -5,6 +5,8 @@ import json
 import math
 import random
 import re
+import reprlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,11 +181,16 @@ class NoisyPreferences(Format):
             first = worse[0] if worse[0] != second else worse[1]
         if draw.random() < QUALITIES[self.quality]:
             second = worse[1] if worse[1] != first else worse[0]
-        log_odds = self.label_scale * (scored.rewards[first] - scored.rewards[second])
+        # Beyond 700 the probability is 0 or 1 as it is, and exp has no such number.
+        log_odds = max(-700.0, min(700.0, self.label_scale * (scored.rewards[first] - scored.rewards[second])))
         if draw.random() >= 1 / (1 + math.exp(-log_odds)):
             first, second = second, first
-        prior = row.get(f"rewards_{self.quality}")
-        return scored.pair(first, second, rewards=[None] * n if prior is None else prior)
+        own = f"rewards_{self.quality}"
+        prior = listed(row, own, object, "numbers") if row.get(own) is not None else [None] * n
+        if len(prior) != n:
+            raise ValueError(f"{n} responses have {len(prior)} {own}; each needs one")
+        checked = [None if reward is None else finite(reward, f"each of {own!r}") for reward in prior]
+        return scored.pair(first, second, rewards=checked)
 
 
 # Of the responses in a pair of `NoisyPreferences`, the share that is replaced by worse ones.
@@ -202,11 +209,11 @@ class Scored:
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> "Scored":
-        prompt, responses, rewards = as_messages(row["prompt"]), row["responses"], row["rewards"]
-        finished = row.get("finished", [True] * len(responses))
-        if not responses or not len(responses) == len(rewards) == len(finished):
-            raise ValueError("responses, rewards and finished must be lists of one length of at least 1")
-        rewards = [finite(reward, "each of 'rewards'") for reward in rewards]
+        prompt = as_messages(row["prompt"])
+        responses, finished = responses_of(row)
+        rewards = [finite(reward, "each of 'rewards'") for reward in listed(row, "rewards", object, "numbers")]
+        if len(rewards) != len(responses):
+            raise ValueError(f"{len(responses)} responses have {len(rewards)} rewards; each needs one")
         name = str(row["id"]) if "id" in row else content_id(prompt)
         return cls(name, prompt, responses, rewards, finished)
 
@@ -289,6 +296,14 @@ def as_messages(prompt: Any) -> list[Message]:
     return found
 
 
+def as_prompt(prompt: Any) -> list[Message]:
+    """`as_messages` of what is to be answered. Raises ValueError also where the user's turn does not come last."""
+    found = as_messages(prompt)
+    if problem := role_problem(found):
+        raise ValueError(f"{problem.detail}, and must be user and assistant in turn, after a system message if any")
+    return found
+
+
 def messages(value: Any, key: str) -> list[Message]:
     """Raises ValueError unless `value` is a list of {"role": text, "content": text}; other fields are left out."""
     if not isinstance(value, list) or not value:
@@ -316,13 +331,29 @@ def text(row: dict[str, Any], key: str) -> str:
     return row[key]
 
 
+def responses_of(row: dict[str, Any]) -> tuple[list[str], list[bool]]:
+    """The texts of `responses`, of which there is one at least, and for each whether it ended by itself."""
+    responses = listed(row, "responses", str, "texts")
+    finished = listed(row, "finished", bool, "true and false") if "finished" in row else [True] * len(responses)
+    if not responses or len(finished) != len(responses):
+        raise ValueError("responses must be a list of texts, and finished, if there, as long")
+    return responses, finished
+
+
+def listed(row: dict[str, Any], key: str, kind: type, name: str) -> list[Any]:
+    if not isinstance(row[key], list) or not all(isinstance(value, kind) for value in row[key]):
+        raise ValueError(f"field {key!r} must be a list of {name}")
+    return row[key]
+
+
 def number(row: dict[str, Any], key: str) -> float:
     return finite(row[key], f"field {key!r}")
 
 
 def finite(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, is {value!r}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # of NaN that is false too
+        raise ValueError(f"{what} must be a finite number, is {reprlib.repr(value)}")
     return float(value)
 
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +43,7 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
     Raises UserError, naming file and row, for what is missing, empty or not readable.
     """
     file = resolve_path(path)
+    check_kind(path)
     if not path.endswith(SUFFIXES):
         if split is None:
             raise UserError(
@@ -57,13 +59,21 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
     found, splits = False, set()
     for where, row in rows:
         found = True
-        splits.add(row.get("split", split))
+        splits.add(str(row.get("split", split)))
         if split is None or row.get("split", split) == split:
             yield where, row
     if not found:
         raise UserError(f"data file {path} is empty. It must hold at least one row.")
     if split is not None and split not in splits:
-        raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(map(str, splits)))}.")
+        raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(splits))}.")
+
+
+def check_kind(path: str) -> None:
+    """Raise UserError for a file of a kind that cannot be read."""
+    if not path.endswith(SUFFIXES) and resolve_path(path).is_file():
+        raise UserError(
+            f"data file {path} is of no kind that can be read: give one that ends in {', '.join(SUFFIXES)}."
+        )
 
 
 def digest(path: str, split: str = "train", revision: str | None = None) -> str:
@@ -77,7 +87,7 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
         text = "".join(f"{f.relative_to(file)} {_sha256(f)}\n" for f in files)
         return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
     if path.endswith(SUFFIXES):
-        raise Lacking(f"data file {path} does not exist.")
+        raise Lacking(f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name.")
     return _fingerprint(path, split, revision)
 
 
@@ -102,9 +112,9 @@ def _sha256_of(file: Path, size: int, changed_ns: int) -> str:
 def _from_json(path: str, file: Path) -> Iterator[tuple[str, Row]]:
     opener = gzip.open if path.endswith(".gz") else open
     try:
-        with opener(file, "rt", encoding="utf-8") as stream:
+        with opener(file, "rb") as stream:
             if path.removesuffix(".gz").endswith(".json"):
-                values = json.load(stream)
+                values = _parsed(path, stream.read(), "For one object a line, name the file .jsonl")
                 if not isinstance(values, list):
                     raise UserError(f"{path} must hold a list of JSON objects, is a {type(values).__name__}.")
                 yield from ((where, _object(where, v)) for where, v in _numbered(path, values))
@@ -112,15 +122,20 @@ def _from_json(path: str, file: Path) -> Iterator[tuple[str, Row]]:
             for n, line in enumerate(stream, start=1):
                 if line.strip():
                     where = f"{path}, row {n}"
-                    try:
-                        value = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{where} is not JSON: {error}. Each line must be one JSON object.") from None
-                    yield where, _object(where, value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}. For one object a line, name the file .jsonl") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}. It must be UTF-8 text.") from None
+                    yield where, _object(where, _parsed(where, line, "Each line must be one JSON object, in UTF-8."))
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data file {path} cannot be read: {error}. Get it again, or give another file.") from None
+
+
+def _parsed(where: str, data: bytes, hint: str) -> Any:
+    """Raises UserError for what is not JSON, not UTF-8, or not text at all."""
+    try:
+        value = json.loads(data.decode())
+        if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair stands for no character, and nothing reads it
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}. {hint}") from None
+    return value
 
 
 def _from_parquet(path: str, file: Path) -> Iterator[tuple[str, Row]]:
@@ -130,8 +145,9 @@ def _from_parquet(path: str, file: Path) -> Iterator[tuple[str, Row]]:
     try:
         batches = pq.ParquetFile(file).iter_batches()
         yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"data file {path} cannot be read: {str(error).splitlines()[0]}.") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"data file {path} cannot be read: {reason}. Get it again, or give another file.") from None
 
 
 def _from_datasets(path: str, split: str, revision: str | None) -> Iterator[tuple[str, Row]]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt import UserError
@@ -211,10 +210,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_gene
     jinja2's sandbox keeps from it."""
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except TemplateError as error:
+    except Exception as error:  # a template is somebody's program, and may refuse turns that it does not know
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} cannot write a conversation of the turns "
-            f"{', '.join(m['role'] for m in messages)}: {error}. Look at the template, and at the data's roles."
+            f"the chat template of {tokenizer.name_or_path} cannot write {', '.join(m['role'] for m in messages)}: "
+            f"{reason}. Use a model with another template, or leave out rows with such turns."
         ) from None
     assert isinstance(text, str)
     return text

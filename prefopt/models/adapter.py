@@ -28,8 +28,11 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
     conversions = getattr(model, "_weight_conversions", None)
     try:
         model.load_adapter(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"peft.path={path} cannot be loaded into the model: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"peft.path={path} cannot be loaded into the model: {str(error).splitlines()[0]} Give an adapter that was "
+            "made for this model."
+        ) from None
     # transformers keeps how the adapter's names were read, and would write the model's own names by it.
     model._weight_conversions = conversions  # type: ignore[assignment]  # a list
     merge(model)
@@ -42,11 +45,26 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
     """Put a fresh adapter, which changes nothing yet, on the layers that `config` names: from now on it is all that is
     trainable, besides the head of a reward model. Its initial values are a function of `seed`.
 
-    Raises UserError where there are no such layers, or the head is one of them: prefopt applies it to chosen positions
-    alone, and its weight is that of the embeddings in many models.
+    Raises UserError as `adapter_layers` does.
     """
     from peft import LoraConfig
 
+    targets = adapter_layers(model, config)
+    torch.manual_seed(seed)
+    model.add_adapter(
+        LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
+    )
+    model.eval()
+    if hasattr(model, "score"):
+        cast(nn.Linear, model.score).requires_grad_(True)
+
+
+def adapter_layers(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """The names of the layers that `config` puts an adapter on.
+
+    Raises UserError where there are no such layers, or the head is one of them: prefopt applies it to chosen positions
+    alone, and its weight is that of the embeddings in many models.
+    """
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     targets = {name for name in linear if name.rpartition(".")[2] in config.target_modules}
     heads = {name for name, m in model.named_modules() if m is model.get_output_embeddings() or name == "score"}
@@ -57,13 +75,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
             + (f"{', '.join(targets & heads)} is the head, which takes no adapter" if targets else "there are none")
             + f" in {model.config.model_type}. Its layers are: {', '.join(names)}."
         )
-    torch.manual_seed(seed)
-    model.add_adapter(
-        LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=sorted(targets))
-    )
-    model.eval()
-    if hasattr(model, "score"):
-        cast(nn.Linear, model.score).requires_grad_(True)
+    return sorted(targets)
 
 
 def save_adapter(model: PreTrainedModel, target: Path) -> None:

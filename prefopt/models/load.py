@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,18 +37,21 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision if own else None, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("tokenizer", config, error)) from None
+    except Exception as error:  # whatever reading somebody's files raises
+        given = f"model.path={path}" if own else f"model.tokenizer={path}"
+        raise UserError(_cannot_load("tokenizer", given, path, error)) from None
     check_chat_template(tokenizer)
     return tokenizer
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise UserError, before any weight is read, for a model that cannot be found."""
+def check_model(config: ModelConfig, key: str = "model.path") -> None:
+    """Raise UserError, before any weight is read, for a model that cannot be found. `key`: where the user named it."""
     try:
         AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("model", config, error)) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever reading somebody's files raises
+        raise UserError(_cannot_load("model", f"{key}={config.path}", config.path, error)) from None
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,11 +145,14 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
             revision=config.revision,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are among what is lacking
             use_safetensors=True,
             **{"trust_remote_code": False} | changes,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(_cannot_load("model", config, error)) from None
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever reading somebody's files raises
+        raise UserError(_cannot_load("model", f"path={config.path}", config.path, error)) from None
     return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
 
 
@@ -205,7 +210,13 @@ def _convert_gguf(gguf: Path) -> Path:
         return target
     say(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
     transformers_logging.disable_progress_bar()
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever reading somebody's file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model file {gguf} cannot be read: {reason}. Get it again, or give another model.") from None
     # A model loaded from GGUF refuses save_pretrained, so its weights move into one made from its config.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -222,16 +233,15 @@ def _convert_gguf(gguf: Path) -> Path:
     return target
 
 
-def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    folder = Path(config.path)
+def _cannot_load(what: str, given: str, path: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    folder = Path(path)
     if what == "model" and folder.is_dir() and (pickles := [f for s in PICKLES for f in sorted(folder.rglob(s))]):
         reason = (
             f"{pickles[0].relative_to(folder)} is a pickle (PyTorch's or DeepSpeed's), which could run any code and is "
             "not read; weights must be safetensors. If you trust it, convert it with the program that wrote it."
         )
-    given = f"tokenizer={config.tokenizer}" if what == "tokenizer" and config.tokenizer else f"path={config.path}"
     return (
-        f"no {what} can be loaded from model.{given}: {reason}\nGive a hub name (with network), a folder "
+        f"no {what} can be loaded from {given}: {reason}\nGive a hub name (with network), a folder "
         "that save_pretrained wrote, or model=smollm2_135m_offline."
     )

@@ -39,6 +39,11 @@ def choose_layout(
     reason = ""
     with autocast(model.device, precision):
         expected = torch.stack([_own_numbers(model, group.prompt, c) for c in group.completions], -1)
+        if not expected.isfinite().all():
+            raise UserError(
+                f"the {model.config.model_type} gives {expected.flatten()[0]:g} for a row of the data, so its weights "
+                "hold what is no number, or are too large. Get the checkpoint again."
+            )
         for candidate in names[names.index(name) :]:
             try:
                 if candidate == "packed":

@@ -1,11 +1,11 @@
 """The policies that a run has left, for the jobs that evaluate them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
+from prefopt.liveness import load_record
 from prefopt.records import last_step
 
 
@@ -24,7 +24,9 @@ def record_of(run: str) -> dict[str, Any]:
     file = Path(run) / "record.json"
     if not file.is_file():
         raise UserError(f"run={run} is no run's folder: it holds no record.json")
-    record: dict[str, Any] = json.loads(file.read_text())
+    record = load_record(file)
+    if not isinstance(record.get("config"), dict) or "model" not in record["config"]:
+        raise UserError(f"run={run} is no training run: its record.json says of no model which it began from")
     return record
 
 

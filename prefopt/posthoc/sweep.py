@@ -15,12 +15,13 @@ from typing import Any
 
 from rich.table import Table
 
+from prefopt import UserError
 from prefopt.config import AlpacaConfig, HarnessConfig, ModelConfig
 from prefopt.launch import Launcher, checked, command_of, snapshot, verdict, wait
-from prefopt.liveness import here
+from prefopt.liveness import UNDER_WAY, here
 from prefopt.paths import write_json
 from prefopt.program import Launch, Point
-from prefopt.runs import console
+from prefopt.runs import console, look
 
 SCHEMAS: dict[str, type[HarnessConfig | AlpacaConfig]] = {"harness": HarnessConfig, "alpaca": AlpacaConfig}
 
@@ -60,6 +61,9 @@ def sweep(program: str, check: Callable[[Any], ModelConfig]) -> Launch:
         console().print(shown)
         if dry_run:
             return 0
+        begun = look([task.folder for task in tasks if (task.folder / "record.json").is_file()])
+        if busy := [each.folder for each in begun if each.state in UNDER_WAY]:
+            raise UserError(f"{busy[0]} belongs to a sweep that is under way. Wait for it, or give another folder.")
         code = snapshot(folder / "code")
         for task, point in zip(tasks, points, strict=True):
             told = {"command": command_of(program, point.overrides), "code": str(code)}

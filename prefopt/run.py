@@ -19,7 +19,7 @@ from typing import Any
 
 from prefopt import UserError
 from prefopt.config import ROOT, TrainConfig
-from prefopt.liveness import amend, here, hold, holds, now, read_record
+from prefopt.liveness import amend, here, hold, holds, load_record, now, read_record
 from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
 

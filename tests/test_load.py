@@ -31,7 +31,7 @@ from prefopt.launch import plan_sweep, wait
 from prefopt.liveness import here
 from prefopt.loggers import Loggers, read_metrics
 from prefopt.paths import lines_from_end
-from prefopt.program import Composed, Composer, Point
+from prefopt.program import Composer, Point
 from prefopt.report import labels
 from prefopt.runs import Look
 from tests.tiny import ROOT
@@ -42,7 +42,7 @@ from tests.tiny import ROOT
 def composed(static: list[str], arguments: list[str]) -> tuple[list[Point], int]:
     """The points of a multirun, and how often Hydra was asked to compose one from its files."""
     register()
-    found: list[Composed] = []
+    found: list[list[Point]] = []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         given = [*static, *arguments]
@@ -59,7 +59,7 @@ def composed(static: list[str], arguments: list[str]) -> tuple[list[Point], int]
         sweeper = Composer(None, None)
         sweeper.setup(hydra_context=SimpleNamespace(config_loader=loader), task_function=found.append, config=master)
         sweeper.sweep(given)
-    return found[0].points, len(asked)
+    return found[0], len(asked)
 
 
 GRIDS = {
@@ -82,7 +82,7 @@ def test_points_are_what_hydra_composes_and_each_choice_of_files_is_read_once(gr
     arguments, choices = GRIDS[grid]
     points, asked = composed([f"runs_dir={tmp_path}"], arguments)
     assert asked == choices < len(points)
-    assert (next(tmp_path.rglob("multirun.yaml"))).is_file()
+    assert not list(tmp_path.iterdir())
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for point in points:
             expected = compose("train", point.overrides)

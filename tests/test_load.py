@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import prefopt.launch
 import prefopt.runs
-from prefopt import paths, slurm
+from prefopt import estimate, paths
 from prefopt.bench import load
 from prefopt.config import register
 from prefopt.data import sources
@@ -112,7 +112,7 @@ def count(monkeypatch, place, name: str) -> list[tuple]:
 @pytest.mark.parametrize("n", [2, 8])
 def test_planning_reads_data_and_model_once_and_asks_slurm_once(n, overrides, tmp_path, monkeypatch):
     sources._sha256_of.cache_clear()
-    slurm._parameters.cache_clear()
+    estimate._parameters.cache_clear()
     hashed, models = count(monkeypatch, hashlib, "file_digest"), count(monkeypatch, AutoModelForCausalLM, "from_config")
     monkeypatch.setattr(prefopt.runs, "slurm_queue", lambda: questions.append(1) or {"7_0": "RUNNING"})
     more = ["launcher=slurm", "launcher.gpus=0", f"seed={','.join(map(str, range(n)))}"]
@@ -134,15 +134,15 @@ def test_planning_reads_data_and_model_once_and_asks_slurm_once(n, overrides, tm
 def test_waiting_does_not_look_again_at_what_has_finished(tmp_path, monkeypatch):
     folders = [tmp_path / f"run{i}" for i in range(6)]
     for folder in folders:
-        paths.write_json(folder / "record.json", {"status": "finished"})
-    paths.write_json(folders[0] / "record.json", {"status": "queued"} | here())
+        paths.write_json(folder / "record.json", {"name": "run", "status": "finished"})
+    paths.write_json(folders[0] / "record.json", {"name": "run", "status": "queued"} | here())
     reads = count(monkeypatch, prefopt.runs, "read_record")
     polls: list[float] = []
 
     def sleep(seconds: float) -> None:
         polls.append(seconds)
         if len(polls) == 5:
-            paths.write_json(folders[0] / "record.json", {"status": "finished"})
+            paths.write_json(folders[0] / "record.json", {"name": "run", "status": "finished"})
 
     monkeypatch.setattr(prefopt.launch.time, "sleep", sleep)
     assert [each.state for each in wait(folders)] == ["finished"] * 6

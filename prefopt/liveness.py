@@ -127,8 +127,8 @@ def load_record(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}. Bring it back, or move its folder away.") from None
-    if not isinstance(record, dict) or not {"name", "status"} <= record.keys():
-        raise UserError(f"{file} is no run's record: it needs name and status. Bring it back, or move its folder away.")
+    if not isinstance(record, dict) or "status" not in record:
+        raise UserError(f"{file} is no run's record: it has no status. Bring it back, or move its folder away.")
     return record
 
 

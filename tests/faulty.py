@@ -18,7 +18,7 @@ from prefopt.objectives.dpo import DPO
 @dataclass(frozen=True)
 class Faulty(DPO):
     """DPO; `fault` is none, raise, raise_in_second (process of two), stop (asked to, in training), exit, leave (exit
-    code 0), kill, or a file to wait for. In training only: nan and gradient (of pairs with a chosen completion of 28
+    code 0), kill, or a file to wait for. In training only: loss and gradient (of pairs with a chosen completion of 28
     tokens), memory (suffices for one pair), and at the n-th call in one process, as $FAULT_AT="RANK N" says: hang,
     freeze, die. $MENDED turns it off."""
 
@@ -55,7 +55,7 @@ class Faulty(DPO):
         if fault == "memory" and len(chosen) > 1:
             torch.empty(2**60, dtype=torch.uint8)
         bad = (inputs.chosen_lengths == 28).nonzero()[:, 0]
-        if fault == "nan":
+        if fault == "loss":
             return chosen.index_fill(0, bad, torch.nan)
         if fault == "gradient":  # the square root of 0: a value like any other, whose derivative is not finite
             zero = chosen[bad] - chosen[bad].detach()

@@ -135,7 +135,7 @@ def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):
     [
         (["run=nowhere"], "run=nowhere is no run's folder"),
         (["run=x", "precision=float16"], "precision must be auto, bfloat16 or float32"),
-        (["run=x", "checkpoints=some"], "checkpoints must be final or all"),
+        (["run=x", "checkpoints=some"], "checkpoints must be final, all or initial"),
         (["run=x", "batch_size=0"], "batch_size must be at least 1"),
         (["run=x", "limit=0"], "limit must be at least 1"),
         ([], "give run=FOLDER, or a model with output=FOLDER"),

@@ -493,7 +493,9 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
     monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["id"], given["resume"])))
     config = parse(point(*overrides(tmp_path), "logger=wandb").cfg, TrainConfig)
     for start in (0, 2):
-        Loggers(Run(config, "dpo", {}), config.logger, start).close()
+        run = Run(config, "dpo", {})
+        run.folder.mkdir(exist_ok=True)
+        Loggers(run, config.logger, start).close()
     assert len(set(seen)) == 1
     assert seen[0][1] == "allow"
 

@@ -312,12 +312,10 @@ def test_without_the_hub_only_check_works(tmp_path):
 def test_the_preflight_passes_what_is_there_or_local(cluster, tiny_folder):
     assert missing(*on_the_hub()) == []
     local = DatasetConfig("x", str(tiny_folder / "train.jsonl"), "no_such.jsonl")
-    for path in (
-        str(tiny_folder / "model"),
-        "package://no_such/x.gguf",
-        "/no/such/folder",
-    ):  # loading says what is wrong
+    for path in (str(tiny_folder / "model"), "package://no_such/x.gguf"):  # loading says what is wrong
         assert missing(ModelConfig("x", path), local) == []
+    (said,) = missing(ModelConfig("x", "/no/such/folder"), local)
+    assert "model.path=/no/such/folder: it is neither a folder here nor a name on the hub" in said
 
 
 def test_the_preflight_names_what_is_missing_with_the_command(cluster, monkeypatch):

@@ -105,11 +105,41 @@ def test_mmpos_grid_is_its_table_3(row):
 
 
 def test_mmpos_grid_has_no_other_blocks():
-    blocks = {name for name in SWEEPS if name.startswith("mmpo/") and "/sft" not in name}
+    others = ("sft", "tuning", "ablation", "margin")
+    blocks = {name for name in SWEEPS if name.startswith("mmpo/") and not name.split("/")[1].startswith(others)}
     assert blocks == {
         f"mmpo/{row['model'].replace('.', '_').replace('-', '_')}_{row['objective']}" for row in table("mmpo_table_3")
     }
     assert sum(len(jobs(name)) for name in blocks) == 45  # three models at four betas and one at three, three methods
+
+
+def test_mmpos_ablations_are_those_of_its_section_5():
+    """One switch each of the tuned run of SmolLM2-360M at beta 0.05; and the fork's margin on SmolLM2-135M."""
+    switches = {
+        "length": ("length_normalize", True),
+        "entropy": ("entropy_bonus", True),
+        "auxiliary": ("auxiliary_weight", 0.0),
+        "normalization": ("normalization", "none"),
+    }
+    configs = [run.record["config"] for run in jobs("mmpo/smollm2_360m_mmpo")]
+    (tuned,) = [config for config in configs if config["objective"]["beta"] == 0.05]
+    for name, (key, value) in switches.items():
+        (run,) = jobs(f"mmpo/ablation_{name}")
+        config = run.record["config"]
+        changed = {"objective": tuned["objective"] | {key: value}, "runs_dir": "runs/paper/mmpo/ablations"}
+        assert config == tuned | changed
+    assert [r.record["config"]["objective"]["margin"] for r in jobs("mmpo/margin")] == [0.8] * 4
+
+
+def test_mmpos_tuning_is_the_forks():
+    counts = {"dpo": 7, "simpo": 35, "mmpo": 14}
+    for name, n in counts.items():
+        configs = [run.record["config"] for run in jobs(f"mmpo/tuning_{name}")]
+        assert len(configs) == n
+        assert {c["epochs"] for c in configs} == {2}
+        assert {c["optimizer"]["lr"] for c in configs} == {1e-3, 5e-4, 1e-4, 5e-5, 1e-5, 5e-6, 1e-6}
+    ratios = {run.record["config"]["objective"]["gamma_beta_ratio"] for run in jobs("mmpo/tuning_simpo")}
+    assert ratios == {0.3, 0.5, 1.0, 1.4, 1.6}
 
 
 def test_mappos_runs_are_its_table_2():
@@ -150,10 +180,13 @@ def test_mappos_online_runs(name):
 
 def test_madpos_runs_are_its_settings():
     methods = {row["method"].replace("-", "_") for row in table("madpo_table_1")}
-    configs = [run.record for run in jobs("madpo/paper")]
+    configs = [run.record for run in jobs("madpo/methods")]
     assert {r["objective"] for r in configs} == methods
     assert len(configs) == 4 * 3 * 3
-    for record in configs + [run.record for run in jobs("madpo/sensitivity")]:
+    ablation = [run.record for run in jobs("madpo/ablation")]
+    assert {r["config"]["objective"]["only"] for r in ablation} == {None, "amplification", "damping"}
+    assert len(ablation) == 3 * 3 * 3
+    for record in configs + ablation + [run.record for run in jobs("madpo/sensitivity")]:
         config = record["config"]
         assert [config["peft"][k] for k in ("r", "alpha", "dropout")] == [16, 32, 0.05]
         assert (config["optimizer"]["lr"], config["epochs"], config["batch_size"]) == (1e-5, 2, 32)

@@ -123,9 +123,11 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None):
-    """Of a real process where it is given variables that libraries read when they are imported."""
+    """Of a process that is not forked where it has variables that libraries read when they are imported, or runs in
+    another checkout."""
     environment = ENVIRONMENT | (env or {})
-    if program in forked.PROGRAMS and all(key.startswith("PREFOPT_") for key in env or {}):
+    elsewhere = cwd != ROOT and (cwd / "prefopt").is_dir()
+    if program in forked.PROGRAMS and not elsewhere and all(key.startswith("PREFOPT_") for key in env or {}):
         return forked.run(list(args), program, cwd, environment)
     return subprocess.run(command(*args, program=program), cwd=cwd, env=environment, capture_output=True, text=True)
 

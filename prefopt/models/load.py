@@ -152,7 +152,7 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever reading somebody's files raises
-        raise UserError(_cannot_load("model", f"path={config.path}", config.path, error)) from None
+        raise UserError(_cannot_load("model", f"model.path={config.path}", config.path, error)) from None
     return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
 
 

@@ -299,6 +299,8 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
     order = [plain(row["model"]) for row in read_csv(config.published, "mmpo_tables_1_2.csv")]  # by size
     points.sort(key=lambda p: order.index(plain(p.model)) if plain(p.model) in order else len(order))
     by_source = {"ours": points, "published": published}
+    like = as_published(metric, found)
+    drawn = {"ours": points} | ({"published": published} if not points or "win_rate" in like else {})  # one metric
     notes = [
         "Paper: length-controlled win rate of AlpacaEval 2 against the SFT model of the same size, mean of two judges; "
         "LM accuracy, mean of ten tasks; standard errors are not known. Differences are "
@@ -324,17 +326,16 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         if both
         else "Win rate by epoch. "
     )
-    caption += (
-        "Faint: the published runs, length-controlled and by gpt-4o-mini alone, SimPO without length normalization. "
-        "Their accuracies by epoch are not known, so they have no place in a panel with accuracy."
-        if points
-        else "These are the published runs, length-controlled and by gpt-4o-mini alone, SimPO without length "
-        "normalization. Their accuracies by epoch are "
-        "not known, so the paper's figures with accuracy cannot be drawn from them."
+    alone = (
+        "the published runs, length-controlled and by gpt-4o-mini alone, SimPO without length normalization. Their "
+        "accuracies by epoch are not known, so "
     )
+    if not points:
+        caption += f"These are {alone}the paper's figures with accuracy cannot be drawn from them."
+    elif "published" in drawn:
+        caption += f"Faint: {alone}they have no place in a panel with accuracy."
     output, name = Path(config.output), metric.name if metric else "length-controlled win rate"
     spread = [row for source, own in by_source.items() for row in spreads(own, source)]
-    like = as_published(metric, found)
     tables = [peak_table(points, config.published, by, like, notes) for by in ("accuracy", "win_rate")]
     spread_caption = (
         "Win rates of all β at the last epoch, a bar from the lowest to the highest; hollow where they are published "
@@ -343,8 +344,8 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
     tables += [spread_table(spread, notes_of_spread)]
     tables += policies_table("mmpo", found, metric, models, [*_what(metric, found), *origin(records, config)])
     return tables, [
-        Figure("Through the epochs", caption, draw_paths(points, sft, published, name, output)),
-        Figure("Spread over β", spread_caption, draw_spread(by_source, output)),
+        Figure("Through the epochs", caption, draw_paths(points, sft, drawn.get("published", []), name, output)),
+        Figure("Spread over β", spread_caption, draw_spread(drawn, output)),
     ]
 
 

@@ -139,7 +139,7 @@ def best(looks: list[Look], key: str) -> Any:
 
 
 def select(config: RunsConfig) -> list[Look]:
-    if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+    if config.name in ("", "..") or "/" in config.name:
         raise UserError(f"name={config.name} must be the name of a run's folder in runs_dir; * stands for anything")
     folders = sorted(file.parent for file in Path(config.runs_dir).glob(f"{config.name}/record.json"))
     return [each for each in look(folders) if not config.status or each.state in config.status]
@@ -155,8 +155,6 @@ def main(cfg: DictConfig) -> None:
             f"runs_dir={config.runs_dir}: there is no such folder. The first run makes it: python -m prefopt.train "
             f"runs_dir={config.runs_dir}"
         )
-    if not config.name or "/" in config.name:
-        raise UserError(f"name={config.name} must be the name of a run's folder, in which * stands for anything")
     if config.best:
         print(best(select(config), config.best))
         return

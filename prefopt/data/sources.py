@@ -51,7 +51,7 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
             )
         rows = _from_datasets(path, split, revision)
     elif not file.is_file():
-        raise Lacking(f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name.")
+        raise _nowhere(path)
     elif path.endswith(".parquet"):
         rows = _from_parquet(path, file)
     else:
@@ -66,6 +66,10 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
         raise UserError(f"data file {path} is empty. It must hold at least one row.")
     if split is not None and split not in splits:
         raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(splits))}.")
+
+
+def _nowhere(path: str) -> Lacking:
+    return Lacking(f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name.")
 
 
 def check_kind(path: str) -> None:
@@ -87,7 +91,7 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
         text = "".join(f"{f.relative_to(file)} {_sha256(f)}\n" for f in files)
         return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
     if path.endswith(SUFFIXES):
-        raise Lacking(f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name.")
+        raise _nowhere(path)
     return _fingerprint(path, split, revision)
 
 

@@ -7,7 +7,7 @@ methods=dpo,simpo,mmpo
 runs=runs/mini/mmpo
 results=results/mini/mmpo
 
-sweep train +sweep=mini/mmpo "runs_dir=$runs/tuning" exports=1 eval_every=10 seed=100 objective.beta=0.1 \
+sweep train +sweep=mini/mmpo "runs_dir=$runs/tuning" exports=1 seed=100 objective.beta=0.1 \
     optimizer.lr=2e-5,5e-5,1e-4 "objective=$methods"
 train_best $methods $runs/tuning +sweep=mini/mmpo
 
@@ -15,7 +15,7 @@ train_best $methods $runs/tuning +sweep=mini/mmpo
 pairs=${PAIRS:-../shared/data/preferences/ultrafeedback_train.jsonl}
 heldout=${HELDOUT:-../shared/data/preferences/ultrafeedback_eval.jsonl}
 if [[ -f $pairs ]]; then
-    train_best $methods $runs/tuning +sweep=mini/mmpo "runs_dir=$runs/real" exports=1 eval_every=10 objective.beta=0.1 \
+    train_best $methods $runs/tuning +sweep=mini/mmpo "runs_dir=$runs/real" exports=1 objective.beta=0.1 \
         dataset=jsonl dataset.name=ultrafeedback "dataset.train=$pairs" "dataset.heldout=$heldout" heldout_pairs=null \
         max_prompt_tokens=200 max_completion_tokens=200
 else

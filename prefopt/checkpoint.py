@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt import UserError
 from prefopt.progress import say
+from prefopt.ranks import pulse
 
 KEPT = 2  # checkpoints, the second for the case that the first is damaged on the disk
 SUMS = "SHA256SUMS"
@@ -43,6 +44,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     try:
         for name, group in tensors.items():
             save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
+            pulse()
         (aside / "meta.json").write_text(json.dumps({"step": step, **meta}))
         (aside / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(aside).items()))
         publish(aside, target)
@@ -107,6 +109,7 @@ def checksums(folder: Path) -> dict[str, str]:
         if path.name != SUMS:
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            pulse()
     return found
 
 

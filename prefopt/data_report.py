@@ -188,7 +188,7 @@ def evaluation_keys(path: str) -> list[str]:
 def overlap_section(config: DataReportConfig, splits: Splits, evaluation: dict[str, list[str]]) -> list[Section]:
     """Prompts that the splits have in common with each other and with evaluation files, before any is dropped for
     it."""
-    keys = {name: [prompt_key(prompt_of(item)) for item in load_split(config.dataset, name).items] for name in splits}
+    keys = {name: [prompt_key(prompt_of(item)) for item in load_split(config.dataset, name)] for name in splits}
     others = {name: keys[name] for name in keys if name != "train"} | evaluation
     rows: list[tuple[Any, ...]] = []
     notes = ["Prompts are compared without system message, all whitespace made one blank; nothing is dropped before."]

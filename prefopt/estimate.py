@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,16 +90,19 @@ def _rows(source: str) -> Rows | None:
     values = json.loads(source)
     config = DatasetConfig(**values | {"policies": PoliciesConfig(**values["policies"])})
     try:
-        items = load_split(config, "train").items
+        split = load_split(config, "train")
     except UserError:
         n, characters = KNOWN.get(config.train or "", (0, ()))
         n = config.count or round(n * (config.weight or 1))
         return (n, tuple(c / CHARACTERS_PER_TOKEN for c in characters)) if n else None
-    texts = [
-        (item.prompt, item.chosen, item.rejected) if isinstance(item, Pair) else (item.messages,) for item in items
-    ]
-    lengths = [[len(t) if isinstance(t, str) else sum(len(m["content"]) for m in t) for t in own] for own in texts]
-    return len(items), tuple(sum(part) / len(items) / CHARACTERS_PER_TOKEN for part in zip(*lengths, strict=True))
+    total = Counter[int]()
+    for item in split:
+        messages = item.prompt if isinstance(item, Pair) else item.messages
+        total[0] += sum(len(message["content"]) for message in messages)
+        if isinstance(item, Pair):
+            total[1] += len(item.chosen)
+            total[2] += len(item.rejected)
+    return len(split), tuple(total[i] / len(split) / CHARACTERS_PER_TOKEN for i in sorted(total))
 
 
 def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:

@@ -22,7 +22,7 @@ import yaml
 from prefopt import UserError
 from prefopt.data.formats import Message
 from prefopt.keys import mask
-from prefopt.paths import write_json, write_whole
+from prefopt.paths import named, write_json, write_whole
 from prefopt.progress import say
 from prefopt.scorers import Request, RewardScorer
 from prefopt.store import locked
@@ -276,9 +276,10 @@ class LanguageModelJudge(Judge):
                 def save(self, path: str | None = None) -> None:
                     """Whole or not at all: what is in this file was paid for."""
                     aside = annotations.with_suffix(".tmp")
-                    super().save(aside)
-                    aside.write_text(mask(aside.read_text()))  # a server may say anything
-                    aside.replace(annotations)
+                    with named(annotations):
+                        super().save(aside)
+                        aside.write_text(mask(aside.read_text()))  # a server may say anything
+                        aside.replace(annotations)
 
                 def load_(self, path: str | None = None) -> None:
                     """As numbers that may become 1.5, also where all that is known is 1 or 2."""

@@ -35,7 +35,7 @@ from prefopt.optim import Schedule
 from prefopt.paths import cache_dir, write_json, write_whole
 from prefopt.posthoc.oracle import Oracle
 from prefopt.progress import Bar, say, track
-from prefopt.ranks import by_first, gather, is_first, rank, watch, world_size
+from prefopt.ranks import by_first, gather, is_first, pulse, rank, world_size
 from prefopt.run import Run
 
 # Policy and reference are the same function of the same weights before the first step; what is left is rounding.
@@ -131,8 +131,6 @@ def train(job: Job) -> list[dict[str, Any]]:
             best = Best(tensors.get("best", {}), **meta.get("best", {}))
         say(f"  going on from step {start} of {steps} ({checkpoint})")
     logger = Loggers(run, config.logger, start)
-    limit_s = config.engine.hang_s
-    watch(limit_s)
     try:
         if start == 0:
             metrics = evaluate_once(job, 0)
@@ -141,7 +139,7 @@ def train(job: Job) -> list[dict[str, Any]]:
         with Bar("training", steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in upcoming(job, start):
                 metrics = train_step(job, step, micro_batches)
-                watch(limit_s)
+                pulse()
                 done = step + 1
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == steps:
@@ -152,17 +150,16 @@ def train(job: Job) -> list[dict[str, Any]]:
                 leave = not over and stop.requested()
                 # Before the checkpoint: a run that goes on from there would not come by here again.
                 if job.export and done in exports and not over:
-                    by_first(partial(job.export, run.folder / "policies" / f"step_{done:07d}"), limit_s)
+                    by_first(partial(job.export, run.folder / "policies" / f"step_{done:07d}"))
                 if (done % config.save_every == 0 and not over) or leave:
                     state = engine.state() | {"objective": job.state} | best.state()
-                    by_first(partial(save_checkpoint, run.checkpoints, done, state, best.meta()), limit_s)
+                    by_first(partial(save_checkpoint, run.checkpoints, done, state, best.meta()))
                 if leave:
                     raise stop.Interrupted(f"saved after step {done} of {steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
                 if over:
                     break
     finally:
-        watch(None)
         logger.close()
     best.restore(job)
     last = steps if config.patience is None else best.step
@@ -433,7 +430,7 @@ def by_side(job: Job, name: str, values: Tensor) -> dict[str, Any]:
 
 def evaluate_once(job: Job, step: int) -> dict[str, Any]:
     """`evaluate` by the first process, while the others wait."""
-    return by_first(partial(evaluate, job, step), job.config.engine.hang_s) or {}
+    return by_first(partial(evaluate, job, step)) or {}
 
 
 def evaluate(job: Job, step: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Where things lie: files inside installed packages, the user's cache folder, and how a file comes to be."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -84,5 +85,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    aside.replace(path)
+    with named(path):
+        try:
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            aside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)  # what there is of it may be what fills the disk
+            raise
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """The system's error of a full disk names no file: here it names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

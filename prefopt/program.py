@@ -1,6 +1,7 @@
 """What every command-line program shares: Hydra composes, errors are shown, the exit code tells."""
 
 import copy
+import errno
 import functools
 import logging
 import os
@@ -84,6 +85,12 @@ class Composer(Sweeper):
         self.program(points)
 
 
+# What the system says of a disk that is full, read-only, forbidden, failing or gone.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+           errno.ENOTCONN, errno.ENODEV)  # fmt: skip
+STORAGE_ADVICE = (
+    "Make room there, or bring the disk or the rights back. What was done is kept; the same command goes on from it."
+)
 SWEEP_FOLDER = "hydra.sweep.dir="
 Launch = Callable[[list[Point], Path, bool], int]
 
@@ -172,8 +179,9 @@ def sweep_folder(cfg: DictConfig) -> Path:
 
 
 def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
-    """Call `job`. What it raises is shown on stderr, and its first line added to `failures`: 2 for a UserError, 75 for
-    a run that was asked to stop, 1 for any other exception. Otherwise what it returns, or 0."""
+    """Call `job`. What it raises is shown on stderr, and its first line added to `failures`: 2 for a UserError and
+    for a disk that fails, 75 for a run that was asked to stop, 1 for any other exception. Otherwise what it returns,
+    or 0."""
     try:
         return job() or 0
     except UserError as error:
@@ -184,9 +192,12 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
         failures.append(_describe(error))
         return EXIT_CODE
-    except Exception as error:  # a fault of ours, or of the machine: shown whole
-        traceback.print_exc()
+    except Exception as error:
         failures.append(_describe(error))
+        if isinstance(error, OSError) and error.errno in STORAGE:
+            print(f"error: {error}. {STORAGE_ADVICE}", file=sys.stderr)
+            return 2
+        traceback.print_exc()  # a fault of ours, or of the machine: shown whole
         return 1
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from prefopt.ranks import is_first
+from prefopt.ranks import is_first, pulse
 
 T = TypeVar("T")
 LINE_EVERY_S = 10.0
@@ -58,6 +58,7 @@ class Bar:
                 _Live.progress = None
 
     def advance(self, note: str = "", by: int = 1) -> None:
+        pulse()
         self.done += by
         now = time.monotonic()
         if self.live and _Live.progress:

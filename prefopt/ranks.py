@@ -9,6 +9,7 @@ import datetime
 import faulthandler
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -67,34 +68,51 @@ def together(device: str, always: bool = False) -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until all are here."""
+    """Until all are here. The others may wait for what the first one does as long as that gets on, which is watched in
+    itself; nobody lets the first one wait."""
     if world_size() > 1:
         from torch import distributed
 
+        if not is_first():
+            faulthandler.cancel_dump_traceback_later()
         distributed.barrier()
+        _set_alarm()
+
+
+_limit_s: float | None = None
+_set_at = 0.0
 
 
 def watch(limit_s: float | None) -> None:
-    """Of several processes: call it again within so many seconds, or this one writes on stderr where it stands and
-    ends, by which its launcher ends the others. None: take all the time there is.
+    """Of several processes: from now on this one gets on (`pulse`) within so many seconds, or it writes on stderr where
+    it stands and ends, by which its launcher ends the others. None: never mind.
 
     What hangs is mostly one process, and all the others wait for it without an error; each says where it is.
     """
-    if limit_s is None or world_size() == 1:
+    global _limit_s
+    _limit_s = limit_s if world_size() > 1 else None
+    _set_alarm()
+
+
+def pulse() -> None:
+    """This process has got on. Cheap enough for every token."""
+    if _limit_s is not None and time.monotonic() - _set_at > _limit_s / 100:
+        _set_alarm()
+
+
+def _set_alarm() -> None:
+    global _set_at
+    _set_at = time.monotonic()
+    if _limit_s is None:
         faulthandler.cancel_dump_traceback_later()
     else:
-        faulthandler.dump_traceback_later(limit_s, exit=True)
+        faulthandler.dump_traceback_later(_limit_s, exit=True)
 
 
-def by_first(work: Callable[[], T], limit_s: float) -> T | None:
-    """What `work` gives in the first process, which may take its time over it, while the others wait; None in those.
-    Before and after it all are watched."""
-    watch(None)
+def by_first(work: Callable[[], T]) -> T | None:
+    """What `work` gives in the first process, while the others wait; None in those."""
     found = work() if is_first() else None
-    if is_first():
-        watch(limit_s)  # the others are waiting already
     wait()
-    watch(limit_s)
     return found
 
 

@@ -23,7 +23,7 @@ from prefopt import UserError, stop
 from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, check_sample, parse, resolve_hardware
 from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import Row, read_rows, write_rows
-from prefopt.paths import check_output
+from prefopt.paths import check_output, named
 from prefopt.program import program
 from prefopt.progress import Bar, say
 
@@ -91,7 +91,7 @@ def draw(
         size = max(1, sampling.batch_size // n)
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("a") as file, Bar("sampling", len(prompts), show, done=len(found)) as bar:
+        with named(partial), partial.open("a") as file, Bar("sampling", len(prompts), show, done=len(found)) as bar:
             if not partial.stat().st_size:
                 file.write(json.dumps({"settings": digest}) + "\n")
             for chunk in chunks:

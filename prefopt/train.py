@@ -29,7 +29,7 @@ from prefopt.config import EngineConfig, ModelConfig, TrainConfig, build, check,
 from prefopt.launch import launch, refuse_launcher
 from prefopt.paths import check_folder
 from prefopt.program import program
-from prefopt.ranks import first_alone, is_first, together, world_size
+from prefopt.ranks import first_alone, is_first, together, watch, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,10 +103,12 @@ def parts(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
 
 
 def plan(config: TrainConfig) -> Plan:
-    """`parts`, and the run that the data make of them. Raises UserError."""
+    """`parts`, and the run that the data make of them. From here on each of several processes is watched. Raises
+    UserError."""
     from prefopt.data.dataset import has_heldout, split_digest
     from prefopt.run import Run
 
+    watch(config.engine.hang_s)
     objective, schedule, oracle = parts(config)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
@@ -165,6 +167,7 @@ def train(plan: Plan, **facts: Any) -> None:
                 run.fail(traceback.format_exc())
                 raise
             finally:
+                watch(None)
                 let_go(run.folder)
 
 
@@ -202,6 +205,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
     say(f"{run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
     say(f"  objective: {describe(objective)}")
+    if world_size() > 1:
+        say(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")
 
     from prefopt.data.cache import Limits, prepare
     from prefopt.models.load import (
@@ -214,7 +219,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         weights_digest,
     )
 
-    check_model(config.model)
+    positions = check_model(config.model)
     if config.reference_model:
         check_model(ModelConfig(config.reference_model, config.reference_model, None), "reference_model")
     tokenizer = load_tokenizer(config.model)
@@ -225,6 +230,13 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
             Limits(config.max_prompt_tokens, config.max_completion_tokens),
             functools.partial(check_rewards, objective),
             config.logger.progress,
+        )
+    longest = max(split.longest for split in data.values())
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest row has {longest} tokens, and {config.model.path} was made for {positions} "
+            f"(max_position_embeddings). Lower max_prompt_tokens={config.max_prompt_tokens} and "
+            f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.sides:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
@@ -282,7 +294,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     else:
         engine = Engine(policy, config.optimizer)
     if is_first():
-        weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+        # Exports are float32, and a byte of a quantized weight holds two.
+        weights = 4 * sum(p.numel() * (2 if p.element_size() == 1 else 1) for p in policy.parameters())
         trained = sum(p.numel() for p in engine.parameters.values())
         # Weights and both moments of each number in training, and the best weights beside them.
         checkpoint = trained * (4 + (2 if config.optimizer.eight_bit else 8) + (0 if config.patience is None else 4))
@@ -393,7 +406,7 @@ def load_initial(config: TrainConfig, layout: "Layout") -> "PreTrainedModel":
 
 
 def check_rewards(objective: "Objective", split: str, rewards: dict[str, Any]) -> None:
-    """Raise UserError where the objective needs other prior rewards than the split has (`reward_summary`)."""
+    """Raise UserError where the objective needs other prior rewards than the split has (`Split.rewards`)."""
     if "rewards" not in objective.needs:
         return
     if rewards["lacking"]:

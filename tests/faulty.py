@@ -1,4 +1,4 @@
-"""An objective that ends its job in the ways in which jobs end."""
+"""An objective that ends its job in the ways in which jobs end, and pairs that nobody can read."""
 
 import os
 import signal
@@ -6,11 +6,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from prefopt.data.formats import Drop, Pair, Pairs
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.dpo import DPO
 
@@ -61,3 +62,12 @@ class Faulty(DPO):
             zero = chosen[bad] - chosen[bad].detach()
             return chosen.index_add(0, bad, zero.sqrt())
         return chosen
+
+
+@dataclass(frozen=True)
+class SlowPairs(Pairs):
+    """Each takes an hour to read, and does not say so."""
+
+    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+        time.sleep(3600)
+        return super().__call__(row)

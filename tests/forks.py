@@ -1,5 +1,8 @@
-"""Programs in processes that are forked from one that has imported everything: real processes, whose start takes a
-second and not five, so that a test can afford to kill many."""
+"""Programs in processes that are forked from one that has imported everything (tests/warm.py): real processes, whose
+start takes a second and not five, so that a test can afford many, and to kill them.
+
+What is about the start itself starts a Python of its own (`tiny.command`).
+"""
 
 import multiprocessing
 import os
@@ -12,8 +15,6 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-from tests.tiny import ENVIRONMENT
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.warm"])
@@ -49,16 +50,41 @@ class At:
         setattr(place, name, called)
 
 
-def start(
-    log: Path,
-    *args: str,
-    program: str = "train",
-    env: dict[str, str] | None = None,
-    at: At | None = None,
-    file_size: int = resource.RLIM_INFINITY,
-) -> BaseProcess:
-    """`python -m prefopt.PROGRAM args`, its output in `log`. `file_size`: bytes beyond which it can write no file."""
-    process = _context.Process(target=_main, args=(log, args, program, env or {}, at, file_size))
+@dataclass
+class Start:
+    """`python -m prefopt.PROGRAM ARGS` in `cwd`. `errors`: where stderr goes, if not into `log` too. `file_size`: bytes
+    beyond which it can write no file."""
+
+    log: Path
+    args: tuple[str, ...]
+    env: dict[str, str]
+    program: str = "train"
+    cwd: Path | None = None
+    errors: Path | None = None
+    at: At | None = None
+    file_size: int = resource.RLIM_INFINITY
+
+    def __call__(self) -> None:
+        for number, file in ((1, self.log), (2, self.errors)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if file else 1, number)
+        os.environ.clear()
+        os.environ.update(self.env)
+        if self.cwd:
+            os.chdir(self.cwd)
+            sys.path.insert(0, str(self.cwd))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size, self.file_size))
+        if self.at:
+            self.at.arm()
+        module = import_module(f"prefopt.{self.program}")
+        sys.argv = [str(module.__file__), *self.args]
+        module.main()
+
+
+def start(log: Path, *args: str, env: dict[str, str] | None = None, **how: Any) -> BaseProcess:
+    """The process, its output in `log`; `env`: what it has beside `tiny.ENVIRONMENT`; further arguments: `Start`."""
+    from tests.tiny import ENVIRONMENT
+
+    process = _context.Process(target=Start(log, args, ENVIRONMENT | (env or {}), **how))
     process.start()
     return process
 
@@ -69,16 +95,3 @@ def run(log: Path, *args: str, **how: Any) -> tuple[int, str]:
     process.join()
     assert process.exitcode is not None
     return process.exitcode, log.read_text()
-
-
-def _main(log: Path, args: tuple[str, ...], program: str, env: dict[str, str], at: At | None, file_size: int) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.clear()
-    os.environ.update(ENVIRONMENT | env)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if at:
-        at.arm()
-    sys.argv = [program, *args]
-    import_module(f"prefopt.{program}").main()

@@ -333,6 +333,8 @@ TABLE = [
     model("no end of a turn", written("tokenizer_config.json", "{}"), "the tokenizer of bad has no eos token"),
     model("no tokenizer", written("tokenizer.json", "{}"), "no tokenizer can be loaded from model.path=bad",
           "Give a hub name"),
+    model("too short for the rows", changed("config.json", max_position_embeddings=16), "the longest row has ",
+             "bad was made for 16 (max_position_embeddings). Lower max_prompt_tokens=1800"),
     model("a vocabulary that does not fit", shortened, "has 320 tokens and the model 50 embeddings", loads=True),
     model("a layer is missing", weights(lambda name, tensor: None if "layers.1" in name else tensor),
           "the checkpoint bad lacks 9 of its model's weights", "get the checkpoint again", loads=True),

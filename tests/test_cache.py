@@ -44,7 +44,7 @@ def test_what_comes_back_is_what_was_tokenized(dataset):
     prepared = run(dataset)
     assert list(prepared) == ["train", "heldout"]
     for name, split in prepared.items():
-        expected, *_ = tokenize(tiny_tokenizer(), load_split(dataset, name).items, 1800, 512)
+        expected, *_ = tokenize(tiny_tokenizer(), list(load_split(dataset, name)), 1800, 512)
         assert isinstance(split.pairs, TokenizedPairs)
         assert list(split.pairs) == expected
         assert split.pairs[2:4] == expected[2:4]

@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 import prefopt.data.layout
 from prefopt import UserError
 from prefopt.config import DatasetConfig, parse
-from prefopt.data.cache import reward_summary
 from prefopt.data.dataset import check_dataset, load_split, split_digest
 from prefopt.data.formats import (
     Chats,
@@ -81,7 +80,7 @@ def test_split_fields_select_rows_and_drops_are_counted(tmp_path):
 def test_what_an_objective_needs_is_checked_against_the_data(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in (GOOD, GOOD | {"chosen_reward": 1, "rejected_reward": 0})))
-    rewards = reward_summary(load_split(dataset(train=str(file)), "train"))
+    rewards = load_split(dataset(train=str(file)), "train").rewards
     with pytest.raises(UserError, match=r"needs the prior rewards .* 1 of 2 train items have none"):
         check_rewards(MaPPO(DPO(0.1)), "train", rewards)
     check_rewards(DPO(0.1), "train", rewards)
@@ -90,13 +89,13 @@ def test_what_an_objective_needs_is_checked_against_the_data(tmp_path):
 def test_rewards_outside_an_objectives_range_are_refused_with_the_way_out(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(GOOD | {"chosen_reward": 7.75, "rejected_reward": 1, "id": "seven"}))
-    rewards = reward_summary(load_split(dataset(train=str(file)), "train"))
+    rewards = load_split(dataset(train=str(file)), "train").rewards
     with pytest.raises(UserError, match=r"needs rewards in \[0, 1\]; seven .* has 7\.75.*reward_scale"):
         check_rewards(MaPPO(DPO(0.1)), "train", rewards)
     check_rewards(MADPO(0.1), "train", rewards)
     scaled = load_split(dataset(train=str(file), reward_scale=[1, 10]), "train")
     assert (scaled.pairs[0].chosen_reward, scaled.pairs[0].rejected_reward) == (0.75, 0.0)
-    check_rewards(MaPPO(DPO(0.1)), "train", reward_summary(scaled))
+    check_rewards(MaPPO(DPO(0.1)), "train", scaled.rewards)
     with pytest.raises(UserError, match=r"row 1: chosen_reward 7\.75 is outside dataset\.reward_scale=\[1.*, 5.*\]"):
         load_split(dataset(train=str(file), reward_scale=[1, 5]), "train")
 

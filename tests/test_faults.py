@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -23,7 +24,7 @@ from prefopt.checkpoint import KEPT, SUMS, check_space, complete_checkpoints, da
 from prefopt.liveness import hold, let_go
 from tests.forks import At, run, start
 from tests.test_loop import TIMING
-from tests.tiny import records
+from tests.tiny import ENVIRONMENT, ROOT, records
 
 STEPS = ["steps=6", "eval_every=3", "save_every=1"]
 FAULTY = "objective._target_=tests.faulty.Faulty"
@@ -481,6 +482,38 @@ def test_a_rank_that_hangs_ends_the_job_with_its_traceback(fault, overrides, tmp
     assert "going on from step 2 of 6" in process.stderr
 
 
+@pytest.mark.slow
+def test_what_hangs_before_the_first_step_ends_the_job_too(overrides, tmp_path, env):
+    """The first process reads the data, and the other one waits for it for as long as that gets on."""
+    pytest.importorskip("deepspeed")
+    arguments = [*overrides(tmp_path), "engine.hang_s=30"]
+    process = torchrun(*arguments, "dataset.format._target_=tests.faulty.SlowPairs", env=env)
+    assert process.returncode != 0
+    assert process.stderr.count("Timeout (0:00:30)!") == 1
+    assert "faulty.py" in process.stderr
+    assert "in __call__" in process.stderr
+
+
+def test_who_gets_on_is_not_taken_for_one_that_hangs(tmp_path):
+    """Twelve pulses within three limits; and then none."""
+    code = """if True:
+        import time
+        from prefopt import ranks
+        from prefopt.progress import track
+        ranks.watch(1)
+        for _ in track(range(12), "", show=False):
+            time.sleep(0.25)
+        print("got on", flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT | {"WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 1
+    assert process.stdout == "got on\n"
+    assert "Timeout (0:00:01)!" in process.stderr
+
+
 def test_zero2_refuses_the_same_steps(overrides, tmp_path, env):
     pytest.importorskip("deepspeed")
     found = []
@@ -516,3 +549,60 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     assert "going on after 12 of 12 prompts" in said  # nothing was drawn twice
     assert killed.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what_was_under_way(
+    tiny_folder, tmp_path, env
+):
+    sampling = [
+        "model=hub", f"model.path={tiny_folder / 'model'}", f"prompts={tiny_folder / 'train.jsonl'}",
+        "samples_per_prompt=2", "sampling.max_new_tokens=6", "sampling.batch_size=4", "device=cpu", "precision=float32",
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        drawn, scored = disk / "drawn.jsonl", disk / "scored.jsonl"
+        for n, file in ((1, f"{drawn}.partial"), (3, drawn)):  # the third chunk fits into the page that is there
+            full = At("prefopt.generate:sample", n, partial(fill, disk))
+            code, said = run(log, *sampling, f"output={drawn}", program="sample", env=env, at=full)
+            assert code == 2, said
+            assert "Traceback" not in said
+            assert f"No space left on device: '{file}'. Make room there" in said
+            (disk / "full").unlink()
+        code, said = run(log, *sampling, f"output={drawn}", program="sample", env=env)
+        assert code == 0, said
+        assert "going on after 12 of 12 prompts" in said
+        scoring = [f"input={drawn}", f"output={scored}", "scorer=vader"]
+        full = At("prefopt.score:score_rows", 1, partial(fill, disk))
+        code, said = run(log, *scoring, program="score", env=env, at=full)
+        assert code == 2, said
+        assert "Traceback" not in said
+        assert f"No space left on device: '{scored}'. Make room there" in said
+        (disk / "full").unlink()
+        assert sorted(file.name for file in disk.iterdir()) == ["drawn.jsonl"]  # nothing is left half written
+        code, said = run(log, *scoring, program="score", env=env)
+        assert code == 0, said
+        assert len(scored.read_text().splitlines()) == 12
+
+
+def test_a_disk_that_fills_up_under_judging_keeps_the_answers(overrides, tmp_path, env):
+    pytest.importorskip("alpaca_eval")
+    log = tmp_path / "log"
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=8m", "tmpfs") as disk:
+        code, said = run(log, *overrides(disk), env=env)
+        assert code == 0, said
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text("".join(json.dumps({"instruction": f"What is number {i}?"}) + "\n" for i in range(4)))
+        arguments = [
+            f"run={folder_of(disk)}", f"instructions={questions}", "judge=reward_model", "precision=float32",
+            "device=cpu", "sampling.max_new_tokens=6",
+        ]  # fmt: skip
+        full = At("prefopt.alpaca:write_json", 1, partial(fill, disk))
+        code, said = run(log, *arguments, program="alpaca", env=env, at=full)
+        assert code == 2, said
+        assert "Traceback" not in said
+        assert "No space left on device" in said
+        assert "What was done is kept" in said
+        (disk / "full").unlink()
+        drawn = At("prefopt.generate:sample")  # would kill
+        code, said = run(log, *arguments, program="alpaca", env=env, at=drawn)
+        assert code == 0, said

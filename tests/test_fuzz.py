@@ -197,7 +197,7 @@ def test_a_split_is_pairs_or_refused(content, place):
     if refusal is not None:
         assert "split.jsonl" in refusal or "data set fuzz" in refusal
         return
-    for item in split.items:
+    for item in split:
         check_item(item)
 
 

@@ -23,9 +23,10 @@ import prefopt.launch
 import prefopt.runs
 from prefopt import estimate, paths
 from prefopt.bench import load
-from prefopt.config import register
+from prefopt.config import DatasetConfig, register
 from prefopt.data import sources
-from prefopt.data.cache import SCHEMA, TokenizedPairs
+from prefopt.data.cache import CHUNK, SCHEMA, TokenizedPairs, _chunks
+from prefopt.data.dataset import load_split
 from prefopt.data.sampler import step_indices
 from prefopt.launch import plan_sweep, wait
 from prefopt.liveness import here
@@ -309,6 +310,27 @@ def test_memory_mapped_pairs_take_no_more_memory_when_there_are_more(tmp_path):
 
     through(100)
     assert abs(through(2_000) - through(200)) < 100_000  # of 1 MB more
+
+
+def test_rows_are_read_and_tokenized_one_by_one(tmp_path):
+    def through(n: int) -> int:
+        file = tmp_path / f"{n}.jsonl"
+        with file.open("w") as lines:
+            for i in range(n):
+                row = {"prompt": f"Number {i}", "chosen": f"good {i} " * 200, "rejected": f"bad {i} " * 200}
+                lines.write(json.dumps(row) + "\n")
+        config = DatasetConfig("many", str(file), format={"_target_": "prefopt.data.formats.Pairs"})
+
+        def read() -> None:
+            split = load_split(config, "train")
+            assert len(split) == n
+            assert max(len(chunk) for _, chunk in _chunks(split)) == CHUNK
+            assert sum(len(chunk) for _, chunk in _chunks(split)) == n
+
+        return peak(read)
+
+    few, many = 2 * CHUNK, 6 * CHUNK
+    assert (through(many) - through(few)) / (many - few) < 300  # bytes a pair, of more than 3,000
 
 
 def test_the_order_of_an_epoch_takes_eight_bytes_a_pair():

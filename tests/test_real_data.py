@@ -277,7 +277,7 @@ def test_drops_of_the_whole_preparation_add_up(prepared):
     assert counts["items"] == len(prepared.pairs)
     assert counts["kind"] == "pairs"
     tokenizing = Counter(counts["dropped"]) - split.drops
-    assert counts["items"] + sum(tokenizing.values()) == len(split.items) == 400
+    assert counts["items"] + sum(tokenizing.values()) == len(split) == 400
     tokenizer = smollm2()
     long = sum(
         len(tokenizer.apply_chat_template(p.prompt, add_generation_prompt=True, return_dict=True)["input_ids"])

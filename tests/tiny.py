@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests import forked
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 TEXT = [
@@ -125,11 +126,14 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None):
     """Of a process that is not forked where it has variables that libraries read when they are imported, or runs in
     another checkout."""
-    environment = ENVIRONMENT | (env or {})
     elsewhere = cwd != ROOT and (cwd / "prefopt").is_dir()
-    if program in forked.PROGRAMS and not elsewhere and all(key.startswith("PREFOPT_") for key in env or {}):
-        return forked.run(list(args), program, cwd, environment)
-    return subprocess.run(command(*args, program=program), cwd=cwd, env=environment, capture_output=True, text=True)
+    if elsewhere or not all(key.startswith("PREFOPT_") for key in env or {}):
+        environment = ENVIRONMENT | (env or {})
+        return subprocess.run(command(*args, program=program), cwd=cwd, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        code, said = forks.run(log, *args, program=program, cwd=cwd, env=env, errors=errors)
+        return subprocess.CompletedProcess([program, *args], code, said, errors.read_text())
 
 
 def records(runs: Path) -> list[dict]:

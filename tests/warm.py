@@ -3,30 +3,21 @@ backward once cannot be forked."""
 
 import contextlib
 import os
+from importlib import import_module
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401
 
-import prefopt.checkpoint
-import prefopt.data.cache
-import prefopt.data.dataset
-import prefopt.engine
-import prefopt.generate
-import prefopt.loop
-import prefopt.models.adapter
-import prefopt.models.load
-import prefopt.models.probe
-import prefopt.models.reference
-import prefopt.online
-import prefopt.posthoc.oracle
-import prefopt.runs
-import prefopt.sample
-import prefopt.score
-import prefopt.train  # noqa: F401
+MODULES = """
+prefopt.alpaca prefopt.compare prefopt.data_report prefopt.harness prefopt.online prefopt.papers prefopt.prefetch
+prefopt.report prefopt.runs prefopt.sample prefopt.score prefopt.train
+prefopt.checkpoint prefopt.data.cache prefopt.engine prefopt.generate prefopt.loop prefopt.models.adapter
+prefopt.models.load prefopt.models.probe prefopt.models.reference prefopt.posthoc.oracle
+datasets matplotlib.pyplot peft transformers.models.llama.modeling_llama deepspeed
+"""
 
-with contextlib.suppress(ImportError):
-    import deepspeed  # noqa: F401
-
+for module in MODULES.split():
+    with contextlib.suppress(ImportError):  # some belong to an extra
+        import_module(module)
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -67,12 +67,14 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 @dataclass(frozen=True)
 class Prepared:
     """One split, ready to be batched. `prompts` are the held-out ones as messages (of the training split: none);
-    `counts` goes into the run's record; `rewards` says what rewards its items have."""
+    `counts` goes into the run's record; `rewards` says what rewards its items have; `longest` is the longest prompt
+    with its completion, in tokens."""
 
     pairs: Sequence[TokenizedPair]
     prompts: list[list[Message]]
     counts: dict[str, Any]
     rewards: dict[str, Any]
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def prepare(
 ) -> dict[str, Prepared]:
     """The splits "train" and, where there is one, "heldout"; from the cache, or read, tokenized and cached.
 
-    `check(split, rewards)` may refuse the data before they are tokenized; `rewards` is `reward_summary`. Raises
+    `check(split, rewards)` may refuse the data before they are tokenized; `rewards` are those of `Split`. Raises
     UserError where a split has no item left.
     """
     names = ["heldout", "train"] if has_heldout(dataset) else ["train"]
@@ -105,18 +107,6 @@ def prepare(
         prepared[name] = Prepared(TokenizedPairs(folder / f"{name}.arrow"), **meta)
         say(f"  {name}: {describe(meta['counts'])}")
     return prepared
-
-
-def reward_summary(split: Split) -> dict[str, Any]:
-    """{"items", "lacking" a reward, "low": [reward, id], "high": [reward, id]}; the last two may be None."""
-    scored = [p for p in split.pairs if p.chosen_reward is not None and p.rejected_reward is not None]
-    both = [(reward, p.id) for p in scored for reward in (p.chosen_reward, p.rejected_reward)]
-    return {
-        "items": len(split.items),
-        "lacking": len(split.items) - len(scored),
-        "low": min(both, default=None),
-        "high": max(both, default=None),
-    }
 
 
 def describe(counts: dict[str, Any]) -> str:
@@ -167,21 +157,22 @@ def _make(
     show: bool,
 ) -> None:
     splits: dict[str, Split] = {}
-    rewards: dict[str, dict[str, Any]] = {}
     policies = {name: source.policies for name, source in sources(dataset).items()}
     for name in names:
-        prompts = [prompt_of(item) for item in splits["heldout"].items] if "heldout" in splits else []
-        splits[name] = load_split(dataset, name, prompts)
-        rewards[name] = reward_summary(splits[name])
-        check(name, rewards[name])
+        splits[name] = load_split(dataset, name, map(prompt_of, splits.get("heldout", ())))
+        check(name, splits[name].rewards)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         for name, split in splits.items():
-            counts, kept = _write(aside / f"{name}.arrow", name, split, tokenizer, limits, policies, show)
-            prompts = [prompt_of(item) for item in split.items if item.id in kept] if name == "heldout" else []
-            meta = {"prompts": prompts, "counts": counts, "rewards": rewards[name]}
+            file = aside / f"{name}.arrow"
+            counts, longest = _write(file, name, split, tokenizer, limits, policies, show)
+            prompts = []
+            if name == "heldout":
+                there = set(TokenizedPairs(file).table["id"].to_pylist())
+                prompts = [prompt_of(item) for item in split if item.id in there]
+            meta = {"prompts": prompts, "counts": counts, "rewards": split.rewards, "longest": longest}
             (aside / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
         try:
             aside.rename(folder)
@@ -200,23 +191,23 @@ def _write(
     limits: Limits,
     policies: dict[str, PoliciesConfig],
     show: bool,
-) -> tuple[dict[str, Any], set[str]]:
-    """Tokenize a split chunk by chunk into `file`; returns its counts, and the ids of what is in it."""
-    dropped, kept, counted, ids = Counter(split.drops), Counter(split.kept), Counter[str](), set[str]()
+) -> tuple[dict[str, Any], int]:
+    """Tokenize a split chunk by chunk into `file`; returns its counts, and the tokens of its longest item."""
+    dropped, kept, counted, longest = Counter(split.drops), Counter(split.kept), Counter[str](), 0
     with (
         pa.OSFile(str(file), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
-        Bar(f"tokenizing {name}", len(split.items), show) as bar,
+        Bar(f"tokenizing {name}", len(split), show) as bar,
     ):
-        for source, items in _chunks(split.items):
+        for source, items in _chunks(split):
             done = tokenize(tokenizer, items, limits.prompt, limits.completion, policies[source])
             writer.write_batch(pa.RecordBatch.from_pylist([vars(p) for p in done.pairs], schema=SCHEMA))
             dropped += done.dropped
             kept += done.noted
             counted[source] += len(done.pairs)
-            ids.update(p.id for p in done.pairs)
+            longest = max([longest, *(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in done.pairs)])
             bar.advance(by=len(items))
-    if not ids:
+    if not counted.total():
         said = ", ".join(f"{reason} {k}" for reason, k in dropped.items()) or "none"
         raise UserError(
             f"nothing is left of the {name} split (dropped: {said}). Raise max_prompt_tokens={limits.prompt}, or look "
@@ -224,17 +215,16 @@ def _write(
         )
     counts = {
         "items": counted.total(),
-        "kind": "pairs" if split.pairs else "chats",
+        "kind": split.kind,
         "sources": dict(counted),
         "dropped": dict(dropped),
         "kept": dict(kept),
     }
-    return counts, ids
+    return counts, longest
 
 
-def _chunks(items: list[Item]) -> Iterator[tuple[str, list[Item]]]:
+def _chunks(items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
     """(source, up to CHUNK items of it)."""
     for source, group in itertools.groupby(items, key=lambda item: item.source):
-        whole = list(group)
-        for start in range(0, len(whole), CHUNK):
-            yield source, whole[start : start + CHUNK]
+        while chunk := list(itertools.islice(group, CHUNK)):
+            yield source, chunk

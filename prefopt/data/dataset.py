@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,17 +19,29 @@ CANNOT_BE_KEPT = ("wrong_roles", "sides_part_early", "no_preference", "prompt_to
 
 @dataclass(frozen=True)
 class Split:
-    """The items of one split in the order of their sources, what was dropped (or kept in spite of it) and why, and how
-    many came from each source."""
+    """A split that has been read to its end once: how many items came from each source, what was dropped (or kept in
+    spite of it) and why, and what rewards there are.
 
-    items: list[Item]
-    drops: Counter[str] = field(default_factory=Counter)
-    kept: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
+    Its items, in the order of the sources, are read from the files again each time they are iterated: a file may be
+    larger than the memory.
+    """
+
+    read: Callable[[], Iterator[Item]]
+    kind: str  # pairs or chats
+    drops: Counter[str]
+    kept: Counter[str]
+    sources: Counter[str]
+    rewards: dict[str, Any]  # {"items", "lacking" a reward, "low": [reward, id], "high": the same}, both None of none
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.read()
+
+    def __len__(self) -> int:
+        return self.sources.total()
 
     @property
     def pairs(self) -> list[Pair]:
-        return [item for item in self.items if isinstance(item, Pair)]
+        return [item for item in self if isinstance(item, Pair)]
 
 
 def check_policies(policies: PoliciesConfig, where: str = "dataset") -> None:
@@ -97,14 +109,50 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     """Read split "train" or "heldout". Training items whose prompt is among `heldout_prompts` are `prompt_in_heldout`.
 
     A source's `weight` or `count` takes that many of its training items: whole passes over them, and for the rest those
-    whose content hashes lowest, so that a subset is the same whatever else is in the mixture.
+    whose content hashes lowest, so that a subset is the same whatever else is in the mixture. Such a source alone is
+    held in memory.
 
     Raises UserError for unreadable files, for bad rows (file and row number), for a reason whose policy is to fail, and
     where nothing is left.
     """
-    drops, kept, counts = Counter[str](), Counter[str](), Counter[str]()
-    held_out, seen = {content_id(p) for p in heldout_prompts}, set[str]()
-    items: list[Item] = []
+    held_out = frozenset(content_id(p) for p in heldout_prompts)
+    drops, kept, counts = Counter[str](), Counter[str](), Counter(dict.fromkeys(sources(config), 0))
+    kinds: set[str] = set()
+    scored = 0
+    ends: list[tuple[float, str]] = []  # the lowest reward, the highest
+    for item, defects in _read(config, split, held_out, drops):
+        counts[item.source] += 1
+        kept.update(defects)
+        kinds.add("pairs" if isinstance(item, Pair) else "chats")
+        if isinstance(item, Pair) and item.chosen_reward is not None and item.rejected_reward is not None:
+            scored += 1
+            ends += [(item.chosen_reward, item.id), (item.rejected_reward, item.id)]
+            ends = [min(ends), max(ends)]
+    if not kinds:
+        said = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
+        raise UserError(
+            f"nothing is left of the {split} split of data set {config.name} ({said}). Mend the rows; what is done "
+            "about a defect is set by dataset.policies.DEFECT."
+        )
+    if len(kinds) > 1:
+        raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
+    low, high = ends or (None, None)
+    rewards = {"items": counts.total(), "lacking": counts.total() - scored, "low": low, "high": high}
+    return Split(
+        lambda: (item for item, _ in _read(config, split, held_out, Counter())),
+        kinds.pop(),
+        drops,
+        kept,
+        counts,
+        rewards,
+    )
+
+
+def _read(
+    config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str]
+) -> Iterator[tuple[Item, list[str]]]:
+    """The items that are used and the defects that each has in spite of it; counts the others in `drops`."""
+    seen = set[str]()
 
     def stays(name: str, policies: PoliciesConfig, defects: list[str], where: str, detail: str = "") -> bool:
         """Whether a row with these defects is used; counts the first for which it is not."""
@@ -120,9 +168,8 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
                 return False
         return True
 
-    for name, source in sources(config).items():
+    def used(name: str, source: DatasetConfig) -> Iterator[tuple[Item, list[str]]]:
         place = _place(source, split)
-        found: list[tuple[Item, list[str]]] = []
         for where, item in _items(source, *place) if place else ():
             if isinstance(item, Drop):
                 stays(name, source.policies, [item.reason], where, item.detail)
@@ -133,21 +180,13 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
             defects += ["duplicate_prompt"] * (prompt in seen) + ["prompt_in_heldout"] * (prompt in held_out)
             if stays(name, source.policies, defects, where):
                 seen.add(prompt)
-                found.append((item, defects))
-        if split == "train":
-            found = _portion(found, source)
-        counts[name] += len(found)
-        items += [item for item, _ in found]
-        kept.update(reason for _, defects in found for reason in defects)
-    if not items:
-        said = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
-        raise UserError(
-            f"nothing is left of the {split} split of data set {config.name} ({said}). Mend the rows; what is done "
-            "about a defect is set by dataset.policies.DEFECT."
-        )
-    if len({type(item) for item in items}) > 1:
-        raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
-    return Split(items, drops, kept, counts)
+                yield item, defects
+
+    for name, source in sources(config).items():
+        if split == "train" and (source.weight is not None or source.count is not None):
+            yield from _portion(list(used(name, source)), source)
+        else:
+            yield from used(name, source)
 
 
 def prompt_of(item: Item) -> list[Message]:
@@ -221,8 +260,6 @@ def _defects(item: Item) -> list[str]:
 
 
 def _portion(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:
-    if source.weight is None and source.count is None:
-        return items
     wanted = round(source.weight * len(items)) if source.weight is not None else source.count
     assert wanted is not None
     passes, rest = divmod(wanted, max(1, len(items)))

@@ -44,10 +44,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_model(config: ModelConfig, key: str = "model.path") -> None:
-    """Raise UserError, before any weight is read, for a model that cannot be found. `key`: where the user named it."""
+def check_model(config: ModelConfig, key: str = "model.path") -> int | None:
+    """The most tokens that a row may have, where the model says so (`max_position_embeddings`). Raises UserError,
+    before any weight is read, for a model that cannot be found. `key`: where the user named it."""
     try:
-        AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
+        return getattr(found, "max_position_embeddings", None)
     except UserError:
         raise
     except Exception as error:  # whatever reading somebody's files raises

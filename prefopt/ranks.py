@@ -9,6 +9,7 @@ import datetime
 import faulthandler
 import io
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -106,7 +107,7 @@ def _set_alarm() -> None:
     if _limit_s is None:
         faulthandler.cancel_dump_traceback_later()
     else:
-        faulthandler.dump_traceback_later(_limit_s, exit=True)
+        faulthandler.dump_traceback_later(_limit_s, exit=True, file=sys.__stderr__)
 
 
 def by_first(work: Callable[[], T]) -> T | None:

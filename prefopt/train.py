@@ -108,8 +108,8 @@ def plan(config: TrainConfig) -> Plan:
     from prefopt.data.dataset import has_heldout, split_digest
     from prefopt.run import Run
 
-    watch(config.engine.hang_s)
     objective, schedule, oracle = parts(config)
+    watch(config.engine.hang_s)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
     return Plan(config, objective, schedule, oracle, run)

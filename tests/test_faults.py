@@ -332,7 +332,7 @@ def test_one_process_works_on_a_run_and_the_others_say_who(overrides, tmp_path, 
         env=env,
         at=At("prefopt.models.load:weights_digest", 1, partial(await_file, late)),
     )
-    await_file(tmp_path / "behind.log")
+    await_text(behind, tmp_path / "behind.log", "objective:")
     first = start(tmp_path / "first.log", *arguments, env=env)
     while not list((tmp_path / "runs").glob("*/metrics.jsonl")):  # it has begun
         assert first.is_alive(), (tmp_path / "first.log").read_text()

@@ -7,6 +7,7 @@ What is about the start itself starts a Python of its own (`tiny.command`).
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -75,9 +76,13 @@ class Start:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size, self.file_size))
         if self.at:
             self.at.arm()
-        module = import_module(f"prefopt.{self.program}")
+        name = f"prefopt.{self.program}"
+        module = import_module(name)
         sys.argv = [str(module.__file__), *self.args]
-        module.main()
+        if hasattr(module, "main"):  # what is armed is this module, and not its copy
+            module.main()
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def start(log: Path, *args: str, env: dict[str, str] | None = None, **how: Any) -> BaseProcess:

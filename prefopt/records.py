@@ -52,12 +52,14 @@ def _archived(file: Path) -> list[Record]:
         records = [json.loads(line) for line in file.read_text().splitlines()]
         return [record | {"harness": record["harness"], "alpaca": record["alpaca"]} for record in records]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no archive of records, which prefopt.papers writes: {error!r}") from None
+        raise UserError(
+            f"{file} is no archive of records, which prefopt.report and prefopt.papers write: {error!r}"
+        ) from None
 
 
 def write_archive(records: Sequence[Record], file: Path) -> None:
-    """A line per run, which `read_records` reads again. Without what is the machine's own; paths below the current
-    folder are relative to it."""
+    """A line per run, which `read_records` reads again: whoever has it can make every table and figure of these runs.
+    Without what is the machine's own; paths below the current folder are relative to it."""
     here = f"{Path.cwd()}/"
     lines = []
     for record in records:

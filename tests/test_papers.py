@@ -520,6 +520,16 @@ def test_the_tables_in_the_repository_are_what_their_records_give(paper, tmp_pat
     assert not (tmp_path / "records.jsonl").exists()
 
 
+ARCHIVES = sorted((ROOT / "results").rglob("records.jsonl"))
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda file: str(file.parent.relative_to(ROOT / "results")))
+def test_so_is_the_table_of_their_runs(archive, tmp_path):
+    process = run_program(f"runs_dir={archive}", f"output={tmp_path}", program="report")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "table.csv").read_text() == archive.with_name("table.csv").read_text()
+
+
 def test_an_archive_of_records_is_their_runs(grid, tmp_path):
     """Without what is the machine's own; and another file is refused by its name."""
     archive = tmp_path / "records.jsonl"

@@ -21,8 +21,8 @@ def report(grid, tmp_path_factory):
 def test_it_prints_the_table_and_last_the_paths(report):
     _, output, process = report
     assert process.returncode == 0, process.stderr
-    names = ["table.md", "table.csv", "table.tex", "reward_kl.png", "reward_kl.svg", "reward_kl.pdf"]
-    assert process.stdout.splitlines()[-6:] == [str(output / name) for name in names]
+    names = ["table.md", "table.csv", "table.tex", "reward_kl.png", "reward_kl.svg", "reward_kl.pdf", "records.jsonl"]
+    assert process.stdout.splitlines()[-7:] == [str(output / name) for name in names]
     assert "oracle reward" in process.stdout
     assert process.stderr == ""
 

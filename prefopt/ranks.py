@@ -107,7 +107,7 @@ def _set_alarm() -> None:
     if _limit_s is None:
         faulthandler.cancel_dump_traceback_later()
     else:
-        faulthandler.dump_traceback_later(_limit_s, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(_limit_s, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
 def by_first(work: Callable[[], T]) -> T | None:

@@ -1,5 +1,6 @@
 """A data set: one source or a mixture of them -> the pairs (or chats) of a split, every drop counted."""
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -39,8 +40,9 @@ class Split:
     def __len__(self) -> int:
         return self.sources.total()
 
-    @property
+    @functools.cached_property
     def pairs(self) -> list[Pair]:
+        """All of them, held in memory from now on."""
         return [item for item in self if isinstance(item, Pair)]
 
 

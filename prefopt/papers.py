@@ -50,7 +50,7 @@ from prefopt.points import (
     win_rate_of,
 )
 from prefopt.program import program
-from prefopt.records import Record, last_step, read_records, write_archive
+from prefopt.records import Record, keep, last_step, read_records
 from prefopt.report import by_column_table, our_name, provenance
 from prefopt.tables import Tabular
 
@@ -491,10 +491,7 @@ def main(cfg: DictConfig) -> None:
     target = output / f"{config.paper}.html"
     write_whole(target, page(title, tables, figures, records, origin(records, config)))
     files.append(target)
-    if records and Path(config.runs_dir or "").suffix != ".jsonl":
-        files.append(output / "records.jsonl")
-        write_archive(records, files[-1])
-    for file in files:
+    for file in files + keep(records, config.runs_dir, output):
         print(file)
 
 

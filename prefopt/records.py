@@ -70,6 +70,15 @@ def write_archive(records: Sequence[Record], file: Path) -> None:
     write_whole(file, "\n".join(lines) + "\n")
 
 
+def keep(records: Sequence[Record], source: str | None, output: Path) -> list[Path]:
+    """`write_archive` into `output`, unless `source`, where they were read from, is an archive already: its path, or
+    none."""
+    if not records or Path(source or "").suffix == ".jsonl":
+        return []
+    write_archive(records, output / "records.jsonl")
+    return [output / "records.jsonl"]
+
+
 def last_step(record: Record) -> int:
     """The optimizer steps behind the final policy: of an online run those of all stages."""
     step: int = record["evaluations"][-1]["step"] if record["evaluations"] else record["config"]["steps"]

@@ -30,7 +30,7 @@ from prefopt.harness import accuracy_percent
 from prefopt.metrics import mean_and_error
 from prefopt.paths import check_folder
 from prefopt.program import program
-from prefopt.records import Record, beta, read_records, write_archive
+from prefopt.records import Record, beta, keep, read_records
 from prefopt.run import VOLATILE
 from prefopt.tables import Tabular
 
@@ -434,10 +434,7 @@ def main(cfg: DictConfig) -> None:
     files = whole.write(output) + draw(records, output)
     for other in filter(None, others):
         files += other.write(output)
-    if Path(config.runs_dir).suffix != ".jsonl":
-        files.append(output / "records.jsonl")
-        write_archive(records, files[-1])
-    for file in files:
+    for file in files + keep(records, config.runs_dir, output):
         print(file)
 
 

@@ -33,12 +33,12 @@ train_best() {
     done
 }
 
-# Reward models of the three data qualities in $1/rewards, and the embedded rows with their scores, $1/scored.jsonl.gz. The
+# Reward models of the three data qualities in $1/rewards, and the rows of $2 with their scores, $1/scored.jsonl.gz. The
 # rest are further arguments of the training.
 score_sentiment() {
-    sweep train +sweep=mini/madpo_rewards "runs_dir=$1/rewards" "${@:2}"
+    local rows=$2 quality model
+    sweep train +sweep=mini/madpo_rewards "runs_dir=$1/rewards" "${@:3}"
     [[ -n $dry || -f $1/scored.jsonl.gz ]] && return
-    local rows=package://prefopt/data/sentiment_offline.jsonl.gz quality model
     for quality in high medium low; do
         model=("$1"/rewards/reward-*-sentiment-"$quality"-*/policy)
         prefopt score "input=$rows" "output=$1/scored_$quality.jsonl.gz" "name=rewards_$quality" \

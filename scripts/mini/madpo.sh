@@ -1,17 +1,29 @@
 #!/usr/bin/env bash
 # MADPO's experiment in miniature: a reward model for each data quality, its scores, then each method with three learning
-# rates at one seed of the high quality, and with the best one at three other seeds of all qualities.
+# rates at one seed of the high quality, and with the best one at two other seeds of all qualities. Of MADPO itself also the
+# sensitivity to c_max and tau, and amplification and damping each by itself.
 . "$(dirname "$0")/../common.sh"
 methods=madpo,beta_dpo,dpo,ipo
 runs=runs/mini/madpo
 results=results/mini/madpo
 
-score_sentiment $runs
-sweep train +sweep=mini/madpo "runs_dir=$runs/tuning" dataset.format.quality=high seed=100 optimizer.lr=2e-5,5e-5,1e-4 \
-    "objective=$methods"
+# The reward models learn from all prompts. A third of them is scored, for the policies see 64 pairs in a run.
+rows=$runs/rows.jsonl
+[[ -n $dry || -f $rows ]] || {
+    mkdir -p $runs
+    zcat prefopt/data/sentiment_offline.jsonl.gz | awk '/"split": "heldout"/ || n++ < 128' > $rows
+}
+score_sentiment $runs $rows
+one=(+sweep=mini/madpo dataset.format.quality=high)
+sweep train "${one[@]}" "runs_dir=$runs/tuning" seed=100 optimizer.lr=5e-5,1e-4,2e-4 "objective=$methods"
 train_best $methods $runs/tuning +sweep=mini/madpo
+one+=(objective=madpo "optimizer.lr=$(best $runs/tuning madpo optimizer.lr)" "runs_dir=$runs/variants" seed=0)
+sweep train "${one[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
+sweep train "${one[@]}" objective.only=amplification,damping
 [[ -n $dry ]] && exit
+prefopt report runs_dir=$runs/rewards output=$results/rewards
 prefopt report runs_dir=$runs/tuning output=$results/tuning
 prefopt report runs_dir=$runs/final output=$results columns=dataset.format.quality \
     published=results/published/madpo_table_1.csv
 prefopt papers paper=madpo runs_dir=$runs/final output=$results
+prefopt papers paper=madpo runs_dir=$runs/variants output=$results/variants

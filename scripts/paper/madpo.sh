@@ -5,7 +5,7 @@
 runs=runs/paper/madpo
 results=results/paper/madpo
 
-score_sentiment $runs precision=bfloat16
+score_sentiment $runs package://prefopt/data/sentiment_offline.jsonl.gz precision=bfloat16
 for name in methods sensitivity ablation; do
     sweep train +sweep=madpo/$name
 done

@@ -144,8 +144,6 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
     """Write what `AutoModelForCausalLM.from_pretrained(target)` and `AutoTokenizer` load."""
     aside = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    if policy.device.type == "cpu":  # what saves imports deepspeed where it is installed, which else warns of it
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if bad := not_finite(dict(policy.named_parameters())):
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
     policy.save_pretrained(aside)

@@ -107,6 +107,8 @@ COLUMNS = {
     "objective": "objective",
     "beta": "β",
     "accuracy": "held-out accuracy",
+    "heldout_loss": "held-out loss",  # of reward models, whose losses alone can be compared with each other's
+    "calibration_error": "calibration error",
     "oracle_reward": "oracle reward ± s.e.",
     "kl": "KL to reference ± s.e. (nats)",
     "chosen_logps_drift": "chosen log-prob drift (nats)",
@@ -147,18 +149,18 @@ def posthoc_names(records: list[Record]) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in posthoc(record)))
 
 
-def shown_columns(records: list[Record]) -> dict[str, str]:
-    """The columns of the table, with the heading of each; the run comes last."""
-    columns = {c: heading for c, heading in COLUMNS.items() if c != "run"}
-    return columns | {name: f"{name}, %" for name in posthoc_names(records)} | {"run": COLUMNS["run"]}
-
-
 def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
-    """`table_rows` as people read them, with where they came from."""
-    columns, names = shown_columns(records), posthoc_names(records)
+    """`table_rows` as people read them, with where they came from; the run comes last. A column for which no run has a
+    figure is left out, and an initial policy of which nothing was measured."""
+    names = posthoc_names(records)
+    headings = {c: heading for c, heading in COLUMNS.items() if c != "run"}
+    headings |= {name: f"{name}, %" for name in names} | {"run": COLUMNS["run"]}
     shown = [cells(row, names) for row in rows]
-    texts = [[row[c] for c in columns] for row in shown]
-    return Tabular("table", list(columns.values()), texts, rows, provenance(records, command(config)))
+    own = [line for line in shown if line["run"] != "–"]
+    columns = [c for c in headings if c == "objective" or any(line[c] != "–" for line in own)]
+    texts = [[line[c] for c in columns] for line in shown]
+    texts = [text for text in texts if any(cell != "–" for cell in text[1:])]
+    return Tabular("table", [headings[c] for c in columns], texts, rows, provenance(records, command(config)))
 
 
 FIGURES = ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
@@ -325,6 +327,8 @@ def cells(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
         "objective": row["objective"],
         "beta": "–" if row["beta"] is None else f"{row['beta']:g}",
         "accuracy": number("accuracy", 2),
+        "heldout_loss": number("heldout_loss", 3),
+        "calibration_error": number("calibration_error", 3),
         "oracle_reward": number("oracle_reward", 3),
         "kl": number("kl", 2),
         "chosen_logps_drift": number("chosen_logps_drift", 2),
@@ -350,20 +354,16 @@ def provenance(records: list[Record], command: str) -> list[str]:
     commits = {f"{r['git']['commit'][:10]}{' with changes' if r['git']['dirty'] else ''}" for r in records if r["git"]}
     versions = {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for r in records}
     evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
+    pairs, sampled = evaluated.get("n"), ""
+    if "samples" in evaluated:
+        sampled = f", oracle reward and KL over {evaluated['samples']} responses, one to each held-out prompt; "
+        sampled += "s.e. over these"
     return [
         f"Made by `{command}` from {len(records)} runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a "
         "resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
-        *(
-            [
-                f"Accuracy over {evaluated.get('n', 0)} held-out pairs, oracle reward and KL over "
-                f"{evaluated['samples']} responses, one to each held-out prompt; "
-                "s.e. over these, with one training seed per run."
-            ]
-            if "samples" in evaluated
-            else []
-        ),
+        *([f"Accuracy over {pairs} held-out pairs{sampled}, with one training seed per run."] if pairs else []),
     ]
 
 
@@ -440,6 +440,8 @@ def main(cfg: DictConfig) -> None:
 
 def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
     drift = last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None
+    calibration = last.get("calibration_error")
+    own = {} if calibration is None else {"heldout_loss": last["loss"], "calibration_error": calibration}
     return {
         "run": None,
         "objective": None,
@@ -449,6 +451,7 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
         "chosen_logps_drift": drift,
         "sample_length": last.get("sample_length"),
         "step": last.get("step"),
+        **own,
     }
 
 

@@ -38,8 +38,6 @@ class Zero2(Engine):
     """See `prefopt.engine.Engine`. Every method is collective: all processes call it, as often as each other."""
 
     def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool):
-        if policy.device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; one process alone has none
         import deepspeed
 

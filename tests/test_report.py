@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from prefopt.config import ReportConfig
 from prefopt.records import read_records
-from prefopt.report import labels, over_seeds, table_rows
+from prefopt.report import labels, main_table, over_seeds, table_rows
 from tests.tiny import records, run_program
 
 
@@ -85,6 +86,29 @@ def test_runs_without_evaluation_have_dashes(grid):
     (row,) = table_rows([record])
     assert row["oracle_reward"] is None
     assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
+
+
+def test_reward_models_have_their_loss_and_calibration_and_no_columns_of_a_policys(grid, tmp_path):
+    runs, _ = grid
+    record = json.loads(json.dumps(records(runs)[0])) | {"objective": "reward", "name": "reward-0"}
+    record["config"]["objective"].pop("beta")
+    ends = [{"step": s, "loss": loss, "accuracy": a, "n": 64, "calibration_error": 0.1} for s, loss, a in
+            ((0, 0.6931, 0.0), (8, 0.6637, 0.656))]  # fmt: skip
+    record["evaluations"] = ends
+    (tmp_path / "reward-0").mkdir()
+    (tmp_path / "reward-0" / "record.json").write_text(json.dumps(record))
+    found = read_records(tmp_path)
+    table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
+    assert table.headers == ["objective", "held-out accuracy", "held-out loss", "calibration error", "run"]
+    assert table.texts == [
+        ["initial policy (model)", "–", "0.693", "0.100", "–"],
+        ["reward", "0.66", "0.664", "0.100", "reward-0"],
+    ]
+    assert table.notes[-1] == "Accuracy over 64 held-out pairs, with one training seed per run."
+    # An initial policy of which nothing was measured is no row.
+    found[0]["evaluations"] = [{k: v for k, v in e.items() if k in ("step", "accuracy", "n")} for e in ends]
+    table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
+    assert (table.headers, table.texts) == (["objective", "held-out accuracy", "run"], [["reward", "0.66", "reward-0"]])
 
 
 def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):

@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer by name, folder, or GGUF file."""
 
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -27,6 +28,8 @@ from prefopt.progress import say
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # transformers would ask a service on the hub, in the background, to make safetensors of a pickle.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+# With every adapter on a CPU it asks for a package that would fetch code from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -160,6 +163,8 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
 
 def _ready(model: torch.nn.Module, device: str) -> Any:
     """On its device, in evaluation mode, without dropout."""
+    if device == "cpu":  # adapters and saving import deepspeed where it is installed, which else warns of a missing GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -368,8 +368,9 @@ def provenance(records: list[Record], command: str) -> list[str]:
 
 
 def draw(records: list[Record], output: Path) -> list[Path]:
-    """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per initial policy
-    and data set. Returns nothing if no run was evaluated by an oracle."""
+    """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
+    set. The legend names objective and beta, which have a colour and a marker of their own; runs that differ in
+    something else (a seed) share a name. Returns nothing if no run was evaluated by an oracle."""
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
@@ -378,16 +379,16 @@ def draw(records: list[Record], output: Path) -> list[Path]:
     with plotting() as plt:
         size = (5.2 * len(panels) + 0.2, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        names = dict(zip([r["name"] for r in sampled], labels(sampled), strict=True))
         for axis, panel in zip(axes[0], panels, strict=True):
             members = [r for r in sampled if _panel(r) == panel]
-            start = members[0]["evaluations"][0]["oracle_reward"]
-            axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label="initial policy", zorder=1)
-            # Of many runs only what has a colour and a marker of its own is told apart.
-            few, named = len(members) <= 8, set()
+            named: set[str] = set()
+            for start in sorted({r["evaluations"][0]["oracle_reward"] for r in members}):  # each seed draws its own
+                label = None if named else "initial policy"
+                axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label=label, zorder=1)
+                named.add("initial policy")
             for record in members:
                 points = record["evaluations"]
-                name = names[record["name"]] if few else " ".join(names[record["name"]].split(" ")[:2])
+                name = record["objective"] + (f" β={beta(record):g}" if beta(record) is not None else "")
                 marker = markers[record["objective"], beta(record)]
                 hollow = MARKERS.index(marker) % 2 == 1
                 axis.errorbar(
@@ -409,7 +410,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.set_xlabel("KL to the reference (nats per response)")
             axis.set_ylabel("oracle reward (mean over held-out prompts)")
             axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
-            if few:
+            if len(named) <= 9:
                 axis.legend(frameon=False, fontsize=8)
             else:
                 axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

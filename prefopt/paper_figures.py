@@ -215,15 +215,16 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
 
 
 def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list[Path]:
-    """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error
-    over seeds."""
+    """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error,
+    over seeds or (of one seed alone) over its prompts."""
     found = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
     if not found:
         return []
     lines = max(map(len, found.values()))
 
-    def last(part: str) -> str:  # of a dotted key; it says enough here
-        return re.sub(r"^.*\.(?=\w+=)", "", part)
+    def last(part: str) -> str:  # of a dotted key, and of a number a few digits; they say enough here
+        part = re.sub(r"^.*\.(?=\w+=)", "", part)
+        return re.sub(r"(?<==)\d+\.\d{3,}$", lambda number: f"{float(number[0]):.3g}", part)
 
     with plotting() as plt:
         size = (max(3.4, 2.6 * len(found)), 2.6 + 0.17 * lines)
@@ -238,7 +239,9 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
                 own = " ".join(last(part) for part in label.split(" ") if part not in shared)
                 x, y, errors = ([point[i] or 0 for point in curve] for i in range(3))
                 axis.errorbar(x, y, yerr=errors if any(errors) else None, label=own, **look)
-            title = " ".join(last(part) for part in next(iter(curves)).split(" ") if part in shared)
+            title = " ".join(
+                last(part) for part in next(iter(curves)).split(" ") if part in shared and "=None" not in part
+            )
             axis.set_title(title, fontsize=9)
             axis.set_xlabel(key.removeprefix("objective."))
             if len(curves) > 1:

@@ -410,7 +410,8 @@ def madpo(records: Sequence[Record], config: PapersConfig) -> Made:
     table = by_column_table(list(records), asked)
     table = replace(table, name=name, title=title, notes=[table.notes[0], *origin(records, config)])
     caption = (
-        "Final oracle reward over each hyperparameter that was varied: the mean over seeds, bars of one standard error."
+        "Final oracle reward over each hyperparameter that was varied: the mean over seeds, bars of one standard error "
+        "(of one seed alone, that over its prompts)."
     )
     files = draw_sensitivity(records, Path(config.output), "madpo_sensitivity")
     return [table], [Figure("Sensitivity", caption, files)]

@@ -356,20 +356,23 @@ def sensitive_keys(records: Sequence[Record]) -> list[str]:
 
 def sensitivity(records: Sequence[Record], key: str) -> dict[str, list[tuple[float, float, float | None]]]:
     """By what else tells the runs apart, where there are several values of the key: (the value, the final oracle
-    reward's mean over seeds, its standard error or None). Runs without the key or an oracle have no place in it."""
+    reward's mean over seeds, its standard error over these; of one seed alone, that over its prompts, or None). Runs
+    without the key or an oracle have no place in it."""
     own = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][-1]]
     own = [r for r in own if isinstance(flat_config(r).get(key), int | float)]
-    groups: dict[str, dict[float, list[float]]] = {}
+    groups: dict[str, dict[float, list[tuple[float, float | None]]]] = {}
     for record, name in zip(own, labels(own, without=("seed", "dataset.name", key)), strict=True):
         if key.endswith(".beta"):
             name = " ".join(part for part in name.split(" ") if not part.startswith("β="))
         values = groups.setdefault(name, {}).setdefault(float(flat_config(record)[key]), [])
-        values.append(record["evaluations"][-1]["oracle_reward"])
-    found = {}
-    for name, by_value in groups.items():
+        end = record["evaluations"][-1]
+        values.append((end["oracle_reward"], end.get("oracle_reward_se")))
+    found: dict[str, list[tuple[float, float, float | None]]] = {}
+    for name, by_value in sorted(groups.items()):
         if len(by_value) > 1:
-            means = {value: mean_and_error(rewards) for value, rewards in sorted(by_value.items())}
-            found[name] = [(v, mean, se if len(by_value[v]) > 1 else None) for v, (mean, se) in means.items()]
+            for value, ends in sorted(by_value.items()):
+                mean, error = mean_and_error([reward for reward, _ in ends])
+                found.setdefault(name, []).append((value, mean, error if len(ends) > 1 else ends[0][1]))
     return found
 
 

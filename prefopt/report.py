@@ -410,7 +410,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.set_xlabel("KL to the reference (nats per response)")
             axis.set_ylabel("oracle reward (mean over held-out prompts)")
             axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
-            if len(named) <= 9:
+            if len(named) <= 6:
                 axis.legend(frameon=False, fontsize=8)
             else:
                 axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -21,8 +21,9 @@ one+=(objective=madpo "optimizer.lr=$(best $runs/tuning madpo optimizer.lr)" "ru
 sweep train "${one[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
 sweep train "${one[@]}" objective.only=amplification,damping
 [[ -n $dry ]] && exit
-prefopt report runs_dir=$runs/rewards output=$results/rewards
-prefopt report runs_dir=$runs/tuning output=$results/tuning
+for name in rewards tuning variants; do
+    prefopt report runs_dir=$runs/$name output=$results/$name
+done
 prefopt report runs_dir=$runs/final output=$results columns=dataset.format.quality \
     published=results/published/madpo_table_1.csv
 prefopt papers paper=madpo runs_dir=$runs/final output=$results

@@ -1,6 +1,8 @@
 """What a dry run says that a sweep would take."""
 
+import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -118,3 +120,31 @@ def test_the_scripts_submit_every_sweep_of_their_paper(scale, paper, tmp_path):
         files = {f"{paper}/{f.stem}" for f in (folder / paper).glob("*.yaml")}
         wanted = {f for f in files if not f.split("/")[1].startswith(("_", "tuning_", "online_"))}
         assert wanted == {name for name in named if not name.startswith("mini/")}
+
+
+@pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])
+def test_a_miniatures_script_gets_to_its_end(paper, tmp_path):
+    """Its own lines, that is, and twice, as after a stop: the interpreter only writes down what it is asked for, and
+    makes the files that the next lines move."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "prefopt" / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "prefopt" / "data" / "sentiment_offline.jsonl.gz", tmp_path / "prefopt" / "data")
+    (tmp_path / "runs" / "mini" / paper / "final" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "mini" / paper / "final" / "a" / "record.json").touch()
+    asked, fake = tmp_path / "asked", tmp_path / "python"
+    made = 'for a; do case $a in best=*) echo 1e-4;; output=*.gz) : > "${a#*=}";; esac; done'
+    fake.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n{made}\n')
+    fake.chmod(0o755)
+    for _ in range(2):
+        asked.unlink(missing_ok=True)
+        script = tmp_path / "scripts" / "mini" / f"{paper}.sh"
+        process = subprocess.run(
+            [script], env=os.environ | {"PREFOPT_PYTHON": str(fake)}, capture_output=True, text=True
+        )
+        assert (process.returncode, process.stderr) == (0, "")
+        assert asked.read_text().splitlines()[-1].startswith(("-m prefopt.papers ", "-m prefopt.report "))
+    rows = {"mmpo": {}, "mappo": {"prompts": (64, 0)}, "madpo": {"rows": (128, 64)}}[paper]
+    for name, counts in rows.items():
+        lines = (tmp_path / "runs" / "mini" / paper / f"{name}.jsonl").read_text().splitlines()
+        splits = [json.loads(line)["split"] for line in lines]
+        assert (splits.count("train"), splits.count("heldout")) == counts

@@ -9,7 +9,7 @@ results=results/mini/madpo
 
 # The reward models learn from all prompts. A third of them is scored, for the policies see 64 pairs in a run.
 rows=$runs/rows.jsonl
-[[ -n $dry || -f $rows ]] || {
+[[ -n $dry ]] || {
     mkdir -p $runs
     zcat prefopt/data/sentiment_offline.jsonl.gz | awk '/"split": "heldout"/ || n++ < 128' > $rows
 }

@@ -19,7 +19,7 @@ prefopt papers paper=mappo runs_dir=$runs/final output=$results
 # A sixth of the training prompts, so that a stage is one pass over its 32 pairs in four steps; best and worst of four
 # responses, where the paper has eight: what takes long here is to draw them.
 prompts=$runs/prompts.jsonl
-[[ -f $prompts ]] || zcat prefopt/data/sentiment_offline.jsonl.gz | grep '"split": "train"' | head -n 64 > $prompts
+zcat prefopt/data/sentiment_offline.jsonl.gz | awk '/"split": "train"/ && n++ < 64' > $prompts
 stages=(dataset=sentiment_offline scorer=vader "prompts=$prompts" stages=2 samples_per_prompt=4 steps=4 batch_size=8
     eval_every=4 heldout_pairs=32 "runs_dir=$runs/online")
 for seed in 0 1; do

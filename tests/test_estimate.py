@@ -123,7 +123,8 @@ def test_the_scripts_submit_every_sweep_of_their_paper(scale, paper, tmp_path):
 
 
 @pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])
-def test_a_miniatures_script_gets_to_its_end(paper, tmp_path):
+@pytest.mark.parametrize("scale", ["mini", "paper"])
+def test_the_scripts_get_to_their_end(scale, paper, tmp_path):
     """Its own lines, that is, and twice, as after a stop: the interpreter only writes down what it is asked for, and
     makes the files that the next lines move."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
@@ -132,19 +133,20 @@ def test_a_miniatures_script_gets_to_its_end(paper, tmp_path):
     (tmp_path / "runs" / "mini" / paper / "final" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "mini" / paper / "final" / "a" / "record.json").touch()
     asked, fake = tmp_path / "asked", tmp_path / "python"
-    made = 'for a; do case $a in best=*) echo 1e-4;; output=*.gz) : > "${a#*=}";; esac; done'
+    make = 'mkdir -p "$(dirname "${a#*=}")"; : > "${a#*=}"'
+    made = f"for a; do case $a in best=*) echo 1e-4;; output=*.gz) {make};; esac; done"
     fake.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n{made}\n')
     fake.chmod(0o755)
     for _ in range(2):
         asked.unlink(missing_ok=True)
-        script = tmp_path / "scripts" / "mini" / f"{paper}.sh"
+        script = tmp_path / "scripts" / scale / f"{paper}.sh"
         process = subprocess.run(
             [script], env=os.environ | {"PREFOPT_PYTHON": str(fake)}, capture_output=True, text=True
         )
         assert (process.returncode, process.stderr) == (0, "")
         assert asked.read_text().splitlines()[-1].startswith(("-m prefopt.papers ", "-m prefopt.report "))
-    rows = {"mmpo": {}, "mappo": {"prompts": (64, 0)}, "madpo": {"rows": (128, 64)}}[paper]
-    for name, counts in rows.items():
+    rows = {"mappo": {"prompts": (64, 0)}, "madpo": {"rows": (128, 64)}}
+    for name, counts in rows.get(paper, {}).items() if scale == "mini" else ():
         lines = (tmp_path / "runs" / "mini" / paper / f"{name}.jsonl").read_text().splitlines()
         splits = [json.loads(line)["split"] for line in lines]
         assert (splits.count("train"), splits.count("heldout")) == counts

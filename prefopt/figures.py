@@ -10,13 +10,18 @@ from typing import Any
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # The methods that the papers compare have theirs in every figure of every paper.
 OF_METHOD = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLOURS, strict=True))
-PREFIX = "mappo_"
+
+
+def wrapped(method: str) -> bool:
+    """Whether it is a base with MaPPO around it, offline or online."""
+    return method.removeprefix("online-").startswith("mappo_")
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
     """A colour for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
-    base, and needs another line style; what no paper compares has a colour that is free here."""
-    bases = {m: m.split(" ")[0].removeprefix(PREFIX) for m in methods}
+    base, and needs another line style, and an online form that of its objective; what no paper compares has a colour
+    that is free here."""
+    bases = {m: m.split(" ")[0].removeprefix("online-").removeprefix("mappo_") for m in methods}
     taken = [OF_METHOD[b] for b in bases.values() if b in OF_METHOD]
     free = [c for c in COLOURS if c not in taken] or list(COLOURS)
     others = sorted({b for b in bases.values() if b not in OF_METHOD})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.figures import PREFIX, method_colours, plotting, save, shade
+from prefopt.figures import method_colours, plotting, save, shade, wrapped
 from prefopt.points import (
     SIDES,
     Point,
@@ -192,7 +192,7 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
                 colours = method_colours(list(curves))
                 repeats: dict[tuple[str, bool], int] = {}  # methods of one colour have markers of their own
                 for label, curve in curves.items():
-                    dashed = label.startswith(PREFIX)
+                    dashed = wrapped(label)
                     look = {"color": colours[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
                     again = repeats[colours[label], dashed] = repeats.get((colours[label], dashed), -1) + 1
                     look |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
@@ -208,8 +208,8 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
                 axis.set_xlabel("optimizer step")
                 axis.xaxis.get_major_locator().set_params(integer=True)
             row[0].set_ylabel("change of log-prob (nats)")
-        bases = [handle for label, handle in handles.items() if not label.startswith(PREFIX)]
-        wrappers = [handle for label, handle in handles.items() if label.startswith(PREFIX)]
+        bases = [handle for label, handle in handles.items() if not wrapped(label)]
+        wrappers = [handle for label, handle in handles.items() if wrapped(label)]
         _legend(plt, figure, [bases, wrappers], 4)
         return save(figure, output, name)
 

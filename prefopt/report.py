@@ -25,7 +25,7 @@ from rich.table import Table
 
 from prefopt import UserError
 from prefopt.config import ReportConfig, parse
-from prefopt.figures import PREFIX, method_colours, plotting, save
+from prefopt.figures import method_colours, plotting, save, wrapped
 from prefopt.harness import accuracy_percent
 from prefopt.metrics import mean_and_error
 from prefopt.paths import check_folder
@@ -459,7 +459,7 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
 def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
     """The colour of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
     each objective, and others for the objectives that share a colour (MaPPO and its base)."""
-    names = sorted({r["objective"] for r in records}, key=lambda name: (name.startswith(PREFIX), name))
+    names = sorted({r["objective"] for r in records}, key=lambda name: (wrapped(name), name))
     betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
     most = max(len(values) for values in betas.values())
     colours = method_colours(names)
@@ -481,7 +481,9 @@ def _flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            # 2.0, a default, and 2, from a command line, are one value.
+            whole = isinstance(value, float) and value.is_integer()
+            yield f"{prefix}{key}", int(value) if whole else value
 
 
 if __name__ == "__main__":

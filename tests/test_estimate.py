@@ -99,16 +99,20 @@ def test_a_dry_run_names_what_is_lacking_and_refuses_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def writes_down(folder, also=":"):
+    """The file into which an interpreter writes what it is asked for, and no more but `also`, a shell command; and the
+    environment in which the scripts take it."""
+    asked, fake = folder / "asked", folder / "python"
+    fake.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n{also}\n')
+    fake.chmod(0o755)
+    return asked, os.environ | {"PREFOPT_PYTHON": str(fake)}
+
+
 @pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])
 @pytest.mark.parametrize("scale", ["mini", "paper"])
 def test_the_scripts_submit_every_sweep_of_their_paper(scale, paper, tmp_path):
-    """With an interpreter that writes down what it is asked for."""
-    asked = tmp_path / "asked"
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n')
-    fake.chmod(0o755)
+    asked, environment = writes_down(tmp_path)
     script = ROOT / "scripts" / scale / f"{paper}.sh"
-    environment = os.environ | {"PREFOPT_PYTHON": str(fake)}
     subprocess.run([str(script), "launcher.at_once=7", "--dry-run"], env=environment, check=True, cwd=tmp_path)
     lines = asked.read_text().splitlines()
     assert all(line.startswith("-m prefopt.train -m +sweep=") for line in lines)
@@ -125,24 +129,20 @@ def test_the_scripts_submit_every_sweep_of_their_paper(scale, paper, tmp_path):
 @pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])
 @pytest.mark.parametrize("scale", ["mini", "paper"])
 def test_the_scripts_get_to_their_end(scale, paper, tmp_path):
-    """Its own lines, that is, and twice, as after a stop: the interpreter only writes down what it is asked for, and
-    makes the files that the next lines move."""
+    """Their own lines, that is, and twice, as after a stop: the interpreter makes no more than the files that the next
+    lines move."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "prefopt" / "data").mkdir(parents=True)
     shutil.copy(ROOT / "prefopt" / "data" / "sentiment_offline.jsonl.gz", tmp_path / "prefopt" / "data")
     (tmp_path / "runs" / "mini" / paper / "final" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "mini" / paper / "final" / "a" / "record.json").touch()
-    asked, fake = tmp_path / "asked", tmp_path / "python"
     make = 'mkdir -p "$(dirname "${a#*=}")"; : > "${a#*=}"'
-    made = f"for a; do case $a in best=*) echo 1e-4;; output=*.gz) {make};; esac; done"
-    fake.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n{made}\n')
-    fake.chmod(0o755)
+    also = f"for a; do case $a in best=*) echo 1e-4;; output=*.gz) {make};; esac; done"
+    asked, environment = writes_down(tmp_path, also)
     for _ in range(2):
         asked.unlink(missing_ok=True)
         script = tmp_path / "scripts" / scale / f"{paper}.sh"
-        process = subprocess.run(
-            [script], env=os.environ | {"PREFOPT_PYTHON": str(fake)}, capture_output=True, text=True
-        )
+        process = subprocess.run([script], env=environment, capture_output=True, text=True)
         assert (process.returncode, process.stderr) == (0, "")
         assert asked.read_text().splitlines()[-1].startswith(("-m prefopt.papers ", "-m prefopt.report "))
     rows = {"mappo": {"prompts": (64, 0)}, "madpo": {"rows": (128, 64)}}

@@ -480,6 +480,7 @@ def test_every_method_of_the_papers_has_a_colour_of_its_own():
     assert method_colours(["dpo optimizer.lr=1", "mappo_dpo"]) == dict.fromkeys(
         ["dpo optimizer.lr=1", "mappo_dpo"], method_colours(methods)["dpo"]
     )
+    assert set(method_colours(["online-dpo", "online-mappo_dpo"]).values()) == {method_colours(methods)["dpo"]}
     assert method_colours(["dpo", "sppo"])["sppo"] != method_colours(["dpo"])["dpo"]
 
 

@@ -71,6 +71,14 @@ def test_runs_that_differ_elsewhere_are_told_apart(grid, tmp_path):
     assert [row["objective"] for row in table_rows(found)][-2:] == ["dpo seed=0", "dpo seed=1"]
 
 
+def test_a_whole_number_is_the_same_value_however_it_is_written(grid):
+    runs, _ = grid
+    found = read_records(runs)[:2]
+    for record, steps in zip(found, (2, 2.0), strict=True):
+        record["config"]["objective"]["beta"], record["config"]["steps"] = 0.1, steps
+    assert labels(found) == ["dpo β=0.1", "dpo β=0.1"]
+
+
 def test_unfinished_runs_are_left_out_and_named(grid, tmp_path, capsys):
     runs, _ = grid
     for i, status in enumerate(["finished", "failed"]):

@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Tabular:
     def latex(self) -> str:
         r"""A `tabular` for \input, the notes above it as comments. It needs \usepackage{booktabs}."""
         columns = "".join("l" if header in TEXT_COLUMNS else "r" for header in self.headers)
-        head, *body = [" & ".join(map(latex_text, line)) + r" \\" for line in [self.headers, *self.texts]]
+        rows = [map(_latex_heading, self.headers), *(map(latex_text, line) for line in self.texts)]
+        head, *body = [" & ".join(cells) + r" \\" for cells in rows]
         comments = ["% " + " ".join(note.split()) for note in [self.title, *self.notes] if note]
         begin = rf"\begin{{tabular}}{{{columns}}}"
         return "\n".join(
@@ -94,6 +96,13 @@ class Tabular:
         for file, content in zip(files, contents.values(), strict=True):
             write_whole(file, content)
         return files
+
+
+def _latex_heading(text: str) -> str:
+    """In lines about as wide as a figure with its error: in one line the headings make a table wider than its page."""
+    lines = textwrap.wrap(text, 12, break_long_words=False, break_on_hyphens=False)
+    stacked = r"\\".join(map(latex_text, lines))
+    return rf"\shortstack[r]{{{stacked}}}" if len(lines) > 1 else stacked
 
 
 def latex_text(text: str) -> str:

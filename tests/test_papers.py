@@ -381,16 +381,23 @@ def test_the_sensitivity_is_over_what_was_varied(tmp_path):
     assert [v for v, *_ in sensitivity(read_records(tmp_path), "objective.beta")["dpo"]] == [0.1, 0.2, 0.3]
 
 
-def test_latex_has_a_tabular_with_escaped_cells():
+def test_latex_has_a_tabular_with_escaped_cells_and_narrow_headings():
     special = r"a_b & 5 % of $1 #2 {x} ~ ^ \n"
-    table = Tabular("t", ["method", "β"], [[special, "0.1 ± 2"], ["y", "–"]], [{"a": 1}], ["50 % of\nx_y."], "A title")
+    table = Tabular(
+        "t",
+        ["method", "log-prob drift of β"],
+        [[special, "0.1 ± 2"], ["y", "–"]],
+        [{"a": 1}],
+        ["50 % of\nx_y."],
+        "A title",
+    )
     lines = table.latex().splitlines()
     comments = [line for line in lines if line.startswith("%")]
     assert comments == ["% A title", "% 50 % of x_y."]
     body = lines[len(comments) :]
-    assert body[:3] == [r"\begin{tabular}{lr}", r"\toprule", r"method & $\beta$ \\"]
+    assert body[:3] == [r"\begin{tabular}{lr}", r"\toprule", r"method & \shortstack[r]{log-prob\\drift of $\beta$} \\"]
     assert body[-2:] == [r"\bottomrule", r"\end{tabular}"]
-    for line in body[2:-2]:
+    for line in body[3:-2]:
         if not line.startswith(r"\m"):
             bare = re.sub(r"\\\\$|\\[a-z]+\{\}|\\[&%$#_{}]|\$[^$]*\$", "", line)
             assert bare.count("&") == 1

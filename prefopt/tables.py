@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import re
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,5 +107,6 @@ def _latex_heading(text: str) -> str:
 
 
 def latex_text(text: str) -> str:
-    """`text` with what LaTeX would take for a command, or has no sign for, written so that it is printed."""
-    return "".join(_LATEX.get(c, c) for c in text)
+    """`text` with what LaTeX would take for a command, or has no sign for, written so that it is printed, and with the
+    signs of numbers where it would set hyphens."""
+    return "".join(_LATEX.get(c, c) for c in re.sub(r"(?<![\w.])-(?=\d)", "−", text))

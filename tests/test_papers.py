@@ -402,6 +402,7 @@ def test_latex_has_a_tabular_with_escaped_cells_and_narrow_headings():
             bare = re.sub(r"\\\\$|\\[a-z]+\{\}|\\[&%$#_{}]|\$[^$]*\$", "", line)
             assert bare.count("&") == 1
             assert not re.search(r"[%$#_{}~^\\]", bare), bare
+    assert latex_text("-0.5 ± 0.1, mappo-7, 1e-05") == r"$-$0.5 $\pm$ 0.1, mappo-7, 1e-05"
     assert latex_text(special).count("{") - latex_text(special).count("\\{") == 3  # of three commands
 
 

@@ -51,7 +51,7 @@ from prefopt.points import (
 )
 from prefopt.program import program
 from prefopt.records import Record, keep, last_step, read_records
-from prefopt.report import by_column_table, our_name, provenance
+from prefopt.report import by_column_table, in_order, our_name, provenance
 from prefopt.tables import Tabular
 
 
@@ -485,7 +485,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"paper must be {', '.join(PAPERS)}, is {config.paper!r}")
     check_folder("output", config.output)
     title, make = PAPERS[config.paper]
-    records = read_records(*matching(config.runs_dir)) if config.runs_dir else []
+    records = in_order(read_records(*matching(config.runs_dir))) if config.runs_dir else []
     tables, figures = make(records, config)
     output = Path(config.output)
     files = [file for table in tables for file in table.write(output)] + [f for each in figures for f in each.files]

@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,32 +75,50 @@ def flat_config(record: Record) -> dict[str, Any]:
 
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
-    for the keys `without`."""
+    for the keys `without`. The objective's own keys come without their `objective.`; a key that is null, or that the
+    run lacks, is left out. Runs of one objective have the same label if and only if they agree in all these."""
     flat = [flat_config(r) for r in records]
-    values: dict[str, dict[str, set[str]]] = {}  # of each key, over the runs of an objective; None where a run lacks it
+    values: dict[str, dict[str, dict[str, Any]]] = {r["objective"]: {} for r in records}
     for record, config in zip(records, flat, strict=True):
-        own = values.setdefault(record["objective"], {})
         for key, value in config.items():
-            own.setdefault(key, set()).add(repr(value))
+            values[record["objective"]].setdefault(key, {})[repr(value)] = value
     for record, config in zip(records, flat, strict=True):
-        for key in values[record["objective"]].keys() - config.keys():
-            values[record["objective"]][key].add(repr(None))
+        own = values[record["objective"]]
+        for key in own.keys() - config.keys():
+            own[key]["None"] = None
     apart = {
-        objective: [
-            key
+        objective: {
+            key: _texts(own[key])
             for key in sorted(own)
             if len(own[key]) > 1
             and key not in ("objective.beta", "objective.base.beta", *without)
             and key.split(".")[0] not in VOLATILE
-        ]
+        }
         for objective, own in values.items()
     }
     names = []
     for record, config in zip(records, flat, strict=True):
-        differing = [f"{key}={config[key]}" for key in apart[record["objective"]] if key in config]
-        parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else []) + differing
+        parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else [])
+        for key, texts in apart[record["objective"]].items():
+            if config.get(key) is not None:
+                parts.append(f"{key.removeprefix('objective.')}={texts[repr(config[key])]}")
         names.append(" ".join(parts))
     return names
+
+
+def in_order(records: list[Record]) -> list[Record]:
+    """By their labels, numbers in these by size; as they were, folders are ordered by digests."""
+    keys = [re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", label) for label in labels(records)]
+    sizes = [[float(part) if i % 2 else part for i, part in enumerate(key)] for key in keys]
+    return [records[i] for i in sorted(range(len(records)), key=sizes.__getitem__)]
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Values by their repr, as people read them: four digits, no quotes; exactly, where two would read the same."""
+    texts = {
+        exact: f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else exact for exact, v in values.items()
+    }
+    return texts if len(set(texts.values())) == len(texts) else {exact: exact for exact in values}
 
 
 COLUMNS = {
@@ -422,7 +441,7 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
     check_folder("output", config.output)
     read_published(config)
-    records = read_records(Path(config.runs_dir))
+    records = in_order(read_records(Path(config.runs_dir)))
     output = Path(config.output)
     whole = main_table(table_rows(records), records, config)
     others = [over_seeds_table(records, config), by_column_table(records, config) if config.columns else None]

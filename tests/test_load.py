@@ -33,7 +33,7 @@ from prefopt.liveness import here
 from prefopt.loggers import Loggers, read_metrics
 from prefopt.paths import lines_from_end
 from prefopt.program import Composer, Point
-from prefopt.report import labels
+from prefopt.report import in_order, labels
 from prefopt.runs import Look
 from tests.tiny import ROOT
 
@@ -176,17 +176,33 @@ def test_labels_look_at_every_value_of_a_run_once(n):
     assert found == [f"dpo β=0.1 x={i % 2}" for i in range(n)]
 
 
-values = st.dictionaries(st.sampled_from("abc"), st.sampled_from([None, 1, "1", 2, 2.0, 0.5]))
+values = st.dictionaries(st.sampled_from("abc"), st.sampled_from([None, 1, "1", 2, 2.0, 0.5, 0.50001, "x"]))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["dpo", "ipo"]), values), max_size=6))
-def test_labels_name_every_key_in_which_runs_of_an_objective_differ(runs):
+def test_labels_are_the_same_where_the_runs_are(runs):
+    """Of one objective; null is what the run lacks, and 2.0 is 2, but "1" is not 1."""
     found = labels([record(o, **v) for o, v in runs])
-    runs = [(o, {k: 2 if x == 2 else x for k, x in v.items()}) for o, v in runs]  # 2.0 is 2, and "1" is not 1
-    for (objective, own), label in zip(runs, found, strict=True):
-        siblings = [v for o, v in runs if o == objective]
-        differing = [f"{k}={own[k]}" for k in sorted(own) if len({repr(v.get(k)) for v in siblings}) > 1]
-        assert label == " ".join([objective, "β=0.1", *differing])
+    same = [(o, {k: repr(2 if x == 2 else x) for k, x in v.items() if x is not None}) for o, v in runs]
+    assert [[a == b for b in found] for a in found] == [[a == b for b in same] for a in same]
+
+
+def test_a_label_has_what_differs_and_no_more_and_gives_the_order():
+    runs = [
+        record("dpo", optimizer={"lr": 1e-5}, steps=8),
+        record("dpo", optimizer={"lr": 2e-5}, steps=8, patience=None),
+        {"objective": "madpo", "config": {"objective": {"beta": 0.1, "tau": 6.906754778648554, "only": None}}},
+        {"objective": "madpo", "config": {"objective": {"beta": 0.1, "tau": 2.0, "only": "damping"}}},
+    ]
+    assert labels(runs) == [
+        "dpo β=0.1 optimizer.lr=1e-05",
+        "dpo β=0.1 optimizer.lr=2e-05",
+        "madpo β=0.1 tau=6.907",
+        "madpo β=0.1 only=damping tau=2",
+    ]
+    assert in_order(runs[::-1]) == [*runs[:2], runs[3], runs[2]]
+    assert in_order([record("dpo", seed=seed) for seed in (10, 2)])[0]["config"]["seed"] == 2
+    assert labels(runs, without=["objective.tau"])[2:] == ["madpo β=0.1", "madpo β=0.1 only=damping"]
 
 
 # A metrics file

@@ -344,7 +344,7 @@ def test_the_spread_is_the_range_over_beta_at_the_last_shared_epoch(grid):
 
 
 def test_published_rows_are_matched_by_model_and_method():
-    assert same(("SmolLM2-135M", "mmpo objective.margin=0.8"), {"model": "smollm2-135m", "method": "mmpo"})
+    assert same(("SmolLM2-135M", "mmpo margin=0.8"), {"model": "smollm2-135m", "method": "mmpo"})
     assert same(("Llama-3.2-1B", "mappo_dpo"), {"model": "llama3.2-1b", "method": "dpo+mappo"})
     assert not same(("SmolLM2-135M-Instruct", "mmpo"), {"model": "smollm2-135m", "method": "mmpo"})
     assert not same(("m", "dpo"), {"model": "m", "method": "dpo+mappo"})
@@ -589,7 +589,7 @@ def test_madpo_has_its_table_by_quality_and_the_published_ones_alone(tmp_path):
     assert process.returncode == 0, process.stderr
     text = (tmp_path / "a" / "madpo_table_1.md").read_text()
     assert "paper: high quality" in text
-    assert "| madpo β=0.1 objective.c_max=4 | 0.700 (n 1) | 0.700 (n 1) | 2.23 | 2.23 | 1.95 |" in text
+    assert "| madpo β=0.1 c_max=4 | 0.700 (n 1) | 0.700 (n 1) | 2.23 | 2.23 | 1.95 |" in text
     assert "python -m prefopt.papers paper=madpo" in text
     assert (tmp_path / "a" / "madpo_sensitivity.svg").is_file()
     process = run_program("paper=madpo", f"output={tmp_path / 'b'}", program="papers")

@@ -33,6 +33,22 @@ train_best() {
     done
 }
 
+# Of the runs $1 (a list for run=) and of the policy that they began from: accuracy on three small tasks, win rate against
+# that policy by the oracle. $2 says of which checkpoints. lm-eval loads a task's data from a folder of that name before it
+# asks the hub: TASK_DATA holds such folders.
+evaluate_small() {
+    local folder tasks=(tasks=[arc_easy,piqa,winogrande] limit=50)
+    links=()
+    trap 'rm -f "${links[@]}"' EXIT
+    for folder in "${TASK_DATA:-../shared/data/lm_harness/hub}"/*/; do
+        if [[ -d $folder && ! -e $(basename "$folder") ]]; then ln -s "$folder" . && links+=("$(basename "$folder")"); fi
+    done
+    sweep harness "run=${1%%,*}" checkpoints=initial "${tasks[@]}"
+    sweep harness "run=$1" "checkpoints=$2" "${tasks[@]}"
+    sweep alpaca "run=$1" "checkpoints=$2" judge=reward_model instructions=prefopt/data/sentiment_offline.jsonl.gz \
+        split=heldout sampling.max_new_tokens=64
+}
+
 # Reward models of the three data qualities in $1/rewards, and the rows of $2 with their scores, $1/scored.jsonl.gz. The
 # rest are further arguments of the training.
 score_sentiment() {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# MaPPO in miniature. Offline: each base with and without it, three learning rates at one seed, the best one at three
-# other seeds. Online: DPO with and without it in two stages, at the learning rate that was best offline.
+# MaPPO in miniature. Offline: each base with and without it, three learning rates at one seed, the best one at two
+# other seeds, and what comes of these evaluated: three small tasks, win rate by the oracle. Online: DPO with and without it
+# in two stages, at the learning rate that was best offline.
 . "$(dirname "$0")/../common.sh"
 bases=dpo,simpo,ipo,cpo
 methods=$bases,mappo_${bases//,/,mappo_}
@@ -12,6 +13,7 @@ sweep train "${tuning[@]}" "objective=$bases"
 sweep train "${tuning[@]}" objective=mappo "objective/base=$bases"
 train_best $methods $runs/tuning +sweep=mini/mappo
 [[ -n $dry ]] && exit
+evaluate_small "$(runs_in $runs/final)" final
 prefopt report runs_dir=$runs/tuning output=$results/tuning
 prefopt report runs_dir=$runs/final output=$results published=results/published/mappo_table_2.csv
 prefopt papers paper=mappo runs_dir=$runs/final output=$results

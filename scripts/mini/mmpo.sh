@@ -23,20 +23,7 @@ else
 fi
 [[ -n $dry ]] && exit
 
-all=run=$(runs_in $runs/final)
-IFS=, read -ra some <<< "${all#run=}"
-# lm-eval loads a task's data from a folder of that name before it asks the hub: TASK_DATA holds such folders.
-tasks=(tasks=[arc_easy,piqa,winogrande] limit=50)
-links=()
-trap 'rm -f "${links[@]}"' EXIT
-for folder in "${TASK_DATA:-../shared/data/lm_harness/hub}"/*/; do
-    if [[ -d $folder && ! -e $(basename "$folder") ]]; then ln -s "$folder" . && links+=("$(basename "$folder")"); fi
-done
-sweep harness "run=${some[0]}" checkpoints=initial "${tasks[@]}"
-sweep harness "$all" checkpoints=all "${tasks[@]}"
-sweep alpaca "$all" checkpoints=all judge=reward_model instructions=prefopt/data/sentiment_offline.jsonl.gz \
-    split=heldout sampling.max_new_tokens=64
-
+evaluate_small "$(runs_in $runs/final)" all
 prefopt report runs_dir=$runs/tuning output=$results/tuning
 [[ ! -d $runs/real ]] || prefopt report runs_dir=$runs/real output=$results/real
 prefopt report runs_dir=$runs/final output=$results

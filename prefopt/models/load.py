@@ -30,6 +30,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 # With every adapter on a CPU it asks for a package that would fetch code from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Saving a model and adapters import deepspeed where it is installed, which warns where it finds no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -163,8 +166,6 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
 
 def _ready(model: torch.nn.Module, device: str) -> Any:
     """On its device, in evaluation mode, without dropout."""
-    if device == "cpu":  # adapters and saving import deepspeed where it is installed, which else warns of a missing GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

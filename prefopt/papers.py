@@ -228,8 +228,12 @@ ACADEMIC = {
 
 def academic_table(records: Sequence[Record], published: str, notes: list[str]) -> Tabular:
     """The MaPPO paper's academic benchmarks, in percent: final policies, mean over seeds, and the models they began
-    from (the paper's `it`), which `prefopt.harness checkpoints=initial` evaluates."""
+    from (the paper's `it`), which `prefopt.harness checkpoints=initial` evaluates. Then `acc` of the tasks that are not
+    among its benchmarks."""
     models = model_names(records)
+    theirs = {task for task, _ in ACADEMIC.values()}
+    others = sorted({t["task"] for r in records for t in r["harness"] if "acc" in t["metrics"]} - theirs)
+    benchmarks = ACADEMIC | {task: (task, "acc") for task in others}
     groups: dict[tuple[str, str], list[list[Record]]] = {}
     for model in dict.fromkeys(models.values()):
         members = [r for r in records if models[r["name"]] == model]
@@ -241,30 +245,37 @@ def academic_table(records: Sequence[Record], published: str, notes: list[str]) 
     ours: list[dict[str, Any]] = []
     for (model, method), policies in groups.items():
         row: dict[str, Any] = {"model": model, "method": method}
-        for column, (task, metric) in ACADEMIC.items():
+        for column, (task, metric) in benchmarks.items():
             scores = [
                 [(100 * m["value"], m["stderr"] and 100 * m["stderr"]) for t in told if t["task"] == task
                  for m in [t["metrics"].get(metric)] if m]
                 for told in policies
             ]  # fmt: skip
             row[column] = pooled([own[0] if own else None for own in scores])
-        if any(row[column] for column in ACADEMIC):
+        if any(row[column] for column in benchmarks):
             ours.append(row)
     texts, rows = [], []
     for row, paper in beside(ours, read_csv(published, "mappo_academic.csv")):
         texts.append([row["model"], row["method"]])
         numbers: dict[str, Any] = {key: row[key] for key in ("model", "method")}
-        for column in ACADEMIC:
+        for column in benchmarks:
             value = row.get(column)
-            texts[-1] += [number(value, 1), paper.get(column, "–")]
+            texts[-1] += [number(value, 1)] + [paper.get(column, "–")] * (column in ACADEMIC)
             numbers |= {column: value and value[0], f"{column}_se": value and value[1]}
-            numbers[f"paper_{column}"] = paper.get(column)
+            numbers |= {f"paper_{column}": paper.get(column)} if column in ACADEMIC else {}
         rows.append(numbers)
-    headers = ["model", "method", *(h for column in ACADEMIC for h in (column, "paper"))]
-    what = "; ".join(f"{column}: {metric.replace(',', ', ')} of {task}" for column, (task, metric) in ACADEMIC.items())
+    headers = ["model", "method", *(h for column in ACADEMIC for h in (column, "paper")), *others]
+    what = "; ".join(f"{c}: {metric.replace(',', ', ')} of {task}" for c, (task, metric) in benchmarks.items())
+    what += limited([t for policies in groups.values() for told in policies for t in told])
     return Tabular(
         "mappo_academic", headers, texts, rows, [f"Ours, in percent: {what}.", *notes], "Academic benchmarks"
     )
+
+
+def limited(told: Sequence[dict[str, Any]]) -> str:
+    """Of how many rows these harness records are, where it is not all."""
+    limits = {t["settings"]["limit"] for t in told} - {None}
+    return "".join(f"; of each task the first {limit:g} rows" for limit in sorted(limits))
 
 
 # Papers
@@ -363,10 +374,10 @@ def _what(metric: Metric | None, found: Sequence[Evaluated]) -> list[str]:
     """What our figures are."""
     normalized = {p.run["config"]["objective"].get("length_normalize") for p in found if p.run["objective"] == "simpo"}
     simpo = {"with" if each else "without" for each in normalized}
-    tasks = sorted({t["task"] for p in found for t in p.harness})
+    tasks, rows = sorted({t["task"] for p in found for t in p.harness}), limited([t for p in found for t in p.harness])
     return [
         *([f"Ours: {metric.name}, {metric.about}."] if metric else []),
-        *([f"Ours: LM accuracy, the mean acc of {', '.join(tasks)}."] if tasks else []),
+        *([f"Ours: LM accuracy, the mean acc of {', '.join(tasks)}{rows}."] if tasks else []),
         *([f"Ours: SimPO {' and '.join(sorted(simpo))} length normalization."] if simpo else []),
     ]
 

@@ -578,6 +578,19 @@ def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
     assert mean["gsm8k_se"] == pytest.approx(math.hypot(10, 3))
     assert mean["paper_gsm8k"] == "79.5"
     assert mean["mmlu"] is None
+    assert table.notes[0].endswith("exact_match, strict-match of gsm8k.")
+
+
+def test_the_academic_table_has_the_tasks_too_that_the_paper_does_not(tmp_path):
+    folder = train(tmp_path, "dpo")
+    told = {"checkpoint": "final", "step": 20, "task": "piqa", "settings": {"limit": 50}, "git": None}
+    metrics = {"acc": {"value": 0.6, "stderr": 0.07}}
+    write(folder / "harness" / "final-piqa.json", told | {"metrics": metrics})
+    table = academic_table(read_records(tmp_path), PUBLISHED, [])
+    assert table.headers[-3:] == ["gsm8k", "paper", "piqa"]
+    assert table.texts[0][-1] == "60.0 ± 7.0"
+    assert table.texts[-1][-1] == "–"
+    assert table.notes[0].endswith("acc of piqa; of each task the first 50 rows.")
 
 
 def test_madpo_has_its_table_by_quality_and_the_published_ones_alone(tmp_path):

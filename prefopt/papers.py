@@ -462,7 +462,7 @@ def page(
     shown += [replace(t, notes=[note for note in t.notes if note not in origin]).html() for t in tables]
     if records:
         cells = [[r["name"], commit(r["git"]), r["command"]] for r in records]
-        notes = ["A + after a commit: with changes that were not committed."]
+        notes = ["A + after a commit: with changes of the code that were not committed."]
         shown.append(Tabular("runs", ["run", "commit", "command"], cells, [], notes, "Runs").html())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

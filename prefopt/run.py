@@ -143,12 +143,13 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def git() -> dict[str, Any] | None:
-    """Commit, and whether there were changes, of the code that this process runs. None outside of a checkout."""
+    """Commit, and whether there were changes, of the code that this process runs: results in the checkout, say, change
+    nothing of it. None outside of a checkout."""
     frozen = ROOT / "git.json"
     if frozen.is_file():  # a copy that a sweep's submitter took: the checkout around it may be another by now
         return json.loads(frozen.read_text())
     try:
-        return {"commit": ask_git("rev-parse", "HEAD").strip(), "dirty": bool(ask_git("status", "--porcelain"))}
+        return {"commit": ask_git("rev-parse", "HEAD").strip(), "dirty": bool(ask_git("status", "--porcelain", "."))}
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -47,6 +47,7 @@ evaluate_small() {
     sweep harness "run=$1" "checkpoints=$2" "${tasks[@]}"
     sweep alpaca "run=$1" "checkpoints=$2" judge=reward_model instructions=prefopt/data/sentiment_offline.jsonl.gz \
         split=heldout sampling.max_new_tokens=64
+    rm -f "${links[@]}"
 }
 
 # Reward models of the three data qualities in $1/rewards, and the rows of $2 with their scores, $1/scored.jsonl.gz. The

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import prefopt.run
 from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.data.formats import Pairs
 from prefopt.data.layout import LAYOUTS
@@ -251,3 +252,19 @@ def test_another_model_as_reference(overrides, tiny_folder, tmp_path):
     refused = run_program(*overrides(tmp_path), f"reference_model={other}", "objective=reward")
     assert refused.returncode == 2
     assert "has no reference_model: leave it out" in refused.stderr
+
+
+def test_only_changes_of_the_code_are_changes(tmp_path, monkeypatch):
+    package, results = tmp_path / "prefopt", tmp_path / "results"
+    for folder in (package, results):
+        folder.mkdir()
+        (folder / "file").write_text("1")
+    do = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.org"]
+    for what in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "m"]):
+        subprocess.run([*do, *what], check=True)
+    monkeypatch.setattr(prefopt.run, "__file__", str(package / "run.py"))
+    (results / "file").write_text("2")
+    (tmp_path / "link").symlink_to(results)
+    assert not prefopt.run.git.__wrapped__()["dirty"]
+    (package / "new.py").write_text("")
+    assert prefopt.run.git.__wrapped__()["dirty"]

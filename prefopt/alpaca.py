@@ -35,14 +35,14 @@ from prefopt.config import AlpacaConfig, ModelConfig, build, check_alpaca, parse
 from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.judges import Duel, Judge, Names, alpaca_eval
-from prefopt.launch import refuse_launcher
+from prefopt.launch import Launcher, refuse_launcher
 from prefopt.paths import cache_dir, write_json
 from prefopt.posthoc.policies import Checkpoint, policies, record_of
-from prefopt.posthoc.sweep import sweep
 from prefopt.program import program
 from prefopt.progress import say
-from prefopt.run import git, machine
+from prefopt.run import command, git, machine
 from prefopt.runs import console
+from prefopt.sweep import sweep
 
 REPOSITORY = "tatsu-lab/alpaca_eval"  # a data set on the hub
 QUESTIONS = "alpaca_eval_gpt4_baseline.json"  # the 805 questions, with the answers of AlpacaEval 2's own baseline
@@ -255,6 +255,7 @@ def judged(
     questions: list[Question],
     all_: bool,
     reference: Callable[[], Answers],
+    told: dict[str, str],
 ) -> Path:
     """Answer, judge and record, as far as that is not done; the comparison's folder. `reference` gives the baseline's
     answers, which are asked for only where there is something to do."""
@@ -304,6 +305,8 @@ def judged(
             "seconds": time.monotonic() - began,
             "machine": machine(),
             "git": git(),
+            "command": command(),
+            **told,
         },
     )
     return folder
@@ -343,12 +346,12 @@ def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     return judge, questions, all_
 
 
-def evaluate(config: AlpacaConfig) -> None:
-    """Every comparison that is not recorded yet, and what came of each."""
+def evaluate(config: AlpacaConfig, **told: str) -> None:
+    """Every comparison that is not recorded yet, and what came of each; `told` goes into the records."""
     judge, questions, all_ = prepare(config)
     reference = functools.cache(lambda: answers_of_baseline(config, questions))  # one model load for all checkpoints
     for checkpoint in policies(config.run, config.checkpoints):
-        folder = judged(config, judge, checkpoint, questions, all_, reference)
+        folder = judged(config, judge, checkpoint, questions, all_, reference, told)
         record = json.loads((folder / "record.json").read_text())
         console().print(shown(record))
         others = [json.loads(f.read_text()) for f in folder.parent.glob("*/record.json")]
@@ -362,7 +365,7 @@ def _but_judge(record: dict[str, Any]) -> list[Any]:
     return [record["weights"], record["baseline"], {k: v for k, v in record["settings"].items() if k != "judge"}]
 
 
-def check(config: AlpacaConfig) -> ModelConfig:
+def check(config: AlpacaConfig, _: Launcher) -> ModelConfig:
     """Raises UserError for what cannot be evaluated; the model that would be loaded."""
     check_alpaca(config)
     build(config.judge, Judge, "judge").check()

@@ -131,7 +131,7 @@ def compare(cfg: DictConfig) -> None:
         config.instructions, config.split = data["heldout"], data["heldout_split"]
     judge, questions, all_ = prepare(config)
     (checkpoint,) = policies(config.run, "final")
-    folder = judged(config, judge, checkpoint, questions, all_, lambda: answers_of_baseline(config, questions))
+    folder = judged(config, judge, checkpoint, questions, all_, lambda: answers_of_baseline(config, questions), {})
     record = json.loads((folder / "record.json").read_text())
     output = folder / "page.html"
     write_whole(output, page(record, json.loads((folder / "annotations.json").read_text())))

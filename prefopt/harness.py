@@ -25,14 +25,14 @@ from rich.table import Table
 
 from prefopt import UserError
 from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, resolve_hardware
-from prefopt.launch import refuse_launcher
+from prefopt.launch import Launcher, refuse_launcher
 from prefopt.paths import check_folder, write_json
 from prefopt.posthoc.policies import Checkpoint, policies, record_of
-from prefopt.posthoc.sweep import sweep
 from prefopt.program import program
 from prefopt.progress import say
-from prefopt.run import git, machine
+from prefopt.run import command, git, machine
 from prefopt.runs import console
+from prefopt.sweep import sweep
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -229,8 +229,8 @@ def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
     return table
 
 
-def evaluate(config: HarnessConfig) -> None:
-    """Everything that is not recorded yet, and the table."""
+def evaluate(config: HarnessConfig, **told: str) -> None:
+    """Everything that is not recorded yet, and the table; `told` goes into the records."""
     check_harness(config)
     resolve_hardware(config)
     names, how = task_names(config.tasks), settings(config)
@@ -246,25 +246,24 @@ def evaluate(config: HarnessConfig) -> None:
         weights = weights_of(lm)
         for task in tasks:
             say(f"{checkpoint.path}: {task}")
-            told = score(lm, manager, task, config)
-            facts = {
+            facts: dict[str, Any] = {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
                 "path": checkpoint.path,
                 "weights": weights,
             }
-            told |= facts | {"settings": how, "machine": machine(), "git": git()}
-            write_json(record_file(config, folder, checkpoint, task, how), told)
+            facts |= {"settings": how, "machine": machine(), "git": git(), "command": command(), **told}
+            write_json(record_file(config, folder, checkpoint, task, how), score(lm, manager, task, config) | facts)
     records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in found for t in names]
     console().print(shown(records, names))
     print(folder)
 
 
-def check(config: HarnessConfig) -> ModelConfig:
+def check(config: HarnessConfig, _: Launcher) -> ModelConfig:
     """Raises UserError for what cannot be evaluated; the model that would be loaded."""
     check_harness(config)
     task_names(config.tasks)
-    found, _ = checkpoints(config)
+    found = checkpoints(config)[0]
     return ModelConfig(found[-1].name, found[-1].path, found[-1].revision)
 
 

@@ -1,4 +1,4 @@
-"""Train or evaluate what a sweep's submitter has frozen, as the launchers start it:
+"""Do what a sweep's submitter has frozen, as the launchers start it:
 
     python -m prefopt.job FOLDER
 
@@ -37,7 +37,7 @@ def run(folder: Path) -> None:
     frozen = json.loads((folder / "job.json").read_text())
     try:
         if "program" in frozen:
-            _evaluate(folder, frozen)
+            _other(folder, frozen)
         else:
             _train(folder, frozen)
     except (Interrupted, KeyboardInterrupt):
@@ -63,11 +63,13 @@ def _train(folder: Path, frozen: dict[str, Any]) -> None:
     train(planned, command=frozen["command"], code=frozen["code"])
 
 
-def _evaluate(folder: Path, frozen: dict[str, Any]) -> None:
-    from prefopt.posthoc.sweep import SCHEMAS
+def _other(folder: Path, frozen: dict[str, Any]) -> None:
+    from prefopt.sweep import PROGRAMS
 
-    config = parse(OmegaConf.create(frozen["config"]), SCHEMAS[frozen["program"]])
-    import_module(f"prefopt.{frozen['program']}").evaluate(config)
+    schema, function = PROGRAMS[frozen["program"]]
+    config = parse(OmegaConf.create(frozen["config"]), schema)
+    work = getattr(import_module(f"prefopt.{frozen['program']}"), function)
+    work(config, command=frozen["command"], code=frozen["code"])
     amend(folder, status="finished")
 
 

@@ -304,10 +304,15 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher) 
     from prefopt.train import plan
 
     check(config)
+    settle(config, launcher)
+    return Job(point.overrides, label, config, plan(config).run, "new")
+
+
+def settle(config: TrainConfig, launcher: Launcher) -> None:
+    """`launcher.settle`, and UserError for a GPU of one's own choice."""
     if config.device.startswith("cuda:"):
         raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
     launcher.settle(config)
-    return Job(point.overrides, label, config, plan(config).run, "new")
 
 
 def preview(points: list[Point]) -> int:

@@ -8,7 +8,8 @@ parts as there are stages, by their content. A stage draws responses to its part
 has left, scores them, and trains on the best against the worst of each prompt, from that policy on.
 
 The folder holds record.json and stage_1, stage_2, ..., each with samples.jsonl.gz, scored.jsonl.gz and a run like any
-other. What is there is not made again, so the same command goes on wherever it was stopped.
+other. What is there is not made again, so the same command goes on wherever it was stopped. With -m every point of a
+grid is a job of its own.
 """
 
 import dataclasses
@@ -18,18 +19,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from prefopt import UserError
 from prefopt.config import ModelConfig, OnlineConfig, TrainConfig, build, check_online, parse, resolve_hardware
 from prefopt.data.formats import Format, Message, content_id
 from prefopt.data.sources import digest, read_rows, write_rows
+from prefopt.launch import Launcher, refuse_launcher, settle
 from prefopt.liveness import let_go
 from prefopt.program import program
 from prefopt.progress import say
 from prefopt.ranks import world_size
 from prefopt.scorers import RewardScorer
+from prefopt.sweep import sweep
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
@@ -70,6 +72,7 @@ def run_stage(
     prompts: list[list[Message]],
     folder: Path,
     policy: Path | None,
+    told: dict[str, str],
 ) -> "Run":
     """Sample, score and train, as far as that is not done; the finished run."""
     from prefopt.metrics import mean_and_error
@@ -95,7 +98,7 @@ def run_stage(
         mean, error = mean_and_error([r for row in rows for r in row["rewards"]])
         say(f"{folder}: mean reward {mean:.3f} ± {error:.3f}")
     planned = plan(training)
-    train(planned)
+    train(planned, **told)
     return planned.run
 
 
@@ -112,12 +115,11 @@ def check_format(config: OnlineConfig) -> None:
         ) from None
 
 
-def go_on(config: OnlineConfig) -> None:
-    """All stages that are not finished yet."""
+def prepare(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list[list[list[Message]]]]":
+    """The objective, the scorer, and each stage's prompts; `config` is one that `check_online` has passed and whose
+    hardware is resolved. Raises UserError for what cannot be run."""
     from prefopt.objectives.base import Objective
-    from prefopt.run import Run
     from prefopt.sample import read_prompts
-    from prefopt.stop import Interrupted
     from prefopt.train import parts as train_parts
 
     objective = build(config.objective, Objective, "objective")
@@ -129,7 +131,21 @@ def go_on(config: OnlineConfig) -> None:
     train_parts(stage_config(config, Path(config.runs_dir), None))
     check_format(config)
     _, prompts = read_prompts(config.prompts, config.prompts_split)
-    stages = parts(prompts, config.stages)
+    return objective, scorer, parts(prompts, config.stages)
+
+
+def go_on(config: OnlineConfig, **told: str) -> None:
+    """All stages that are not finished yet; `told` goes into their records and that of the whole.
+
+    Raises UserError, and stop.Interrupted with everything saved."""
+    from prefopt.run import Run
+    from prefopt.stop import Interrupted
+
+    if world_size() > 1:
+        raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
+    check_online(config)
+    resolve_hardware(config)
+    objective, scorer, stages = prepare(config)
     places = {"prompts": (config.prompts, config.prompts_split or "train"),
               "heldout": (config.dataset.heldout, config.dataset.heldout_split)}  # fmt: skip
     run = Run(
@@ -139,21 +155,21 @@ def go_on(config: OnlineConfig) -> None:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
     began = time.monotonic()
-    run.start(stages=[])
+    run.start(stages=[], **told)
     evaluations: list[dict[str, Any]] = []
     steps = 0
     policy: Path | None = None
     try:
         for n, part in enumerate(stages, start=1):
-            done = run_stage(config, objective, scorer, part, run.folder / f"stage_{n}", policy)
+            done = run_stage(config, objective, scorer, part, run.folder / f"stage_{n}", policy, told)
             policy = done.policy_folder
             # The first evaluation of a later stage is the last of the one before.
             found = done.record["evaluations"][bool(evaluations) :]
             evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in found]
             steps += done.record["config"]["steps"]
-            told = {"stage": n, "prompts": len(part), "run": str(done.folder), "policy": str(policy)}
-            told |= {key: done.record[key] for key in ("data", "initial_weights", "final_weights")}
-            run.update(stages=[*run.record["stages"], told])
+            stage = {"stage": n, "prompts": len(part), "run": str(done.folder), "policy": str(policy)}
+            stage |= {key: done.record[key] for key in ("data", "initial_weights", "final_weights")}
+            run.update(stages=[*run.record["stages"], stage])
     except (Interrupted, KeyboardInterrupt) as error:
         run.interrupt(str(error) or "Ctrl-C")
         raise
@@ -162,9 +178,9 @@ def go_on(config: OnlineConfig) -> None:
         raise
     finally:
         let_go(run.folder)
-    told = run.record["stages"]
-    ends = {"initial_weights": told[0]["initial_weights"], "final_weights": told[-1]["final_weights"]}
-    pairs = sum(stage["data"]["train"]["items"] for stage in told)
+    done = run.record["stages"]
+    ends = {"initial_weights": done[0]["initial_weights"], "final_weights": done[-1]["final_weights"]}
+    pairs = sum(stage["data"]["train"]["items"] for stage in done)
     assert policy is not None  # there is at least one stage
     if not run.policy_folder.exists():  # where the jobs that evaluate a run look for it
         run.policy_folder.symlink_to(policy.relative_to(run.folder))
@@ -173,16 +189,20 @@ def go_on(config: OnlineConfig) -> None:
     say(f"{run.folder}: finished; the policy is in {run.policy_folder}")
 
 
-@program("online")
-def main(cfg: DictConfig) -> None:
-    config = parse(cfg, OnlineConfig)
-    if HydraConfig.get().runtime.choices["launcher"] != "local":
-        raise UserError("prefopt.online runs here, stage by stage: leave `launcher` out.")
-    if world_size() > 1:
-        raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
+def check_job(config: OnlineConfig, launcher: Launcher) -> ModelConfig:
+    """Raises UserError for what cannot be run as a job of a sweep; the model by whose size it gets its resources."""
+    if config.launcher.get("gpus", 1) > 1 or config.launcher.get("nodes", 1) > 1:
+        raise UserError("prefopt.online runs in one process: set launcher.gpus=1 and launcher.nodes=1.")
     check_online(config)
-    resolve_hardware(config)
-    go_on(config)
+    settle(config, launcher)
+    prepare(config)
+    return config.model
+
+
+@program("online", sweep("online", check_job))
+def main(cfg: DictConfig) -> None:
+    refuse_launcher()
+    go_on(parse(cfg, OnlineConfig))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,7 @@ class Run:
             "status": "running",
             "attempt": self.attempt,
             "started": self.record.get("started") or now(),
-            "command": " ".join(sys.orig_argv),
+            "command": command(),
             "git": git(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "machine": machine(),
@@ -120,6 +121,11 @@ class Run:
         with contextlib.suppress(OSError):  # nothing can be written: that may be what the error is
             if world_size() == 1 or read_record(self.folder)["status"] != "failed":
                 amend(self.folder, status="failed", finished=now(), error=error)
+
+
+def command() -> str:
+    """The command line of this process, as a shell reads it."""
+    return shlex.join(sys.orig_argv)
 
 
 def machine() -> dict[str, Any]:

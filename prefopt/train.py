@@ -144,14 +144,17 @@ def train(plan: Plan, **facts: Any) -> None:
     under way elsewhere, or its folder cannot be written.
     """
     from prefopt import stop
-    from prefopt.liveness import UNDER_WAY, let_go, who
+    from prefopt.liveness import UNDER_WAY, here, let_go, who
     from prefopt.runs import look
 
     run = plan.run
     with in_plain_words(run):
         if is_first() and (run.folder / "record.json").is_file() and not run.finished:
             (found,) = look([run.folder])
-            if found.state in UNDER_WAY and found.record["pid"] != os.getpid():  # queued: it does not hold it yet
+            # Queued, it does not hold it yet; a stage of an online run is left as requeued by its own Slurm job.
+            job = here()["slurm_job"]
+            ours = found.record["pid"] == os.getpid() or (job and job == found.record.get("slurm_job"))
+            if found.state in UNDER_WAY and not ours:
                 place = who(found.record)
                 raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
             run.hold()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,48 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, w
     digests = {"prompts": "a"}
     names = {Run(c, "online-mappo_dpo", digests).name for c in (base, replace(base, stages=2))}
     assert len(names | {Run(base, "online-mappo_dpo", {"prompts": "b"}).name}) == 3
+
+
+def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):
+    place = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    sweep = ["-m", *command(tiny, tmp_path / "runs", "objective=mappo,dpo"), "launcher.at_once=2", place]
+    process = run_program(*sweep, program="online", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode == 0, process.stderr
+    found = {f.parent.name.split("-model-")[0]: json.loads(f.read_text()) for f in tmp_path.glob("runs/*/record.json")}
+    assert set(found) == {"online-mappo_dpo", "online-dpo"}
+    folder, alone = record(whole)
+    mappo = found["online-mappo_dpo"]
+    assert mappo["name"] == folder.name
+    assert mappo["final_weights"] == alone["final_weights"] != found["online-dpo"]["final_weights"]
+    # What is written down is what does it again, alone, and not that a launcher started it; in each stage too.
+    stages = [json.loads((Path(stage["run"]) / "record.json").read_text()) for stage in mappo["stages"]]
+    words = shlex.split(mappo["command"])
+    assert words[:3] == ["python", "-m", "prefopt.online"]
+    given = [o.replace("1e-2", "0.01") for o in command(tiny, tmp_path / "runs", "objective=mappo")]
+    assert sorted(words[3:]) == sorted(given)
+    assert [(r["command"], r["code"]) for r in stages] == [(mappo["command"], mappo["code"])] * 3
+    again = run_program(*sweep[:-1], f"{place}_again", program="online")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished, skipped") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["launcher=slurm", "launcher.gpus=2"], "prefopt.online runs in one process: set launcher.gpus=1"),
+        (["launcher=slurm", "launcher.gpus=0", "precision=auto"], "precision=auto asks the machine that trains"),
+        (["objective=dpo,sft"], "objective=sft: objective sft does not train a policy on pairs"),
+        (["stages=3,100"], "stages=100: 12 different prompts do not suffice"),
+    ],
+)
+def test_one_job_that_is_refused_refuses_the_sweep(changes, message, tiny, tmp_path):
+    sweep = ["-m", *command(tiny, tmp_path / "runs", *changes), f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    process = run_program(*sweep, program="online", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode == 2
+    assert "nothing was started, because of these jobs" in process.stderr
+    assert message in process.stderr
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp_path):

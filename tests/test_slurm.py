@@ -20,6 +20,8 @@ from prefopt import liveness
 from prefopt.config import build
 from prefopt.launch import Launcher
 from prefopt.slurm import Slurm, submit
+from tests.test_online import command as online
+from tests.test_online import tiny  # noqa: F401 - a fixture
 from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
 
 pytestmark = pytest.mark.slurm
@@ -175,3 +177,33 @@ def test_evaluations_are_jobs_too(overrides, tmp_path):
     assert all(r["slurm_job"] for r in found)
     for folder in folders:
         assert len(list(Path(folder).glob("alpaca/*/record.json"))) == 1
+
+
+def test_stages_are_a_job_that_goes_on_when_it_was_preempted(tiny, tmp_path):  # noqa: F811
+    """prefopt.online in an array of Slurm's, asked to leave in its second stage."""
+    settings = ["steps=150", "save_every=10", "eval_every=150", "stages=2"]
+    sweep = ["-m", *online(tiny, tmp_path / "runs", *settings), *PRESET, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    environment = ENVIRONMENT | {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    driver = subprocess.Popen(command(*sweep, program="online"), cwd=ROOT, env=environment, **pipes)  # type: ignore[call-overload]
+
+    def job() -> dict:
+        file = tmp_path / "sweep" / "job_0" / "record.json"
+        return json.loads(file.read_text()) if file.is_file() else {"status": "none"}
+
+    def stepping() -> bool:
+        return any('"step": 5,' in f.read_text() for f in tmp_path.glob("runs/*/stage_2/*/metrics.jsonl"))
+
+    until(stepping, driver)
+    wrap = ["sbatch", "--partition=high", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"]
+    subprocess.run(wrap, check=True, capture_output=True)
+    until(lambda: job()["status"] == "interrupted", driver)
+    shown, _ = driver.communicate(timeout=SOON_S)
+    print(shown)
+    assert driver.returncode == 0
+    assert job()["status"] == "finished"
+    alone = run_program(*online(tiny, tmp_path / "whole", *settings), program="online", env=environment)
+    assert alone.returncode == 0, alone.stderr
+    (found,), (whole,) = records(tmp_path / "runs"), records(tmp_path / "whole")
+    assert (found["attempt"], whole["attempt"]) == (2, 1)
+    assert found["final_weights"] == whole["final_weights"]

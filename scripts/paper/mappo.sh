@@ -29,8 +29,8 @@ for model in "${models[@]}"; do
     for method in $methods; do
         sweep train "+sweep=mappo/offline_$method" "model.path=$model" "${data[@]}"
     done
-    for method in dpo mappo; do # in one process each, here
-        unless_dry prefopt online "+sweep=mappo/online_$method" "model.path=$model" "prompts=$prompts"
+    for method in dpo mappo; do # in one process each
+        unless_dry sweep online "+sweep=mappo/online_$method" "model.path=$model" "prompts=$prompts"
     done
 done
 [[ -n $dry ]] && exit

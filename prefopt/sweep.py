@@ -1,7 +1,8 @@
-"""Sweeps of the programs that evaluate runs: every point is checked, frozen and run as a job of its own, here or by
+"""Sweeps of other programs than prefopt.train: every point is checked, frozen and run as a job of its own, here or by
 Slurm, as a sweep of training runs is.
 
     python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo launcher=slurm launcher.partition=gpu
+    python -m prefopt.online -m objective=dpo,mappo scorer=vader prompts=prompts.jsonl steps=8 launcher.at_once=2
 
 What a job has done is kept by the program itself, so the same command again does only what is missing.
 """
@@ -16,14 +17,19 @@ from typing import Any
 from rich.table import Table
 
 from prefopt import UserError
-from prefopt.config import AlpacaConfig, HarnessConfig, ModelConfig
+from prefopt.config import AlpacaConfig, HarnessConfig, ModelConfig, OnlineConfig
 from prefopt.launch import Launcher, checked, command_of, snapshot, verdict, wait
 from prefopt.liveness import UNDER_WAY, here
 from prefopt.paths import write_json
 from prefopt.program import Launch, Point
 from prefopt.runs import console, look
 
-SCHEMAS: dict[str, type[HarnessConfig | AlpacaConfig]] = {"harness": HarnessConfig, "alpaca": AlpacaConfig}
+# What they read, and the function of theirs that does the work: function(config, command=..., code=...).
+PROGRAMS: dict[str, tuple[type[Any], str]] = {
+    "harness": (HarnessConfig, "evaluate"),
+    "alpaca": (AlpacaConfig, "evaluate"),
+    "online": (OnlineConfig, "go_on"),
+}
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Task:
         return f"{self.config.precision} on {self.config.device}"
 
 
-def sweep(program: str, check: Callable[[Any], ModelConfig]) -> Launch:
+def sweep(program: str, check: Callable[[Any, Launcher], ModelConfig]) -> Launch:
     """launch(points, folder, dry_run) for `program`. `check` raises UserError for a config that it cannot run, and says
     which model it would load."""
 
@@ -52,9 +58,9 @@ def sweep(program: str, check: Callable[[Any], ModelConfig]) -> Launch:
         numbers = itertools.count()
 
         def make(point: Point, label: str, config: Any, launcher: Launcher) -> Task:
-            return Task(label, config, check(config), folder / f"job_{next(numbers)}")
+            return Task(label, config, check(config, launcher), folder / f"job_{next(numbers)}")
 
-        launcher, tasks = checked(points, SCHEMAS[program], make)
+        launcher, tasks = checked(points, PROGRAMS[program][0], make)
         shown = Table("job", "resources", title=f"{len(tasks)} jobs of prefopt.{program}, in {folder}")
         for task in tasks:
             shown.add_row(task.label, launcher.resources(task))

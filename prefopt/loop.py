@@ -534,7 +534,7 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
         [encode_prompt(job.tokenizer, prompt) for prompt in job.prompts],
         repr(job.oracle),
         asdict(config.sampling),
-        [config.seed, config.precision, config.device],
+        [config.seed, config.precision, config.device, torch.get_num_threads()],
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cached = cache_dir() / "initial_samples" / digest

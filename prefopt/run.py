@@ -129,7 +129,8 @@ def command() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory in GiB, GPU names."""
+    """Processor, cores, memory in GiB, GPU names; and the threads of a product, by whose number its rounding differs: a
+    sampled token, and with it a run that trains on its own samples, may become another."""
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -142,6 +143,7 @@ def machine() -> dict[str, Any]:
         "processor": processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
         "memory_gib": round(memory, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

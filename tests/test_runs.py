@@ -46,6 +46,7 @@ def test_a_grid_trains_evaluates_and_leaves_records(grid):
         assert len(record["data_digests"]["train"]) == 64
         assert record["versions"]["torch"] == torch.__version__
         assert record["machine"]["cores"] >= 1
+        assert record["machine"]["threads"] >= 1
         first, last = record["evaluations"][0], record["evaluations"][-1]
         assert first["kl"] == pytest.approx(0, abs=1e-4)  # two copies of the same weights
         assert first["chosen_logratio"] == pytest.approx(0, abs=1e-4)

@@ -50,9 +50,9 @@ class Task:
         return f"{self.config.precision} on {self.config.device}"
 
 
-def sweep(program: str, check: Callable[[Any, Launcher], ModelConfig]) -> Launch:
+def sweep(program: str, check: Callable[[Any, Launcher], ModelConfig], shown_lines: int = 0) -> Launch:
     """launch(points, folder, dry_run) for `program`. `check` raises UserError for a config that it cannot run, and says
-    which model it would load."""
+    which model it would load. At the end the last `shown_lines` lines of each job's log are shown (0: all of them)."""
 
     def launch(points: list[Point], folder: Path, dry_run: bool) -> int:
         numbers = itertools.count()
@@ -81,7 +81,8 @@ def sweep(program: str, check: Callable[[Any, Launcher], ModelConfig]) -> Launch
         found = wait([task.folder for task in tasks])
         for task in tasks:
             log = task.folder / "log.txt"
-            print(f"{task.label}\n{log.read_text(errors='replace') if log.is_file() else ''}")
+            lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+            print(task.label, *lines[-shown_lines:], "", sep="\n")
         return verdict(found)
 
     return launch

@@ -34,10 +34,10 @@ train_best() {
 }
 
 # Of the runs $1 (a list for run=) and of the policy that they began from: accuracy on three small tasks, win rate against
-# that policy by the oracle. $2 says of which checkpoints, $3 how many rows of each task. lm-eval loads a task's data from a
-# folder of that name before it asks the hub: TASK_DATA holds such folders.
+# that policy by the oracle. $2 says of which checkpoints. lm-eval loads a task's data from a folder of that name before it
+# asks the hub: TASK_DATA holds such folders.
 evaluate_small() {
-    local folder tasks=(tasks=[arc_easy,piqa,winogrande] "limit=$3")
+    local folder tasks=(tasks=[arc_easy,piqa,winogrande] limit=25)
     links=()
     trap 'rm -f "${links[@]}"' EXIT
     for folder in "${TASK_DATA:-../shared/data/lm_harness/hub}"/*/; do

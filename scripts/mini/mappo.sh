@@ -13,7 +13,7 @@ sweep train "${tuning[@]}" "objective=$bases"
 sweep train "${tuning[@]}" objective=mappo "objective/base=$bases"
 train_best $methods $runs/tuning +sweep=mini/mappo
 [[ -n $dry ]] && exit
-evaluate_small "$(runs_in $runs/final)" final 25
+evaluate_small "$(runs_in $runs/final)" final
 prefopt report runs_dir=$runs/tuning output=$results/tuning
 prefopt report runs_dir=$runs/final output=$results published=results/published/mappo_table_2.csv
 prefopt papers paper=mappo runs_dir=$runs/final output=$results

@@ -23,7 +23,7 @@ else
 fi
 [[ -n $dry ]] && exit
 
-evaluate_small "$(runs_in $runs/final)" all 50
+evaluate_small "$(runs_in $runs/final)" all
 prefopt report runs_dir=$runs/tuning output=$results/tuning
 [[ ! -d $runs/real ]] || prefopt report runs_dir=$runs/real output=$results/real
 prefopt report runs_dir=$runs/final output=$results

@@ -40,7 +40,7 @@ from prefopt.paths import cache_dir, write_json
 from prefopt.posthoc.policies import Checkpoint, policies, record_of
 from prefopt.program import program
 from prefopt.progress import say
-from prefopt.run import command, git, machine
+from prefopt.run import provenance
 from prefopt.runs import console
 from prefopt.sweep import sweep
 
@@ -303,9 +303,7 @@ def judged(
             "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
             "settings": settings,
             "seconds": time.monotonic() - began,
-            "machine": machine(),
-            "git": git(),
-            "command": command(),
+            **provenance(),
             **told,
         },
     )
@@ -346,7 +344,7 @@ def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     return judge, questions, all_
 
 
-def evaluate(config: AlpacaConfig, **told: str) -> None:
+def go_on(config: AlpacaConfig, **told: str) -> None:
     """Every comparison that is not recorded yet, and what came of each; `told` goes into the records."""
     judge, questions, all_ = prepare(config)
     reference = functools.cache(lambda: answers_of_baseline(config, questions))  # one model load for all checkpoints
@@ -376,7 +374,7 @@ def check(config: AlpacaConfig, _: Launcher) -> ModelConfig:
 @program("alpaca", sweep("alpaca", check))
 def main(cfg: DictConfig) -> None:
     refuse_launcher()
-    evaluate(parse(cfg, AlpacaConfig))
+    go_on(parse(cfg, AlpacaConfig))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from prefopt.paths import check_folder, write_json
 from prefopt.posthoc.policies import Checkpoint, policies, record_of
 from prefopt.program import program
 from prefopt.progress import say
-from prefopt.run import command, git, machine
+from prefopt.run import provenance
 from prefopt.runs import console
 from prefopt.sweep import sweep
 
@@ -229,7 +229,7 @@ def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
     return table
 
 
-def evaluate(config: HarnessConfig, **told: str) -> None:
+def go_on(config: HarnessConfig, **told: str) -> None:
     """Everything that is not recorded yet, and the table; `told` goes into the records."""
     check_harness(config)
     resolve_hardware(config)
@@ -246,13 +246,15 @@ def evaluate(config: HarnessConfig, **told: str) -> None:
         weights = weights_of(lm)
         for task in tasks:
             say(f"{checkpoint.path}: {task}")
-            facts: dict[str, Any] = {
+            facts = {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
                 "path": checkpoint.path,
                 "weights": weights,
+                "settings": how,
+                **provenance(),
+                **told,
             }
-            facts |= {"settings": how, "machine": machine(), "git": git(), "command": command(), **told}
             write_json(record_file(config, folder, checkpoint, task, how), score(lm, manager, task, config) | facts)
     records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in found for t in names]
     console().print(shown(records, names))
@@ -270,7 +272,7 @@ def check(config: HarnessConfig, _: Launcher) -> ModelConfig:
 @program("harness", sweep("harness", check))
 def main(cfg: DictConfig) -> None:
     refuse_launcher()
-    evaluate(parse(cfg, HarnessConfig))
+    go_on(parse(cfg, HarnessConfig))
 
 
 if __name__ == "__main__":

@@ -64,12 +64,11 @@ def _train(folder: Path, frozen: dict[str, Any]) -> None:
 
 
 def _other(folder: Path, frozen: dict[str, Any]) -> None:
-    from prefopt.sweep import PROGRAMS
+    from prefopt.sweep import SCHEMAS
 
-    schema, function = PROGRAMS[frozen["program"]]
-    config = parse(OmegaConf.create(frozen["config"]), schema)
-    work = getattr(import_module(f"prefopt.{frozen['program']}"), function)
-    work(config, command=frozen["command"], code=frozen["code"])
+    config = parse(OmegaConf.create(frozen["config"]), SCHEMAS[frozen["program"]])
+    go_on = import_module(f"prefopt.{frozen['program']}").go_on
+    go_on(config, command=frozen["command"], code=frozen["code"])
     amend(folder, status="finished")
 
 

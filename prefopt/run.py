@@ -93,10 +93,8 @@ class Run:
             "status": "running",
             "attempt": self.attempt,
             "started": self.record.get("started") or now(),
-            "command": command(),
-            "git": git(),
+            **provenance(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-            "machine": machine(),
             "error": None,
         }
         self.update(**circumstances | here() | facts)
@@ -123,9 +121,9 @@ class Run:
                 amend(self.folder, status="failed", finished=now(), error=error)
 
 
-def command() -> str:
-    """The command line of this process, as a shell reads it."""
-    return shlex.join(sys.orig_argv)
+def provenance() -> dict[str, Any]:
+    """Of this process: its command line, as a shell reads it, the commit of its code, and its machine."""
+    return {"command": shlex.join(sys.orig_argv), "git": git(), "machine": machine()}
 
 
 def machine() -> dict[str, Any]:

@@ -24,11 +24,11 @@ from prefopt.paths import write_json
 from prefopt.program import Launch, Point
 from prefopt.runs import console, look
 
-# What they read, and the function of theirs that does the work: function(config, command=..., code=...).
-PROGRAMS: dict[str, tuple[type[Any], str]] = {
-    "harness": (HarnessConfig, "evaluate"),
-    "alpaca": (AlpacaConfig, "evaluate"),
-    "online": (OnlineConfig, "go_on"),
+# What each reads; its go_on(config, command=..., code=...) does whatever is not done yet.
+SCHEMAS: dict[str, type[HarnessConfig | AlpacaConfig | OnlineConfig]] = {
+    "harness": HarnessConfig,
+    "alpaca": AlpacaConfig,
+    "online": OnlineConfig,
 }
 
 
@@ -60,7 +60,7 @@ def sweep(program: str, check: Callable[[Any, Launcher], ModelConfig], shown_lin
         def make(point: Point, label: str, config: Any, launcher: Launcher) -> Task:
             return Task(label, config, check(config, launcher), folder / f"job_{next(numbers)}")
 
-        launcher, tasks = checked(points, PROGRAMS[program][0], make)
+        launcher, tasks = checked(points, SCHEMAS[program], make)
         shown = Table("job", "resources", title=f"{len(tasks)} jobs of prefopt.{program}, in {folder}")
         for task in tasks:
             shown.add_row(task.label, launcher.resources(task))

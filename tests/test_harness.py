@@ -176,6 +176,9 @@ def test_a_sweep_over_runs_is_a_job_for_each(run, hub, tmp_path):
     found = [json.loads((tmp_path / "sweep" / f"job_{n}" / "record.json").read_text()) for n in range(2)]
     assert [r["status"] for r in found] == ["finished"] * 2
     assert [len(list((folder / "harness").glob("final-arc_easy-*"))) for folder in (run, copy)][1] == 1
+    (file,) = (copy / "harness").glob("final-arc_easy-*.json")  # it says what does it again, alone
+    again = "python -m prefopt.harness precision=float32 device=cpu batch_size=4"
+    assert json.loads(file.read_text())["command"] == f"{again} run={copy} tasks=arc_easy limit=3"
     process = harness(run, hub, "-m", f"run={run},nowhere", f"hydra.sweep.dir={tmp_path / 'none'}")
     assert process.returncode == 2
     assert "nothing was started, because of these jobs" in process.stderr

@@ -12,7 +12,7 @@ SCALE ?= mini
 LAUNCHER ?= local
 ARGS ?=
 
-.PHONY: help setup demo test test-slow slurm-test lint bench bench-fidelity clean-demo figures \
+.PHONY: help setup demo test test-shared test-slow slurm-test lint bench bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -24,9 +24,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@PYTHON=$(PYTHON) scripts/setup.sh
 	@touch $@
 
-demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; table and figure in results/demo
-	$(BIN)/python -m prefopt.train -m +sweep=demo
-	$(BIN)/python -m prefopt.report runs_dir=runs/demo output=results/demo
+demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; runs/demo
+	$(BIN)/python -m prefopt.train -m +sweep=demo $(ARGS)
+	$(BIN)/python -m prefopt.report runs_dir=runs/demo output=runs/demo/report
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
@@ -46,6 +46,9 @@ figures: setup ## the papers' tables, figures and pages, from the records in res
 
 test: setup ## the tests (a few minutes), in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-shared: setup ## those of the tests that need real data beside the checkout
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "shared and not slow and not slurm"
 
 test-slow: setup ## the tests that train or sample the real SmolLM2-135M, or train in several processes
 	$(BIN)/python -m pytest -m slow

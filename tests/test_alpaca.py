@@ -28,12 +28,11 @@ from prefopt.posthoc.oracle import Vader
 from prefopt.records import read_records
 from prefopt.report import posthoc
 from prefopt.scorers import OracleScorer
-from tests.tiny import ENVIRONMENT, ROOT, run_program
+from tests.tiny import ENVIRONMENT, ROOT, SHARED, run_program
 
 pytest.importorskip("alpaca_eval")
 pd = pytest.importorskip("pandas")
-SHARED = ROOT.parent / "shared" / "data" / "alpaca_eval"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the project's shared files")
+REAL = SHARED / "alpaca_eval"
 SECRET = "sk-test-0123456789"
 N = 24
 
@@ -57,15 +56,15 @@ def lay_out(cache: Path) -> Path:
     (folder / "refs" / "main").write_text("0" * 40)
     snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    (snapshot / "df_gamed.csv").write_bytes((SHARED / "df_gamed_surrogate.csv").read_bytes())
-    (snapshot / alpaca.QUESTIONS).write_bytes((SHARED / alpaca.QUESTIONS).read_bytes())
+    (snapshot / "df_gamed.csv").write_bytes((REAL / "df_gamed_surrogate.csv").read_bytes())
+    (snapshot / alpaca.QUESTIONS).write_bytes((REAL / alpaca.QUESTIONS).read_bytes())
     return snapshot
 
 
 def published(model: str) -> tuple[list[dict], "pd.Series"]:
     """The preferences of a model of the leaderboard, and its row there. Of the answers only the lengths are known."""
-    rows = pd.read_csv(SHARED / "annotations_compact.csv").query("model == @model")
-    board = pd.read_csv(SHARED / "leaderboard_weighted_alpaca_eval_gpt4_turbo.csv", index_col=0)
+    rows = pd.read_csv(REAL / "annotations_compact.csv").query("model == @model")
+    board = pd.read_csv(REAL / "leaderboard_weighted_alpaca_eval_gpt4_turbo.csv", index_col=0)
     names = {"generator_1": "gpt4_1106_preview", "generator_2": model}
     annotations = [
         {"index": i, "preference": p, "output_1": "a" * a, "output_2": "b" * b} | names
@@ -77,7 +76,7 @@ def published(model: str) -> tuple[list[dict], "pd.Series"]:
 MODELS = ["FuseChat-Gemma-2-9B-Instruct", "claude-2.1", "phi-2-sft", "alpaca-7b", "gpt4_gamed"]
 
 
-@shared
+@pytest.mark.shared
 @pytest.mark.parametrize("model", MODELS)
 def test_published_preferences_give_the_published_figures(model, gamed):
     annotations, board = published(model)
@@ -96,7 +95,7 @@ def test_published_preferences_give_the_published_figures(model, gamed):
     assert again["length_controlled_win_rate"] == pytest.approx(found["length_controlled_win_rate"], abs=0.3)
 
 
-@shared
+@pytest.mark.shared
 def test_a_model_against_itself_wins_half(gamed):
     annotations, _ = published("phi-2-sft")
     same = [row | {"output_2": row["output_1"], "preference": 1.5} for row in annotations]
@@ -105,9 +104,9 @@ def test_a_model_against_itself_wins_half(gamed):
     assert "length_controlled_win_rate" not in found
 
 
-@shared
+@pytest.mark.shared
 def test_a_judge_that_looks_at_length_alone_is_seen_through(gamed):
-    both = [json.loads((SHARED / f"model_outputs_phi-2-{kind}.json").read_text()) for kind in ("sft", "dpo")]
+    both = [json.loads((REAL / f"model_outputs_phi-2-{kind}.json").read_text()) for kind in ("sft", "dpo")]
     answers = [[row["output"] for row in rows] for rows in both]
     apart = np.array([len(dpo) - len(sft) for sft, dpo in zip(*answers, strict=True)])
     preferences = 1 + 1 / (1 + np.exp(-2 * np.tanh(apart / apart.std())))
@@ -121,7 +120,7 @@ def test_a_judge_that_looks_at_length_alone_is_seen_through(gamed):
     assert found["length_controlled_win_rate"] == pytest.approx(50, abs=3)
 
 
-@shared
+@pytest.mark.shared
 def test_a_file_that_is_not_the_published_one_is_refused(gamed, monkeypatch):
     with pytest.raises(UserError, match=r"not the df_gamed\.csv that published figures rest on"):
         alpaca.hub_file(alpaca.GAMED)
@@ -592,10 +591,10 @@ def test_text_of_models_cannot_become_markup():
 
 
 @pytest.mark.slow
-@shared
+@pytest.mark.shared
 def test_every_published_model_has_its_published_figures(gamed, capsys):
     """`make bench-fidelity` shows the table."""
-    models = sorted(set(pd.read_csv(SHARED / "annotations_compact.csv")["model"]))
+    models = sorted(set(pd.read_csv(REAL / "annotations_compact.csv")["model"]))
     apart = {}
     for model in models:
         annotations, board = published(model)

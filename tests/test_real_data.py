@@ -20,16 +20,13 @@ from prefopt.data.dataset import Split, check_dataset, load_split
 from prefopt.data.formats import Pair
 from prefopt.data.sources import read_rows
 from prefopt.models.load import load_tokenizer
-from tests.tiny import CHATML, ROOT, tiny_tokenizer
+from tests.tiny import CHATML, ROOT, SHARED, tiny_tokenizer
 
-FOLDER = ROOT / ".." / "shared" / "data" / "preferences"
+FOLDER = SHARED / "preferences"
 HH = FOLDER / "hh_rlhf_harmless_base_test.jsonl.gz"
 ULTRAFEEDBACK = FOLDER / "ultrafeedback_train.jsonl"
 EVALUATION = FOLDER / "ultrafeedback_eval.jsonl"
-pytestmark = pytest.mark.skipif(
-    not (HH.is_file() and ULTRAFEEDBACK.is_file() and EVALUATION.is_file()),
-    reason=f"the real preference files are not in {FOLDER}",
-)
+pytestmark = pytest.mark.shared
 SCORES = ("columns.chosen_reward=metadata.score_chosen", "columns.rejected_reward=metadata.score_rejected")
 JSONL = ("dataset=jsonl", f"dataset.train={ULTRAFEEDBACK}", *(f"+dataset.{s}" for s in SCORES))
 JSONL += ("dataset.reward_scale=[1,10]",)

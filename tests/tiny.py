@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tests import forks
 
 ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real data that the project may not ship: marker `shared`
 TEXT = [
     "Write a two-sentence review of the electric kettle. It was good and bad and quick.",
     "In two sentences, say what you think of the old train. The ride was lovely, loud and long.",

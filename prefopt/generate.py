@@ -111,11 +111,11 @@ Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[lis
 
 def transformers_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str]:
-    """`sample` with this model, and a digest of its weights."""
+) -> tuple[Sampler, str, dict[str, Any]]:
+    """`sample` with this model, a digest of its weights, and its resolved configuration."""
     from prefopt.engine import keep_freed_memory
     from prefopt.logps import autocast
-    from prefopt.models.load import load_model, weights_digest
+    from prefopt.models.load import load_model, resolved_config, weights_digest
 
     if device == "cpu":
         keep_freed_memory()
@@ -125,12 +125,12 @@ def transformers_sampler(
         with autocast(model.device, precision):
             return sample(model, tokenizer, prompts, sampling, seed, n)
 
-    return sampler, weights_digest(model)
+    return sampler, weights_digest(model), resolved_config(model)
 
 
 def vllm_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str]:
+) -> tuple[Sampler, str, dict[str, Any]]:
     """The same with vLLM, which decides itself what it computes together: a response is not promised to be the same in
     another version, or with other prompts beside it. Has not been run by its authors, who had no GPU."""
     from vllm import LLM, SamplingParams
@@ -163,7 +163,7 @@ def vllm_sampler(
 
         return [[as_sample(ids, o) for o in answer.outputs] for ids, answer in zip(encoded, answers, strict=True)]
 
-    return sampler, f"{path}@{config.revision}"
+    return sampler, f"{path}@{config.revision}", {}
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

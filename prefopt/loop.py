@@ -1,13 +1,12 @@
 """The training loop, from top to bottom: evaluate, step, log, save. It knows no objective by name."""
 
 import contextlib
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from prefopt.loggers import Loggers, read_metrics
 from prefopt.logps import Scorer, autocast, casting_once, completion_rewards
 from prefopt.metrics import mean_and_error, peak_memory_gib, reliability, step_metrics
 from prefopt.models.adapter import seed_dropout, training
+from prefopt.models.load import resolved_config
 from prefopt.models.reference import ROUNDING, SIDES, Reference
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, ObjectiveOutput, PairInputs, concatenate
 from prefopt.optim import Schedule
@@ -37,6 +37,7 @@ from prefopt.posthoc.oracle import Oracle
 from prefopt.progress import Bar, say, track
 from prefopt.ranks import by_first, gather, is_first, pulse, rank, world_size
 from prefopt.run import Run
+from prefopt.utils.fingerprint import fingerprint
 
 # Policy and reference are the same function of the same weights before the first step; what is left is rounding.
 STEP0_TOLERANCE = 1e-3
@@ -528,16 +529,17 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
     config = job.config
     if config.reference_model:
         return sample_metrics(job, 0)  # the KL is to another model
-    key = [
+    decides = [
         job.run.record["initial_weights"],
+        resolved_config(job.engine.policy),
         job.run.record["versions"],
         [encode_prompt(job.tokenizer, prompt) for prompt in job.prompts],
         repr(job.oracle),
-        asdict(config.sampling),
+        config.sampling,
         [config.seed, config.precision, config.device, torch.get_num_threads()],
     ]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    cached = cache_dir() / "initial_samples" / digest
+    key = fingerprint(decides, sample, Scorer, type(job.oracle))
+    cached = cache_dir() / "initial_samples" / key[:16]
     samples_file = file_of_samples(job, 0)
     if not (cached / "metrics.json").is_file():
         metrics = sample_metrics(job, 0)

@@ -34,6 +34,7 @@ from prefopt.program import program
 from prefopt.records import Record, beta, keep, read_records
 from prefopt.run import VOLATILE
 from prefopt.tables import Tabular
+from prefopt.utils.fingerprint import class_names
 
 MARKERS = "osD^vP*X"
 
@@ -70,7 +71,7 @@ def posthoc(record: Record) -> dict[str, tuple[float, float | None]]:
 
 def flat_config(record: Record) -> dict[str, Any]:
     """The run's config with dotted keys."""
-    return dict(_flatten(record["config"]))
+    return dict(_flatten(class_names(record["config"])))
 
 
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:

@@ -7,7 +7,6 @@ resolved config without the keys in VOLATILE, and the digests of the data files.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ from prefopt.config import ROOT, TrainConfig
 from prefopt.liveness import amend, here, hold, holds, load_record, now, read_record
 from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
+from prefopt.utils.fingerprint import fingerprint
 
 # Where things are written and run, how they are shown, how often they are saved, and whether a step that cannot be
 # taken ends the run changes no number. How much is computed at a time changes no more than their rounding, as the
@@ -52,8 +52,7 @@ class Run:
     def __init__(self, config: TrainConfig, objective_name: str, data_digests: dict[str, str]):
         resolved = dataclasses.asdict(config)
         identity = {key: value for key, value in resolved.items() if key not in VOLATILE}
-        text = json.dumps([identity, data_digests], sort_keys=True)
-        self.id = hashlib.sha256(text.encode()).hexdigest()[:8]
+        self.id = fingerprint([identity, data_digests])[:8]
         self.name = f"{objective_name}-{config.model.name}-{config.dataset.name}-{self.id}"
         self.folder = Path(config.runs_dir) / self.name
         self.metrics_file = self.folder / "metrics.jsonl"

@@ -10,11 +10,9 @@ the same file.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -26,6 +24,7 @@ from prefopt.data.sources import Row, read_rows, write_rows
 from prefopt.paths import check_output, named
 from prefopt.program import program
 from prefopt.progress import Bar, say
+from prefopt.utils.fingerprint import fingerprint
 
 
 def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Message]]]:
@@ -71,14 +70,11 @@ def draw(
     stop.listen()
     tokenizer = load_tokenizer(model_config)
     make = vllm_sampler if backend == "vllm" else transformers_sampler
-    sampler, weights = make(model_config, tokenizer, device, precision)
+    sampler, weights, architecture = make(model_config, tokenizer, device, precision)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    settings = [
-        asdict(sampling), n, seed, backend, precision, device, weights, encoded,
-        [importlib.metadata.version(p) for p in ("torch", "transformers")],
-        hashlib.sha256(Path(generate.__file__).read_bytes()).hexdigest(),
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
+    decides = [sampling, n, seed, backend, precision, device, weights, architecture, encoded, versions]
+    digest = fingerprint(decides, generate)
     with contextlib.ExitStack() as stack:
         if partial.is_dir():
             partial = partial / f"{digest[:24]}.jsonl"

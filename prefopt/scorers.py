@@ -1,9 +1,7 @@
 """Where rewards come from: a reward model, an oracle, or columns that the rows already have. One dataclass each, named
 by a YAML in conf/scorer."""
 
-import hashlib
 import importlib.metadata
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import prefopt
 from prefopt import UserError, store
 from prefopt.config import ModelConfig, micro_batch_tokens
 from prefopt.data.formats import Message, finite
 from prefopt.paths import cache_dir
 from prefopt.posthoc.oracle import Oracle
+from prefopt.utils.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +136,7 @@ class RewardModel(RewardScorer):
         return self.path + f"@{self.revision}" * bool(self.revision)
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
-        from prefopt.models.load import check_vocabulary, load_tokenizer, weights_digest
+        from prefopt.models.load import check_vocabulary, load_tokenizer
         from prefopt.progress import Bar, say
 
         tokenizer = load_tokenizer(self._model)
@@ -155,7 +153,7 @@ class RewardModel(RewardScorer):
                     f"model {self.path} reads {limit}. Leave the row out, or take another reward model."
                 )
         layout = self._layout(model, texts, precision)
-        known = store.Store(self._cache_folder(weights_digest(model), precision, model.device.type), 1)
+        known = store.Store(self._cache_folder(model, precision), 1)
         with known.locked("rewards"):
             # From long to short, so that what is computed together is of similar length.
             missing = sorted((k for k in wanted if k not in known), key=lambda k: len(wanted[k]), reverse=True)
@@ -207,19 +205,16 @@ class RewardModel(RewardScorer):
                 bar.advance(by=len(part))
         return found
 
-    def _cache_folder(self, weights: str, precision: str, device: str) -> Path:
+    def _cache_folder(self, model: "PreTrainedModel", precision: str) -> Path:
         """Named by all that decides a score besides the tokens."""
-        root = Path(prefopt.__file__).parent
-        code = [root / name for name in ("scorers.py", "logps.py", "segments.py", "data/layout.py")]
-        parts = [
-            type(self).__qualname__,
-            weights,
-            precision,
-            device,
-            [importlib.metadata.version(name) for name in ("torch", "transformers")],
-            [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
-        ]
-        return cache_dir() / "rewards" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+        from prefopt import logps, segments
+        from prefopt.data import layout
+        from prefopt.models.load import resolved_config, weights_digest
+
+        versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+        decides = [type(self).__qualname__, weights_digest(model), resolved_config(model), precision, versions]
+        key = fingerprint([*decides, model.device.type], type(self), logps, segments, layout)
+        return cache_dir() / "rewards" / key[:24]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ template, the length policy, and the code of reading and tokenizing itself. A se
 so it is there whole or not at all; two processes that make the same one at once make it twice, and one of them wins.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -19,13 +18,18 @@ from typing import Any, overload
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+import prefopt.data.dataset
 from prefopt import UserError
-from prefopt.config import DatasetConfig, PoliciesConfig
+from prefopt.config import DatasetConfig, PoliciesConfig, build
+from prefopt.data import formats
+from prefopt.data import sources as data_sources
+from prefopt.data import tokenize as tokenizing
 from prefopt.data.dataset import Split, described, has_heldout, load_split, prompt_of, sources, split_digest
-from prefopt.data.formats import Item, Message
+from prefopt.data.formats import Format, Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.paths import cache_dir
 from prefopt.progress import Bar, say
+from prefopt.utils.fingerprint import fingerprint
 
 SCHEMA = pa.schema(
     {
@@ -132,19 +136,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     ]
-    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+    return fingerprint(state)
 
 
 def _key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, names: list[str]) -> str:
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    parts = [
-        {name: split_digest(dataset, name) for name in names},
-        described(dataset),
-        tokenizer_digest(tokenizer),
-        [limits.prompt, limits.completion],
-        [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    digests = {name: split_digest(dataset, name) for name in names}
+    readers = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
+    decides = [digests, described(dataset), tokenizer_digest(tokenizer), limits]
+    return fingerprint(decides, prefopt.data.dataset, data_sources, tokenizing, formats, *readers)[:24]
 
 
 def _make(

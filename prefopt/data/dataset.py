@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -270,8 +269,7 @@ def _portion(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list
     return items * passes + [items[i] for i in chosen]
 
 
-def described(config: DatasetConfig) -> str:
-    """What decides the items of a data set beside the files' content, as text for a key."""
-    values = {name: {k: v for k, v in vars(source).items() if k not in ("oracle", "train", "heldout")}
-              for name, source in sources(config).items()}  # fmt: skip
-    return json.dumps(values, sort_keys=True, default=lambda value: asdict(value))
+def described(config: DatasetConfig) -> dict[str, Any]:
+    """What decides the items of a data set beside the files' content, for a `fingerprint`."""
+    return {name: {k: v for k, v in vars(source).items() if k not in ("oracle", "train", "heldout")}
+            for name, source in sources(config).items()}  # fmt: skip

@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer by name, folder, or GGUF file."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -194,6 +195,13 @@ def checkpoint_path(config: ModelConfig) -> str:
     if not gguf.is_file():
         raise UserError(f"model file {config.path} does not exist.")
     return str(_convert_gguf(gguf))
+
+
+def resolved_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration with every default, as JSON values: what its numbers depend on besides the weights
+    (rotary scaling, sliding window, ...), and not where it was read from."""
+    values = json.loads(model.config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def weights_digest(model: PreTrainedModel) -> str:

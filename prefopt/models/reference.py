@@ -10,9 +10,7 @@
 
 import contextlib
 import copy
-import hashlib
 import importlib.metadata
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +20,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import prefopt
-from prefopt import UserError, store
+import prefopt.data.layout
+from prefopt import UserError, logps, segments, store, tiled
 from prefopt.data.layout import Batch, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.logps import Scorer
+from prefopt.models.load import resolved_config
 from prefopt.paths import cache_dir
 from prefopt.progress import Bar, say
 from prefopt.store import Store, token_key
+from prefopt.utils.fingerprint import fingerprint
 
 SPOT_CHECKS = 2  # pairs read from the cache that are computed again
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
@@ -120,7 +120,7 @@ def cached(
 
     Raises UserError where a file of the cache is damaged, or some of its pairs do not come out as they are written.
     """
-    known = Store(cache_folder(weights, layout, score, policy.device), 4)
+    known = Store(cache_folder(policy, weights, layout, score), 4)
     # Places in `pairs` and not pairs, which may be more than the memory holds.
     wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
     with known.locked("reference"):
@@ -140,18 +140,12 @@ def cached(
     return Cached(load, known)
 
 
-def cache_folder(weights: str, layout: Layout, score: Scorer, device: torch.device) -> Path:
+def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: Scorer) -> Path:
     """Named by all that decides a log-prob besides the tokens."""
-    code = [Path(prefopt.__file__).parent / name for name in ("logps.py", "tiled.py", "segments.py", "data/layout.py")]
-    parts = [
-        weights,
-        layout.name,
-        score.precision,
-        device.type,
-        [importlib.metadata.version(name) for name in ("torch", "transformers")],
-        [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
-    ]
-    return cache_dir() / "reference" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    decides = [weights, resolved_config(policy), layout.name, score.precision, policy.device.type, versions]
+    key = fingerprint(decides, logps, tiled, segments, prefopt.data.layout)
+    return cache_dir() / "reference" / key[:24]
 
 
 def pair_key(pair: TokenizedPair) -> bytes:

@@ -61,9 +61,8 @@ def draw(
     two prompts after SIGTERM or SIGUSR2.
     """
     # Imported here, so that bad input is refused before transformers is loaded.
-    from prefopt import generate
     from prefopt.data.tokenize import encode_prompt
-    from prefopt.generate import transformers_sampler, vllm_sampler
+    from prefopt.generate import sample, transformers_sampler, vllm_sampler
     from prefopt.models.load import load_tokenizer
     from prefopt.store import locked
 
@@ -74,7 +73,7 @@ def draw(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
     decides = [sampling, n, seed, backend, precision, device, weights, architecture, encoded, versions]
-    digest = fingerprint(decides, generate)
+    digest = fingerprint(decides, sample)
     with contextlib.ExitStack() as stack:
         if partial.is_dir():
             partial = partial / f"{digest[:24]}.jsonl"

@@ -298,8 +298,8 @@ def test_tokenized_data_are_made_once_for_a_tokenizer_a_template_and_a_policy(tm
     """Trap 13: the second time nothing is tokenized; whatever decides the tokens makes new ones."""
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     calls = []
-    tokenize = prefopt.data.cache.tokenize
-    monkeypatch.setattr(prefopt.data.cache, "tokenize", lambda *a: calls.append(0) or tokenize(*a))
+    original = prefopt.data.cache.tokenize
+    monkeypatch.setattr(prefopt.data.cache, "tokenize", lambda *a: calls.append(0) or original(*a))
     file = tmp_path / "some.jsonl.gz"
     rows = [json.dumps(row) for _, row in read_rows(str(ULTRAFEEDBACK))][:30]
     file.write_bytes(gzip.compress("\n".join(rows).encode()))

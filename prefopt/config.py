@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
@@ -509,19 +509,17 @@ def check(config: TrainConfig) -> None:
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             problems.append(f"{key} must be {' or '.join(choices)}, is {getattr(config, key)!r}")
-    problems += _sampling_problems(config.sampling)
+    problems += sampling_problems(config.sampling)
     if config.logger.wandb and config.logger.wandb.mode not in ("offline", "online"):
         problems.append(f"logger.wandb.mode must be offline or online, is {config.logger.wandb.mode!r}")
-    problems += _hardware_problems(config)
+    problems += hardware_problems(config)
     if problems:
         raise UserError("\n".join(problems))
 
 
 def check_online(config: OnlineConfig) -> None:
     """`check`, and what a sequence of stages needs besides."""
-    problems = [
-        message.replace("sampling.", "stage_sampling.") for message in _sampling_problems(config.stage_sampling)
-    ]
+    problems = [message.replace("sampling.", "stage_sampling.") for message in sampling_problems(config.stage_sampling)]
     problems += sampler_problems(config.samples_per_prompt, config.backend)
     if config.stages < 1:
         problems.append(f"stages must be at least 1, is {config.stages}")
@@ -543,7 +541,7 @@ def check_online(config: OnlineConfig) -> None:
 
 def check_sample(config: SampleConfig) -> None:
     """The same for `prefopt.sample`."""
-    problems = _sampling_problems(config.sampling) + _hardware_problems(config)
+    problems = sampling_problems(config.sampling) + hardware_problems(config)
     problems += sampler_problems(config.samples_per_prompt, config.backend)
     if problems:
         raise UserError("\n".join(problems))
@@ -560,7 +558,7 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
 
 def check_harness(config: HarnessConfig) -> None:
     """The same for `prefopt.harness`, with the package that it needs."""
-    problems = _hardware_problems(config) + name_problems(model__name=config.model.name)
+    problems = hardware_problems(config) + name_problems(model__name=config.model.name)
     # lm-eval takes the path of a YAML too, which may name Python code to run.
     for task in [config.tasks] if isinstance(config.tasks, str) else config.tasks:
         problems += name_problems(tasks=str(task))
@@ -580,7 +578,7 @@ def check_harness(config: HarnessConfig) -> None:
 
 def check_alpaca(config: AlpacaConfig) -> None:
     """The same for `prefopt.alpaca`."""
-    problems = _sampling_problems(config.sampling) + _hardware_problems(config) + sampler_problems(1, config.backend)
+    problems = sampling_problems(config.sampling) + hardware_problems(config) + sampler_problems(1, config.backend)
     if config.checkpoints not in ("final", "all"):
         problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
     if config.max_cost < 0:
@@ -591,15 +589,27 @@ def check_alpaca(config: AlpacaConfig) -> None:
         raise UserError("\n".join(problems))
 
 
-def check_hardware(config: ScoreConfig) -> None:
+class Hardware(Protocol):
+    """Where a job computes, and in which precision; "auto" until `resolve_hardware`."""
+
+    device: str
+    precision: str
+
+
+def check_hardware(config: Hardware) -> None:
     """Raise UserError for a device or a precision that there is not."""
-    if problems := _hardware_problems(config):
+    if problems := hardware_problems(config):
         raise UserError("\n".join(problems))
 
 
-def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig | AlpacaConfig) -> None:
-    """Replace device=auto, precision=auto and micro_batch_tokens=0 by what they mean on this machine, so that records
-    name it.
+def resolve(config: TrainConfig) -> None:
+    """`resolve_hardware`, and micro_batch_tokens=0 by what suits the device."""
+    resolve_hardware(config)
+    config.micro_batch_tokens = config.micro_batch_tokens or micro_batch_tokens(config.device)
+
+
+def resolve_hardware(config: Hardware) -> None:
+    """Replace device=auto and precision=auto by what they mean on this machine, so that records name it.
 
     bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32.
     """
@@ -613,8 +623,6 @@ def resolve_hardware(config: TrainConfig | SampleConfig | ScoreConfig | HarnessC
         else:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         config.precision = "bfloat16" if native else "float32"
-    if isinstance(config, TrainConfig) and not config.micro_batch_tokens:
-        config.micro_batch_tokens = micro_batch_tokens(config.device)
 
 
 def micro_batch_tokens(device: str) -> int:
@@ -622,7 +630,7 @@ def micro_batch_tokens(device: str) -> int:
     return 8192 if device.startswith("cuda") else 1024
 
 
-def _sampling_problems(sampling: SamplingConfig) -> list[str]:
+def sampling_problems(sampling: SamplingConfig) -> list[str]:
     rules = [
         (sampling.temperature >= 0, f"sampling.temperature must not be negative, is {sampling.temperature}"),
         (0 < sampling.top_p <= 1, f"sampling.top_p must be above 0 and at most 1, is {sampling.top_p}"),
@@ -632,7 +640,7 @@ def _sampling_problems(sampling: SamplingConfig) -> list[str]:
     return [message for holds, message in rules if not holds]
 
 
-def _hardware_problems(config: TrainConfig | SampleConfig | ScoreConfig | HarnessConfig | AlpacaConfig) -> list[str]:
+def hardware_problems(config: Hardware) -> list[str]:
     import torch
 
     problems = []

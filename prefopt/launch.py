@@ -33,7 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
 
 from prefopt import UserError
-from prefopt.config import ModelConfig, TrainConfig, build, check, parse, resolve_hardware
+from prefopt.config import ModelConfig, TrainConfig, build, check, micro_batch_tokens, parse, resolve_hardware
 from prefopt.liveness import UNDER_WAY, amend, here
 from prefopt.paths import write_json, write_whole
 from prefopt.program import Point, overrides
@@ -309,10 +309,11 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher) 
 
 
 def settle(config: TrainConfig, launcher: Launcher) -> None:
-    """`launcher.settle`, and UserError for a GPU of one's own choice."""
+    """`launcher.settle`, micro-batches that suit the device, and UserError for a GPU of one's own choice."""
     if config.device.startswith("cuda:"):
         raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
     launcher.settle(config)
+    config.micro_batch_tokens = config.micro_batch_tokens or micro_batch_tokens(config.device)
 
 
 def preview(points: list[Point]) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from prefopt import UserError
-from prefopt.config import ModelConfig, OnlineConfig, TrainConfig, build, check_online, parse, resolve_hardware
+from prefopt.config import ModelConfig, OnlineConfig, TrainConfig, build, check_online, parse, resolve
 from prefopt.data.formats import Format, Message, content_id
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.launch import Launcher, refuse_launcher, settle
@@ -144,12 +144,14 @@ def go_on(config: OnlineConfig, **told: str) -> None:
     if world_size() > 1:
         raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
     check_online(config)
-    resolve_hardware(config)
+    resolve(config)
     objective, scorer, stages = prepare(config)
     places = {"prompts": (config.prompts, config.prompts_split or "train"),
               "heldout": (config.dataset.heldout, config.dataset.heldout_split)}  # fmt: skip
     run = Run(
-        config, f"online-{objective.name}", {k: digest(path, split) for k, (path, split) in places.items() if path}
+        dataclasses.asdict(config),
+        f"online-{objective.name}",
+        {k: digest(path, split) for k, (path, split) in places.items() if path},
     )
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")

@@ -5,7 +5,6 @@ resolved config without the keys in VOLATILE, and the digests of the data files.
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
-from prefopt.config import ROOT, TrainConfig
+from prefopt.config import ROOT
 from prefopt.liveness import amend, here, hold, holds, load_record, now, read_record
 from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
@@ -47,19 +46,21 @@ PACKAGES = (
 
 
 class Run:
-    """`folder` holds record.json, metrics.jsonl, samples/, checkpoints/ and, when finished, policy/."""
+    """`folder` holds record.json, metrics.jsonl, samples/, checkpoints/ and, when finished, policy/.
 
-    def __init__(self, config: TrainConfig, objective_name: str, data_digests: dict[str, str]):
-        resolved = dataclasses.asdict(config)
-        identity = {key: value for key, value in resolved.items() if key not in VOLATILE}
+    `config` is the resolved configuration of a training run, as mappings.
+    """
+
+    def __init__(self, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]):
+        identity = {key: value for key, value in config.items() if key not in VOLATILE}
         self.id = fingerprint([identity, data_digests])[:8]
-        self.name = f"{objective_name}-{config.model.name}-{config.dataset.name}-{self.id}"
-        self.folder = Path(config.runs_dir) / self.name
+        self.name = f"{objective_name}-{config['model']['name']}-{config['dataset']['name']}-{self.id}"
+        self.folder = Path(config["runs_dir"]) / self.name
         self.metrics_file = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
         self.policy_folder = self.folder / "policy"
         self._known = {"name": self.name, "id": self.id, "objective": objective_name}
-        self._asked = {"config": resolved, "data_digests": data_digests}
+        self._asked = {"config": config, "data_digests": data_digests}
         self._read()
         self.attempt = self.record.get("attempt", 0) + 1
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from packaging.version import Version
 
 from prefopt import UserError
-from prefopt.config import EngineConfig, ModelConfig, TrainConfig, build, check, parse, resolve_hardware
+from prefopt.config import EngineConfig, ModelConfig, TrainConfig, build, check, parse, resolve
 from prefopt.launch import launch, refuse_launcher
 from prefopt.paths import check_folder
 from prefopt.program import program
@@ -111,7 +111,7 @@ def plan(config: TrainConfig) -> Plan:
     objective, schedule, oracle = parts(config)
     watch(config.engine.hang_s)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
-    run = Run(config, objective.name, {name: split_digest(config.dataset, name) for name in names})
+    run = Run(dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names})
     return Plan(config, objective, schedule, oracle, run)
 
 
@@ -441,7 +441,7 @@ def main(cfg: DictConfig) -> None:
     refuse_launcher()
     config = parse(cfg, TrainConfig)
     check(config)
-    resolve_hardware(config)
+    resolve(config)
     train(plan(config))
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -493,7 +494,7 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
     monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["id"], given["resume"])))
     config = parse(point(*overrides(tmp_path), "logger=wandb").cfg, TrainConfig)
     for start in (0, 2):
-        run = Run(config, "dpo", {})
+        run = Run(asdict(config), "dpo", {})
         run.folder.mkdir(exist_ok=True)
         Loggers(run, config.logger, start).close()
     assert len(set(seen)) == 1

@@ -4,7 +4,7 @@ import importlib
 import json
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -187,8 +187,8 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, w
     assert "finished, skipped" in capsys.readouterr().err
     base = config(tiny, runs)
     digests = {"prompts": "a"}
-    names = {Run(c, "online-mappo_dpo", digests).name for c in (base, replace(base, stages=2))}
-    assert len(names | {Run(base, "online-mappo_dpo", {"prompts": "b"}).name}) == 3
+    names = {Run(asdict(c), "online-mappo_dpo", digests).name for c in (base, replace(base, stages=2))}
+    assert len(names | {Run(asdict(base), "online-mappo_dpo", {"prompts": "b"}).name}) == 3
 
 
 def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):

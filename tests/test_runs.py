@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_the_identity_of_a_run(overrides, tmp_path, tiny_folder):
     def run_id(*changes: str, data: str = "d") -> str:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = parse(compose("train", [*overrides(tmp_path), *changes]), TrainConfig)
-        return Run(config, "dpo", {"train": data}).id
+        return Run(asdict(config), "dpo", {"train": data}).id
 
     base = run_id()
     assert base == run_id("runs_dir=elsewhere") == run_id("logger=progress") == run_id("save_every=2")

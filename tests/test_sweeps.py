@@ -3,6 +3,7 @@
 import csv
 import functools
 import itertools
+from dataclasses import asdict
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -50,7 +51,7 @@ def jobs(name: str) -> list[Run]:
             del cfg["hydra"]
         config = parse(cfg, TrainConfig)
         check(config)
-        runs.append(Run(config, build(config.objective, Objective, "objective").name, {}))
+        runs.append(Run(asdict(config), build(config.objective, Objective, "objective").name, {}))
     return runs
 
 

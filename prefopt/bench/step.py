@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from prefopt.config import ROOT, TrainConfig, check, parse, register, resolve_hardware
+from prefopt.config import ROOT, TrainConfig, check, parse, register, resolve
 from prefopt.data.tokenize import TokenizedPair
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def resolved(spec: Spec) -> TrainConfig:
     """The config of that run, with device and precision as they are on this machine."""
     config = parse(compose(spec), TrainConfig)
     check(config)
-    resolve_hardware(config)
+    resolve(config)
     return config
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar, get_type_hints
 
@@ -30,7 +31,9 @@ NO_KEYS = (
     "Configs and commands go into records and logs; a key stays in the environment, and a config names its variable "
     "(judge.key=OPENAI_API_KEY)."
 )
-ROOT = Path(__file__).parents[1]
+PACKAGE = Path(str(files("prefopt")))
+INSTALLED = (PACKAGE / "conf").is_dir()  # from a wheel, and not in a checkout
+ROOT = PACKAGE if INSTALLED else PACKAGE.parent  # the folder that conf/ and sweeps/ are in
 
 CHOICES = {
     "layout": ("packed", "prefix_shared", "padded"),
@@ -571,7 +574,7 @@ def check_harness(config: HarnessConfig) -> None:
     if config.run is None and config.output is None:
         problems.append("give run=FOLDER, or a model with output=FOLDER for its records")
     if importlib.util.find_spec("lm_eval") is None:
-        problems.append("prefopt.harness needs the package lm-eval: pip install 'prefopt[evaluation]'")
+        problems.append("prefopt.harness needs the package lm-eval: pip install -e '.[evaluation]'")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -584,7 +587,7 @@ def check_alpaca(config: AlpacaConfig) -> None:
     if config.max_cost < 0:
         problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
     if importlib.util.find_spec("alpaca_eval") is None:
-        problems.append("prefopt.alpaca needs the package alpaca-eval: pip install 'prefopt[evaluation]'")
+        problems.append("prefopt.alpaca needs the package alpaca-eval: pip install -e '.[evaluation]'")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -166,7 +166,7 @@ class LanguageModelJudge(Judge):
         config, _ = self._asked
         package = {"openai_completions": "openai", "anthropic_completions": "anthropic"}.get(config["fn_completions"])
         if package and importlib.util.find_spec(package) is None:
-            raise UserError(f"judge {self.name} needs the package {package}: pip install 'prefopt[evaluation]'")
+            raise UserError(f"judge {self.name} needs the package {package}: pip install -e '.[evaluation]'")
         if self.key and not os.environ.get(self.key):
             raise UserError(
                 f"judge {self.name} needs a key in the environment variable {self.key}. Set it, or take a judge that "
@@ -203,9 +203,7 @@ class LanguageModelJudge(Judge):
         """alpaca-eval's configuration of this judge, and the text of its prompt."""
         spec = importlib.util.find_spec("alpaca_eval")
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                "a language model as judge needs the package alpaca-eval: pip install 'prefopt[evaluation]'"
-            )
+            raise UserError("a language model as judge needs the package alpaca-eval: pip install -e '.[evaluation]'")
         packaged = Path(spec.submodule_search_locations[0]) / "evaluators_configs"
         config = self.annotator
         if config is None:

@@ -33,7 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
 
 from prefopt import UserError
-from prefopt.config import ModelConfig, TrainConfig, build, check, micro_batch_tokens, parse, resolve_hardware
+from prefopt.config import PACKAGE, ModelConfig, TrainConfig, build, check, micro_batch_tokens, parse, resolve_hardware
 from prefopt.liveness import UNDER_WAY, amend, here
 from prefopt.paths import write_json, write_whole
 from prefopt.program import Point, overrides
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from prefopt.run import Run
 
 POLL_S = 3.0
-PACKAGE = Path(__file__).parent
 T = TypeVar("T")
 
 

@@ -20,7 +20,7 @@ def check_logger(config: LoggerConfig) -> None:
         try:
             import wandb  # noqa: F401
         except ImportError:
-            raise UserError("logger=wandb needs the package wandb: pip install 'prefopt[wandb]'") from None
+            raise UserError("logger=wandb needs the package wandb: pip install -e '.[wandb]'") from None
 
 
 class Loggers:

@@ -52,7 +52,7 @@ class Cosine(Schedule):
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raise UserError where the package is missing that the optimizer needs."""
     if config.eight_bit and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("optimizer=adamw_8bit needs the package bitsandbytes: pip install 'prefopt[bitsandbytes]'")
+        raise UserError("optimizer=adamw_8bit needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

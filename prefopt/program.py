@@ -1,11 +1,8 @@
 """What every command-line program shares: Hydra composes, errors are shown, the exit code tells."""
 
-import copy
 import errno
-import functools
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -13,34 +10,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from prefopt import UserError
-from prefopt.config import NO_KEYS, ROOT, register, unknown_key
+from prefopt.config import NO_KEYS, ROOT, register
+from prefopt.help import show, wants_help
+from prefopt.hints import refusal
 from prefopt.keys import Masked, key_in
 from prefopt.stop import EXIT_CODE, Interrupted
-
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-
-
-class SweepFiles(SearchPathPlugin):
-    """Lets `+sweep=NAME` find sweeps/sweep/NAME.yaml, from whatever folder the program is called."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("prefopt", f"file://{ROOT / 'sweeps'}")
 
 
 @dataclass
@@ -49,40 +31,6 @@ class Point:
 
     overrides: list[str]
     cfg: DictConfig
-
-
-class Composer(Sweeper):
-    """Gives a program that starts its jobs itself all points of a multirun at once.
-
-    Hydra's own sweeper composes every point twice, from all its files, at 0.1 s each time. Points that choose the same
-    files (objective=dpo) differ in values alone: they are composed once, and each has its values put into a copy.
-    """
-
-    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None):
-        self.params = [f"{key}={values}" for key, values in (params or {}).items()]
-
-    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        self.loader, self.program = hydra_context.config_loader, task_function
-        self.config: Any = config
-
-    def sweep(self, arguments: list[str]) -> None:
-        given = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
-        (grid,) = BasicSweeper.split_arguments(given, None)
-        parsed = functools.cache(OverridesParser.create().parse_override)
-        is_group = functools.cache(self.loader.repository.group_exists)
-        composed: dict[tuple[str, ...], DictConfig] = {}
-        points = []
-        for overrides in grid:
-            values = [o for o in map(parsed, overrides) if isinstance(o.value(), dict) or not is_group(o.key_or_group)]
-            files = tuple(text for text in overrides if parsed(text) not in values)
-            if files not in composed:
-                composed[files] = self.loader.load_sweep_config(self.config, list(files))
-                with open_dict(composed[files]):
-                    del composed[files]["hydra"]
-            cfg = copy.deepcopy(composed[files])
-            self.loader._apply_overrides_to_config(values, cfg)
-            points.append(Point(overrides, cfg))
-        self.program(points)
 
 
 # What the system says of a disk that is full, read-only, forbidden, failing or gone.
@@ -123,7 +71,9 @@ def program(
 
             sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)
             if found := key_in("\n".join(sys.argv)):
-                sys.exit(f"error: the command line holds {found}. {NO_KEYS}")
+                _refuse(f"the command line holds {found}. {NO_KEYS}")
+            if wants_help(sys.argv[1:]):
+                sys.exit(show(config_name, sys.argv[1:]))
             for client in ("httpx", "httpx2"):  # Hydra's root logger would show a line for each request to the hub
                 logging.getLogger(client).setLevel(logging.WARNING)
             logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it cannot import, it also raises
@@ -131,14 +81,13 @@ def program(
                 "1"  # Hydra raises what it cannot compose, and does not print it in its way
             )
             register()
-            Plugins.instance().register(SweepFiles)
-            if launch:  # Hydra takes plugins of the name space hydra_plugins alone, which belongs to no package
-                Plugins.instance().class_name_to_class[BASIC_SWEEPER] = Composer
-            if launch and any(argument.startswith("hydra/launcher") for argument in sys.argv):
-                sys.exit("error: Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
+            if launch and any(argument.lstrip("+~").startswith("hydra/launcher") for argument in sys.argv):
+                _refuse("Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
+            if launch and any(argument.lstrip("+~").startswith("hydra/sweeper") for argument in sys.argv):
+                _refuse("Hydra's own sweepers are not used here; a grid is key=VALUE,VALUE after -m")
             sweep, dry_run = bool({"-m", "--multirun"} & set(sys.argv)), "--dry-run" in sys.argv
             if dry_run and not (launch and sweep):
-                sys.exit("error: --dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
+                _refuse("--dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
             given = [argument.removeprefix(SWEEP_FOLDER) for argument in sys.argv if argument.startswith(SWEEP_FOLDER)]
             with tempfile.TemporaryDirectory() as scratch:
                 if sweep:  # Hydra's sweeper writes a file before anything is composed
@@ -153,7 +102,7 @@ def program(
                     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                     sys.exit(130)
                 except Exception as error:  # of composing: what a job raises does not come this far
-                    print(f"error: {_refusal(error)}", file=sys.stderr)
+                    print(f"error: {refusal(error, sys.argv[1:])}", file=sys.stderr)
                     print(f"All groups and keys: python -m prefopt.{config_name} --help", file=sys.stderr)
                     sys.exit(2)
             if not points and (len(failures) > 1 or (failures and "-m" in sys.argv)):
@@ -201,16 +150,9 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         return 1
 
 
-def _refusal(error: Exception) -> str:
-    """What keeps Hydra from composing, without its advice: to add a key with a plus, which the schema would refuse."""
-    cause = error.__cause__
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        known, key = [str(key) for key in cause.parent_node], cause.full_key
-        return unknown_key(str(key), known) if known else f"{key} is not there yet; add it with a plus: +{key}=VALUE"
-    if not isinstance(error, HydraException):  # it does not say what it is about
-        return f"{error or type(error).__name__} (in {shlex.join(sys.argv[1:])})"
-    message = str(error).partition("Config search path:")[0].strip()
-    return f"{message}: {str(cause).splitlines()[0]}" if isinstance(cause, OmegaConfBaseException) else message
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _describe(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import UserError
-from prefopt.config import ROOT
+from prefopt.config import INSTALLED, PACKAGE
 from prefopt.liveness import amend, here, hold, holds, load_record, now, read_record
 from prefopt.paths import write_json
 from prefopt.ranks import is_first, world_size
@@ -31,7 +31,7 @@ VOLATILE = (
     *("micro_batch_tokens", "gradient_checkpointing"),
 )
 PACKAGES = (
-    "prefopt",
+    "prefopt-lab",
     "torch",
     "transformers",
     "tokenizers",
@@ -151,7 +151,7 @@ def machine() -> dict[str, Any]:
 def git() -> dict[str, Any] | None:
     """Commit, and whether there were changes, of the code that this process runs: results in the checkout, say, change
     nothing of it. None outside of a checkout."""
-    frozen = ROOT / "git.json"
+    frozen = PACKAGE.parent / "git.json"
     if frozen.is_file():  # a copy that a sweep's submitter took: the checkout around it may be another by now
         return json.loads(frozen.read_text())
     try:
@@ -161,7 +161,10 @@ def git() -> dict[str, Any] | None:
 
 
 def ask_git(*args: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *args]
+    """Raises OSError or CalledProcessError outside of a checkout of this project."""
+    if INSTALLED:  # a checkout that the environment happens to lie in is another project's
+        raise OSError("prefopt is not run from a checkout")
+    command = ["git", "-C", str(PACKAGE), *args]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -88,7 +88,7 @@ def parts(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
             "which could run any code and is not read. Save the adapter again with peft 0.7 or later."
         )
     if config.peft.quantize and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("peft.quantize needs the package bitsandbytes: pip install 'prefopt[bitsandbytes]'")
+        raise UserError("peft.quantize needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
     if config.peft.quantize and objective.trains == "reward_model":
         raise UserError(f"objective {objective.name} cannot be trained on weights of 4 bits: set peft.quantize=false.")
     if config.patience is not None and not has_heldout(config.dataset):
@@ -133,7 +133,7 @@ def check_engine(config: EngineConfig, device: str) -> None:
         if found == "none" or Version(found) < Version("0.19.8"):
             raise UserError(
                 f"engine=zero2 needs the package deepspeed, 0.19.8 or later; there is {found}: pip install "
-                "'prefopt[deepspeed]'"
+                "-e '.[deepspeed]'"
             )
 
 

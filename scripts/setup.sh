@@ -15,8 +15,8 @@ if [ ! -x .venv/bin/pip ] && ! "$python" -m venv --clear .venv > /dev/null 2>&1;
     "$python" -m pip --python .venv/bin/python install --quiet --disable-pip-version-check pip
 fi
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
-echo "1/3 torch"
-pip setuptools torch
+echo "1/3 torch, and what builds prefopt"
+pip hatchling editables setuptools torch
 echo "2/3 prefopt, what it needs, and the tools for its tests"
 pip --no-build-isolation -e '.[offline,deepspeed,evaluation,dev]'
 echo "3/3 SmolLM2-135M-Instruct"

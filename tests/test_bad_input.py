@@ -156,7 +156,7 @@ def run(policy: bool = True, **changes) -> dict[str, Content]:
 
 TABLE = [
     # The command line, and what Hydra makes of it
-    config("a choice that is none", "objective=nonsense", "Could not find 'objective/nonsense'", "mmpo", "--help"),
+    config("a choice that is none", "objective=nonsense", "there is no objective=nonsense", "mmpo", "--help"),
     config("a key that is none", "sead=1", "unknown key sead. Did you mean seed?"),
     config("the same with a plus", "+sead=1", "unknown key sead. Did you mean seed?"),
     config("a nested key", "optimizer.lrr=1", "unknown key optimizer.lrr. Did you mean optimizer.lr?"),
@@ -165,7 +165,7 @@ TABLE = [
     config("an objective's key with a plus", "+objective.gamma=1", "unknown key objective.gamma"),
     config("another's key", "objective=simpo +objective.label_smoothing=0.1", "unknown key objective.label_smoothing"),
     config("a relative's key", "objective=ipo objective.label_smoothing=0.1", "unknown key objective.label_smoothing"),
-    config("a column without plus", "dataset.columns.prompt=q", "add it with a plus: +dataset.columns.prompt=VALUE"),
+    config("a column without plus", "dataset.columns.prompt=q", "+dataset.columns.prompt=q"),
     config("no value", "seed", "Error parsing override 'seed'", "missing EQUAL", "--help"),
     config("no key", "=3", "must be a string or a list", "=3", "--help"),
     config("no group", "objective=null", "must be a string or a list", "objective=null"),
@@ -215,7 +215,7 @@ TABLE = [
     config("another kind", "objective._target_=prefopt.optim.Cosine", "must be a dataclass derived from Objective"),
     config("a function", "dataset.format._target_=os.system", "dataset.format._target_: cannot import 'os.sys"),
     config("no mapping", "dataset.format=Pairs", "dataset.format must be a mapping with `_target_`, is 'Pairs'"),
-    config("a base by name", "objective=mappo objective/base=sft", "Could not find 'objective/base/sft'", "simpo"),
+    config("a base by name", "objective=mappo objective/base=sft", "there is no objective/base=sft", "simpo"),
     config(
         "a base by target", "objective=mappo objective.base._target_=prefopt.objectives.sft.SFT",
              "derived from Pairwise"
@@ -234,8 +234,9 @@ TABLE = [
     config("a launcher without sweep", "launcher=slurm", "a launcher is for a sweep: add -m"),
     config("a dry run without sweep", "--dry-run", "--dry-run shows the jobs of a sweep", "-m ... --dry-run"),
     other("train -m", "Hydra's launcher", "hydra/launcher=basic", "choose one by launcher=NAME"),
-    other("train -m", "a sweep that is none", "+sweep=nonsense", "Could not find 'sweep/nonsense'", "demo"),
-    other("train -m", "a choice that is none", "objective=dpo,nonsense", "Could not find 'objective/nonsense'"),
+    other("train -m", "Hydra's sweeper", "hydra/sweeper=basic", "Hydra's own sweepers are not used here"),
+    other("train -m", "a sweep that is none", "+sweep=nonsense", "there is no +sweep=nonsense", "demo"),
+    other("train -m", "a choice that is none", "objective=dpo,nonsense", "there is no objective=nonsense"),
     other("train -m", "launcher's key", "+launcher.jobs=3 seed=1,2",
              "unknown key launcher.jobs. The keys here are: at"),
     other("train -m", "no jobs at once", "launcher.at_once=0 seed=1,2", "launcher.at_once must be at least 1, or null"),

@@ -80,14 +80,6 @@ def test_epochs_are_the_steps_that_they_take(overrides, tmp_path):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "score", "online", "report", "harness", "alpaca", "compare"])
-def test_help_lists_the_choices(program):
-    process = run_program("--help", program=program)
-    assert process.returncode == 0
-    if program == "train":
-        assert "objective: beta_dpo, cal_dpo, cpo, dpo, f_dpo" in process.stdout
-
-
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda f: str(f.relative_to(ROOT / "conf"))
 )

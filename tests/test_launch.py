@@ -99,7 +99,7 @@ def test_a_dry_run_lists_the_jobs_and_writes_nothing(overrides, tmp_path):
 def test_what_was_submitted_is_what_runs(overrides, tmp_path):
     """A YAML is edited and the code is broken while the second job waits for the first."""
     copy, go = tmp_path / "copy", tmp_path / "go"
-    for folder in ("prefopt", "conf", "tests"):
+    for folder in ("prefopt", "hydra_plugins", "conf", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     arguments = ["-m", *overrides(tmp_path / "runs"), FAULTY[0], f"+objective.fault={go}", "steps=1", "seed=1,2"]
     environment = ENVIRONMENT | {"PYTHONPATH": ""}

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import prefopt.launch
 import prefopt.runs
+from hydra_plugins.prefopt import PointsSweeper
 from prefopt import estimate, paths
 from prefopt.bench import load
 from prefopt.config import DatasetConfig, register
@@ -32,7 +33,7 @@ from prefopt.launch import plan_sweep, wait
 from prefopt.liveness import here
 from prefopt.loggers import Loggers, read_metrics
 from prefopt.paths import lines_from_end
-from prefopt.program import Composer, Point
+from prefopt.program import Point
 from prefopt.report import in_order, labels
 from prefopt.runs import Look
 from tests.tiny import ROOT
@@ -57,7 +58,7 @@ def composed(static: list[str], arguments: list[str]) -> tuple[list[Point], int]
             return real(*args)
 
         loader.load_sweep_config = counted  # type: ignore[method-assign]
-        sweeper = Composer(None, None)
+        sweeper = PointsSweeper(None)
         sweeper.setup(hydra_context=SimpleNamespace(config_loader=loader), task_function=found.append, config=master)
         sweeper.sweep(given)
     return found[0], len(asked)

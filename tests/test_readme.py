@@ -9,7 +9,6 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.plugins import Plugins
 
 from prefopt.config import (
     AlpacaConfig,
@@ -31,7 +30,6 @@ from prefopt.config import (
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.optim import Schedule
-from prefopt.program import SweepFiles
 from tests.tiny import ROOT, run_program
 
 README = (ROOT / "README.md").read_text()
@@ -73,7 +71,6 @@ def test_commands_compose(command):
             for o in overrides if o != "-m" and not o.startswith("--")
             for key, _, values in [o.partition("=")]]  # fmt: skip
     register()
-    Plugins.instance().register(SweepFiles)
     for point in itertools.product(*grid):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = parse(compose(name, list(point)), schema)
@@ -96,7 +93,7 @@ def test_an_objective_is_one_file_and_one_yaml(tiny_folder, overrides, tmp_path)
         "conf/objective/softplus_margin.yaml",
     ]
     copy = tmp_path / "copy"
-    for folder in ("prefopt", "conf", "tests"):
+    for folder in ("prefopt", "hydra_plugins", "conf", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path, text in blocks:
         (copy / path).write_text(text)

@@ -264,7 +264,7 @@ def test_only_changes_of_the_code_are_changes(tmp_path, monkeypatch):
     do = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.org"]
     for what in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "m"]):
         subprocess.run([*do, *what], check=True)
-    monkeypatch.setattr(prefopt.run, "__file__", str(package / "run.py"))
+    monkeypatch.setattr(prefopt.run, "PACKAGE", package)
     (results / "file").write_text("2")
     (tmp_path / "link").symlink_to(results)
     assert not prefopt.run.git.__wrapped__()["dirty"]

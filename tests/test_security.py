@@ -369,7 +369,7 @@ def test_nothing_that_a_program_says_shows_a_key(key, tmp_path):
     for part in ("print ***", "say ***", "UserWarning: ***", "RuntimeError: 401 for Authorization: Bearer ***"):
         assert part in said
     process = subprocess.run([*call, f"name={key}"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "the command line holds the value of the environment variable THE_API_KEY" in process.stderr
     assert key not in process.stdout + process.stderr
 

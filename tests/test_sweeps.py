@@ -7,12 +7,10 @@ from dataclasses import asdict
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from prefopt.config import OnlineConfig, TrainConfig, build, check, check_online, parse, register
 from prefopt.objectives.base import Objective
-from prefopt.program import SweepFiles
 from prefopt.run import Run
 from tests.tiny import ROOT, records, run_program
 
@@ -27,7 +25,6 @@ PUBLISHED = ROOT / "results" / "published"
 
 def composed(program: str, overrides: list[str]) -> DictConfig:
     register()
-    Plugins.instance().register(SweepFiles)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(program, overrides, return_hydra_config=True)
 

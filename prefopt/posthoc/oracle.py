@@ -36,7 +36,5 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise UserError(
-            "the sentiment oracle needs the package vaderSentiment: pip install 'prefopt[offline]'"
-        ) from None
+        raise UserError("the sentiment oracle needs the package vaderSentiment: pip install -e '.[offline]'") from None
     return SentimentIntensityAnalyzer()

@@ -371,7 +371,7 @@ def check(config: AlpacaConfig, _: Launcher) -> ModelConfig:
     return ModelConfig(found[-1].name, found[-1].path, None)
 
 
-@program("alpaca", sweep("alpaca", check))
+@program("alpaca", AlpacaConfig, sweep("alpaca", check))
 def main(cfg: DictConfig) -> None:
     refuse_launcher()
     go_on(parse(cfg, AlpacaConfig))

@@ -120,7 +120,7 @@ def _article(row: dict[str, Any]) -> str:
     )
 
 
-@program("compare")
+@program("compare", AlpacaConfig)
 def compare(cfg: DictConfig) -> None:
     refuse_launcher()
     config = parse(cfg, AlpacaConfig)

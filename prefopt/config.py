@@ -6,7 +6,6 @@ refused, also when it comes with Hydra's `+`.
 
 import dataclasses
 import difflib
-import functools
 import importlib.util
 import inspect
 import math
@@ -136,7 +135,7 @@ class SamplingConfig:
 
 @dataclass
 class TrainConfig:
-    """What `python -m prefopt.train` reads; conf/training.yaml holds the defaults and says what each key means."""
+    """What `python -m prefopt.train` reads; conf/train_base.yaml holds the defaults and says what each key means."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -322,21 +321,12 @@ class DataReportConfig:
     output: str = MISSING
 
 
-@functools.cache
-def register() -> None:
-    """Make the schemas and the resolvers known to Hydra. Every program calls it before it composes."""
+def register(*schemas: type) -> None:
+    """Make schemas known to Hydra (TrainConfig as train_schema), and the groups and resolvers that YAMLs use."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="online_schema", node=OnlineConfig)
-    store.store(name="sample_schema", node=SampleConfig)
-    store.store(name="score_schema", node=ScoreConfig)
-    store.store(name="harness_schema", node=HarnessConfig)
-    store.store(name="alpaca_schema", node=AlpacaConfig)
-    store.store(name="report_schema", node=ReportConfig)
-    store.store(name="papers_schema", node=PapersConfig)
-    store.store(name="runs_schema", node=RunsConfig)
-    store.store(name="prefetch_schema", node=PrefetchConfig)
-    store.store(name="data_report_schema", node=DataReportConfig)
+    for schema in schemas:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", schema.__name__.removesuffix("Config")).lower()
+        store.store(name=f"{name}_schema", node=schema)
     # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:
     # objective/base=NAME is conf/objective/NAME.yaml.
     for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):

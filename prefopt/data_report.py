@@ -345,7 +345,7 @@ def bin_edges(values: np.ndarray) -> np.ndarray:
     return start + width * np.arange(math.floor((distinct[-1] - start) / width) + 2)
 
 
-@program("data_report")
+@program("data_report", DataReportConfig)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, DataReportConfig)
     for key in ("max_prompt_tokens", "max_completion_tokens"):

@@ -269,7 +269,7 @@ def check(config: HarnessConfig, _: Launcher) -> ModelConfig:
     return ModelConfig(found[-1].name, found[-1].path, found[-1].revision)
 
 
-@program("harness", sweep("harness", check))
+@program("harness", HarnessConfig, sweep("harness", check))
 def main(cfg: DictConfig) -> None:
     refuse_launcher()
     go_on(parse(cfg, HarnessConfig))

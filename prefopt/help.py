@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,6 +65,10 @@ def program_help(program: str, arguments: Sequence[str]) -> str:
     Raises what Hydra raises for overrides that cannot be composed.
     """
     register()
+    known = ConfigStore.instance().repo
+    for name in (f"{file.stem}_schema" for file in CONF.glob("*.yaml")):
+        if f"{name}.yaml" not in known:  # its program is not imported, since that takes seconds: the YAMLs suffice
+            ConfigStore.instance().store(name=name, node={})
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     folders = [CONF, *config_dirs(arguments)]
     search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders[1:])}]"] if folders[1:] else []

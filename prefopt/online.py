@@ -201,7 +201,7 @@ def check_job(config: OnlineConfig, launcher: Launcher) -> ModelConfig:
     return config.model
 
 
-@program("online", sweep("online", check_job, shown_lines=1))
+@program("online", OnlineConfig, sweep("online", check_job, shown_lines=1))
 def main(cfg: DictConfig) -> None:
     refuse_launcher()
     go_on(parse(cfg, OnlineConfig))

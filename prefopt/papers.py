@@ -489,7 +489,7 @@ def matching(pattern: str) -> list[Path]:
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [path]
 
 
-@program("papers")
+@program("papers", PapersConfig)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, PapersConfig)
     if config.paper not in PAPERS:

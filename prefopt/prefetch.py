@@ -379,7 +379,7 @@ def _how_to_copy() -> str:
     )
 
 
-@program("prefetch")
+@program("prefetch", PrefetchConfig)
 def main(cfg: DictConfig) -> None:
     prefetch(parse(cfg, PrefetchConfig))
 

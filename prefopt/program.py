@@ -44,9 +44,10 @@ Launch = Callable[[list[Point], Path, bool], int]
 
 
 def program(
-    config_name: str, launch: Launch | None = None
+    config_name: str, schema: type, launch: Launch | None = None
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make a command-line program of a function that takes the composed config `conf/<config_name>.yaml`.
+    """Make a command-line program of a function that takes the config that
+    `conf/<config_name>.yaml` composes into `schema`.
 
     A UserError, or a command line that Hydra cannot compose, becomes one message on stderr and exit code 2, any other
     exception a traceback and exit code 1.
@@ -80,7 +81,7 @@ def program(
             os.environ["HYDRA_FULL_ERROR"] = (
                 "1"  # Hydra raises what it cannot compose, and does not print it in its way
             )
-            register()
+            register(schema)
             if launch and any(argument.lstrip("+~").startswith("hydra/launcher") for argument in sys.argv):
                 _refuse("Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
             if launch and any(argument.lstrip("+~").startswith("hydra/sweeper") for argument in sys.argv):

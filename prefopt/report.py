@@ -437,7 +437,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
         return save(figure, output, "reward_kl")
 
 
-@program("report")
+@program("report", ReportConfig)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
     check_folder("output", config.output)

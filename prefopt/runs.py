@@ -145,7 +145,7 @@ def select(config: RunsConfig) -> list[Look]:
     return [each for each in look(folders) if not config.status or each.state in config.status]
 
 
-@program("runs")
+@program("runs", RunsConfig)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, RunsConfig)
     if wrong := sorted(set(config.status) - set(STATES)):

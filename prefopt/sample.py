@@ -124,7 +124,7 @@ def _read_partial(partial: Path, digest: str) -> dict[int, Row]:
     return {row.pop("prompt"): row for row in rows}
 
 
-@program("sample")
+@program("sample", SampleConfig)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, SampleConfig)
     check_sample(config)

@@ -73,7 +73,7 @@ def score_rows(
     return scored
 
 
-@program("score")
+@program("score", ScoreConfig)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ScoreConfig)
     check_hardware(config)

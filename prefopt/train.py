@@ -436,7 +436,7 @@ def describe(objective: "Objective") -> str:
     return f"{objective!r}" + (f": {derived}" if derived else "")
 
 
-@program("train", launch)
+@program("train", TrainConfig, launch)
 def main(cfg: DictConfig) -> None:
     refuse_launcher()
     config = parse(cfg, TrainConfig)

@@ -232,7 +232,7 @@ def composed():
 
     from prefopt.config import ROOT, register
 
-    register()
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_container(compose("train"), resolve=True)
 

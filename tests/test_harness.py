@@ -142,7 +142,7 @@ def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
-    register()
+    register(HarnessConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(compose("harness", changes), HarnessConfig)
     with pytest.raises(UserError, match=message):

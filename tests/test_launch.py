@@ -40,7 +40,7 @@ def handlers():
 
 
 def point(*overrides: str) -> Point:
-    register()
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return Point(list(overrides), compose("train", list(overrides)))
 

@@ -24,7 +24,7 @@ import prefopt.runs
 from hydra_plugins.prefopt import PointsSweeper
 from prefopt import estimate, paths
 from prefopt.bench import load
-from prefopt.config import DatasetConfig, register
+from prefopt.config import DatasetConfig, TrainConfig, register
 from prefopt.data import sources
 from prefopt.data.cache import CHUNK, SCHEMA, TokenizedPairs, _chunks
 from prefopt.data.dataset import load_split
@@ -43,7 +43,7 @@ from tests.tiny import ROOT
 
 def composed(static: list[str], arguments: list[str]) -> tuple[list[Point], int]:
     """The points of a multirun, and how often Hydra was asked to compose one from its files."""
-    register()
+    register(TrainConfig)
     found: list[list[Point]] = []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()

@@ -57,7 +57,7 @@ def command(tiny: Path, runs: Path, *changes: str) -> list[str]:
 
 
 def config(tiny: Path, runs: Path, *changes: str) -> OnlineConfig:
-    register()
+    register(OnlineConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         found = parse(compose("online", command(tiny, runs, *changes)), OnlineConfig)
     check_online(found)

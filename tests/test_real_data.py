@@ -34,7 +34,7 @@ HH_SAMPLE = ("dataset=hh_rlhf_sample", f"dataset.train={HH}")
 
 
 def composed(*overrides: str) -> DatasetConfig:
-    register()
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         dataset = parse(compose("train", list(overrides)), TrainConfig).dataset
     check_dataset(dataset)

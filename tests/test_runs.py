@@ -150,7 +150,7 @@ def test_the_identity_of_a_run(overrides, tmp_path, tiny_folder):
     from prefopt.config import TrainConfig, parse, register
     from prefopt.run import Run
 
-    register()
+    register(TrainConfig)
 
     def run_id(*changes: str, data: str = "d") -> str:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -96,7 +96,7 @@ def model(tiny_folder, tmp_path) -> Path:
 
 
 def train_config(overrides: list[str], *changes: str) -> TrainConfig:
-    register()
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return parse(compose("train", [*overrides, *changes]), TrainConfig)
 

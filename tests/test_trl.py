@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from prefopt.config import ROOT, build, register
+from prefopt.config import ROOT, TrainConfig, build, register
 from prefopt.objectives.base import Objective, PairInputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, of transformers' renamed arguments
@@ -153,7 +153,7 @@ def theirs(trainer: str, text: str, data: Data) -> torch.Tensor:
 
 @pytest.mark.parametrize(("prefopt", "trl", "note"), [pytest.param(*row, id=row[0]) for row in ROWS])
 def test_a_row_of_the_conversion_table(prefopt, trl, note):
-    register()
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         objective = build(compose("train", prefopt.split()).objective, Objective, "objective")
     trainer, _, text = trl.partition("Trainer")

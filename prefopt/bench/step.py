@@ -150,7 +150,7 @@ def overrides(spec: Spec) -> list[str]:
 def compose(spec: Spec) -> Any:
     from hydra import compose, initialize_config_dir
 
-    register()
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("train", overrides(spec))
 

@@ -28,7 +28,7 @@ def objectives() -> Iterator[tuple[str, Objective, DictConfig]]:
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):
-            composed = compose("train", [f"objective={file.stem}"]).objective
+            composed = compose("objectives", [f"objective={file.stem}"]).objective
             node = OmegaConf.create(OmegaConf.to_container(composed))
             assert isinstance(node, DictConfig)
             yield file.stem, build(node, Objective, "objective"), node

@@ -12,7 +12,7 @@ SCALE ?= mini
 LAUNCHER ?= local
 ARGS ?=
 
-.PHONY: help setup demo test test-shared test-slow slurm-test lint bench bench-fidelity clean-demo figures \
+.PHONY: help setup docs demo test test-shared test-slow slurm-test lint bench bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -24,20 +24,20 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@PYTHON=$(PYTHON) scripts/setup.sh
 	@touch $@
 
-demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas; runs/demo
+demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas: runs/demo
 	$(BIN)/python -m prefopt.train -m +sweep=demo $(ARGS)
 	$(BIN)/python -m prefopt.report runs_dir=runs/demo output=runs/demo/report
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
 
-reproduce-mmpo: setup ## MMPO's grid, in miniature or (SCALE=paper LAUNCHER=slurm) as published; results/SCALE/mmpo
+reproduce-mmpo: setup ## MMPO, small or (SCALE=paper LAUNCHER=slurm) as published
 reproduce-mappo: setup ## MaPPO, offline and online, likewise
 reproduce-madpo: setup ## MADPO's three data qualities, likewise
 reproduce-mmpo reproduce-mappo reproduce-madpo: reproduce-%:
 	scripts/$(SCALE)/$*.sh launcher=$(LAUNCHER) $(ARGS)
 
-figures: setup ## the papers' tables, figures and pages, from the records in results/mini and from what is published
+figures: setup ## the papers' tables, figures and pages from results/mini
 	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
 	for paper in mmpo mappo madpo; do \
 		$(BIN)/python -m prefopt.papers paper=$$paper runs_dir=results/mini/$$paper/records.jsonl \
@@ -50,21 +50,26 @@ test: setup ## the tests (a few minutes), in two processes
 test-shared: setup ## those of the tests that need real data beside the checkout
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "shared and not slow and not slurm"
 
-test-slow: setup ## the tests that train or sample the real SmolLM2-135M, or train in several processes
+test-slow: setup ## the tests with the real SmolLM2-135M or several processes
 	$(BIN)/python -m pytest -m slow
 
-slurm-test: setup ## a sweep of the tiny model through a real Slurm of one node, with a preempted and a killed job
+slurm-test: setup ## a sweep of the tiny model through a Slurm of one node
 	$(BIN)/python -m pytest -m slurm -s
 
 bench: setup ## measure, on this machine; results/bench
-	$(BIN)/python -m prefopt.bench.data
-	$(BIN)/python -m prefopt.bench.load
-	$(BIN)/python -m prefopt.bench.steps
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.steps
 
-bench-fidelity: setup ## AlpacaEval's published win rates from its published preferences, model by model (needs shared files)
+bench-fidelity: setup ## AlpacaEval's win rates again (needs shared files)
 	$(BIN)/python -m pytest tests/test_alpaca.py -m slow -k published -s
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup ## the pages, into site/ (open site/index.html)
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict

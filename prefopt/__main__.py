@@ -5,7 +5,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from prefopt.help import overview, show, wants_help
+from prefopt.cli.help import overview, show, wants_help
+from prefopt.utils.redact import key_in
 
 PROGRAMS = (
     *("train", "online", "sample", "score", "harness", "alpaca", "compare", "report", "papers"),
@@ -27,7 +28,8 @@ def main() -> None:
     if here not in sys.path and not sys.flags.safe_path:  # as python -m does: modules of the user's are found
         sys.path.insert(0, here)
     sys.argv = [f"prefopt {name}", *arguments]
-    if wants_help(arguments) and name != "objectives":  # before the program imports torch
+    # Before the program imports torch; a command line with a key is left to it, which refuses without showing it.
+    if wants_help(arguments) and name != "objectives" and not key_in("\n".join(arguments)):
         sys.exit(show(name, arguments))
     runpy.run_module(f"prefopt.{name}", run_name="__main__", alter_sys=True)
 

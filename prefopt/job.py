@@ -9,19 +9,21 @@ FOLDER/job.json holds the resolved config, and nothing is composed again. Exit c
 import json
 import sys
 import traceback
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from prefopt import UserError
-from prefopt.config import TrainConfig, parse
-from prefopt.keys import Masked
-from prefopt.liveness import amend, here, hold, read_record
-from prefopt.program import exit_code
-from prefopt.ranks import is_first
-from prefopt.stop import Interrupted, listen
+from prefopt.cli.program import exit_code
+from prefopt.config.parse import parse
+from prefopt.errors import Interrupted, UserError
+from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
+from prefopt.tracking.process import here, hold
+from prefopt.tracking.record import amend, read_record
+from prefopt.training.config import OnlineConfig, TrainConfig
+from prefopt.utils.distributed import is_first
+from prefopt.utils.redact import Masked
+from prefopt.utils.signals import listen
 
 
 def run(folder: Path) -> None:
@@ -36,12 +38,9 @@ def run(folder: Path) -> None:
         amend(folder, status="running", **here())
     frozen = json.loads((folder / "job.json").read_text())
     try:
-        if "program" in frozen:
-            _other(folder, frozen)
-        else:
-            _train(folder, frozen)
+        (_train if frozen["program"] == "train" else _run_pending)(folder, frozen)
     except (Interrupted, KeyboardInterrupt):
-        if "program" in frozen:  # a training run has said so itself
+        if frozen["program"] != "train":  # a training run has said so itself
             amend(folder, status="interrupted")
         raise
     except BaseException as error:  # SystemExit too: whatever ends a job before its end is a failure, and is kept
@@ -52,7 +51,7 @@ def run(folder: Path) -> None:
 
 
 def _train(folder: Path, frozen: dict[str, Any]) -> None:
-    from prefopt.train import plan, train
+    from prefopt.training.setup import plan, train
 
     planned = plan(parse(OmegaConf.create(frozen["config"]), TrainConfig))
     if planned.run.name != folder.name:
@@ -63,11 +62,25 @@ def _train(folder: Path, frozen: dict[str, Any]) -> None:
     train(planned, command=frozen["command"], code=frozen["code"])
 
 
-def _other(folder: Path, frozen: dict[str, Any]) -> None:
-    from prefopt.sweep import SCHEMAS
+def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
+    """Whatever of the job is not done yet."""
+    schema: type[Any]
+    match frozen["program"]:  # the other programs' modules need not be there, and take time to import
+        case "online":
+            from prefopt.training.online import go_on
 
-    config = parse(OmegaConf.create(frozen["config"]), SCHEMAS[frozen["program"]])
-    go_on = import_module(f"prefopt.{frozen['program']}").go_on
+            schema = OnlineConfig
+        case "harness":
+            from prefopt.evaluation.harness import go_on  # type: ignore[assignment]
+
+            schema = HarnessConfig
+        case "alpaca":
+            from prefopt.evaluation.alpaca import go_on  # type: ignore[assignment]
+
+            schema = AlpacaConfig
+        case other:
+            raise UserError(f"{folder}/job.json: there is no program {other!r} whose jobs can be run.")
+    config: Any = parse(OmegaConf.create(frozen["config"]), schema)
     go_on(config, command=frozen["command"], code=frozen["code"])
     amend(folder, status="finished")
 

@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt import UserError, alpaca
-from prefopt.alpaca import bootstrap, figures, two_judges
-from prefopt.compare import page
 from prefopt.data.formats import as_messages
-from prefopt.judges import Duel, LanguageModelJudge, Names, RewardJudge
-from prefopt.posthoc.oracle import Vader
-from prefopt.records import read_records
-from prefopt.report import posthoc
-from prefopt.scorers import OracleScorer
+from prefopt.errors import UserError
+from prefopt.evaluation.alpaca import GAMED, QUESTIONS, bootstrap, figures, hub_file, read_questions
+from prefopt.evaluation.judges import Duel, LanguageModelJudge, Names, RewardJudge
+from prefopt.evaluation.results import PAPER_JUDGES, two_judges
+from prefopt.reporting.compare import page
+from prefopt.reporting.summary import posthoc
+from prefopt.rewards.oracle import Vader
+from prefopt.rewards.scorers import OracleScorer
+from prefopt.tracking.archive import read_records
 from tests.tiny import ENVIRONMENT, ROOT, SHARED, run_program
 
 pytest.importorskip("alpaca_eval")
@@ -57,7 +58,7 @@ def lay_out(cache: Path) -> Path:
     snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "df_gamed.csv").write_bytes((REAL / "df_gamed_surrogate.csv").read_bytes())
-    (snapshot / alpaca.QUESTIONS).write_bytes((REAL / alpaca.QUESTIONS).read_bytes())
+    (snapshot / QUESTIONS).write_bytes((REAL / QUESTIONS).read_bytes())
     return snapshot
 
 
@@ -123,9 +124,9 @@ def test_a_judge_that_looks_at_length_alone_is_seen_through(gamed):
 @pytest.mark.shared
 def test_a_file_that_is_not_the_published_one_is_refused(gamed, monkeypatch):
     with pytest.raises(UserError, match=r"not the df_gamed\.csv that published figures rest on"):
-        alpaca.hub_file(alpaca.GAMED)
-    assert alpaca.hub_file(alpaca.QUESTIONS).name == alpaca.QUESTIONS
-    questions, all_ = alpaca.read_questions(None, None)
+        hub_file(GAMED)
+    assert hub_file(QUESTIONS).name == QUESTIONS
+    questions, all_ = read_questions(None, None)
     assert (len(questions), all_) == (805, True)
 
 
@@ -142,7 +143,7 @@ def test_the_papers_figure_is_the_mean_of_its_two_judges():
     def record(name, rate, controlled):
         return {"judge": {"name": name}, "figures": {"win_rate": rate, "length_controlled_win_rate": controlled}}
 
-    both = [record(name, rate, rate + 2) for name, rate in zip(alpaca.PAPER_JUDGES, (40, 50), strict=True)]
+    both = [record(name, rate, rate + 2) for name, rate in zip(PAPER_JUDGES, (40, 50), strict=True)]
     assert two_judges([*both, record("another", 0, 0)]) == {"win_rate": 45, "length_controlled_win_rate": 47}
     assert two_judges(both[:1]) == {}
 
@@ -499,7 +500,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, changes, message, t
 def test_a_question_is_asked_once(tmp_path, capsys):
     file = tmp_path / "q.jsonl"
     file.write_text('{"instruction": "a"}\n{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
-    questions, all_ = alpaca.read_questions(str(file), None)
+    questions, all_ = read_questions(str(file), None)
     assert ([q.instruction for q in questions], all_) == (["a", "b"], False)
     assert "1 rows ask what another row asks" in capsys.readouterr().err
 

@@ -21,8 +21,8 @@ import pytest
 from hydra._internal.hydra import Hydra
 from safetensors.torch import load_file, save_file
 
-from prefopt import stop
 from prefopt.models import load
+from prefopt.utils import signals
 from tests.tiny import ROOT, run_program, write_pairs
 
 ALWAYS = {
@@ -212,7 +212,7 @@ TABLE = [
     config("runs in a file", "runs_dir=train.jsonl", "runs_dir=train.jsonl", "is a file", "Give another runs_dir"),
     # What a _target_ names
     config("a target that is none", "objective._target_=prefopt.objectives.nope.Nope", "objective._target_: cannot im"),
-    config("another kind", "objective._target_=prefopt.optim.Cosine", "must be a dataclass derived from Objective"),
+    config("another kind", "objective._target_=prefopt.training.optim.Cosine", "be a dataclass derived from Objective"),
     config("a function", "dataset.format._target_=os.system", "dataset.format._target_: cannot import 'os.sys"),
     config("no mapping", "dataset.format=Pairs", "dataset.format must be a mapping with `_target_`, is 'Pairs'"),
     config("a base by name", "objective=mappo objective/base=sft", "there is no objective/base=sft", "simpo"),
@@ -309,7 +309,7 @@ TABLE = [
     config("chats for pairs", f"dataset.train=bad.jsonl dataset.heldout=null {format_('Chats')}",
            "objective dpo compares two completions, and bad.jsonl holds chats", files={"bad.jsonl": json.dumps(
                {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]})}),
-    config("oracle without prompts", "dataset.oracle={_target_:prefopt.posthoc.oracle.Vader} dataset.heldout=null",
+    config("oracle without prompts", "dataset.oracle={_target_:prefopt.rewards.oracle.Vader} dataset.heldout=null",
            "dataset.heldout is null: give a file"),
     # Models
     config("no model", "model.path=no/such-model", "no model can be loaded from model.path=no/such",
@@ -529,7 +529,7 @@ def test_bad_input_is_refused(case, place, tiny_folder, monkeypatch):
         monkeypatch.setenv(variable, value)
     for key in {"OPENAI_API_KEY", "ANTHROPIC_API_KEY"} - set(case.env):
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr(stop, "listen", lambda: None)  # the signals of this process are pytest's
+    monkeypatch.setattr(signals, "listen", lambda: None)  # the signals of this process are pytest's
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)  # it composes everything once more
     if not case.loads:
         monkeypatch.setattr(load, "_from_pretrained", no_model)

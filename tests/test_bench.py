@@ -11,8 +11,8 @@ import pytest
 import torch
 import trl.trainer.utils
 
-from prefopt.bench import step, steps
-from prefopt.bench.step import PROFILES, Profile, Spec
+from benchmarks import step, steps
+from benchmarks.step import PROFILES, Profile, Spec
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 # TRL 1.16 asks transformers for names that are going to be renamed.

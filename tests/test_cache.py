@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from prefopt import UserError
-from prefopt.config import DatasetConfig, PoliciesConfig, parse
+from prefopt.config.parse import parse
+from prefopt.config.schema import DatasetConfig, PoliciesConfig
 from prefopt.data import cache
 from prefopt.data.cache import Limits, Prepared, TokenizedPairs, prepare
 from prefopt.data.dataset import load_split
 from prefopt.data.tokenize import tokenize
+from prefopt.errors import UserError
 from tests.tiny import CHATML, ENVIRONMENT, ROOT, tiny_tokenizer, write_pairs
 
 LIMITS = Limits(1800, 512)
@@ -73,7 +74,8 @@ def test_a_second_use_and_another_process_read_no_row_again(dataset, tmp_path, m
     monkeypatch.setattr(cache, "load_split", refuse)
     assert list(run(dataset)["train"].pairs) == list(first["train"].pairs)
     code = (
-        "import sys; from omegaconf import OmegaConf; from prefopt.config import DatasetConfig, PoliciesConfig, parse; "
+        "import sys; from omegaconf import OmegaConf; from prefopt.config.schema import DatasetConfig; "
+        "from prefopt.config.parse import parse; "
         "from tests.test_cache import run; run(parse(OmegaConf.create(sys.argv[1]), DatasetConfig))"
     )
     text = json.dumps(dataclasses.asdict(dataset))
@@ -107,7 +109,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(dataset, tmp_path):
         file.write(" ")
     run(dataset)
     assert is_new()
-    run(dataclasses.replace(dataset, oracle={"_target_": "prefopt.posthoc.oracle.Vader"}))
+    run(dataclasses.replace(dataset, oracle={"_target_": "prefopt.rewards.oracle.Vader"}))
     assert not is_new()  # what samples are scored by changes no token
 
 

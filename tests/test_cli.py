@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from prefopt.data.sources import read_rows
-from prefopt.posthoc.oracle import Vader
+from prefopt.rewards.oracle import Vader
 from tests.tiny import ROOT, records, run_program, write_pairs
 
 

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import prefopt.data.layout
-from prefopt import UserError
-from prefopt.config import DatasetConfig, parse
+import prefopt.data.collate
+from prefopt.config.parse import parse
+from prefopt.config.schema import DatasetConfig
+from prefopt.data.collate import LAYOUTS
 from prefopt.data.dataset import check_dataset, load_split, split_digest
 from prefopt.data.formats import (
     Chats,
@@ -28,15 +29,15 @@ from prefopt.data.formats import (
     ScoredResponses,
     Transcripts,
 )
-from prefopt.data.layout import LAYOUTS
 from prefopt.data.sampler import permutation, step_indices
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import TokenizedPair
+from prefopt.errors import UserError
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.madpo import MADPO
 from prefopt.objectives.mappo import MaPPO
-from prefopt.posthoc.oracle import Vader
-from prefopt.train import check_rewards
+from prefopt.rewards.oracle import Vader
+from prefopt.training.setup import check_rewards
 from tests.tiny import ROOT, write_pairs
 
 
@@ -171,7 +172,7 @@ def test_every_pair_comes_once_an_epoch_and_in_another_order_next(n, seed, batch
 
 
 def test_layout_docstring():
-    assert doctest.testmod(prefopt.data.layout).failed == 0
+    assert doctest.testmod(prefopt.data.collate).failed == 0
 
 
 def test_padded_pairs_put_chosen_before_rejected():

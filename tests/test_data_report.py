@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from prefopt.config import DatasetConfig
+from prefopt.config.schema import DatasetConfig
 from prefopt.data import cache
 from prefopt.data.cache import Limits, prepare
-from prefopt.data_report import bin_edges, fenced, learnt_counts, marked, prompt_key, shortened
+from prefopt.reporting.data import bin_edges, fenced, learnt_counts, marked, prompt_key, shortened
 from tests.tiny import SHARED, run_program, tiny_tokenizer
 
 REAL = SHARED / "preferences" / "ultrafeedback_eval.jsonl"

@@ -10,16 +10,16 @@ import torch
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefopt.config import OptimizerConfig
-from prefopt.data.layout import LAYOUTS
-from prefopt.logps import Scorer
-from prefopt.loop import accumulate_gradients, train_step
+from prefopt.config.schema import OptimizerConfig
+from prefopt.data.collate import LAYOUTS
+from prefopt.models.logprobs import Scorer
+from prefopt.models.packed_attention import use_segments
 from prefopt.models.reference import AdapterOff, Resident, cached
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
-from prefopt.segments import use_segments
+from prefopt.training.step import accumulate_gradients, train_step
 from tests.test_loop import job
 
 

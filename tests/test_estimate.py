@@ -9,10 +9,12 @@ import pytest
 from omegaconf import open_dict
 from safetensors.torch import load_file
 
-from prefopt import UserError
-from prefopt.config import ModelConfig, TrainConfig, build, parse
-from prefopt.estimate import FLOP_PER_HOUR, KNOWN, estimate, parameters, rows
+from prefopt.config.parse import build, parse
+from prefopt.config.schema import ModelConfig
+from prefopt.errors import UserError
+from prefopt.launch.estimate import FLOP_PER_HOUR, KNOWN, estimate, parameters, rows
 from prefopt.objectives.base import Objective
+from prefopt.training.config import TrainConfig
 from tests.test_sweeps import composed
 from tests.tiny import ROOT, run_program
 
@@ -92,7 +94,7 @@ def test_a_dry_run_names_what_is_lacking_and_refuses_nothing(tmp_path):
         "-m", "+sweep=mmpo/smollm2_135m_dpo", "model.path=runs/sft/policy", "launcher=slurm", "--dry-run", cwd=tmp_path
     )
     assert process.returncode == 0, process.stderr
-    assert "4 jobs, run folders in runs/paper/mmpo/smollm2-135m" in process.stdout
+    assert "4 jobs of prefopt.train, folders in runs/paper/mmpo/smollm2-135m" in process.stdout
     assert "Estimates for 4 jobs" in process.stdout
     assert "model.path=runs/sft/policy: it is neither a folder here nor a name on the hub" in process.stdout
     assert "prefopt.prefetch 'also=[HuggingFaceH4/orca_dpo_pairs]'" in process.stdout

@@ -19,9 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt import UserError
-from prefopt.checkpoint import KEPT, SUMS, check_space, complete_checkpoints, damage, latest_checkpoint, save_checkpoint
-from prefopt.liveness import hold, let_go
+from prefopt.errors import UserError
+from prefopt.tracking.process import hold, let_go
+from prefopt.training.checkpoint import (
+    KEPT,
+    SUMS,
+    check_space,
+    complete_checkpoints,
+    damage,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from tests.forks import At, run, start
 from tests.test_loop import TIMING
 from tests.tiny import ENVIRONMENT, ROOT, records
@@ -110,15 +118,15 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
     """One run, killed at each of these moments one after the other."""
     arguments = [*overrides(tmp_path / "killed"), *STEPS]
     moments = [
-        At("prefopt.loop:train_step"),  # before its first step
-        At("prefopt.checkpoint:checksums"),  # in its first checkpoint, with the tensors written
-        At("prefopt.checkpoint:publish"),  # with all written, and it has not got its name yet
-        At("prefopt.checkpoint:complete_checkpoints", 2),  # it has its name, and nothing else has happened
-        At("prefopt.checkpoint:save_file", 6),  # a step and a half later, within a checkpoint
-        At("prefopt.checkpoint:shutil.rmtree", 4),  # where older ones are removed
-        At("prefopt.loop:Loggers.log", 2),
-        At("prefopt.run:Run.finish"),  # with its policy written
-        At("prefopt.train:shutil.rmtree"),  # finished, but for the removal of its checkpoints
+        At("prefopt.training.loop:train_step"),  # before its first step
+        At("prefopt.training.checkpoint:checksums"),  # in its first checkpoint, with the tensors written
+        At("prefopt.training.checkpoint:publish"),  # with all written, and it has not got its name yet
+        At("prefopt.training.checkpoint:complete_checkpoints", 2),  # it has its name, and nothing else has happened
+        At("prefopt.training.checkpoint:save_file", 6),  # a step and a half later, within a checkpoint
+        At("prefopt.training.checkpoint:shutil.rmtree", 4),  # where older ones are removed
+        At("prefopt.training.loop:Loggers.log", 2),
+        At("prefopt.tracking.run:Run.finish"),  # with its policy written
+        At("prefopt.training.setup:shutil.rmtree"),  # finished, but for the removal of its checkpoints
     ]
     for n, moment in enumerate(moments):
         code, said = run(tmp_path / "log", *arguments, env=env, at=moment)
@@ -156,7 +164,7 @@ def test_killed_fifty_times_in_a_row_at_random(overrides, tmp_path, env):
 def test_a_policy_that_is_exported_on_the_way_is_there_after_a_kill(overrides, tmp_path, env):
     """Killed as soon as the checkpoint of that step is complete, from which the step does not come again."""
     arguments = [*overrides(tmp_path), "steps=4", "exports=2", "save_every=2"]
-    moment = At("prefopt.checkpoint:complete_checkpoints", 2)
+    moment = At("prefopt.training.checkpoint:complete_checkpoints", 2)
     assert run(tmp_path / "log", *arguments, env=env, at=moment)[0] == -signal.SIGKILL
     code, said = run(tmp_path / "log", *arguments, env=env)
     assert code == 0, said
@@ -200,7 +208,7 @@ def test_sha256sum_reads_the_checksums(tmp_path):
 def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
     there = checkpoints(tmp_path)
     assert len(there) == KEPT
-    monkeypatch.setattr("prefopt.checkpoint.publish", lambda aside, target: 1 / 0)
+    monkeypatch.setattr("prefopt.training.checkpoint.publish", lambda aside, target: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(tmp_path, 4, {"weights": {"a": torch.zeros(5)}}, {})
     assert sorted(complete_checkpoints(tmp_path)) == there
@@ -209,7 +217,9 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(tmp_path, mo
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(overrides, whole, tmp_path, env):
     arguments = [*overrides(tmp_path / "runs"), *STEPS]
-    assert run(tmp_path / "log", *arguments, env=env, at=At("prefopt.loop:train_step", 5))[0] == -signal.SIGKILL
+    assert (
+        run(tmp_path / "log", *arguments, env=env, at=At("prefopt.training.loop:train_step", 5))[0] == -signal.SIGKILL
+    )
     _, last = sorted((folder_of(tmp_path / "runs") / "checkpoints").iterdir())
     flip_a_bit(last / "moments.safetensors")
     shutil.copytree(tmp_path / "runs", tmp_path / "both")
@@ -233,7 +243,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(overrides, whole
 def test_a_full_disk_stops_the_run_with_its_last_checkpoint_kept(overrides, whole, tmp_path, env):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=8m", "tmpfs") as disk:
         arguments = [*overrides(disk), *STEPS]
-        full = At("prefopt.checkpoint:save_file", 5, partial(fill, disk))  # within the second checkpoint
+        full = At("prefopt.training.checkpoint:save_file", 5, partial(fill, disk))  # within the second checkpoint
         code, said = run(tmp_path / "log", *arguments, env=env, at=full)
         assert code == 2, said
         assert "Traceback" not in said
@@ -245,7 +255,7 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint_kept(overrides, whol
         assert record["status"] in ("failed", "running")  # as far as there was room for it
         (disk / "full").unlink()
         # Full again, this time where the metrics are written.
-        full = At("prefopt.loop:Loggers.log", 2, partial(fill, disk))
+        full = At("prefopt.training.loop:Loggers.log", 2, partial(fill, disk))
         code, said = run(tmp_path / "log", *arguments, env=env, at=full)
         assert code == 2, said
         assert "Traceback" not in said
@@ -304,7 +314,7 @@ def test_a_file_system_that_is_gone_stops_the_run_and_nothing_is_written_in_its_
     (tmp_path / "server").mkdir()
     with mounted(tmp_path / "disk", "--bind", str(tmp_path / "server")) as disk:
         arguments = [*overrides(disk), *STEPS]
-        gone = At("prefopt.loop:save_checkpoint", 3, partial(unmount, disk))
+        gone = At("prefopt.training.loop:save_checkpoint", 3, partial(unmount, disk))
         code, said = run(tmp_path / "log", *arguments, env=env, at=gone)
         assert code == 2, said
         assert "Traceback" not in said
@@ -498,9 +508,9 @@ def test_who_gets_on_is_not_taken_for_one_that_hangs(tmp_path):
     """Twelve pulses within three limits; and then none."""
     code = """if True:
         import time
-        from prefopt import ranks
-        from prefopt.progress import track
-        ranks.watch(1)
+        from prefopt.utils import distributed
+        from prefopt.utils.console import track
+        distributed.watch(1)
         for _ in track(range(12), "", show=False):
             time.sleep(0.25)
         print("got on", flush=True)
@@ -540,7 +550,11 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     whole, killed = tmp_path / "whole.jsonl.gz", tmp_path / "killed.jsonl.gz"
     code, said = run(tmp_path / "log", *arguments, f"output={whole}", program="sample", env=env)
     assert code == 0, said
-    for moment in (At("prefopt.generate:sample", 3), At("prefopt.generate:sample", 2), At("prefopt.sample:write_rows")):
+    for moment in (
+        At("prefopt.generation.sampler:sample", 3),
+        At("prefopt.generation.sampler:sample", 2),
+        At("prefopt.sample:write_rows"),
+    ):
         code, said = run(tmp_path / "log", *arguments, f"output={killed}", program="sample", env=env, at=moment)
         assert code == -signal.SIGKILL, said
         assert not killed.exists()
@@ -562,7 +576,7 @@ def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
         drawn, scored = disk / "drawn.jsonl", disk / "scored.jsonl"
         for n, file in ((1, f"{drawn}.partial"), (3, drawn)):  # the third chunk fits into the page that is there
-            full = At("prefopt.generate:sample", n, partial(fill, disk))
+            full = At("prefopt.generation.sampler:sample", n, partial(fill, disk))
             code, said = run(log, *sampling, f"output={drawn}", program="sample", env=env, at=full)
             assert code == 2, said
             assert "Traceback" not in said
@@ -596,13 +610,13 @@ def test_a_disk_that_fills_up_under_judging_keeps_the_answers(overrides, tmp_pat
             f"run={folder_of(disk)}", f"instructions={questions}", "judge=reward_model", "precision=float32",
             "device=cpu", "sampling.max_new_tokens=6",
         ]  # fmt: skip
-        full = At("prefopt.alpaca:write_json", 1, partial(fill, disk))
+        full = At("prefopt.evaluation.alpaca:write_json", 1, partial(fill, disk))
         code, said = run(log, *arguments, program="alpaca", env=env, at=full)
         assert code == 2, said
         assert "Traceback" not in said
         assert "No space left on device" in said
         assert "What was done is kept" in said
         (disk / "full").unlink()
-        drawn = At("prefopt.generate:sample")  # would kill
+        drawn = At("prefopt.generation.sampler:sample")  # would kill
         code, said = run(log, *arguments, program="alpaca", env=env, at=drawn)
         assert code == 0, said

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefopt import UserError
-from prefopt.config import DatasetConfig, ScoreConfig, TrainConfig, build, check, parse
+from prefopt.config.parse import build, parse
+from prefopt.config.schema import DatasetConfig
 from prefopt.data.dataset import load_split
 from prefopt.data.formats import (
     Chat,
@@ -34,8 +34,11 @@ from prefopt.data.formats import (
     role_problem,
 )
 from prefopt.data.sources import SUFFIXES, read_rows, write_rows
+from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
-from prefopt.score import requests_of
+from prefopt.rewards.config import ScoreConfig
+from prefopt.rewards.rows import requests_of
+from prefopt.training.config import TrainConfig, check
 
 fuzz = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -230,7 +233,8 @@ def composed():
     """A whole configuration of a training run, as plain values."""
     from hydra import compose, initialize_config_dir
 
-    from prefopt.config import ROOT, register
+    from prefopt.config.parse import register
+    from prefopt.utils.files import ROOT
 
     register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

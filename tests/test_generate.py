@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from prefopt.config import SamplingConfig
+from prefopt.config.schema import SamplingConfig
 from prefopt.data.formats import as_messages
-from prefopt.generate import _GumbelNoise, sample
-from prefopt.progress import Bar
+from prefopt.generation.sampler import _GumbelNoise, sample
+from prefopt.utils.console import Bar
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

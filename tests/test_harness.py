@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prefopt import UserError
-from prefopt.config import HarnessConfig, ModelConfig, check_harness, parse, register
-from prefopt.harness import checkpoints, record_file
+from prefopt.config.parse import parse, register
+from prefopt.config.schema import ModelConfig
+from prefopt.errors import UserError
+from prefopt.evaluation.config import HarnessConfig, check_harness
+from prefopt.evaluation.harness import checkpoints, record_file
 from prefopt.models.load import checkpoint_path
-from prefopt.posthoc.policies import Checkpoint
-from prefopt.records import read_records
-from prefopt.report import posthoc
+from prefopt.reporting.summary import posthoc
+from prefopt.tracking.archive import read_records
+from prefopt.tracking.policies import Checkpoint
 from tests.tiny import ENVIRONMENT, ROOT, SHARED, run_program
 
 pytest.importorskip("lm_eval")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from prefopt import help as help_
 from prefopt.__main__ import PROGRAMS, main
+from prefopt.cli import help as help_
 from tests.tiny import ENVIRONMENT, ROOT
 
 NO_TORCH = (
@@ -169,3 +169,14 @@ def test_commands_break_where_a_shell_goes_on(width):
     lines = help_._command(text, width)
     assert max(map(len, lines)) <= width
     assert " ".join(line.strip().removesuffix("\\").strip() for line in lines) == text
+
+
+def test_a_key_beside_help_is_not_shown():
+    key = "sk-" + "aB3dE5fG7hI9jK1lM3nO5pQ7" * 2
+    process = subprocess.run(
+        [sys.executable, "-m", "prefopt", "runs", f"name={key}", "--help"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "the command line holds" in process.stderr
+    assert key not in process.stdout + process.stderr

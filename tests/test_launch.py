@@ -15,16 +15,26 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from rich.console import Console
 
-import prefopt.launch
-import prefopt.slurm
-from prefopt import UserError, liveness, stop
-from prefopt.config import RunsConfig, TrainConfig, build, parse, register
-from prefopt.launch import Job, Launcher, Local, freeze, launch, plan_sweep, python_environment, snapshot
-from prefopt.program import Point
-from prefopt.run import Run
-from prefopt.runs import look, select, table
-from prefopt.slurm import Slurm
+import prefopt.launch.local
+import prefopt.launch.slurm
+import prefopt.launch.sweep
+from prefopt.cli.multirun import Point
+from prefopt.config.parse import build, parse, register
+from prefopt.errors import UserError
+from prefopt.launch.base import Launcher, SweepJob
+from prefopt.launch.estimate import parameters
+from prefopt.launch.local import Local
+from prefopt.launch.slurm import Slurm
+from prefopt.launch.snapshot import python_environment, snapshot
+from prefopt.launch.sweep import freeze, intention
+from prefopt.tracking import process
+from prefopt.tracking.run import Run
+from prefopt.tracking.status import RunsConfig, look, select, table
+from prefopt.train import SWEEP
+from prefopt.training.config import TrainConfig
+from prefopt.utils import signals
 from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
 
 FAULTY = ["objective._target_=tests.faulty.Faulty", "launcher.at_once=2", "steps=2"]
@@ -69,8 +79,8 @@ def test_however_a_job_ends_it_is_reported_and_tried_again(overrides, tmp_path):
     assert "the fault in the objective" in (tmp_path / found["raise"]["name"] / "log.txt").read_text()
     assert len({r["pid"] for r in found.values()}) == 4, "jobs shared a process"
     assert all(r["command"].startswith("python -m prefopt.train model=hub ") for r in found.values())
-    _, jobs = plan_sweep([point(*arguments, f"+objective.fault={fault}") for fault in expected])
-    assert [job.intention for job in jobs] == ["finished", *["failed: again from the start"] * 3]
+    _, jobs = SWEEP.plan_jobs([point(*arguments, f"+objective.fault={fault}") for fault in expected], Path())
+    assert [intention(job) for job in jobs] == ["finished", *["failed: again from the start"] * 3]
 
 
 def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, overrides, monkeypatch):
@@ -78,13 +88,13 @@ def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, over
     files = {file: file.stat().st_mtime_ns for file in runs.rglob("*")}
 
     def points(*objectives: str) -> list[Point]:
-        same = [*overrides(runs), "dataset.oracle={_target_: prefopt.posthoc.oracle.Vader}"]
+        same = [*overrides(runs), "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
         same += ["sampling.max_new_tokens=6", "objective.beta=0.05"]
         return [point(*same, f"objective={objective}") for objective in objectives]
 
     monkeypatch.setattr(Local, "run", lambda *_: pytest.fail("a job was started"))
-    assert launch(points("dpo", "mmpo"), runs, dry_run=False) == 0
-    _, jobs = plan_sweep(points("dpo", "mmpo", "ipo"))
+    assert SWEEP(points("dpo", "mmpo"), runs, dry_run=False) == 0
+    _, jobs = SWEEP.plan_jobs(points("dpo", "mmpo", "ipo"), Path())
     assert [(job.state, job.to_run) for job in jobs] == [("finished", False)] * 2 + [("new", True)]
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("*")} == files
 
@@ -150,7 +160,7 @@ def test_a_stopped_sweep_saves_and_goes_on_without_repeating_a_step(overrides, t
 def fake(tmp_path, monkeypatch):
     """fake(n, script) -> n queued jobs whose process is `script`, called with its run folder as $3."""
 
-    def make(n: int, script: str) -> list[Job]:
+    def make(n: int, script: str) -> list[SweepJob]:
         python = tmp_path / "python"
         python.write_text(f"#!/bin/bash\n{script}\n")
         python.chmod(0o755)
@@ -159,11 +169,10 @@ def fake(tmp_path, monkeypatch):
         for i in range(n):
             run = SimpleNamespace(folder=tmp_path / f"run{i}", id=f"id{i}", name=f"run{i}")
             run.folder.mkdir(exist_ok=True)
-            record = {"status": "queued", "config": {"steps": 1}} | liveness.here() | {"slurm_job": None}
+            record = {"status": "queued", "config": {"steps": 1}} | process.here() | {"slurm_job": None}
             (run.folder / "record.json").write_text(json.dumps(record))
             (run.folder / "job.json").write_text("{}")
-            config = SimpleNamespace(model=None)
-            jobs.append(Job([], f"job{i}", config, run, "new"))  # type: ignore[arg-type]
+            jobs.append(SweepJob([], f"job{i}", None, None, run.folder, run))  # type: ignore[arg-type]
         return jobs
 
     return make
@@ -173,7 +182,7 @@ FINISH = 'sed -i s/queued/finished/ "$3/record.json"'
 
 
 def test_local_jobs_are_never_more_than_asked_for_and_share_no_gpu(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefopt.launch, "_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(prefopt.launch.local, "_gpus", lambda: ["3", "5"])
     lock = f"{tmp_path}/gpu$CUDA_VISIBLE_DEVICES"
     jobs = fake(6, f"mkdir {lock} || exit 9; echo $CUDA_VISIBLE_DEVICES > $3/gpu; sleep 0.1; rmdir {lock}; {FINISH}")
     Local(at_once=None).run(jobs, tmp_path, tmp_path)
@@ -190,14 +199,14 @@ def test_a_silent_end_is_a_failure(fake, tmp_path):
 
 
 def test_arrays_stay_below_the_sites_limit(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefopt.slurm, "parameters", lambda _: 10**9)
+    monkeypatch.setattr(prefopt.launch.slurm, "parameters", lambda _: 10**9)
     submitted: list[tuple[str, str | None]] = []
 
     def submit(script: Path, after: str | None) -> str:
         submitted.append((script.read_text(), after))
         return str(100 + len(submitted))
 
-    monkeypatch.setattr(prefopt.slurm, "submit", submit)
+    monkeypatch.setattr(prefopt.launch.slurm, "submit", submit)
     jobs = fake(25, "")
     slurm(array_limit=10, at_once=4).run(jobs, tmp_path / "code", tmp_path)
     assert [text.split("--array=")[1].split()[0] for text, _ in submitted] == ["0-9%4", "0-9%4", "0-4%4"]
@@ -212,19 +221,19 @@ def test_resources_grow_with_the_model(monkeypatch):
     job = SimpleNamespace(model=None)
     found = []
     for billions in (0.1, 1, 8):
-        monkeypatch.setattr(prefopt.slurm, "parameters", lambda _, n=billions: int(n * 1e9))
+        monkeypatch.setattr(prefopt.launch.slurm, "parameters", lambda _, n=billions: int(n * 1e9))
         found.append(slurm(hours=1, hours_per_billion=2, memory_gib=8, memory_gib_per_billion=20).limits(job))
     assert found == [(72, 10), (180, 28), (1020, 168)]
 
 
 def test_parameters_are_counted_without_weights(tiny_folder, tmp_path):
-    from prefopt.config import ModelConfig
+    from prefopt.config.schema import ModelConfig
     from prefopt.models.load import load_model
 
     config = ModelConfig("m", str(tiny_folder / "model"))
     expected = sum(p.numel() for p in load_model(config, "cpu").parameters())
     shutil.copytree(tiny_folder / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert prefopt.slurm.parameters(ModelConfig("m", str(tmp_path / "bare"))) == expected
+    assert parameters(ModelConfig("m", str(tmp_path / "bare"))) == expected
 
 
 def script(tmp_path: Path, **changes) -> str:
@@ -313,7 +322,7 @@ def test_a_preset_is_checked(changes, message):
 
 def refused(*points: Point) -> str:
     with pytest.raises(UserError) as error:
-        plan_sweep(list(points))
+        SWEEP.plan_jobs(list(points), Path())
     return str(error.value)
 
 
@@ -340,19 +349,21 @@ def test_a_bad_job_refuses_the_sweep_and_is_named(changes, message, overrides, t
 def test_a_machine_without_slurm_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no sbatch here"):
-        prefopt.slurm.submit(tmp_path / "x.sh", None)
-    assert liveness.slurm_queue() is None
+        prefopt.launch.slurm.submit(tmp_path / "x.sh", None)
+    assert process.slurm_queue() is None
 
 
 def test_device_and_precision_of_slurm_jobs_are_not_those_of_this_machine(overrides, tmp_path):
     gpu = [*overrides(tmp_path), "launcher=slurm", "device=auto", "precision=bfloat16"]
     for gpus, device in ((1, "cuda"), (0, "cpu")):
-        _, (job,) = plan_sweep([point(*gpu, f"launcher.gpus={gpus}")])
+        _, (job,) = SWEEP.plan_jobs([point(*gpu, f"launcher.gpus={gpus}")], Path())
         assert (job.config.device, job.config.precision) == (device, "bfloat16")
 
 
 def test_two_jobs_with_one_run_folder_run_once(overrides, tmp_path):
-    _, jobs = plan_sweep([point(*overrides(tmp_path), f"logger={name}", "seed=3") for name in ("quiet", "progress")])
+    _, jobs = SWEEP.plan_jobs(
+        [point(*overrides(tmp_path), f"logger={name}", "seed=3") for name in ("quiet", "progress")], Path()
+    )
     assert len(jobs) == 1
 
 
@@ -365,7 +376,7 @@ def test_a_snapshot_is_the_package_by_content(tmp_path):
     files = {f.relative_to(ROOT) for f in (ROOT / "prefopt").rglob("*") if f.is_file() and f.suffix != ".pyc"}
     assert {f.relative_to(code) for f in (code / "prefopt").rglob("*") if f.is_file()} == files
     assert not list(tmp_path.glob("*.tmp"))
-    show = ["-c", "import prefopt.run; print(prefopt.__file__, prefopt.run.git())"]
+    show = ["-c", "import prefopt.tracking.provenance; print(prefopt.__file__, prefopt.tracking.provenance.git())"]
     found = subprocess.run(
         [sys.executable, *show], env=os.environ | python_environment(code), cwd=ROOT, capture_output=True, text=True
     ).stdout
@@ -377,8 +388,8 @@ def test_data_that_changed_since_submission_are_refused(overrides, tiny_folder, 
     from prefopt.job import run
 
     train = shutil.copy(tiny_folder / "train.jsonl", tmp_path / "train.jsonl")
-    _, (job,) = plan_sweep([point(*overrides(tmp_path / "runs"), f"dataset.train={train}")])
-    freeze(job, snapshot(tmp_path / "code"))
+    _, (job,) = SWEEP.plan_jobs([point(*overrides(tmp_path / "runs"), f"dataset.train={train}")], Path())
+    freeze(job, "train", snapshot(tmp_path / "code"))
     with Path(train).open("a") as file:
         file.write(Path(train).read_text().splitlines()[0] + "\n")
     with pytest.raises(UserError, match="data files have changed since this was submitted"):
@@ -392,8 +403,8 @@ def test_a_job_that_is_started_again_after_it_finished_does_nothing(overrides, t
     """As Slurm does when the node is lost at the wrong moment."""
     from prefopt.job import run
 
-    _, (job,) = plan_sweep([point(*overrides(tmp_path))])
-    freeze(job, tmp_path)
+    _, (job,) = SWEEP.plan_jobs([point(*overrides(tmp_path))], Path())
+    freeze(job, "train", tmp_path)
     job.run.finish()
     before = (job.folder / "record.json").read_text()
     run(job.folder)
@@ -402,9 +413,9 @@ def test_a_job_that_is_started_again_after_it_finished_does_nothing(overrides, t
 
 def test_a_run_that_is_under_way_is_left_alone(overrides, tmp_path):
     arguments = overrides(tmp_path)
-    _, (job,) = plan_sweep([point(*arguments)])
-    freeze(job, tmp_path)  # queued by this process, which is there
-    _, (again,) = plan_sweep([point(*arguments)])
+    _, (job,) = SWEEP.plan_jobs([point(*arguments)], Path())
+    freeze(job, "train", tmp_path)  # queued by this process, which is there
+    _, (again,) = SWEEP.plan_jobs([point(*arguments)], Path())
     assert (again.state, again.to_run) == ("queued", False)
     process = run_program(*arguments)
     assert process.returncode == 2
@@ -416,7 +427,7 @@ def test_a_run_that_is_under_way_is_left_alone(overrides, tmp_path):
 
 
 def record(**facts) -> dict:
-    return {"status": "running", "config": {"steps": 4}} | liveness.here() | {"slurm_job": None} | facts
+    return {"status": "running", "config": {"steps": 4}} | process.here() | {"slurm_job": None} | facts
 
 
 GONE = {"pid": 2**22 + 1, "pid_born": "5"}
@@ -445,7 +456,7 @@ ELSEWHERE = {"host": "elsewhere", "slurm_job": "7_1"}
     ],
 )
 def test_a_run_is_what_its_record_says_while_its_process_is_there(facts, queue, state):
-    assert liveness.state(record(**facts), queue) == state
+    assert process.state(record(**facts), queue) == state
 
 
 def test_runs_lists_filters_and_never_shows_a_dead_one_as_running(tmp_path):
@@ -458,7 +469,10 @@ def test_runs_lists_filters_and_never_shows_a_dead_one_as_running(tmp_path):
     (dead,) = select(RunsConfig(str(tmp_path), "dpo-*", ["died"]))
     assert dead.metrics()["step"] == 2
     assert "last words" in dead.why
-    assert len(table([dead]).rows) == 1
+    with (shown := Console(width=240)).capture() as printed:
+        shown.print(table([dead]))
+    assert printed.get().count("│ dpo-b") == 1
+    assert "dpo-b: ended without a word" in printed.get()
     shown = run_program(f"runs_dir={tmp_path}", "status=[failed]", program="runs")
     assert shown.returncode == 0, shown.stderr
     assert "ValueError: y" in shown.stdout
@@ -473,11 +487,11 @@ def test_runs_lists_filters_and_never_shows_a_dead_one_as_running(tmp_path):
 
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    stop.listen()
-    before = stop.requested()
+    signals.listen()
+    before = signals.requested()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGUSR2)
-    Path(folder, str(rank)).write_text(f"{before} {stop.requested()}")
+    Path(folder, str(rank)).write_text(f"{before} {signals.requested()}")
     torch.distributed.destroy_process_group()
 
 
@@ -488,7 +502,7 @@ def test_all_ranks_agree_to_stop_when_one_is_asked(tmp_path):
 
 def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    from prefopt.loggers import Loggers
+    from prefopt.training.loggers import Loggers
 
     seen = []
     monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["id"], given["resume"])))
@@ -503,8 +517,8 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
 
 def test_the_exit_code_of_a_sweep_is_that_of_its_runs(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "run", lambda *_: None)  # nothing runs: as if every job had been lost
-    monkeypatch.setattr(prefopt.launch, "POLL_S", 0.01)
-    monkeypatch.setattr(prefopt.launch, "here", lambda: liveness.here() | GONE)
-    assert launch([point(*overrides(tmp_path))], tmp_path, dry_run=True) == 0
+    monkeypatch.setattr(prefopt.launch.sweep, "POLL_S", 0.01)
+    monkeypatch.setattr(prefopt.launch.sweep, "here", lambda: process.here() | GONE)
+    assert SWEEP([point(*overrides(tmp_path))], tmp_path, dry_run=True) == 0
     assert not list(tmp_path.iterdir())
-    assert launch([point(*overrides(tmp_path))], tmp_path, dry_run=False) == 1
+    assert SWEEP([point(*overrides(tmp_path))], tmp_path, dry_run=False) == 1

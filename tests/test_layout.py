@@ -17,12 +17,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from prefopt import UserError
-from prefopt.data.layout import LAYOUTS, Group, packed
+from prefopt.data.collate import LAYOUTS, Group, packed
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.logps import Scorer, completion_logps
-from prefopt.models.probe import choose_layout
-from prefopt.segments import use_segments
+from prefopt.errors import UserError
+from prefopt.models.layout_check import choose_layout
+from prefopt.models.logprobs import Scorer, completion_logps
+from prefopt.models.packed_attention import use_segments
 from tests.tiny import SMALL
 
 PAIRS = [

@@ -1,5 +1,5 @@
 """What is large costs no more than it must: counted in reads, questions and bytes, since a time would be the machine's.
-`python -m prefopt.bench.load` measures the same at full size."""
+`python -m benchmarks.load` measures the same at full size."""
 
 import hashlib
 import json
@@ -19,23 +19,27 @@ from hypothesis import given
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-import prefopt.launch
-import prefopt.runs
+import prefopt.launch.sweep
+import prefopt.tracking.status
+from benchmarks import load
 from hydra_plugins.prefopt import PointsSweeper
-from prefopt import estimate, paths
-from prefopt.bench import load
-from prefopt.config import DatasetConfig, TrainConfig, register
+from prefopt.cli.multirun import Point
+from prefopt.config.parse import register
+from prefopt.config.schema import DatasetConfig
 from prefopt.data import sources
 from prefopt.data.cache import CHUNK, SCHEMA, TokenizedPairs, _chunks
 from prefopt.data.dataset import load_split
 from prefopt.data.sampler import step_indices
-from prefopt.launch import plan_sweep, wait
-from prefopt.liveness import here
-from prefopt.loggers import Loggers, read_metrics
-from prefopt.paths import lines_from_end
-from prefopt.program import Point
-from prefopt.report import in_order, labels
-from prefopt.runs import Look
+from prefopt.launch import estimate
+from prefopt.launch.sweep import wait
+from prefopt.reporting.labels import in_order, labels
+from prefopt.tracking.process import here
+from prefopt.tracking.status import Look
+from prefopt.train import SWEEP
+from prefopt.training.config import TrainConfig
+from prefopt.training.loggers import Loggers, read_metrics
+from prefopt.utils import files
+from prefopt.utils.files import lines_from_end
 from tests.tiny import ROOT
 
 # A sweep
@@ -116,16 +120,16 @@ def test_planning_reads_data_and_model_once_and_asks_slurm_once(n, overrides, tm
     sources._sha256_of.cache_clear()
     estimate._parameters.cache_clear()
     hashed, models = count(monkeypatch, hashlib, "file_digest"), count(monkeypatch, AutoModelForCausalLM, "from_config")
-    monkeypatch.setattr(prefopt.runs, "slurm_queue", lambda: questions.append(1) or {"7_0": "RUNNING"})
+    monkeypatch.setattr(prefopt.tracking.status, "slurm_queue", lambda: questions.append(1) or {"7_0": "RUNNING"})
     more = ["launcher=slurm", "launcher.gpus=0", f"seed={','.join(map(str, range(n)))}"]
     points, _ = composed(overrides(tmp_path), more)
     questions: list[int] = []
-    _, jobs = plan_sweep(points)
+    _, jobs = SWEEP.plan_jobs(points, Path())
     assert not questions
     for job in jobs:
         record = {"status": "running", "config": {"steps": 1}, "name": job.run.name, "id": job.id}
-        paths.write_json(job.folder / "record.json", record | here() | {"host": "elsewhere", "slurm_job": "7_0"})
-    launcher, jobs = plan_sweep(points)
+        files.write_json(job.folder / "record.json", record | here() | {"host": "elsewhere", "slurm_job": "7_0"})
+    launcher, jobs = SWEEP.plan_jobs(points, Path())
     assert [job.state for job in jobs] == ["running"] * n
     assert len(questions) == 1
     assert len(hashed) == 2, "train and heldout"
@@ -136,17 +140,17 @@ def test_planning_reads_data_and_model_once_and_asks_slurm_once(n, overrides, tm
 def test_waiting_does_not_look_again_at_what_has_finished(tmp_path, monkeypatch):
     folders = [tmp_path / f"run{i}" for i in range(6)]
     for folder in folders:
-        paths.write_json(folder / "record.json", {"name": "run", "status": "finished"})
-    paths.write_json(folders[0] / "record.json", {"name": "run", "status": "queued"} | here())
-    reads = count(monkeypatch, prefopt.runs, "read_record")
+        files.write_json(folder / "record.json", {"name": "run", "status": "finished"})
+    files.write_json(folders[0] / "record.json", {"name": "run", "status": "queued"} | here())
+    reads = count(monkeypatch, prefopt.tracking.status, "read_record")
     polls: list[float] = []
 
     def sleep(seconds: float) -> None:
         polls.append(seconds)
         if len(polls) == 5:
-            paths.write_json(folders[0] / "record.json", {"name": "run", "status": "finished"})
+            files.write_json(folders[0] / "record.json", {"name": "run", "status": "finished"})
 
-    monkeypatch.setattr(prefopt.launch.time, "sleep", sleep)
+    monkeypatch.setattr(prefopt.launch.sweep.time, "sleep", sleep)
     assert [each.state for each in wait(folders)] == ["finished"] * 6
     assert [each.folder for each in wait(folders)] == folders
     assert [sum(folder == f for (f,) in reads) for folder in folders] == [7, *[2] * 5]  # by two waits

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-import prefopt.tiled
-from prefopt.data.layout import Group, padded
-from prefopt.logps import completion_logps
+import prefopt.models.chunked_logprobs
+from prefopt.data.collate import Group, padded
+from prefopt.models.logprobs import completion_logps
 from tests.tiny import ROOT, SMALL, tiny_model
 
 
@@ -111,7 +111,7 @@ CHANGED_LOGITS = {
 @pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in CHANGED_LOGITS.items()])
 def test_soft_capped_and_scaled_logits_are_the_models_own(config, tiled, monkeypatch):
-    monkeypatch.setattr(prefopt.tiled, "TILE", 7)
+    monkeypatch.setattr(prefopt.models.chunked_logprobs, "TILE", 7)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     prompt, completion = [1, 2, 3], [4, 5, 6, 2]
@@ -136,7 +136,7 @@ def test_log_softmax_is_called_in_one_place():
     offenders = [
         file.name
         for file in (ROOT / "prefopt").rglob("*.py")
-        if "log_softmax(" in file.read_text() and file.name != "logps.py"
+        if "log_softmax(" in file.read_text() and file.name != "logprobs.py"
     ]
     assert offenders == []
 
@@ -147,8 +147,8 @@ def test_log_softmax_is_called_in_one_place():
 def test_tiled_equals_dense_in_values_and_gradients(monkeypatch, tie, tile, kept):
     """Log-probs, entropies, and the gradients of every weight and of a tied one; tiles that divide the vocabulary and
     tiles that do not."""
-    monkeypatch.setattr(prefopt.tiled, "TILE", tile)
-    monkeypatch.setattr(prefopt.tiled, "KEPT", kept)
+    monkeypatch.setattr(prefopt.models.chunked_logprobs, "TILE", tile)
+    monkeypatch.setattr(prefopt.models.chunked_logprobs, "KEPT", kept)
     rows = [Group([3, 4], [[5, 6, 49]]), Group([7], [[0]]), Group([1, 2, 3], [[49, 0, 48, 7]])]
     results = []
     for tiled in (True, False):
@@ -172,7 +172,7 @@ def test_tiled_gradient_in_float64():
     tensors = draw(3, 4), draw(9, 4), draw(9)
     # The sums are float32 by design, so the steps must be large and the tolerance is theirs.
     assert torch.autograd.gradcheck(
-        lambda *t: prefopt.tiled.TiledLogps.apply(*t, labels), tensors, eps=1e-2, atol=2e-3, rtol=1e-2
+        lambda *t: prefopt.models.chunked_logprobs.TiledLogps.apply(*t, labels), tensors, eps=1e-2, atol=2e-3, rtol=1e-2
     )
 
 
@@ -181,14 +181,16 @@ def test_tiled_at_extreme_logits_and_in_bfloat16():
     with torch.no_grad():
         head.weight.mul_(0)
         head.bias.copy_(torch.linspace(-1e4, 1e4, len(head.bias)))
-    logps, entropies = prefopt.tiled.tiled_logps(torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1]))
+    logps, entropies = prefopt.models.chunked_logprobs.tiled_logps(
+        torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1])
+    )
     exact = head.bias.double().log_softmax(-1)
     assert logps.tolist() == pytest.approx([exact[0].item(), exact[-1].item()], rel=1e-6)
     assert entropies.tolist() == pytest.approx([-(exact.exp() * exact).sum().item()] * 2, rel=1e-4)
     head, hidden = torch.nn.Linear(64, 9000), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4095, 4096, 8999, 77])
     with torch.autocast("cpu", torch.bfloat16):
-        low, _ = prefopt.tiled.tiled_logps(hidden, head, labels)
+        low, _ = prefopt.models.chunked_logprobs.tiled_logps(hidden, head, labels)
         dense = head(hidden).float().log_softmax(-1)[range(5), labels]
     assert low.dtype == torch.float32
     assert torch.allclose(low, dense, atol=1e-5)

@@ -6,19 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefopt import UserError
-from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from prefopt.config import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from prefopt.config.schema import LoggerConfig, ModelConfig, OptimizerConfig
+from prefopt.data.collate import LAYOUTS
 from prefopt.data.formats import Chat, Pairs
-from prefopt.data.layout import LAYOUTS
 from prefopt.data.sampler import step_indices
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import encode, tokenize
-from prefopt.engine import Engine
-from prefopt.logps import Scorer
-from prefopt.loop import Best, Job, accumulate_gradients, check_step0, evaluate, evaluate_pairs, train_step
-from prefopt.metrics import Means, mean_and_error
+from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
+from prefopt.models.logprobs import Scorer
 from prefopt.models.reference import Resident
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
@@ -29,7 +25,16 @@ from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
-from prefopt.optim import Cosine
+from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from prefopt.training.config import TrainConfig
+from prefopt.training.engine import Engine
+from prefopt.training.evaluate import check_step0, evaluate, evaluate_pairs
+from prefopt.training.loop import Best
+from prefopt.training.metrics import Means
+from prefopt.training.optim import Cosine
+from prefopt.training.state import Job
+from prefopt.training.step import accumulate_gradients, train_step
+from prefopt.utils.stats import mean_and_error
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pairs
 
 TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefopt import UserError
-from prefopt.config import ModelConfig
-from prefopt.data.layout import Group, padded
-from prefopt.logps import completion_logps
+from prefopt.config.schema import ModelConfig
+from prefopt.data.collate import Group, padded
+from prefopt.errors import UserError
 from prefopt.models.load import check_vocabulary, load_model, load_tokenizer, weights_digest
+from prefopt.models.logprobs import completion_logps
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

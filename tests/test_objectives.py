@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from torch.nn.functional import logsigmoid
 
-from prefopt import UserError
-from prefopt.config import build
+from prefopt.config.parse import build
+from prefopt.errors import UserError
 from prefopt.objectives.__main__ import markdown, objectives, rows
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, concatenate, exp_until
 from prefopt.objectives.beta_dpo import BetaDPO

@@ -12,14 +12,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
-import prefopt.generate
-import prefopt.sample
-from prefopt import UserError, stop
-from prefopt.config import ModelConfig, OnlineConfig, check_online, parse, register
+import prefopt.generation.sampler
+from prefopt.config.parse import parse, register
+from prefopt.config.schema import ModelConfig
 from prefopt.data.sources import read_rows
+from prefopt.errors import Interrupted, UserError
 from prefopt.models.load import load_reward_model
-from prefopt.online import go_on, parts
-from prefopt.run import Run
+from prefopt.tracking.run import Run
+from prefopt.training.config import OnlineConfig, check_online
+from prefopt.training.online import go_on, parts
+from prefopt.utils import signals
 from tests.tiny import ROOT, run_program, save_tiny
 
 PROMPTS = [f"Review the {thing} number {i}." for i in range(3) for thing in ("kettle", "train", "soup", "river")]
@@ -67,7 +69,7 @@ def config(tiny: Path, runs: Path, *changes: str) -> OnlineConfig:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(stop, "listen", lambda: None)  # the test's own process keeps its handlers
+    monkeypatch.setattr(signals, "listen", lambda: None)  # the test's own process keeps its handlers
 
 
 def record(runs: Path) -> tuple[Path, dict]:
@@ -129,14 +131,14 @@ def test_the_reference_may_be_the_policy_before(tiny, tmp_path):
 
 # Where a sitting is stopped: at the call after so many of a function.
 POINTS = [
-    ("prefopt.generate", "sample", 1),  # in the middle of the first stage's sampling
-    ("prefopt.online", "write_rows", 0),  # all drawn, nothing written
-    ("prefopt.score", "score_rows", 0),
-    ("prefopt.loop", "train_step", 1),  # in the first stage's training
-    ("prefopt.checkpoint", "export", 0),
-    ("prefopt.generate", "sample", 1),  # in the middle of the second stage's sampling
-    ("prefopt.loop", "train_step", 1),
-    ("prefopt.train", "train", 2),  # the third stage's
+    ("prefopt.generation.sampler", "sample", 1),  # in the middle of the first stage's sampling
+    ("prefopt.training.online", "write_rows", 0),  # all drawn, nothing written
+    ("prefopt.rewards.rows", "score_rows", 0),
+    ("prefopt.training.loop", "train_step", 1),  # in the first stage's training
+    ("prefopt.training.checkpoint", "export", 0),
+    ("prefopt.generation.sampler", "sample", 1),  # in the middle of the second stage's sampling
+    ("prefopt.training.loop", "train_step", 1),
+    ("prefopt.training.setup", "train", 2),  # the third stage's
 ]
 
 
@@ -144,13 +146,13 @@ def test_wherever_it_is_stopped_it_ends_with_the_same_weights(tiny, whole, tmp_p
     """One run, stopped at eight points one after the other; what is made is not made again."""
     expected_folder, expected = record(whole)
     drawn: list[str] = []
-    sample = prefopt.generate.sample
+    sample = prefopt.generation.sampler.sample
 
     def counted(model, tokenizer, prompts, *others, **more):
         drawn.extend(p[0]["content"] for p in prompts)
         return sample(model, tokenizer, prompts, *others, **more)
 
-    monkeypatch.setattr(prefopt.generate, "sample", counted)
+    monkeypatch.setattr(prefopt.generation.sampler, "sample", counted)
     calls = {}
     for module, name, after in POINTS:
         place = importlib.import_module(module)
@@ -265,31 +267,34 @@ def test_what_cannot_be_is_refused_before_anything_is_made(changes, message, tin
 
 def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, monkeypatch):
     """With a line torn by a kill, and refused where the settings are others."""
-    from prefopt.config import SamplingConfig
+    from prefopt.config.schema import SamplingConfig
+    from prefopt.generation import responses
 
     prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
     model = ModelConfig("tiny", str(tiny / "model"), None)
     partial = tmp_path / "out.partial"
 
-    def draw(temperature: float = 1.0):
+    def drawing(temperature: float = 1.0):
         sampling = SamplingConfig(temperature, 1.0, 6, 6)
-        return prefopt.sample.draw(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32", partial)
+        return responses.draw(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32", partial)
 
-    expected = draw()
+    expected = drawing()
     lines = partial.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + len(prompts)
     partial.write_bytes(b"".join(lines[:5]) + lines[5][:10])
     drawn: list[int] = []
-    sample = prefopt.generate.sample
+    sample = prefopt.generation.sampler.sample
     monkeypatch.setattr(
-        prefopt.generate, "sample", lambda m, t, p, *a, **k: (drawn.append(len(p)), sample(m, t, p, *a, **k))[1]
+        prefopt.generation.sampler,
+        "sample",
+        lambda m, t, p, *a, **k: (drawn.append(len(p)), sample(m, t, p, *a, **k))[1],
     )
-    assert draw() == expected
+    assert drawing() == expected
     assert sum(drawn) == len(prompts) - 3  # two prompts of the torn chunk are drawn again with their chunk
     assert partial.read_bytes() == b"".join(lines)
     with pytest.raises(UserError, match="was begun with other settings"):
-        draw(0.5)
-    monkeypatch.setattr(stop, "_asked", True)
+        drawing(0.5)
+    monkeypatch.setattr(signals, "_asked", True)
     partial.unlink()
-    with pytest.raises(stop.Interrupted, match="0 of 12 prompts"):
+    with pytest.raises(Interrupted, match="0 of 12 prompts"):
         draw()

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefopt.checkpoint import load_checkpoint, save_checkpoint
-from prefopt.config import OptimizerConfig
-from prefopt.engine import Engine
-from prefopt.logps import autocast
-from prefopt.optim import Cosine, adamw
+from prefopt.config.schema import OptimizerConfig
+from prefopt.models.logprobs import autocast
+from prefopt.training.checkpoint import load_checkpoint, save_checkpoint
+from prefopt.training.engine import Engine
+from prefopt.training.optim import Cosine, adamw
 from tests.tiny import tiny_model
 
 CONFIG = OptimizerConfig(lr=1e-3, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)

@@ -9,31 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from prefopt import UserError
-from prefopt.alpaca import PAPER_JUDGES
-from prefopt.config import PapersConfig
-from prefopt.figures import COLOURS, method_colours
-from prefopt.papers import academic_table, beside, draw_drift, mappo, mmpo, page, peak_table, same
-from prefopt.points import (
+from prefopt.errors import UserError
+from prefopt.evaluation.results import PAPER_JUDGES
+from prefopt.reporting.config import PapersConfig
+from prefopt.reporting.curves import (
     Point,
     drift,
-    metric_of,
-    model_names,
     normal_range,
     paths,
     peaks,
     points_of,
-    pooled,
-    published_points,
-    read_csv,
-    read_evaluated,
     sensitive_keys,
     sensitivity,
     sft_accuracy,
     spreads,
 )
-from prefopt.records import LOCAL, read_records, write_archive
-from prefopt.tables import Tabular, latex_text
+from prefopt.reporting.evaluated import metric_of, model_names, pooled, read_evaluated
+from prefopt.reporting.figures import draw_drift
+from prefopt.reporting.html import page
+from prefopt.reporting.mappo import academic_table, mappo
+from prefopt.reporting.mmpo import mmpo, peak_table
+from prefopt.reporting.published import beside, published_points, read_csv, same
+from prefopt.reporting.style import COLOURS, method_colours
+from prefopt.reporting.tables import Tabular, latex_text
+from prefopt.tracking.archive import LOCAL, read_records, write_archive
 from tests.tiny import ROOT, run_program
 
 PUBLISHED = str(ROOT / "results" / "published")

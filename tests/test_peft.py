@@ -8,19 +8,21 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefopt import UserError, loop
-from prefopt.config import ModelConfig, PeftConfig
-from prefopt.data.layout import LAYOUTS
-from prefopt.engine import Engine
-from prefopt.logps import Scorer, completion_rewards
-from prefopt.loop import accumulate_gradients, evaluate_pairs, train_step
-from prefopt.models.adapter import add_adapter, checkpoint_activations, merge, save_adapter, training
+from prefopt.config.schema import ModelConfig, PeftConfig
+from prefopt.data.collate import LAYOUTS
+from prefopt.errors import UserError
 from prefopt.models.load import load_model, weights_digest
+from prefopt.models.logprobs import Scorer, completion_rewards
+from prefopt.models.lora import add_adapter, checkpoint_activations, merge, save_adapter, training
+from prefopt.models.packed_attention import use_segments
 from prefopt.models.reference import AdapterOff
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.reward import Reward
-from prefopt.segments import use_segments
+from prefopt.training import step
+from prefopt.training.engine import Engine
+from prefopt.training.evaluate import evaluate_pairs
+from prefopt.training.step import accumulate_gradients, policy_tensors, train_step
 from tests.test_loop import job
 from tests.tiny import records, run_program, save_tiny, tiny_model
 
@@ -90,8 +92,8 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
     steps(j, 0, 2)  # so that the adapter does something
     assert evaluate_pairs(j, 1, j.heldout_pairs) == evaluate_pairs(j, 1, j.heldout_pairs)
     seen = []
-    original = loop.policy_tensors
-    monkeypatch.setattr(loop, "policy_tensors", lambda *a: (seen.append(found := original(*a)), found)[1])
+    original = policy_tensors
+    monkeypatch.setattr(step, "policy_tensors", lambda *a: (seen.append(found := original(*a)), found)[1])
     micro_batches = j.step(2)
     n = len(micro_batches)
     assert n > 1

@@ -15,8 +15,11 @@ import datasets
 import pytest
 from huggingface_hub import _tree_cache, constants
 
-from prefopt.config import DatasetConfig, ModelConfig, PrefetchConfig
-from prefopt.prefetch import Data, Lacking, Model, items, missing, prefetch, prepared, wanted
+from prefopt.config.schema import DatasetConfig, ModelConfig
+from prefopt.data.hub import Data, Model, items, missing, wanted
+from prefopt.data.sources import prepared
+from prefopt.errors import Lacking
+from prefopt.prefetch import PrefetchConfig, prefetch
 from tests.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 CARD = """---
@@ -221,8 +224,8 @@ def test_what_is_there_is_not_fetched_again(fetched, files, tmp_path):
 
 OFFLINE = """
 import json, sys
-from prefopt.config import DatasetConfig, ModelConfig
-from prefopt.prefetch import missing
+from prefopt.config.schema import DatasetConfig, ModelConfig
+from prefopt.data.hub import missing
 model, dataset = ModelConfig("tiny", "lab/tiny"), DatasetConfig("pairs", *json.loads(sys.argv[1]))
 lacking = missing(model, dataset)
 light = "torch" not in sys.modules

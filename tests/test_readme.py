@@ -10,26 +10,17 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prefopt.config import (
-    AlpacaConfig,
-    DataReportConfig,
-    HarnessConfig,
-    OnlineConfig,
-    PapersConfig,
-    PrefetchConfig,
-    ReportConfig,
-    RunsConfig,
-    SampleConfig,
-    ScoreConfig,
-    TrainConfig,
-    build,
-    check,
-    parse,
-    register,
-)
+from prefopt.config.parse import build, parse, register
+from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
+from prefopt.generation.config import SampleConfig
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
-from prefopt.optim import Schedule
+from prefopt.prefetch import PrefetchConfig
+from prefopt.reporting.config import DataReportConfig, PapersConfig, ReportConfig
+from prefopt.rewards.config import ScoreConfig
+from prefopt.tracking.status import RunsConfig
+from prefopt.training.config import OnlineConfig, TrainConfig, check
+from prefopt.training.optim import Schedule
 from tests.tiny import ROOT, run_program
 
 README = (ROOT / "README.md").read_text()

@@ -13,13 +13,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import prefopt.data.cache
-from prefopt import UserError
-from prefopt.config import DatasetConfig, ModelConfig, PoliciesConfig, TrainConfig, parse, register
+from prefopt.config.parse import parse, register
+from prefopt.config.schema import DatasetConfig, ModelConfig, PoliciesConfig
 from prefopt.data.cache import Limits, Prepared, describe, prepare
 from prefopt.data.dataset import Split, check_dataset, load_split
 from prefopt.data.formats import Pair
 from prefopt.data.sources import read_rows
+from prefopt.data.tokenize import tokenize
+from prefopt.errors import UserError
 from prefopt.models.load import load_tokenizer
+from prefopt.training.config import TrainConfig
 from tests.tiny import CHATML, ROOT, SHARED, tiny_tokenizer
 
 FOLDER = SHARED / "preferences"
@@ -298,7 +301,7 @@ def test_tokenized_data_are_made_once_for_a_tokenizer_a_template_and_a_policy(tm
     """Trap 13: the second time nothing is tokenized; whatever decides the tokens makes new ones."""
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     calls = []
-    original = prefopt.data.cache.tokenize
+    original = tokenize
     monkeypatch.setattr(prefopt.data.cache, "tokenize", lambda *a: calls.append(0) or original(*a))
     file = tmp_path / "some.jsonl.gz"
     rows = [json.dumps(row) for _, row in read_rows(str(ULTRAFEEDBACK))][:30]

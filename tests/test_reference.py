@@ -7,13 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from prefopt import UserError, store
-from prefopt.data.layout import LAYOUTS
+from prefopt.data.collate import LAYOUTS
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.logps import Scorer
+from prefopt.errors import UserError
 from prefopt.models import reference
+from prefopt.models.logprobs import Scorer
+from prefopt.models.packed_attention import use_segments
 from prefopt.models.reference import AdapterOff, Cached, Resident, cached, pair_key
-from prefopt.segments import use_segments
+from prefopt.utils import tensor_store
+from prefopt.utils.files import write_whole
 from tests.tiny import records, run_program, tiny_model
 
 SCORE = Scorer("float32")
@@ -120,19 +122,19 @@ def test_a_damaged_file_is_named(cache, damage):
 
 
 def test_what_was_written_before_a_failure_is_kept(cache, computed, monkeypatch):
-    monkeypatch.setattr(store, "SHARD", 4)
-    write = store.write_whole
+    monkeypatch.setattr(tensor_store, "SHARD", 4)
+    write = write_whole
 
     def fail_at_the_third(*args):
         if len(list(cache.rglob("*.safetensors"))) == 2:
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(store, "write_whole", fail_at_the_third)
+    monkeypatch.setattr(tensor_store, "write_whole", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make(pairs(20))
     assert not list(cache.rglob("*.tmp"))
-    monkeypatch.setattr(store, "write_whole", write)
+    monkeypatch.setattr(tensor_store, "write_whole", write)
     computed.clear()
     make(pairs(20))
     assert len(computed) == reference.SPOT_CHECKS + 20 - 8

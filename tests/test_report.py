@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from prefopt.config import ReportConfig
-from prefopt.records import read_records
-from prefopt.report import labels, main_table, over_seeds, table_rows
+from prefopt.reporting.config import ReportConfig
+from prefopt.reporting.labels import labels
+from prefopt.reporting.summary import main_table, over_seeds, table_rows
+from prefopt.tracking.archive import read_records
 from tests.tiny import records, run_program
 
 

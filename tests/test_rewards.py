@@ -9,14 +9,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from prefopt import UserError, store
-from prefopt.config import ModelConfig, build
+from prefopt.config.parse import build
+from prefopt.config.schema import ModelConfig
 from prefopt.data.sources import read_rows
-from prefopt.metrics import reliability
+from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
-from prefopt.posthoc.oracle import Vader
-from prefopt.score import requests_of, score_rows
-from prefopt.scorers import Columns, CustomRewardModel, OracleScorer, RewardModel, RewardScorer
+from prefopt.rewards.oracle import Vader
+from prefopt.rewards.reward_model import CustomRewardModel, RewardModel
+from prefopt.rewards.rows import requests_of, score_rows
+from prefopt.rewards.scorers import Columns, OracleScorer, RewardScorer
+from prefopt.training.metrics import reliability
+from prefopt.utils import tensor_store
+from prefopt.utils.files import write_whole
 from tests.tiny import records, run_program, save_tiny, write_pairs
 
 ROW = {
@@ -108,18 +112,18 @@ def test_scores_are_computed_once_per_weights_and_tokens(folder, computed, cache
 
 
 def test_what_was_scored_before_a_failure_is_kept(folder, computed, monkeypatch):
-    monkeypatch.setattr(store, "SHARD", 1)
-    write, written = store.write_whole, []
+    monkeypatch.setattr(tensor_store, "SHARD", 1)
+    write, written = write_whole, []
 
     def fail_at_the_third(*args):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(write(*args))
 
-    monkeypatch.setattr(store, "write_whole", fail_at_the_third)
+    monkeypatch.setattr(tensor_store, "write_whole", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         rewards(RewardModel(str(folder), "terminator"))
-    monkeypatch.setattr(store, "write_whole", write)
+    monkeypatch.setattr(tensor_store, "write_whole", write)
     computed.clear()
     rewards(RewardModel(str(folder), "terminator"))
     assert computed == [1]
@@ -211,7 +215,7 @@ class Gated(LlamaForCausalLM):
 
 def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    node = {"_target_": "prefopt.scorers.CustomRewardModel", "path": str(tmp_path / "custom")}
+    node = {"_target_": "prefopt.rewards.reward_model.CustomRewardModel", "path": str(tmp_path / "custom")}
     with pytest.raises(UserError, match=r"scorer\.trust_remote_code: .*set scorer\.trust_remote_code=true"):
         build(node, RewardScorer, "scorer")
     folder = save_tiny(tmp_path / "custom")

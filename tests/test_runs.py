@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import prefopt.run
-from prefopt.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+import prefopt.tracking.run
+from prefopt.data.collate import LAYOUTS
 from prefopt.data.formats import Pairs
-from prefopt.data.layout import LAYOUTS
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import tokenize
-from prefopt.logps import completion_rewards
+from prefopt.models.logprobs import completion_rewards
+from prefopt.tracking.provenance import git
+from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tests.test_loop import TIMING
 from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program, save_tiny
 
@@ -77,7 +78,7 @@ def test_the_exported_policy_loads_and_is_the_trained_one(grid, tiny_folder):
 def test_the_same_command_skips_what_is_finished(grid, overrides):
     runs, _ = grid
     before = {file: file.stat().st_mtime_ns for file in runs.glob("*/*") if "multirun" not in str(file)}
-    oracle = "dataset.oracle={_target_: prefopt.posthoc.oracle.Vader}"
+    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
     again = run_program(*overrides(runs), oracle, "sampling.max_new_tokens=6", "objective.beta=0.05")
     assert again.returncode == 0
     assert "finished, skipped" in again.stderr
@@ -147,8 +148,9 @@ def test_the_identity_of_a_run(overrides, tmp_path, tiny_folder):
     """Where things are written and how they are shown is not part of it; numbers and data are."""
     from hydra import compose, initialize_config_dir
 
-    from prefopt.config import TrainConfig, parse, register
-    from prefopt.run import Run
+    from prefopt.config.parse import parse, register
+    from prefopt.tracking.run import Run
+    from prefopt.training.config import TrainConfig
 
     register(TrainConfig)
 
@@ -264,9 +266,9 @@ def test_only_changes_of_the_code_are_changes(tmp_path, monkeypatch):
     do = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.org"]
     for what in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "m"]):
         subprocess.run([*do, *what], check=True)
-    monkeypatch.setattr(prefopt.run, "PACKAGE", package)
+    monkeypatch.setattr(prefopt.tracking.provenance, "PACKAGE", package)
     (results / "file").write_text("2")
     (tmp_path / "link").symlink_to(results)
-    assert not prefopt.run.git.__wrapped__()["dirty"]
+    assert not git.__wrapped__()["dirty"]
     (package / "new.py").write_text("")
-    assert prefopt.run.git.__wrapped__()["dirty"]
+    assert git.__wrapped__()["dirty"]

@@ -26,37 +26,35 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
-from prefopt import UserError, harness, keys
-from prefopt.checkpoint import load_checkpoint
-from prefopt.compare import page as compare_page
-from prefopt.config import (
-    HarnessConfig,
-    ModelConfig,
-    RunsConfig,
-    TrainConfig,
-    build,
-    check,
-    check_harness,
-    parse,
-    register,
-)
+from prefopt.config.parse import build, parse, register
+from prefopt.config.schema import ModelConfig
 from prefopt.data import sources
 from prefopt.data.formats import Format, Pairs
 from prefopt.data.sources import digest, read_rows
-from prefopt.figures import plotting, save
-from prefopt.judges import Duel, Judge, LanguageModelJudge, Names
-from prefopt.launch import Launcher, command_of
-from prefopt.liveness import amend
+from prefopt.errors import UserError
+from prefopt.evaluation.config import HarnessConfig, check_harness
+from prefopt.evaluation.harness import load
+from prefopt.evaluation.judges import Duel, Judge, LanguageModelJudge, Names
+from prefopt.launch.base import Launcher
+from prefopt.launch.estimate import parameters
+from prefopt.launch.slurm import Slurm
+from prefopt.launch.sweep import command_of
 from prefopt.models.load import check_model, load_model, load_reward_model, load_tokenizer
 from prefopt.objectives.base import Objective
-from prefopt.papers import Figure
-from prefopt.papers import page as papers_page
-from prefopt.paths import resolve_path, write_json
-from prefopt.runs import select
-from prefopt.slurm import Slurm, parameters
-from prefopt.store import Store
-from prefopt.tables import Tabular
-from prefopt.train import plan
+from prefopt.reporting.compare import page as compare_page
+from prefopt.reporting.html import page as papers_page
+from prefopt.reporting.paper_common import Figure
+from prefopt.reporting.style import plotting, save
+from prefopt.reporting.tables import Tabular
+from prefopt.tracking.policies import Checkpoint
+from prefopt.tracking.record import amend
+from prefopt.tracking.status import RunsConfig, select
+from prefopt.training.checkpoint import load_checkpoint
+from prefopt.training.config import TrainConfig, check
+from prefopt.training.setup import plan
+from prefopt.utils import redact
+from prefopt.utils.files import resolve_path, write_json
+from prefopt.utils.tensor_store import Store
 from tests.tiny import ENVIRONMENT, ROOT
 
 KEY = "sk-live-0123456789-abcdefgh"
@@ -149,7 +147,7 @@ def test_lm_eval_is_told_to_read_safetensors_and_no_code(monkeypatch):
     seen: dict = {}
     monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", lambda **settings: seen.update(settings))
     config = HarnessConfig(batch_size=1, precision="float32", device="cpu")
-    harness.load(harness.Checkpoint("c", "folder"), config)
+    load(Checkpoint("c", "folder"), config)
     assert (seen["use_safetensors"], seen["trust_remote_code"]) == (True, False)
 
 
@@ -232,7 +230,7 @@ TARGETS = [
     "subprocess.Popen",
     "builtins.exec",
     "pathlib.Path.touch",
-    "prefopt.slurm.submit",
+    "prefopt.launch.slurm.submit",
 ]
 
 
@@ -350,14 +348,14 @@ def test_nothing_that_a_program_says_shows_a_key(key, tmp_path):
     """Prints, messages, warnings, logging, the traceback of an HTTP client's error."""
     lines = [
         "import logging, os, sys, warnings",
-        "from prefopt.program import program",
-        "from prefopt.progress import say",
-        "from prefopt import UserError",
+        "from prefopt.cli.program import program",
+        "from prefopt.utils.console import say",
+        "from prefopt.tracking.status import RunsConfig",
         "key = os.environ['THE_API_KEY']",
         "def job(cfg):",
         "    print('print', key); say(f'say {key}'); warnings.warn(key); logging.warning(key)",
         "    raise RuntimeError(f'401 for Authorization: Bearer {key}')",
-        "program('runs')(job)()",
+        "program('runs', RunsConfig)(job)()",
     ]
     (tmp_path / "job.py").write_text("\n".join(lines))
     environment = ENVIRONMENT | {"THE_API_KEY": key, "PYTHONPATH": str(ROOT)}
@@ -375,7 +373,7 @@ def test_nothing_that_a_program_says_shows_a_key(key, tmp_path):
 
 
 def test_a_stream_that_masks_is_a_stream(capsys, key):
-    stream = keys.Masked(sys.stdout)
+    stream = redact.Masked(sys.stdout)
     print("a", key, "b", file=stream, flush=True)
     assert capsys.readouterr().out == "a *** b\n"
     assert stream.isatty() is False
@@ -525,7 +523,7 @@ def test_a_job_script_is_made_of_words(mark, tmp_path, monkeypatch):
     assert words[-6:] == ["--", "python;touch", str(mark), "-m", "prefopt.job", str(folder)]
     folder = tmp_path / "a\nb"
     job = type("Job", (), {"folder": folder, "model": None})
-    monkeypatch.setattr("prefopt.slurm.parameters", lambda _: 1)
+    monkeypatch.setattr("prefopt.launch.slurm.parameters", lambda _: 1)
     with pytest.raises(UserError, match="give another runs_dir"):
         slurm().run([job], folder, folder)  # type: ignore[list-item]
 

@@ -7,17 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.config import ModelConfig, SampleConfig, SamplingConfig, resolve_hardware
+from prefopt.config.hardware import resolve_hardware
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.data.collate import LAYOUTS, Group
 from prefopt.data.dataset import load_split
 from prefopt.data.formats import as_messages
-from prefopt.data.layout import LAYOUTS, Group
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import tokenize
-from prefopt.generate import sample
-from prefopt.logps import Scorer, completion_logps
+from prefopt.generation.config import SampleConfig
+from prefopt.generation.sampler import sample
 from prefopt.models.load import checkpoint_path, compile_layers, load_model, load_tokenizer, weights_digest
+from prefopt.models.logprobs import Scorer, completion_logps
+from prefopt.models.packed_attention import use_segments
 from prefopt.models.reference import ROUNDING, cached
-from prefopt.segments import use_segments
 from tests.test_data import dataset
 from tests.tiny import records, run_program, tiny_model
 
@@ -33,7 +35,7 @@ def smollm2():
 
 
 def test_the_converted_checkpoint_is_what_transformers_reads_from_the_gguf(smollm2):
-    from prefopt.paths import resolve_path
+    from prefopt.utils.files import resolve_path
 
     gguf = resolve_path(CONFIG.path)
     direct = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from prefopt import liveness
-from prefopt.config import build
-from prefopt.launch import Launcher
-from prefopt.slurm import Slurm, submit
+from prefopt.config.parse import build
+from prefopt.launch.base import Launcher
+from prefopt.launch.slurm import Slurm, submit
+from prefopt.tracking import process
 from tests.test_online import command as online
 from tests.test_online import tiny  # noqa: F401 - a fixture
 from tests.tiny import ENVIRONMENT, ROOT, command, records, run_program
@@ -60,7 +60,7 @@ def until(what, process: subprocess.Popen | None = None):
 
 
 def slurm_state(job: str) -> str:
-    queue = liveness.slurm_queue()
+    queue = process.slurm_queue()
     assert queue is not None
     return queue.get(job, "gone")
 
@@ -152,7 +152,7 @@ def test_one_failing_rank_of_two_fails_the_job(tmp_path):
     listing.write_text(f"{tmp_path / 'run'}\n")
     script.write_text(launcher.script(1, (60, 1), listing, tmp_path))
     job = f"{submit(script, None)}_0"
-    assert until(lambda: (state := slurm_state(job)) in liveness.ENDED and state) == "FAILED"
+    assert until(lambda: (state := slurm_state(job)) in process.ENDED and state) == "FAILED"
     assert [(tmp_path / "run" / str(rank)).read_text().split() for rank in range(2)] == [
         ["2", "0", "localhost"],
         ["2", "1", "localhost"],

@@ -7,11 +7,13 @@ from dataclasses import asdict
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from prefopt.config import OnlineConfig, TrainConfig, build, check, check_online, parse, register
+from prefopt.config.parse import build, parse, register
 from prefopt.objectives.base import Objective
-from prefopt.run import Run
+from prefopt.tracking.run import Run
+from prefopt.training.config import OnlineConfig, TrainConfig, check, check_online
 from tests.tiny import ROOT, records, run_program
 
 FOLDER = ROOT / "sweeps" / "sweep"
@@ -215,3 +217,13 @@ def test_numbers_on_the_command_line_are_numbers(override, value):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(compose("train", [override]), TrainConfig)
     assert getattr(config.optimizer, override.partition("=")[0].removeprefix("optimizer.")) == value
+
+
+def test_another_application_of_hydra_does_not_get_our_sweep_files(tmp_path):
+    """Hydra loads plugins of every package in the environment into every application."""
+    found = []
+    for folder in (ROOT / "conf", tmp_path):
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            path = GlobalHydra.instance().config_loader().get_search_path().get_path()
+        found.append([entry.path for entry in path if entry.provider == "prefopt"])
+    assert found == [[f"file://{ROOT / 'sweeps'}"], []]

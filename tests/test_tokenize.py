@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt import UserError
 from prefopt.data.formats import Pair
 from prefopt.data.tokenize import check_chat_template, encode_completion, encode_prompt, tokenize
+from prefopt.errors import UserError
 from tests.tiny import CHATML, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -18,19 +18,13 @@ from omegaconf import OmegaConf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prefopt import UserError
-from prefopt.config import ModelConfig, PoliciesConfig, parse
+from prefopt.config.parse import parse
+from prefopt.config.schema import ModelConfig, PoliciesConfig
 from prefopt.data.cache import tokenizer_digest
+from prefopt.data.collate import LAYOUTS
 from prefopt.data.formats import Chat, Message, Pair, common_prefix
-from prefopt.data.layout import LAYOUTS
-from prefopt.data.tokenize import (
-    TokenizedPair,
-    check_chat_template,
-    encode,
-    encode_completion,
-    encode_prompt,
-    tokenize,
-)
+from prefopt.data.tokenize import TokenizedPair, check_chat_template, encode, encode_completion, encode_prompt, tokenize
+from prefopt.errors import UserError
 from prefopt.models.load import load_tokenizer
 from tests.tiny import CHATML, ENVIRONMENT, ROOT, TEXT, tiny_tokenizer
 

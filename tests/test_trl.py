@@ -13,8 +13,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from prefopt.config import ROOT, TrainConfig, build, register
+from prefopt.config.parse import build, register
 from prefopt.objectives.base import Objective, PairInputs
+from prefopt.training.config import TrainConfig
+from prefopt.utils.files import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, of transformers' renamed arguments
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from torch.optim.lr_scheduler import LambdaLR
 
-from prefopt.config import OptimizerConfig
+from prefopt.config.schema import OptimizerConfig
 from prefopt.data.formats import Pairs
 from prefopt.data.sampler import step_indices
 from prefopt.data.sources import read_rows
-from prefopt.loop import Job, train_step
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.ipo import IPO
 from prefopt.objectives.simpo import SimPO
+from prefopt.training.state import Job
+from prefopt.training.step import train_step
 from tests.test_loop import job
 from tests.tiny import tiny_tokenizer
 

@@ -14,8 +14,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, open_dict
 
-from prefopt.config import ROOT
-from prefopt.program import Point
+from prefopt.cli.multirun import Point
+from prefopt.utils.files import ROOT
 
 
 class SweepsSearchPath(SearchPathPlugin):

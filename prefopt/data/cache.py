@@ -19,16 +19,17 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 import prefopt.data.dataset
-from prefopt import UserError
-from prefopt.config import DatasetConfig, PoliciesConfig, build
+from prefopt.config.parse import build
+from prefopt.config.schema import DatasetConfig, PoliciesConfig
 from prefopt.data import formats
 from prefopt.data import sources as data_sources
 from prefopt.data import tokenize as tokenizing
 from prefopt.data.dataset import Split, described, has_heldout, load_split, prompt_of, sources, split_digest
 from prefopt.data.formats import Format, Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
-from prefopt.paths import cache_dir
-from prefopt.progress import Bar, say
+from prefopt.errors import UserError
+from prefopt.utils.console import Bar, say
+from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 
 SCHEMA = pa.schema(

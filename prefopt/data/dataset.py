@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from prefopt import UserError
-from prefopt.config import DatasetConfig, PoliciesConfig, build, parse
+from prefopt.config.parse import build, parse
+from prefopt.config.schema import DatasetConfig, PoliciesConfig
 from prefopt.data.formats import Chat, Drop, Format, Item, Message, Pair, content_id
 from prefopt.data.sources import check_kind, digest, read_rows
+from prefopt.errors import UserError
 
 CANNOT_BE_KEPT = ("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long", "identical_after_truncation")
 

@@ -41,7 +41,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a row gives nothing; counted under `reason`, a field of `prefopt.config.PoliciesConfig`."""
+    """Why a row gives nothing; counted under `reason`, a field of `prefopt.config.schema.PoliciesConfig`."""
 
     reason: str
     detail: str = ""

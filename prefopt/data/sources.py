@@ -16,17 +16,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 
-from prefopt import UserError
-from prefopt.paths import resolve_path, write_whole
-
-
-class Lacking(UserError):
-    """Why a model or a data set cannot be used on this machine without the hub."""
-
-
-class Outside(UserError):
-    """A data set that would be read from somewhere else than where it is."""
-
+from prefopt.errors import Lacking, Outside, UserError
+from prefopt.utils.files import resolve_path, write_whole
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")

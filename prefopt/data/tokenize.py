@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt import UserError
-from prefopt.config import PoliciesConfig
+from prefopt.config.schema import PoliciesConfig
 from prefopt.data.formats import Chat, Item, Message, Pair, common_prefix
-from prefopt.progress import say
+from prefopt.errors import UserError
+from prefopt.utils.console import say
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +19,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prefopt import UserError
-from prefopt.config import ModelConfig
+from prefopt.config.schema import ModelConfig
 from prefopt.data.tokenize import check_chat_template
-from prefopt.paths import cache_dir, resolve_path
-from prefopt.progress import say
+from prefopt.errors import UserError
+from prefopt.models.gguf import _convert_gguf
+from prefopt.utils.files import resolve_path
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # transformers would ask a service on the hub, in the background, to make safetensors of a pickle.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 # With every adapter on a CPU it asks for a package that would fetch code from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 # Saving a model and adapters import deepspeed where it is installed, which warns where it finds no GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -216,37 +217,6 @@ def weights_digest(model: PreTrainedModel) -> str:
             values = dequantize_4bit(values, parameter.quant_state)
         digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _convert_gguf(gguf: Path) -> Path:
-    """Write a GGUF file's weights and tokenizer once as a plain float32 checkpoint into the user's cache folder."""
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
-    target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
-    if target.is_dir():
-        return target
-    say(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever reading somebody's file raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model file {gguf} cannot be read: {reason}. Get it again, or give another model.") from None
-    # A model loaded from GGUF refuses save_pretrained, so its weights move into one made from its config.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    model.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
-    try:
-        aside.rename(target)
-    except OSError:  # another process was faster
-        shutil.rmtree(aside)
-    return target
 
 
 def _cannot_load(what: str, given: str, path: str, error: Exception) -> str:

@@ -20,21 +20,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import prefopt.data.layout
-from prefopt import UserError, logps, segments, store, tiled
-from prefopt.data.layout import Batch, Layout
+import prefopt.data.collate
+from prefopt.data.collate import Batch, Layout
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.logps import Scorer
+from prefopt.errors import UserError
+from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.load import resolved_config
-from prefopt.paths import cache_dir
-from prefopt.progress import Bar, say
-from prefopt.store import Store, token_key
+from prefopt.models.logprobs import Scorer
+from prefopt.utils import tensor_store
+from prefopt.utils.console import Bar, say
+from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
+from prefopt.utils.tensor_store import Store, token_key
 
 SPOT_CHECKS = 2  # pairs read from the cache that are computed again
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
-
 SIDES = ("chosen", "rejected")
 
 
@@ -128,8 +129,8 @@ def cached(
         _spot_check(known, [pairs[i] for i in found[:SPOT_CHECKS]], policy, layout, score)
         missing = [i for key, i in wanted.items() if key not in known]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
-            for start in range(0, len(missing), store.SHARD):
-                shard = [pairs[i] for i in missing[start : start + store.SHARD]]
+            for start in range(0, len(missing), tensor_store.SHARD):
+                shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD]]
                 keys, values = [], []
                 for part in layout.micro_batches(shard, micro_batch_tokens, None, SIDES):
                     keys += [pair_key(p) for p in part]
@@ -144,7 +145,7 @@ def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: S
     """Named by all that decides a log-prob besides the tokens."""
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     decides = [weights, resolved_config(policy), layout.name, score.precision, policy.device.type, versions]
-    key = fingerprint(decides, logps, tiled, segments, prefopt.data.layout)
+    key = fingerprint(decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate)
     return cache_dir() / "reference" / key[:24]
 
 

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from prefopt.config import ROOT, build, register
+from prefopt.config.parse import build, register
 from prefopt.objectives.base import Objective
+from prefopt.utils.files import ROOT
 
 COLUMNS = ("objective", "loss per pair", "needs", "scope", "defaults", "paper")
 NOTATION = (

@@ -16,11 +16,9 @@ from torch.nn.functional import relu
 Need = Literal["reference", "rewards", "entropies", "noise"]
 Scope = Literal["pair", "micro_batch", "step"]
 Side = Literal["chosen", "rejected"]
-
 # The default of tensors that only some objectives need. Not typed as optional: an objective that declares a need may
 # rely on it, and one that does not must not touch it (None would fail at once).
 _ABSENT: Any = None
-
 # The tensors of `PairInputs` through which gradient flows into the model.
 DIFFERENTIABLE = (
     "policy_chosen_logps",
@@ -38,10 +36,10 @@ class PairInputs:
 
     `*_logps` are sums over the completion's tokens (its terminator included) of log pi(token | what came before), in
     nats; `*_lengths` count those tokens. `*_rewards` are prior rewards from the data. `*_entropies` are the
-    surrogates of `prefopt.logps.Logps.entropies`, whose gradient is that of the sequence entropy. `policy_*_rewards`
-    are the outputs of the model in training where that is a reward model. `noise` is uniform in [0, 1), a fixed
-    function of seed, step and the pair's place in it; `state` is what the objective carried over from the step before:
-    both are there for scope `step` alone. What the objective does not declare may be None.
+    surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is that of the sequence entropy.
+    `policy_*_rewards` are the outputs of the model in training where that is a reward model. `noise` is uniform in
+    [0, 1), a fixed function of seed, step and the pair's place in it; `state` is what the objective carried over from
+    the step before: both are there for scope `step` alone. What the objective does not declare may be None.
     """
 
     policy_chosen_logps: Tensor = _ABSENT

@@ -1,0 +1,1 @@
+"""The command line: Hydra composes, errors are shown, the exit code tells."""

@@ -1,0 +1,1 @@
+"""Typed configuration: shared nodes, parsing, hardware."""

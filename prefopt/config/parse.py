@@ -1,0 +1,168 @@
+"""From a composed node to a typed object, with every unknown key, missing value or wrong type named."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any, TypeVar, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from prefopt.errors import UserError
+from prefopt.utils.files import ROOT
+from prefopt.utils.redact import key_in
+
+T = TypeVar("T")
+
+NO_KEYS = (
+    "Configs and commands go into records and logs; a key stays in the environment, and a config names its variable "
+    "(judge.key=OPENAI_API_KEY)."
+)
+
+
+def register(*schemas: type) -> None:
+    """Make schemas known to Hydra (TrainConfig as train_schema), and the groups and resolvers that YAMLs use."""
+    store = ConfigStore.instance()
+    for schema in schemas:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", schema.__name__.removesuffix("Config")).lower()
+        store.store(name=f"{name}_schema", node=schema)
+    # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:
+    # objective/base=NAME is conf/objective/NAME.yaml.
+    for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):
+        node = OmegaConf.load(file)
+        if "nll_weight" in node:
+            store.store(group="objective/base", name=file.stem, node=node, package="objective.base")
+    OmegaConf.register_new_resolver("basename", lambda path: PurePath(path or "").name, replace=True)
+
+
+def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
+    """Resolve `node` into an instance of the dataclass `schema`. `prefix` leads the keys in messages.
+
+    Raises UserError that names all unknown keys, or all numbers that are not finite, or the first key with a missing
+    value, a wrong type, or a value that the dataclass refuses with ValueError (whose message begins with the field's
+    name).
+    """
+    try:
+        if unknown := _unknown_keys(node, schema, prefix):
+            raise UserError("\n".join(unknown))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(
+                f"no value for {', '.join(prefix + key for key in missing)}. Give it on the command line: "
+                f"{prefix}{missing[0]}=VALUE"
+            )
+        OmegaConf.resolve(merged)
+        for key, value in _texts(OmegaConf.to_container(merged), prefix):
+            if found := key_in(value):
+                raise UserError(f"{key} holds {found}. {NO_KEYS}")
+        if problems := _not_finite(OmegaConf.to_container(merged), prefix):
+            raise UserError("\n".join(problems))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
+    except OmegaConfBaseException as error:
+        raise UserError(f"{prefix}{_describe(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
+def build(node: Any, base: type[T], where: str) -> T:
+    """Make the object that `node`, a mapping with `_target_` and the fields of that dataclass, describes.
+
+    A field whose type is a class of ours (MaPPO's base) is built the same way from the mapping below it. Raises
+    UserError, its message led by `where`, for a target that is not a dataclass derived from `base`, for unknown,
+    missing or mistyped fields, and for values that the class refuses.
+    """
+    if not OmegaConf.is_dict(node) and not isinstance(node, dict):
+        raise UserError(f"{where} must be a mapping with `_target_`, is {node!r}.")
+    values = dict(node)
+    target = values.pop("_target_", None)
+    if not isinstance(target, str):
+        raise UserError(f"{where} needs a `_target_` that names a Python class, such as package.module.Class.")
+    try:
+        cls = get_class(target)
+    except Exception as error:  # whatever importing somebody's module raises
+        raise UserError(f"{where}._target_: cannot import {target!r}: {error}") from None
+    if not (dataclasses.is_dataclass(cls) and issubclass(cls, base)):
+        raise UserError(f"{where}._target_: {target} must be a dataclass derived from {base.__name__}.")
+    types, fields = get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]  # just checked
+    parts = [f.name for f in fields if inspect.isabstract(types[f.name])]
+    for name in parts:
+        if name not in values:
+            raise UserError(f"no value for {where}.{name}; it needs a mapping with `_target_`.")
+    built = {name: build(values.pop(name), types[name], f"{where}.{name}") for name in parts}
+    if not built:
+        return parse(OmegaConf.create(values), cls, f"{where}.")
+    plain = dataclasses.make_dataclass(
+        cls.__name__, [(f.name, types[f.name], f) for f in fields if f.name not in parts]
+    )
+    rest = dataclasses.asdict(parse(OmegaConf.create(values), plain, f"{where}."))
+    try:
+        return cls(**rest, **built)
+    except ValueError as error:
+        raise UserError(f"{where}.{error}") from None
+
+
+def name_problems(**names: str) -> list[str]:
+    """What becomes part of a file's name is no path and no piece of shell. `names`: by key, __ for a dot."""
+    return [
+        f"{key.replace('__', '.')} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "
+        f"not a dot or a blank first, is {name!r}"
+        for key, name in names.items()
+        if name and not re.fullmatch(r"[\w+=@,-][\w+=@,. -]*", name)
+    ]
+
+
+def _texts(node: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of all texts below a node; `where` leads the keys."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{where}{key}" if isinstance(value, str) else f"{where}{key}.")
+    elif isinstance(node, str):
+        yield where, node
+
+
+def unknown_key(name: str, known: list[str]) -> str:
+    """What to say of a dotted key whose last part is none of `known`."""
+    prefix, dot, key = name.rpartition(".")
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean {prefix}{dot}{near[0]}?" if near else f"The keys here are: {', '.join(known) or 'none'}."
+    return f"unknown key {name}. {hint}"
+
+
+def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    problems = []
+    for key in node:
+        name = f"{prefix}{key}"
+        if key not in fields:
+            problems.append(unknown_key(name, list(fields)))
+        elif dataclasses.is_dataclass(fields[key]) and OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
+            child = node[key]
+            if OmegaConf.is_dict(child):
+                problems += _unknown_keys(child, fields[key], f"{name}.")  # type: ignore[arg-type]
+    return problems
+
+
+def _not_finite(value: Any, key: str) -> list[str]:
+    """Each rule for a number would have to think of NaN, which is neither above nor below anything, and of infinity."""
+    if isinstance(value, dict):
+        return [problem for k, v in value.items() for problem in _not_finite(v, f"{key}{k}.")]
+    if isinstance(value, list):
+        return [problem for i, v in enumerate(value) for problem in _not_finite(v, f"{key[:-1]}[{i}].")]
+    bad = isinstance(value, float) and not math.isfinite(value)
+    return [f"{key[:-1]} must be a finite number, is {value}"] if bad else []
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    if isinstance(error, InterpolationToMissingValueError):
+        lacking = str(error.msg).partition("Missing mandatory value: ")[2].split()[0]
+        return f"no value for {lacking}. Give it on the command line: {lacking}=VALUE"
+    key = error.full_key or ""
+    message = (error.msg or str(error)).splitlines()[0]
+    return f"{key}: {message}" if key and key not in message else message

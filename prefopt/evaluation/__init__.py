@@ -1,0 +1,1 @@
+"""A policy becomes a JSON record: LM-Harness, AlpacaEval."""

@@ -1,0 +1,83 @@
+"""The fields of the jobs that evaluate a policy, and their rules."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from prefopt.config.hardware import hardware_problems
+from prefopt.config.parse import name_problems
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.errors import UserError
+from prefopt.generation.config import sampler_problems, sampling_problems
+
+
+@dataclass
+class HarnessConfig:
+    """What `python -m prefopt.harness` reads (conf/harness.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    launcher: Any = MISSING
+    run: str | None = None
+    tasks: Any = MISSING
+    checkpoints: str = MISSING
+    output: str | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = MISSING
+    limit: int | None = None
+    batch_size: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+@dataclass
+class AlpacaConfig:
+    """What `python -m prefopt.alpaca` reads (conf/alpaca.yaml)."""
+
+    judge: Any = MISSING
+    launcher: Any = MISSING
+    run: str = MISSING
+    checkpoints: str = MISSING
+    baseline: str = MISSING
+    instructions: str | None = None
+    split: str | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    backend: str = MISSING
+    max_cost: float = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+def check_harness(config: HarnessConfig) -> None:
+    """The same for `prefopt.harness`, with the package that it needs."""
+    problems = hardware_problems(config) + name_problems(model__name=config.model.name)
+    # lm-eval takes the path of a YAML too, which may name Python code to run.
+    for task in [config.tasks] if isinstance(config.tasks, str) else config.tasks:
+        problems += name_problems(tasks=str(task))
+    if config.checkpoints not in ("final", "all", "initial"):
+        problems.append(f"checkpoints must be final, all or initial, is {config.checkpoints!r}")
+    if config.batch_size < 1:
+        problems.append(f"batch_size must be at least 1, is {config.batch_size}")
+    if config.limit is not None and config.limit < 1:
+        problems.append(f"limit must be at least 1, or null, is {config.limit}")
+    if config.run is None and config.output is None:
+        problems.append("give run=FOLDER, or a model with output=FOLDER for its records")
+    if importlib.util.find_spec("lm_eval") is None:
+        problems.append("prefopt.harness needs the package lm-eval: pip install -e '.[evaluation]'")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_alpaca(config: AlpacaConfig) -> None:
+    """The same for `prefopt.alpaca`."""
+    problems = sampling_problems(config.sampling) + hardware_problems(config) + sampler_problems(1, config.backend)
+    if config.checkpoints not in ("final", "all"):
+        problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.max_cost < 0:
+        problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
+    if importlib.util.find_spec("alpaca_eval") is None:
+        problems.append("prefopt.alpaca needs the package alpaca-eval: pip install -e '.[evaluation]'")
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,53 @@
+"""The fields of sampling, and their rules."""
+
+import importlib.util
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from prefopt.config.hardware import hardware_problems
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.errors import UserError
+
+
+@dataclass
+class SampleConfig:
+    """What `python -m prefopt.sample` reads (conf/sample.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prompts: str = MISSING
+    output: str = MISSING
+    split: str | None = None
+    samples_per_prompt: int = MISSING
+    backend: str = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+def check_sample(config: SampleConfig) -> None:
+    """The same for `prefopt.sample`."""
+    problems = sampling_problems(config.sampling) + hardware_problems(config)
+    problems += sampler_problems(config.samples_per_prompt, config.backend)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
+    problems = ["samples_per_prompt must be at least 1"] if samples_per_prompt < 1 else []
+    if backend not in ("transformers", "vllm"):
+        problems.append(f"backend must be transformers or vllm, is {backend!r}")
+    elif backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        problems.append("backend=vllm needs the package vllm, which is not installed: pip install -e '.[vllm]'")
+    return problems
+
+
+def sampling_problems(sampling: SamplingConfig) -> list[str]:
+    rules = [
+        (sampling.temperature >= 0, f"sampling.temperature must not be negative, is {sampling.temperature}"),
+        (0 < sampling.top_p <= 1, f"sampling.top_p must be above 0 and at most 1, is {sampling.top_p}"),
+        (sampling.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1"),
+        (sampling.batch_size >= 1, "sampling.batch_size must be at least 1"),
+    ]
+    return [message for holds, message in rules if not holds]

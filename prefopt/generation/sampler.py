@@ -1,0 +1,170 @@
+"""Sampling from a policy with transformers' own generate, or with vLLM where that is installed."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
+
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.data.formats import Message
+from prefopt.data.tokenize import encode_prompt
+from prefopt.utils.console import Bar
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. `tokens` hold the terminator if `finished`; otherwise the token budget cut it off."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
+
+    Every row has a generator of its own, so a response depends on its seed and not on its neighbours in the batch.
+    Below `top_p` = 1 the tokens outside of the nucleus are left out first. At temperature 0 decoding stays greedy.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], device: torch.device, bar: Bar):
+        self.temperature, self.bar = temperature, bar
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.advance()
+        if not self.temperature:
+            return scores
+        scores = scores.float() / self.temperature
+        if self.nucleus:
+            scores = self.nucleus(input_ids, scores)
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+    sampling: SamplingConfig,
+    seed: int,
+    samples_per_prompt: int = 1,
+    show_progress: bool = False,
+) -> list[list[Sample]]:
+    """Draw `samples_per_prompt` responses to each prompt from softmax(logits / temperature), without top-k; below
+    `top_p` = 1 from its nucleus. At temperature 0 the most likely token is taken.
+
+    Each response has its own random stream, seeded by (seed, prompt, its number).
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    jobs = [
+        (p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)
+    ]
+    batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
+    results: dict[tuple[int, int], Sample] = {}
+    eos = tokenizer.eos_token_id
+    with Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar:  # counts token positions
+        for n, batch in enumerate(batches, start=1):
+            width = max(len(encoded[p]) for p, _ in batch)
+            # Left padding, as generate() wants it; the mask says which positions are real.
+            ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
+            mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
+            seeds = [_seed(seed, encoded[p], k) for p, k in batch]
+            output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=eos,
+                logits_processor=LogitsProcessorList(
+                    [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
+                ),
+            )
+            for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
+                finished = eos in tokens
+                tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
+                text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
+                results[p, k] = Sample(encoded[p], tokens, text, finished)
+            bar.advance(by=n * sampling.max_new_tokens - bar.done)  # a batch may end early
+    return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+# (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt
+Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[list[Sample]]]
+
+
+def transformers_sampler(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
+) -> tuple[Sampler, str, dict[str, Any]]:
+    """`sample` with this model, a digest of its weights, and its resolved configuration."""
+    from prefopt.models.load import load_model, resolved_config, weights_digest
+    from prefopt.models.logprobs import autocast
+    from prefopt.utils.memory import keep_freed_memory
+
+    if device == "cpu":
+        keep_freed_memory()
+    model = load_model(config, device)
+
+    def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
+        with autocast(model.device, precision):
+            return sample(model, tokenizer, prompts, sampling, seed, n)
+
+    return sampler, weights_digest(model), resolved_config(model)
+
+
+def vllm_sampler(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
+) -> tuple[Sampler, str, dict[str, Any]]:
+    """The same with vLLM, which decides itself what it computes together: a response is not promised to be the same in
+    another version, or with other prompts beside it. Has not been run by its authors, who had no GPU."""
+    from vllm import LLM, SamplingParams
+
+    from prefopt.models.load import checkpoint_path
+
+    path = checkpoint_path(config)
+    llm = LLM(model=path, revision=config.revision, dtype=precision, load_format="safetensors")
+    eos = tokenizer.eos_token_id
+
+    def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        parameters = [
+            SamplingParams(
+                n=n,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=[eos],
+                seed=_seed(seed, ids, 0) % 2**31,
+            )
+            for ids in encoded
+        ]
+        answers = llm.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
+
+        def as_sample(ids: list[int], output: Any) -> Sample:
+            tokens, finished = list(output.token_ids), output.finish_reason == "stop"
+            text = [t for t in tokens if t != eos]
+            return Sample(ids, tokens, str(tokenizer.decode(text, skip_special_tokens=True)), finished)
+
+        return [[as_sample(ids, o) for o in answer.outputs] for ids, answer in zip(encoded, answers, strict=True)]
+
+    return sampler, f"{path}@{config.revision}", {}
+
+
+def _seed(seed: int, prompt: list[int], k: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}/{k}".encode()).digest()[:7], "big")

@@ -1,0 +1,1 @@
+"""A sweep becomes jobs, here or on Slurm."""

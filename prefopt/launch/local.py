@@ -1,0 +1,117 @@
+"""Jobs as child processes of this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.config.hardware import resolve_hardware
+from prefopt.launch.base import Launcher, SweepJob
+from prefopt.launch.snapshot import python_environment
+from prefopt.tracking.record import amend
+from prefopt.tracking.status import look
+from prefopt.training.config import TrainConfig
+from prefopt.utils.console import say
+
+
+@dataclass(frozen=True)
+class Local(Launcher):
+    """Child processes on this machine, `at_once` at a time, each with one GPU where there are any."""
+
+    at_once: int | None
+
+    def __post_init__(self) -> None:
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"at_once must be at least 1, or null, is {self.at_once}")
+
+    def settle(self, config: TrainConfig) -> None:
+        resolve_hardware(config)
+
+    def resources(self, job: SweepJob) -> str:
+        return job.hardware
+
+    def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
+        """Returns when all have ended. On Ctrl-C or SIGTERM the jobs are asked to save, and KeyboardInterrupt is
+        raised when they have left; on a second one they are killed."""
+        gpus = _gpus()
+        slots = list(range(self.at_once or len(gpus) or 1))
+        env = os.environ | python_environment(code)
+        if len(slots) > 1:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(slots))))
+        waiting, running = deque(jobs), list[_Child]()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while waiting or running:
+                while waiting and len(running) < len(slots):
+                    slot = min(set(slots) - {child.slot for child in running})
+                    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+                    running.append(_Child(waiting.popleft(), slot, env | own, alone=len(slots) == 1))
+                running = [child for child in running if not child.ended()]
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            for job in waiting:
+                amend(job.folder, status="interrupted", error="the sweep was stopped before this job began")
+            self._stop(running)
+            raise
+
+    def _stop(self, running: "list[_Child]") -> None:
+        say("stopping: the jobs save after their current step. Again to kill them.")
+        try:
+            for child in running:
+                child.process.terminate()
+            while running := [child for child in running if not child.ended()]:
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            for child in running:
+                child.process.kill()
+                child.process.wait()
+                child.ended()
+
+
+class _Child:
+    """A running job; what it writes into its log is shown here too. It has a session of its own: a Ctrl-C is not for
+    it, and it outlives a launcher that is killed."""
+
+    def __init__(self, job: SweepJob, slot: int, env: dict[str, str], alone: bool):
+        self.job, self.slot = job, slot
+        self.prefix = "" if alone else f"{job.id} "
+        say(f"{job.id}: {job.label}")
+        log = job.folder / "log.txt"
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "prefopt.job", str(job.folder)],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self.log = log.open(errors="replace")
+            self.log.seek(file.tell())
+
+    def ended(self) -> bool:
+        """Shows what is new in the log. A process that ended without saying so in its record failed."""
+        code = self.process.poll()
+        for line in self.log:
+            say(f"{self.prefix}{line.rstrip()}")
+        if code is None:
+            return False
+        self.log.close()
+        (found,) = look([self.job.folder])
+        if found.state not in ("finished", "failed", "interrupted"):
+            how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+            amend(self.job.folder, status="failed", error=f"the process ended before the run had finished: {how}")
+        return True
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    return [str(i) for i in range(torch.cuda.device_count())]

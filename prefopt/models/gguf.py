@@ -1,0 +1,45 @@
+"""A GGUF file as a plain float32 checkpoint."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from prefopt.errors import UserError
+from prefopt.utils.console import say
+from prefopt.utils.files import cache_dir
+
+
+def _convert_gguf(gguf: Path) -> Path:
+    """Write a GGUF file's weights and tokenizer once as a plain float32 checkpoint into the user's cache folder."""
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
+    target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
+    if target.is_dir():
+        return target
+    say(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever reading somebody's file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model file {gguf} cannot be read: {reason}. Get it again, or give another model.") from None
+    # A model loaded from GGUF refuses save_pretrained, so its weights move into one made from its config.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    model.save_pretrained(aside)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    try:
+        aside.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(aside)
+    return target

@@ -1,1 +1,0 @@
-"""Evaluations of a policy beside the training loop."""

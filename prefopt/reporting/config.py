@@ -1,0 +1,43 @@
+"""The fields of the programs that report."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from prefopt.config.schema import DatasetConfig, ModelConfig
+
+
+@dataclass
+class ReportConfig:
+    """What `python -m prefopt.report` reads (conf/report.yaml)."""
+
+    runs_dir: str = MISSING
+    output: str = MISSING
+    columns: str | None = None
+    published: str | None = None
+
+
+@dataclass
+class PapersConfig:
+    """What `python -m prefopt.papers` reads (conf/papers.yaml)."""
+
+    paper: str = MISSING
+    runs_dir: str | None = None
+    output: str = MISSING
+    published: str = MISSING
+    tasks: Any = None
+    judge_name: str | None = None
+    baseline_name: str | None = None
+
+
+@dataclass
+class DataReportConfig:
+    """What `python -m prefopt.data_report` reads (conf/data_report.yaml)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    max_prompt_tokens: int = MISSING
+    max_completion_tokens: int = MISSING
+    evaluation_prompts: list[str] = field(default_factory=list)
+    output: str = MISSING

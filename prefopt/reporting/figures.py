@@ -1,0 +1,309 @@
+"""The figures: reward over KL, and those of the papers."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.reporting.curves import Point, at_last_epoch, drift, paths, sensitive_keys, sensitivity
+from prefopt.reporting.evaluated import SIDES, Value, model_names
+from prefopt.reporting.published import plain
+from prefopt.reporting.style import MARKERS, method_colours, plotting, save, shade, wrapped
+from prefopt.tracking.archive import Record, beta
+
+
+def draw_paths(
+    points: Sequence[Point], sft: dict[str, Value], published: Sequence[Point], metric: str, output: Path
+) -> list[Path]:
+    """MMPO's figures 1 to 3: LM accuracy against win rate, a panel per model, an arrowed path per method and beta.
+    Below, the win rate alone over the epochs, where the published runs have a place too: faint behind ours, and in full
+    where there are none of ours."""
+    ours = bool(points)
+    models = list(dict.fromkeys(p.model for p in points or published))
+    if not models:
+        return []
+    complete = [p for p in points if p.accuracy and p.win_rate]
+    behind = [p for p in published if not ours or any(plain(p.model) == plain(m) for m in models)]
+    everything = [*points, *behind]
+    colours = method_colours(sorted({p.method for p in everything}))
+    betas = sorted({p.beta for p in everything if p.beta is not None})
+    rows = 1 + bool(complete)
+    with plotting() as plt:
+        width = max(3.4, 2.35 * len(models))
+        figure, axes = plt.subplots(
+            rows, len(models), figsize=(width, 2.25 * rows + 0.75), squeeze=False, layout="constrained", sharey="row"
+        )
+        for column, model in enumerate(models):
+            top, bottom = axes[0][column], axes[-1][column]
+            top.set_title(model)
+            own = paths(p for p in points if p.model == model)
+            if complete:
+                for (_, method, value), path in own.items():
+                    _arrows(top, [p for p in path if p.accuracy and p.win_rate], _look(colours[method], value, betas))
+                if model in sft:
+                    top.axvline(sft[model][0], color="0.3", linestyle=":", linewidth=1.2)
+                top.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
+                top.set_xlabel("LM accuracy, %")
+            for (_, method, value), path in paths(p for p in behind if plain(p.model) == plain(model)).items():
+                _over_epochs(bottom, path, _look(colours[method], value, betas), faint=ours)
+            for (_, method, value), path in own.items():
+                _over_epochs(bottom, path, _look(colours[method], value, betas))
+            bottom.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
+            bottom.xaxis.get_major_locator().set_params(integer=True)
+            bottom.set_xlabel("epoch")
+        for row in axes:
+            row[0].set_ylabel(f"{metric}, %".replace("length-controlled ", "length-controlled\n"))
+        line = plt.Line2D
+        methods = [line([], [], color=c, linewidth=2, label=m) for m, c in colours.items()]
+        marks = [
+            line([], [], color=str(0.65 - 0.65 * i / max(1, len(betas) - 1)), marker=MARKERS[i % len(MARKERS)],
+                 markersize=4, linewidth=1, label=f"β = {b:g}")
+            for i, b in enumerate(betas)
+        ]  # fmt: skip
+        extra = [line([], [], color="0.3", linestyle="--", linewidth=0.8, label="50 %")]
+        if complete and sft:
+            extra.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
+        if ours and behind:
+            extra.append(line([], [], color="0.3", alpha=0.4, linewidth=0.9, label="published"))
+        _legend(plt, figure, [[*methods, *extra], marks], max(2, width / 1.1))
+        return save(figure, output, "mmpo_paths")
+
+
+def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) -> None:
+    """Below the figure, each group in rows of its own with at most so many columns."""
+    most = max(1, int(columns))
+    rows = [group[i : i + most] for group in groups for i in range(0, len(group), most)]
+    wide = max(map(len, rows))
+    blank = plt.Line2D([], [], linestyle="", label=" ")
+    padded = [[*row, *[blank] * (wide - len(row))] for row in rows]
+    handles = [row[i] for i in range(wide) for row in padded]  # matplotlib fills column by column
+    look = {"frameon": False, "fontsize": 7.5, "handlelength": 2.6, "columnspacing": 1.2}
+    figure.legend(handles=handles, loc="outside lower center", ncols=wide, **look)
+
+
+def _look(colour: str, value: float | None, betas: list[float]) -> dict[str, Any]:
+    """A darker shade and another marker for each larger beta."""
+    place = betas.index(value) if value is not None else 0
+    return {"color": shade(colour, place, len(betas)), "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.1}
+
+
+def _arrows(axis: Any, path: Sequence[Point], look: dict[str, Any]) -> None:
+    """A path with an arrow head in the middle of each of its parts, and the errors of its last point."""
+    told = [(p.accuracy, p.win_rate) for p in path if p.accuracy and p.win_rate]
+    if not told:
+        return
+    x, y = [a[0] for a, _ in told], [w[0] for _, w in told]
+    axis.plot(x, y, markersize=3, **look)
+    for i in range(len(x) - 1):
+        if told[i] == told[i + 1]:  # without a direction
+            continue
+        middle = (x[i] + x[i + 1]) / 2, (y[i] + y[i + 1]) / 2
+        style = {
+            "arrowstyle": "-|>,head_length=0.3,head_width=0.15",
+            "color": look["color"],
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        axis.annotate("", xy=middle, xytext=(x[i], y[i]), arrowprops=style | {"linewidth": look["linewidth"]})
+    (accuracy, win_rate) = told[-1]
+    errors = {"xerr": accuracy[1] or 0, "yerr": win_rate[1] or 0, "elinewidth": 0.7}
+    axis.errorbar(x[-1], y[-1], color=look["color"], marker=look["marker"], markersize=5.5, **errors)
+
+
+def _over_epochs(axis: Any, path: Sequence[Point], look: dict[str, Any], faint: bool = False) -> None:
+    told = [(p.epoch, p.win_rate) for p in path if p.win_rate]
+    x, y = [e for e, _ in told], [w[0] for _, w in told]
+    if faint:
+        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.4, zorder=1)
+        return
+    errors = [w[1] or 0 for _, w in told]
+    axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **look)
+
+
+def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Path]:
+    """The win rates of all betas at the last epoch, by source of the points: a bar from the lowest to the highest, the
+    first source's marks filled. The other's are hollow, and of the models of the first alone."""
+    ends = {source: found for source, own in points.items() if (found := at_last_epoch(own))}
+    if not ends:
+        return []
+    first = {plain(model) for model, _ in next(iter(ends.values()))}
+    ends = {source: {k: v for k, v in own.items() if plain(k[0]) in first} for source, own in ends.items()}
+    sources = [source for source, own in ends.items() if own]
+    models = list(dict.fromkeys(model for model, _ in ends[sources[0]]))
+    methods = sorted({method for own in ends.values() for _, method in own})
+    colours = method_colours(methods)
+    places = [(method, source) for method in methods for source in sources]
+    with plotting() as plt:
+        size = (max(3.4, 0.9 + 0.17 * len(places) * len(models)), 2.6)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for source in sources:
+            mark = {"marker": "o", "markersize": 3.5, "linestyle": "", "markeredgewidth": 0.8}
+            mark |= {"markerfacecolor": "white"} if source != sources[0] else {}
+            for (model, method), (_, by_beta) in ends[source].items():
+                place = (places.index((method, source)) + 0.5) / len(places) - 0.5
+                x = [plain(m) for m in models].index(plain(model)) + 0.8 * place
+                y = [value for value, _ in by_beta.values()]
+                colour = colours[method]
+                axis.plot([x, x], [min(y), max(y)], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
+                axis.plot([x] * len(y), y, color=colour, **mark)
+        axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
+        axis.set_xticks(range(len(models)), models)
+        axis.set_ylabel("win rate at the last epoch, %")
+        handles = [plt.Line2D([], [], color=colours[m], linewidth=5, alpha=0.5, label=m) for m in methods]
+        for source in sources if len(sources) > 1 else []:
+            face = {"markerfacecolor": "white"} if source != sources[0] else {}
+            handles.append(
+                plt.Line2D([], [], color="0.3", marker="o", markersize=3.5, linestyle="", label=source, **face)
+            )
+        _legend(plt, figure, [handles[: len(methods)], handles[len(methods) :]], size[0] / 0.9)
+        return save(figure, output, "mmpo_spread")
+
+
+def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]:
+    """Held-out log-probs of the chosen and the rejected completions over the steps, less their value before training. A
+    row per model and data, a line per method, a band of one standard error over its seeds; a base full, its
+    MaPPO dashed in the same colour."""
+    models = model_names(records)
+    measured = [
+        r for r in records if r["evaluations"] and "chosen_logps" in r["evaluations"][0] and r["objective"] != "sft"
+    ]
+    panels = list(dict.fromkeys((models[r["name"]], r["config"]["dataset"]["name"]) for r in measured))
+    if not panels:
+        return []
+    with plotting() as plt:
+        size = (6.8, 2.4 * len(panels) + 0.9)
+        figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained", sharey="row")
+        handles: dict[str, Any] = {}
+        for row, panel in zip(axes, panels, strict=True):
+            members = [r for r in measured if (models[r["name"]], r["config"]["dataset"]["name"]) == panel]
+            for axis, side in zip(row, SIDES, strict=True):
+                curves = drift(members, side)
+                colours = method_colours(list(curves))
+                repeats: dict[tuple[str, bool], int] = {}  # methods of one colour have markers of their own
+                for label, curve in curves.items():
+                    dashed = wrapped(label)
+                    look = {"color": colours[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
+                    again = repeats[colours[label], dashed] = repeats.get((colours[label], dashed), -1) + 1
+                    look |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
+                    look |= {"markerfacecolor": "white"} if dashed else {}
+                    steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]
+                    (handle,) = axis.plot(steps, means, label=label, **look)
+                    if any(e is not None for *_, e in curve):
+                        low, high = ([m + sign * (e or 0) for _, m, e in curve] for sign in (-1, 1))
+                        axis.fill_between(steps, low, high, color=colours[label], alpha=0.15, linewidth=0)
+                    handles.setdefault(label, handle)
+                axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
+                axis.set_title(f"{side} · {panel[0]} on {panel[1]}", fontsize=9)
+                axis.set_xlabel("optimizer step")
+                axis.xaxis.get_major_locator().set_params(integer=True)
+            row[0].set_ylabel("change of log-prob (nats)")
+        bases = [handle for label, handle in handles.items() if not wrapped(label)]
+        wrappers = [handle for label, handle in handles.items() if wrapped(label)]
+        _legend(plt, figure, [bases, wrappers], 4)
+        return save(figure, output, name)
+
+
+def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list[Path]:
+    """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error,
+    over seeds or (of one seed alone) over its prompts."""
+    found = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
+    if not found:
+        return []
+    lines = max(map(len, found.values()))
+
+    def last(part: str) -> str:  # of a dotted key, and of a number a few digits; they say enough here
+        part = re.sub(r"^.*\.(?=\w+=)", "", part)
+        return re.sub(r"(?<==)\d+\.\d{3,}$", lambda number: f"{float(number[0]):.3g}", part)
+
+    with plotting() as plt:
+        size = (max(3.4, 2.6 * len(found)), 2.6 + 0.17 * lines)
+        figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained", sharey=True)
+        for axis, (key, curves) in zip(axes[0], found.items(), strict=True):
+            colours = method_colours(list(curves))
+            shared = set.intersection(*(set(label.split(" ")) for label in curves))
+            for place, (label, curve) in enumerate(curves.items()):
+                siblings = [other for other in curves if colours[other] == colours[label]]
+                look = {"color": shade(colours[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
+                look |= {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 0.8}
+                own = " ".join(last(part) for part in label.split(" ") if part not in shared)
+                x, y, errors = ([point[i] or 0 for point in curve] for i in range(3))
+                axis.errorbar(x, y, yerr=errors if any(errors) else None, label=own, **look)
+            title = " ".join(
+                last(part) for part in next(iter(curves)).split(" ") if part in shared and "=None" not in part
+            )
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel(key.removeprefix("objective."))
+            if len(curves) > 1:
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False, fontsize=7.5)
+        axes[0][0].set_ylabel("final oracle reward")
+        return save(figure, output, name)
+
+
+def draw(records: list[Record], output: Path) -> list[Path]:
+    """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
+    set. The legend names objective and beta, which have a colour and a marker of their own; runs that differ in
+    something else (a seed) share a name. Returns nothing if no run was evaluated by an oracle."""
+    sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
+    if not sampled:
+        return []
+    panels = sorted({_panel(r) for r in sampled})
+    colours, markers = _styles(sampled)
+    with plotting() as plt:
+        size = (5.2 * len(panels) + 0.2, 3.6)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        for axis, panel in zip(axes[0], panels, strict=True):
+            members = [r for r in sampled if _panel(r) == panel]
+            named: set[str] = set()
+            for start in sorted({r["evaluations"][0]["oracle_reward"] for r in members}):  # each seed draws its own
+                label = None if named else "initial policy"
+                axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label=label, zorder=1)
+                named.add("initial policy")
+            for record in members:
+                points = record["evaluations"]
+                name = record["objective"] + (f" β={beta(record):g}" if beta(record) is not None else "")
+                marker = markers[record["objective"], beta(record)]
+                hollow = MARKERS.index(marker) % 2 == 1
+                axis.errorbar(
+                    [p["kl"] for p in points],
+                    [p["oracle_reward"] for p in points],
+                    xerr=[0.0] * (len(points) - 1) + [points[-1]["kl_se"]],
+                    yerr=[0.0] * (len(points) - 1) + [points[-1]["oracle_reward_se"]],
+                    color=colours[record["objective"]],
+                    marker=marker,
+                    markersize=5,
+                    markerfacecolor="white" if hollow else None,
+                    linestyle="--" if hollow else "-",
+                    linewidth=1.4,
+                    elinewidth=0.8,
+                    alpha=0.9,
+                    label=None if name in named else name,
+                )
+                named.add(name)
+            axis.set_xlabel("KL to the reference (nats per response)")
+            axis.set_ylabel("oracle reward (mean over held-out prompts)")
+            axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
+            if len(named) <= 6:
+                axis.legend(frameon=False, fontsize=8)
+            else:
+                axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return save(figure, output, "reward_kl")
+
+
+def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
+    """The colour of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
+    each objective, and others for the objectives that share a colour (MaPPO and its base)."""
+    names = sorted({r["objective"] for r in records}, key=lambda name: (wrapped(name), name))
+    betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
+    most = max(len(values) for values in betas.values())
+    colours = method_colours(names)
+    markers: dict[tuple[str, float | None], str] = {}
+    for record in records:
+        name, value = record["objective"], beta(record)
+        alike = [other for other in names if colours[other] == colours[name]]
+        place = alike.index(name) * most + betas[name].index(value or 0.0)
+        markers[name, value] = MARKERS[place % len(MARKERS)]
+    return colours, markers
+
+
+def _panel(record: Record) -> tuple[str, str]:
+    return record["config"]["model"]["name"], record["config"]["dataset"]["name"]

@@ -1,0 +1,72 @@
+"""What tells a run from the others in a table."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from prefopt.tracking.archive import Record, beta
+from prefopt.tracking.run import VOLATILE
+from prefopt.utils.fingerprint import class_names
+
+
+def flat_config(record: Record) -> dict[str, Any]:
+    """The run's config with dotted keys."""
+    return dict(_flatten(class_names(record["config"])))
+
+
+def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
+    """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
+    for the keys `without`. The objective's own keys come without their `objective.`; a key that is null, or that the
+    run lacks, is left out. Runs of one objective have the same label if and only if they agree in all these."""
+    flat = [flat_config(r) for r in records]
+    values: dict[str, dict[str, dict[str, Any]]] = {r["objective"]: {} for r in records}
+    for record, config in zip(records, flat, strict=True):
+        for key, value in config.items():
+            values[record["objective"]].setdefault(key, {})[repr(value)] = value
+    for record, config in zip(records, flat, strict=True):
+        own = values[record["objective"]]
+        for key in own.keys() - config.keys():
+            own[key]["None"] = None
+    apart = {
+        objective: {
+            key: _texts(own[key])
+            for key in sorted(own)
+            if len(own[key]) > 1
+            and key not in ("objective.beta", "objective.base.beta", *without)
+            and key.split(".")[0] not in VOLATILE
+        }
+        for objective, own in values.items()
+    }
+    names = []
+    for record, config in zip(records, flat, strict=True):
+        parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else [])
+        for key, texts in apart[record["objective"]].items():
+            if config.get(key) is not None:
+                parts.append(f"{key.removeprefix('objective.')}={texts[repr(config[key])]}")
+        names.append(" ".join(parts))
+    return names
+
+
+def in_order(records: list[Record]) -> list[Record]:
+    """By their labels, numbers in these by size; as they were, folders are ordered by digests."""
+    keys = [re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", label) for label in labels(records)]
+    sizes = [[float(part) if i % 2 else part for i, part in enumerate(key)] for key in keys]
+    return [records[i] for i in sorted(range(len(records)), key=sizes.__getitem__)]
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Values by their repr, as people read them: four digits, no quotes; exactly, where two would read the same."""
+    texts = {
+        exact: f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else exact for exact, v in values.items()
+    }
+    return texts if len(set(texts.values())) == len(texts) else {exact: exact for exact in values}
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            # 2.0, a default, and 2, from a command line, are one value.
+            whole = isinstance(value, float) and value.is_integer()
+            yield f"{prefix}{key}", int(value) if whole else value

@@ -1,0 +1,97 @@
+"""Published figures, and ours beside them."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.errors import UserError
+from prefopt.reporting.config import ReportConfig
+from prefopt.reporting.curves import Point
+
+
+def same(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
+    """Whether a row of a published table is about this model and method."""
+    return plain(ours[0]) == plain(theirs["model"]) and ours[1].split(" ")[0] == our_name(theirs["method"])
+
+
+def beside(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, str]]
+) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Our rows with the published one of the same model and method, then the published rows that none of ours has;
+    what is missing is empty."""
+    used: list[dict[str, str]] = []
+    pairs: list[tuple[dict[str, Any], dict[str, str]]] = []
+    for row in ours:
+        match = next((t for t in theirs if same((row["model"], row["method"]), t)), {})
+        used += [match] * bool(match)
+        pairs.append((row, match))
+    return pairs + [({"model": t["model"], "method": t["method"]}, t) for t in theirs if t not in used]
+
+
+def plain(model: str) -> str:
+    """The name of a model without what is written in several ways."""
+    return re.sub(r"[-_ ]", "", model.lower())
+
+
+def published_points(folder: str) -> list[Point]:
+    """The win rates of the published MMPO runs (arXiv 2510.22881) by epoch, for gpt-4o-mini alone, as its plots have
+    them: without length normalization, SimPO too, and MMPO without the entropy bonus."""
+    return [
+        Point(
+            row["model"],
+            row["method"],
+            float(row["beta"]),
+            float(row["epoch"]),
+            None,
+            (float(row["lc_win_rate"]), None),
+        )
+        for row in read_csv(folder, "mmpo_epochs_gpt4o_mini.csv")
+        if row["length_normalized"] == "no" and row["entropy"] != "yes"
+    ]
+
+
+def read_csv(folder: str, name: str) -> list[dict[str, str]]:
+    """Raises UserError where the file is not there."""
+    file = Path(folder) / name
+    if not file.is_file():
+        raise UserError(f"published={folder} holds no {name}; the repository has it in results/published")
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def read_published(config: ReportConfig) -> dict[str, dict[str, str]]:
+    """The figures of each method in the CSV `published`: the column `method`, and all others but `model`; empty where
+    there is none. Raises UserError for a file of another kind."""
+    if not config.published:
+        return {}
+    file = Path(config.published)
+    if not file.is_file():
+        raise UserError(f"published={config.published}: no such file")
+    found: dict[str, dict[str, str]] = {}
+    with file.open(newline="") as stream:
+        for line in csv.DictReader(stream):
+            method = line.pop("method", None)
+            line.pop("model", None)
+            if method is None or method in found:
+                raise UserError(f"published={config.published} must have a column `method`, and one row for each.")
+            found[method] = line
+    return found
+
+
+def _of_paper(column: str) -> str:
+    return f"paper: {column.replace('_', ' ')}"
+
+
+def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
+    """The published figures of a method of ours."""
+    return next((figures for name, figures in published.items() if our_name(name) == ours.split(" ")[0]), {})
+
+
+def our_name(published: str) -> str:
+    """What the papers' tables call X+mappo is our mappo_X, their i-X (iterative) our online-X, beta-dpo beta_dpo."""
+    base, plus, wrapper = published.partition("+")
+    online = "online-" * base.startswith("i-")
+    name = base.removeprefix("i-").replace("-", "_")
+    return online + (f"{wrapper}_{name}" if plus else name)

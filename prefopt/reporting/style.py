@@ -1,0 +1,67 @@
+"""What all figures share: colours, style, and how they are written."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MARKERS = "osD^vP*X"
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The methods that the papers compare have theirs in every figure of every paper.
+OF_METHOD = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLOURS, strict=True))
+
+
+def wrapped(method: str) -> bool:
+    """Whether it is a base with MaPPO around it, offline or online."""
+    return method.removeprefix("online-").startswith("mappo_")
+
+
+def method_colours(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
+    base, and needs another line style, and an online form that of its objective; what no paper compares has a colour
+    that is free here."""
+    bases = {m: m.split(" ")[0].removeprefix("online-").removeprefix("mappo_") for m in methods}
+    taken = [OF_METHOD[b] for b in bases.values() if b in OF_METHOD]
+    free = [c for c in COLOURS if c not in taken] or list(COLOURS)
+    others = sorted({b for b in bases.values() if b not in OF_METHOD})
+    own = OF_METHOD | {b: free[i % len(free)] for i, b in enumerate(others)}
+    return {m: own[b] for m, b in bases.items()}
+
+
+def shade(colour: str, place: int, of: int) -> tuple[float, ...]:
+    """`colour` mixed with white: the first of so many is the lightest, the last one the colour itself."""
+    from matplotlib.colors import to_rgb
+
+    white = 0.0 if of < 2 else 0.55 * (1 - place / (of - 1))
+    return tuple(c + white * (1 - c) for c in to_rgb(colour))
+
+
+@contextmanager
+def plotting() -> Iterator[Any]:
+    """matplotlib.pyplot, without a display and in our style. Imported here because it takes a second."""
+    import matplotlib as mpl
+
+    for chatty in ("matplotlib", "fontTools"):  # Hydra lets their notes on fonts through
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
+    style["pdf.fonttype"] = 42  # Type 3 fonts are refused by some conferences
+    with plt.rc_context(style):
+        yield plt
+
+
+def save(figure: Any, output: Path, name: str) -> list[Path]:
+    """Write NAME.png, NAME.svg and NAME.pdf, the same bytes for the same figure, and forget it."""
+    import matplotlib.pyplot as plt
+
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / f"{name}.{suffix}" for suffix in ("png", "svg", "pdf")]
+    figure.savefig(files[0], dpi=160)
+    figure.savefig(files[1], metadata={"Date": None})
+    figure.savefig(files[2], metadata={"CreationDate": None})
+    plt.close(figure)
+    return files

@@ -1,0 +1,1 @@
+"""What a run is, where it lies, and what became of it."""

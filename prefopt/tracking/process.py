@@ -1,0 +1,128 @@
+"""Who works on a run, and whether the process that its record names is still there. A record alone cannot say: a killed
+process writes nothing."""
+
+import fcntl
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from prefopt.errors import UserError
+
+STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
+UNDER_WAY = ("queued", "running", "requeued")  # and perhaps "unknown"
+# Slurm's states in which a job has ended.
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+}
+
+
+def here() -> dict[str, Any]:
+    """The facts by which `state` finds this process again. `slurm_job` is JOB_TASK where launcher=slurm started it: a
+    job that a person wrote, or an interactive one, may outlive what runs in it."""
+    job = os.environ.get("PREFOPT_SLURM_JOB")
+    born = _born(os.getpid())
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": born, "slurm_job": job, "since": now()}
+
+
+def who(record: dict[str, Any]) -> str:
+    """The process that a record names, for people."""
+    place = f"Slurm job {record['slurm_job']}" if record.get("slurm_job") else f"process {record['pid']}"
+    return f"{place} on {record['host']} since {record['since']}"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def hold(folder: Path) -> None:
+    """Make this process the only one that works on the run in `folder`, until `let_go` or its end: the system lets go
+    of the lock of a process that ends, however it does. May be called again.
+
+    Raises UserError that says who holds it, and OSError where `folder` cannot be written.
+    """
+    if holds(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"{folder} is held by {lock.read() or 'another process'}. Wait for it, or stop it.") from None
+    lock.truncate(0)
+    lock.write(who(here()))
+    lock.flush()
+    _held[folder.resolve()] = lock
+
+
+def holds(folder: Path) -> bool:
+    return folder.resolve() in _held
+
+
+def let_go(folder: Path) -> None:
+    if lock := _held.pop(folder.resolve(), None):
+        lock.close()
+
+
+def state(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:
+    """The record's status, unless its process is gone. `queue` is what Slurm says of this user's jobs (`slurm_queue`).
+
+    new, queued, running, finished, failed as the record says; interrupted: saved and left; requeued: the same, and
+    Slurm will start it again; died: gone without a word; unknown: on a machine that cannot be asked from here.
+    """
+    said = record["status"]
+    if said not in ("queued", "running", "interrupted"):
+        return said
+    here_and_gone = record.get("host") == socket.gethostname() and record["pid_born"] != _born(record["pid"])
+    if record.get("slurm_job"):
+        if queue is None:
+            return "unknown"
+        slurm = queue.get(record["slurm_job"], "gone")
+        if slurm == "gone" or slurm in ENDED:
+            return said if said == "interrupted" else "died"
+        if said == "interrupted" or (said == "running" and slurm == "PENDING"):
+            return "requeued"
+        return "died" if said == "running" and here_and_gone else said
+    if said == "interrupted":
+        return said
+    if record.get("host") != socket.gethostname():
+        return "unknown" if record.get("host") else "died"
+    return "died" if here_and_gone else said
+
+
+def slurm_queue() -> dict[str, str] | None:
+    """{"JOB_TASK": state such as PENDING} of this user's jobs, with those that ended a short while ago. None where
+    Slurm is not there or does not answer, which says nothing about the jobs."""
+    if not shutil.which("squeue"):
+        return None
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%i %T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return dict(line.split() for line in answer.splitlines() if line.strip())
+
+
+def _born(pid: int) -> str | None:
+    """When a process was started, in the kernel's clock: with its pid, who it is. None for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

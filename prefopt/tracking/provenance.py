@@ -1,0 +1,82 @@
+"""Where a number comes from: command, commit, versions, machine."""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefopt.utils.files import INSTALLED, PACKAGE
+
+PACKAGES = (
+    "prefopt-lab",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "numpy",
+    "peft",
+    "deepspeed",
+    "vaderSentiment",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Of this process: its command line, as a shell reads it, the commit of its code, and its machine."""
+    return {"command": shlex.join(sys.orig_argv), "git": git(), "machine": machine()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, GPU names; and the threads of a product, by whose number its rounding differs: a
+    sampled token, and with it a run that trains on its own samples, may become another."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+@functools.cache
+def git() -> dict[str, Any] | None:
+    """Commit, and whether there were changes, of the code that this process runs: results in the checkout, say, change
+    nothing of it. None outside of a checkout."""
+    frozen = PACKAGE.parent / "git.json"
+    if frozen.is_file():  # a copy that a sweep's submitter took: the checkout around it may be another by now
+        return json.loads(frozen.read_text())
+    try:
+        return {"commit": ask_git("rev-parse", "HEAD").strip(), "dirty": bool(ask_git("status", "--porcelain", "."))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def ask_git(*args: str) -> str:
+    """Raises OSError or CalledProcessError outside of a checkout of this project."""
+    if INSTALLED:  # a checkout that the environment happens to lie in is another project's
+        raise OSError("prefopt is not run from a checkout")
+    command = ["git", "-C", str(PACKAGE), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,164 @@
+"""Checkpoints that are there whole or not at all, and the export in Hugging Face format.
+
+A checkpoint is written into a folder of another name, flushed, and renamed: a folder called step_NNNNNNN is complete.
+SHA256SUMS in it (`sha256sum -c` reads it) tells what was damaged since; for that case the one before it is kept. Older
+ones go only after that. No pickle is ever read.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt.errors import UserError
+from prefopt.utils.console import say
+from prefopt.utils.distributed import pulse
+
+KEPT = 2  # checkpoints, the second for the case that the first is damaged on the disk
+SUMS = "SHA256SUMS"
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+    """Write `folder`/step_NNNNNNN after `step` optimizer steps, then remove all but it and the one before it.
+
+    Raises OSError where it cannot be written, and UserError where a tensor is not finite; what was there is kept.
+    """
+    if bad := [f"{name}/{key}" for name, group in tensors.items() for key in not_finite(group)]:
+        raise UserError(
+            f"NaN or Inf after step {step}, first in {bad[0]}: no checkpoint is made of that; the last one is kept. "
+            "Lower optimizer.lr, or look at the steps before in metrics.jsonl."
+        )
+    target = folder / f"step_{step:07d}"
+    aside = folder / f"{target.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.mkdir(exist_ok=True)  # without its parents: where the run's folder is gone, its file system is
+    aside.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
+            pulse()
+        (aside / "meta.json").write_text(json.dumps({"step": step, **meta}))
+        (aside / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(aside).items()))
+        publish(aside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)  # gives a full disk the room for saying so
+        raise error if isinstance(error, OSError) else OSError(errno.EIO, str(error), str(target)) from error
+    kept = sorted(complete_checkpoints(folder))[-KEPT:]
+    for old in folder.iterdir():
+        if old not in kept:
+            shutil.rmtree(old)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step_*") if not path.suffix]
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint that is as it was written, or None where there is none yet. One that is not is
+    named, and lies beside it as step_NNNNNNN.damaged until the next one is complete.
+
+    Raises UserError where all of them are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in sorted(complete_checkpoints(folder), reverse=True):
+        if why := damage(path):
+            damaged.append((path, why))
+            continue
+        for bad, why in damaged:
+            say(f"  {bad} is damaged: {why}. Going on from the one before it.")
+            aside = bad.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+        return path
+    if damaged:
+        raise UserError(
+            "\n".join(f"{path} is damaged: {why}." for path, why in damaged)
+            + f"\nThere is no other checkpoint. Bring the files back, or remove {folder} to begin again."
+        )
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Which of its files are not what SHA256SUMS says; None where all are."""
+    file = checkpoint / SUMS
+    said = {}
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        digest, _, name = line.partition("  ")
+        said[name] = digest
+    found = checksums(checkpoint)
+    wrong = [
+        f"{name} has the checksum {found.get(name, 'of no file')}, and {SUMS} says {said.get(name, 'nothing of it')}"
+        for name in sorted(said.keys() | found.keys())
+        if said.get(name) != found.get(name)
+    ]
+    return "; ".join(wrong) or (None if said else f"it has no {SUMS}")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file but SHA256SUMS."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMS:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            pulse()
+    return found
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors in which there is a NaN or an Inf."""
+    return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk below the run in `folder` has less room than `needed` bytes for all that it will
+    hold at a time, of which some may be there."""
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise UserError(
+            f"{folder} needs about {gib(needed - there)} more for checkpoints and policies, and {gib(free)} are free "
+            "there. Make room, set runs_dir to another disk, or ask for fewer exports."
+        )
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `save_checkpoint` was given: (tensors, meta with "step")."""
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return tensors, json.loads((path / "meta.json").read_text())
+
+
+def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Write what `AutoModelForCausalLM.from_pretrained(target)` and `AutoTokenizer` load."""
+    aside = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if bad := not_finite(dict(policy.named_parameters())):
+        raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
+    policy.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    publish(aside, target)
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Flush the files of folder `aside` to the disk and give it its final name."""
+    for path in [*aside.iterdir(), aside]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    aside.rename(target)
+    handle = os.open(target.parent, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,98 @@
+"""Failures in training, as messages that say what was kept and what to change."""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefopt.errors import UserError
+from prefopt.training.checkpoint import not_finite
+from prefopt.training.loggers import read_metrics
+from prefopt.training.state import Job, MicroBatch
+from prefopt.utils.console import say
+from prefopt.utils.distributed import is_first
+from prefopt.utils.files import write_json
+
+if TYPE_CHECKING:
+    from prefopt.tracking.run import Run
+
+
+def refuse(job: Job, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]) -> None:
+    """Write what there is to know about a step that was refused to nonfinite/ in the run's folder; say so, or raise
+    UserError where the run is to stop, or every step would be refused since the weights are not finite."""
+    config, run = job.config, job.run
+    file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
+    weights = not_finite({name: p.detach() for name, p in job.engine.parameters.items()})
+    if is_first():
+        before = [row for row in read_metrics(run) if row["step"] <= step]
+        shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+        told = {"step": step + 1, "not_finite": bad, "weights_not_finite": weights, "pairs": ids, "metrics": shown}
+        write_json(file, told | {"metrics_before": before[-1:]})
+    message = (
+        f"step {step + 1}: {' and '.join(bad)} not finite; the step was refused and the weights are unchanged. Its "
+        f"{len(ids)} pairs and the metrics are in {file}."
+    )
+    if config.nonfinite == "skip" and not weights:
+        say(f"  {message}")
+        return
+    hint = "with nonfinite=skip it passes over such a step"
+    if weights:
+        hint = f"the weights are not finite either (first in {weights[0]}), so no later step could be taken"
+    raise UserError(
+        f"{message} Its pairs: {', '.join(ids)}. Look at these pairs, or lower optimizer.lr={config.optimizer.lr}. The "
+        f"same command goes on from the last checkpoint; {hint}."
+    )
+
+
+@contextlib.contextmanager
+def short_of_memory(job: Job, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """Where the memory does not suffice: UserError with the largest micro-batch, and with what makes it smaller."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter, and so is a CPU's
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        config = job.config
+        largest = max(micro_batches, key=lambda m: m.batch.input_ids.numel())
+        rows, tokens = largest.batch.input_ids.shape
+        ways = []
+        if len(largest.pairs) > 1:
+            ways.append(f"micro_batch_tokens={rows * tokens // 2}")
+        if not config.gradient_checkpointing:
+            ways.append("gradient_checkpointing=true")
+        raise UserError(
+            f"{where}: out of memory on {config.device}. The largest of its {len(micro_batches)} micro-batches has "
+            f"{len(largest.pairs)} pairs in {rows} rows of {tokens} tokens (micro_batch_tokens="
+            f"{config.micro_batch_tokens}). "
+            + (
+                f"Give {' or '.join(ways)}: a step stays one of {config.batch_size} pairs, and the run the same, which "
+                "goes on from its last checkpoint. "
+                if ways
+                else "It is one pair already: use peft=lora_attention, engine=zero2 on more GPUs, or a smaller model. "
+            )
+            + f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+@contextlib.contextmanager
+def in_plain_words(run: "Run") -> "Iterator[None]":
+    """A full disk, a folder that cannot be written, a file system that is gone: UserError that says what is kept."""
+    from prefopt.training.checkpoint import complete_checkpoints, gib
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's: transformers raises its own, with its own advice
+            raise
+        kept, room = "the first step", ""
+        with contextlib.suppress(OSError):
+            room = f" ({gib(shutil.disk_usage(run.folder).free)} are free there)"
+            if found := complete_checkpoints(run.checkpoints):
+                kept = f"its last checkpoint, {max(found).name}, which is kept"
+        raise UserError(
+            f"{run.folder}: {error}. Make room there{room}, or bring the disk or the rights back; the same command "
+            f"then goes on from {kept}."
+        ) from error

@@ -1,0 +1,145 @@
+"""The engine for several processes: DeepSpeed's ZeRO stage 2 partitions gradients and optimizer state over them.
+
+    torchrun --nproc-per-node=8 -m prefopt.train engine=zero2 objective=dpo
+
+Every process holds all weights, in float32, and computes its share of each step's pairs. What DeepSpeed would decide by
+itself is decided here: the denominator is the caller's, gradients add up in float32 until `step`, nothing is scaled,
+and no communication overlaps with the computation (older versions computed wrong gradients so). State is handed out and
+taken back whole, so that a checkpoint knows nothing of the number of processes.
+"""
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefopt.config.schema import OptimizerConfig
+from prefopt.training.engine import Engine
+from prefopt.training.optim import adamw
+from prefopt.utils.distributed import world_size
+
+
+class _Pass(nn.Module):
+    """What DeepSpeed takes for the model. It hangs its hooks on the output of a forward pass, and the loop calls
+    the policy itself."""
+
+    def __init__(self, policy: PreTrainedModel):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class Zero2(Engine):
+    """An `Engine` whose every method is collective: all processes call it, as often as each other."""
+
+    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool):
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; one process alone has none
+        import deepspeed
+
+        # Every process would print it at the first step; DeepSpeed calls the old name.
+        warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
+        self.policy = policy
+        self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self._reached: set[str] = set()
+        for name, p in self.parameters.items():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=_Pass(policy),
+            optimizer=adamw(policy, config),
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # it has no bearing on anything here
+                "gradient_clipping": config.max_grad_norm,
+                "managed_gradient_accumulation": False,
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {
+                    "stage": 2,
+                    "overlap_comm": False,
+                    "offload_optimizer": {"device": "cpu" if offload else "none"},
+                },
+            },
+        )
+        self.zero: Any = self.deepspeed.optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed takes the mean over processes, and the loss is a share of one sum.
+        self.deepspeed.backward(self.deepspeed(loss * world_size()), scale_wrt_gas=False)
+
+    def without_gradient(self) -> list[str]:
+        return sorted(self.parameters.keys() - self._reached)
+
+    def clip_gradients(self) -> Tensor:
+        self.zero.finalize_gradient_accumulation_boundary()
+        norm = torch.as_tensor(self.zero.scaled_global_norm())
+        return torch.where(norm < 0, torch.nan, norm)  # its sign for a norm that is not finite
+
+    def step(self, lr: float) -> None:
+        """Clips by itself."""
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        self.zero.step()
+        self.zero.zero_grad()
+        self._reached.clear()
+
+    def discard(self) -> None:
+        """What DeepSpeed does by itself where gradients are not finite."""
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        self.zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        self.zero.zero_grad()
+        self.zero._release_preflattened_grad_buffers()
+        if self.zero.cpu_offload:
+            self.zero.reset_cpu_buffers()
+            self.zero._offload_accumulated_param_ids = set()
+        else:
+            self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
+            self.zero.all_grad_tensors = dict.fromkeys(self.zero.all_grad_tensors)
+        self._reached.clear()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights = {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+        moments = {}
+        if self.zero.optimizer.state:  # there has been a step
+            self._link()
+            step = next(iter(self.zero.optimizer.state.values()))["step"]
+            for name, p in self.parameters.items():
+                moments[f"{name}/step"] = step.clone()
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[f"{name}/{key}"] = safe_get_full_optimizer_state(p, key)
+        return {"weights": weights, "moments": moments}
+
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        weights, moments = state["weights"], state["moments"]
+        self.check_names(weights)
+        for name, p in self.parameters.items():
+            with torch.no_grad():
+                p.copy_(weights[name])
+            safe_set_full_fp32_param(p, weights[name].to(self.device))
+        if not moments:
+            return
+        step = moments[f"{next(iter(self.parameters))}/step"]
+        for partition in self.zero.single_partition_of_fp32_groups:
+            state_ = self.zero.optimizer.state[partition]
+            state_["step"] = step.clone().to(partition.device)
+            state_["exp_avg"], state_["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
+        self._link()
+        for name, p in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(p, moments[f"{name}/{key}"].to(self.device), key)
+
+    def _link(self) -> None:
+        """Let DeepSpeed find each parameter's moments. It does so itself within the first step, between the first
+        parameter group and the second, which has none then."""
+        self.zero._hp_optimizer_states_linked = False
+        self.zero._lazy_init_hp_params_optimizer_state()

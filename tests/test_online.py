@@ -297,4 +297,4 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
     monkeypatch.setattr(signals, "_asked", True)
     partial.unlink()
     with pytest.raises(Interrupted, match="0 of 12 prompts"):
-        draw()
+        drawing()

@@ -1,7 +1,7 @@
 """Print every objective of conf/objective/: equation, needs, scope, hyperparameters with their defaults, paper.
 
 python -m prefopt.objectives
-python -m prefopt.objectives --markdown        # the README's list
+python -m prefopt.objectives --markdown        # docs/objectives.md's list
 """
 
 import argparse

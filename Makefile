@@ -62,7 +62,7 @@ bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m benchmarks.steps
 
 bench-fidelity: setup ## AlpacaEval's win rates again (needs shared files)
-	$(BIN)/python -m pytest tests/test_alpaca.py -m slow -k published -s
+	$(BIN)/python -m pytest tests/evaluation/test_alpaca.py -m slow -k published -s
 
 lint: setup ## ruff, mypy and the import contract
 	$(BIN)/ruff check .

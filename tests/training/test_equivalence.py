@@ -1,0 +1,134 @@
+"""Layouts x logits x references x micro-batches: one optimizer step's losses, log-probs and gradients are the same.
+
+In float32 on a tiny model; tests/integration/test_slow.py has the bound for bfloat16 on SmolLM2-135M.
+"""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefopt.config.schema import OptimizerConfig
+from prefopt.data.collate import LAYOUTS
+from prefopt.models.logprobs import Scorer
+from prefopt.models.packed_attention import use_segments
+from prefopt.models.reference import AdapterOff, Resident, cached
+from prefopt.objectives.beta_dpo import BetaDPO
+from prefopt.objectives.dpo import DPO
+from prefopt.objectives.mmpo import MMPO
+from prefopt.objectives.sft import SFT
+from prefopt.training.step import accumulate_gradients, train_step
+from tests.training.test_loop import job
+
+
+def with_adapter(j):
+    """LoRA on `j`'s policy, whose trainable weights it replaces; not zero, so that policy and reference differ."""
+    torch.manual_seed(1)
+    j.engine.policy.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    j.engine.parameters = {n: p for n, p in j.engine.policy.named_parameters() if p.requires_grad}
+    return j
+
+
+def one_step(objective, tmp_path, layout: str, logits: str, mode: str, tokens: int) -> dict[str, torch.Tensor]:
+    """Everything that a step computes, by name; log-probs in the order of the pairs' ids."""
+    j = job(objective, tmp_path, logits=logits, micro_batch_tokens=tokens)
+    j.layout, policy = LAYOUTS[layout], j.engine.policy
+    if layout == "packed":
+        use_segments(policy)
+    score = Scorer("float32", logits == "tiled")
+    if mode == "resident":
+        j.reference = Resident.copy_of(policy, score)
+    elif mode == "cached" and objective.sides == ("chosen", "rejected"):
+        j.reference = cached(policy, layout, j.train_pairs, j.layout, 200, score, lambda: policy, show=False)
+    with_adapter(j)
+    if mode == "adapter_off":
+        j.reference = AdapterOff(policy, score)
+    micro_batches = j.micro_batches(j.train_pairs[:7])
+    assert (len(micro_batches) == 1) == (tokens > 1000)
+    scored = accumulate_gradients(j, 0, micro_batches)
+    order = [p.id for m in micro_batches for p in m.pairs]
+    places = torch.tensor(sorted(range(7), key=lambda i: order[i]))
+    result = {n: p.grad for n, p in j.engine.parameters.items()}
+    for name in scored[0][0].tensors():
+        result[name] = torch.cat([getattr(inputs, name) for inputs, _ in scored])[places]
+    result["losses"] = torch.cat([output.losses.detach() for _, output in scored])[places]
+    return result
+
+
+OBJECTIVES = {
+    "dpo": DPO(0.5),
+    "beta_dpo": BetaDPO(0.5, nll_weight=0.1),
+    "mmpo-entropy": MMPO(0.1, normalization="none", auxiliary_weight=0.5, entropy_bonus=True),
+    "sft": SFT(),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_way_to_compute_a_step_gives_the_same_numbers(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    ways = itertools.product(LAYOUTS, ("tiled", "dense"), ("resident", "cached", "adapter_off"), (300, 10_000))
+    expected = one_step(OBJECTIVES[name], tmp_path, "padded", "dense", "resident", 10_000)
+    assert expected["losses"].std() > 0
+    for way in ways:
+        found = one_step(OBJECTIVES[name], tmp_path, *way)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            scale = max(1.0, value.abs().max().item())
+            assert torch.allclose(found[key], value, atol=1e-5 * scale, rtol=1e-4), (way, key)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a tensor's value read, or a shape that depends on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        if name.partition(".")[0] in self.WAITING:
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("layout", ["packed", "prefix_shared"])
+def test_nothing_waits_for_the_device_inside_a_step(name, layout, tmp_path):
+    """On a GPU each of these would stop the queue of kernels. The metrics leave as one tensor, after the gradients. (In
+    padded rows transformers looks at the mask's values.)"""
+    j = job(OBJECTIVES[name], tmp_path)
+    j.layout = LAYOUTS[layout]
+    for model in (j.engine.policy, j.reference.frozen):
+        use_segments(model)
+    micro_batches = j.step(0)
+    assert len(micro_batches) > 1
+    with Waits() as waits:
+        accumulate_gradients(j, 0, micro_batches)
+        j.engine.clip_gradients()
+    assert waits.calls == []
+    with Waits() as all_waits:
+        assert torch.ones(1).item() == 1  # they are seen
+    assert all_waits.calls
+
+
+def test_a_whole_step_is_the_same_in_every_layout(tmp_path):
+    """Weights after three optimizer steps."""
+    results = []
+    for layout in LAYOUTS:
+        # Adam divides by the gradient's size; without a large eps, one that is nearly zero would move by its rounding.
+        j = job(DPO(0.5), tmp_path, optimizer=OptimizerConfig(1e-2, [0.9, 0.999], 1e-2, 0.0, 1.0))
+        before = j.engine.policy.get_input_embeddings().weight.detach().clone()
+        j.layout = LAYOUTS[layout]
+        for model in (j.engine.policy, j.reference.frozen):
+            use_segments(model)
+        for step in range(3):
+            train_step(j, step, j.step(step))
+        assert (j.engine.policy.get_input_embeddings().weight - before).abs().max() > 1e-3
+        results.append({n: p.detach() for n, p in j.engine.policy.named_parameters()})
+    for other in results[1:]:
+        for n, p in results[0].items():
+            assert torch.allclose(p, other[n], atol=1e-5), n

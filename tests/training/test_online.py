@@ -1,0 +1,300 @@
+"""Training in stages: what each is made of, its reference, and that a stopped one goes on where it was."""
+
+import importlib
+import json
+import shlex
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoTokenizer
+
+import prefopt.generation.sampler
+from prefopt.config.parse import parse, register
+from prefopt.config.schema import ModelConfig
+from prefopt.data.sources import read_rows
+from prefopt.errors import Interrupted, UserError
+from prefopt.models.load import load_reward_model
+from prefopt.tracking.run import Run
+from prefopt.training.config import OnlineConfig, check_online
+from prefopt.training.online import go_on, parts
+from prefopt.utils import signals
+from tests.helpers.tiny import ROOT, run_program, save_tiny
+
+PROMPTS = [f"Review the {thing} number {i}." for i in range(3) for thing in ("kettle", "train", "soup", "river")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A model, a reward model, prompts, and held-out rows of scored responses."""
+    folder = tmp_path_factory.mktemp("online")
+    save_tiny(folder / "model")
+    reward = load_reward_model(ModelConfig("tiny", str(folder / "model")), "cpu")
+    torch.manual_seed(1)
+    torch.nn.init.normal_(reward.score.weight)
+    reward.save_pretrained(folder / "reward")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "reward")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in [*PROMPTS, PROMPTS[0]]))
+    heldout = {"prompt": "Review the bread.", "responses": ["great", "bad"], "rewards": [0.9, 0.1]}
+    (folder / "heldout.jsonl").write_text(json.dumps(heldout) + "\n")
+    return folder
+
+
+def command(tiny: Path, runs: Path, *changes: str) -> list[str]:
+    """`changes` take the place of what they change."""
+    overrides = [
+        "model=hub", f"model.path={tiny / 'model'}", f"prompts={tiny / 'prompts.jsonl'}", f"runs_dir={runs}",
+        f"dataset.heldout={tiny / 'heldout.jsonl'}", "scorer=reward_model", f"scorer.path={tiny / 'reward'}",
+        "stages=3", "steps=2", "batch_size=2", "eval_every=2", "save_every=1", "micro_batch_tokens=200",
+        "samples_per_prompt=3", "stage_sampling.max_new_tokens=6", "stage_sampling.batch_size=6", "objective=mappo",
+        "optimizer.lr=1e-2", "logger=quiet", "precision=float32", "device=cpu",
+    ]  # fmt: skip
+    changed = {change.split("=")[0] for change in changes}
+    if "scorer=vader" in changes:
+        changed.add("scorer.path")
+    return [o for o in overrides if o.split("=")[0] not in changed] + list(changes)
+
+
+def config(tiny: Path, runs: Path, *changes: str) -> OnlineConfig:
+    register(OnlineConfig)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        found = parse(compose("online", command(tiny, runs, *changes)), OnlineConfig)
+    check_online(found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(signals, "listen", lambda: None)  # the test's own process keeps its handlers
+
+
+def record(runs: Path) -> tuple[Path, dict]:
+    (file,) = runs.glob("online-*/record.json")
+    return file.parent, json.loads(file.read_text())
+
+
+def test_parts_hold_every_prompt_once_and_do_not_depend_on_its_place():
+    prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
+    found = parts([*prompts, prompts[0]], 5)
+    assert sorted(map(len, found)) == [2, 2, 2, 3, 3]
+    assert sorted(p[0]["content"] for part in found for p in part) == sorted(PROMPTS)
+    assert parts(prompts[::-1], 5) == found
+    with pytest.raises(UserError, match="2 different prompts do not suffice for stages=3"):
+        parts([prompts[0], prompts[1], prompts[0]], 3)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory) -> Path:
+    """The runs folder of an undisturbed run, by the program."""
+    runs = tmp_path_factory.mktemp("whole")
+    process = run_program(*command(tiny, runs), program="online", env={"PREFOPT_CACHE": str(tiny / "cache")})
+    assert process.returncode == 0, process.stderr
+    return runs
+
+
+def test_each_stage_begins_where_the_one_before_has_left(whole):
+    folder, told = record(whole)
+    assert told["status"] == "finished"
+    assert [stage["prompts"] for stage in told["stages"]] == [4, 4, 4]
+    assert [row["step"] for row in told["evaluations"]] == [0, 2, 4, 6]
+    assert told["evaluations"][0]["chosen_logratio"] == 0
+    weights = told["initial_weights"]
+    seen = set()
+    for n, stage in enumerate(told["stages"], start=1):
+        assert stage["initial_weights"] == weights
+        weights = stage["final_weights"]
+        rows = [row for _, row in read_rows(str(folder / f"stage_{n}" / "scored.jsonl.gz"))]
+        seen |= {row["prompt"][0]["content"] for row in rows}
+        for row in rows:
+            assert len(row["responses"]) == len(row["rewards"]) == 3
+            # MaPPO wants [0, 1], and gets sigma(r).
+            assert row["rewards"] == pytest.approx([torch.tensor(r).sigmoid().item() for r in row["raw_rewards"]])
+        run = json.loads((Path(stage["run"]) / "record.json").read_text())
+        # By default the first policy is the reference of all stages: later ones begin away from it.
+        moved = abs(run["evaluations"][0]["chosen_logratio"]) > 1e-4
+        assert moved == (n > 1)
+        assert (run["config"]["reference_model"] is not None) == (n > 1)
+    assert seen == set(PROMPTS)
+
+
+def test_the_reference_may_be_the_policy_before(tiny, tmp_path):
+    go_on(config(tiny, tmp_path, "stage_reference=previous", "stages=2"))
+    _, told = record(tmp_path)
+    for stage in told["stages"]:
+        run = json.loads((Path(stage["run"]) / "record.json").read_text())
+        assert run["evaluations"][0]["chosen_logratio"] == 0
+
+
+# Where a sitting is stopped: at the call after so many of a function.
+POINTS = [
+    ("prefopt.generation.sampler", "sample", 1),  # in the middle of the first stage's sampling
+    ("prefopt.training.online", "write_rows", 0),  # all drawn, nothing written
+    ("prefopt.rewards.rows", "score_rows", 0),
+    ("prefopt.training.loop", "train_step", 1),  # in the first stage's training
+    ("prefopt.training.checkpoint", "export", 0),
+    ("prefopt.generation.sampler", "sample", 1),  # in the middle of the second stage's sampling
+    ("prefopt.training.loop", "train_step", 1),
+    ("prefopt.training.setup", "train", 2),  # the third stage's
+]
+
+
+def test_wherever_it_is_stopped_it_ends_with_the_same_weights(tiny, whole, tmp_path, monkeypatch):
+    """One run, stopped at eight points one after the other; what is made is not made again."""
+    expected_folder, expected = record(whole)
+    drawn: list[str] = []
+    sample = prefopt.generation.sampler.sample
+
+    def counted(model, tokenizer, prompts, *others, **more):
+        drawn.extend(p[0]["content"] for p in prompts)
+        return sample(model, tokenizer, prompts, *others, **more)
+
+    monkeypatch.setattr(prefopt.generation.sampler, "sample", counted)
+    calls = {}
+    for module, name, after in POINTS:
+        place = importlib.import_module(module)
+        function = getattr(place, name)
+
+        def stopping(*args, function=function, key=(module, name), after=after, **kwargs):
+            calls[key] = calls.get(key, 0) + 1
+            if calls[key] == after + 1:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stopping)
+            with pytest.raises(KeyboardInterrupt):
+                go_on(config(tiny, tmp_path))
+        _, told = record(tmp_path)
+        assert told["status"] == "interrupted"
+    go_on(config(tiny, tmp_path))
+    folder, told = record(tmp_path)
+    assert told["status"] == "finished"
+    assert [s["final_weights"] for s in told["stages"]] == [s["final_weights"] for s in expected["stages"]]
+    assert told["evaluations"] == expected["evaluations"]
+    for n in (1, 2, 3):
+        name = Path(f"stage_{n}") / "scored.jsonl.gz"
+        assert (folder / name).read_bytes() == (expected_folder / name).read_bytes()
+    assert not list(folder.rglob("*.partial"))
+    assert sorted(drawn) == sorted(PROMPTS)
+
+
+def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, whole, tmp_path, capsys):
+    runs = shutil.copytree(whole, tmp_path / "runs")
+    go_on(config(tiny, runs))
+    assert "finished, skipped" in capsys.readouterr().err
+    base = config(tiny, runs)
+    digests = {"prompts": "a"}
+    names = {Run(asdict(c), "online-mappo_dpo", digests).name for c in (base, replace(base, stages=2))}
+    assert len(names | {Run(asdict(base), "online-mappo_dpo", {"prompts": "b"}).name}) == 3
+
+
+def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):
+    place = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    sweep = ["-m", *command(tiny, tmp_path / "runs", "objective=mappo,dpo"), "launcher.at_once=2", place]
+    process = run_program(*sweep, program="online", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode == 0, process.stderr
+    found = {f.parent.name.split("-model-")[0]: json.loads(f.read_text()) for f in tmp_path.glob("runs/*/record.json")}
+    assert set(found) == {"online-mappo_dpo", "online-dpo"}
+    folder, alone = record(whole)
+    mappo = found["online-mappo_dpo"]
+    assert mappo["name"] == folder.name
+    assert mappo["final_weights"] == alone["final_weights"] != found["online-dpo"]["final_weights"]
+    # What is written down is what does it again, alone, and not that a launcher started it; in each stage too.
+    stages = [json.loads((Path(stage["run"]) / "record.json").read_text()) for stage in mappo["stages"]]
+    words = shlex.split(mappo["command"])
+    assert words[:3] == ["python", "-m", "prefopt.online"]
+    given = [o.replace("1e-2", "0.01") for o in command(tiny, tmp_path / "runs", "objective=mappo")]
+    assert sorted(words[3:]) == sorted(given)
+    assert [(r["command"], r["code"]) for r in stages] == [(mappo["command"], mappo["code"])] * 3
+    again = run_program(*sweep[:-1], f"{place}_again", program="online")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished, skipped") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["launcher=slurm", "launcher.gpus=2"], "prefopt.online runs in one process: set launcher.gpus=1"),
+        (["launcher=slurm", "launcher.gpus=0", "precision=auto"], "precision=auto asks the machine that trains"),
+        (["objective=dpo,sft"], "objective=sft: objective sft does not train a policy on pairs"),
+        (["stages=3,100"], "stages=100: 12 different prompts do not suffice"),
+    ],
+)
+def test_one_job_that_is_refused_refuses_the_sweep(changes, message, tiny, tmp_path):
+    sweep = ["-m", *command(tiny, tmp_path / "runs", *changes), f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    process = run_program(*sweep, program="online", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert process.returncode == 2
+    assert "nothing was started, because of these jobs" in process.stderr
+    assert message in process.stderr
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp_path):
+    """The tiny model's words mean nothing to VADER: all rewards of most prompts are those of a neutral text."""
+    with pytest.raises(UserError, match=r"nothing is left of the train split .*no_preference: 4"):
+        go_on(config(tiny, tmp_path, "scorer=vader", "stage_sampling.max_new_tokens=1"))
+    _, told = record(tmp_path)
+    assert told["status"] == "failed"
+    assert "no_preference: 4" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["stages=0"], "stages must be at least 1"),
+        (["samples_per_prompt=1"], "samples_per_prompt must be at least 2"),
+        (["stage_reference=last"], "stage_reference must be initial or previous"),
+        (["stage_sampling.temperature=-1"], "stage_sampling.temperature must not be negative"),
+        (["dataset.train=x.jsonl"], "a stage makes its own rows"),
+        (["backend=llama.cpp"], "backend must be transformers or vllm"),
+        (["backend=vllm"], "needs the package vllm"),
+        (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
+        (["objective=sft"], "does not train a policy on pairs"),
+        (["stages=100"], "12 different prompts do not suffice for stages=100"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(changes, message, tiny, tmp_path):
+    with pytest.raises(UserError, match=message):
+        go_on(config(tiny, tmp_path / "runs", *changes))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, monkeypatch):
+    """With a line torn by a kill, and refused where the settings are others."""
+    from prefopt.config.schema import SamplingConfig
+    from prefopt.generation import responses
+
+    prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
+    model = ModelConfig("tiny", str(tiny / "model"), None)
+    partial = tmp_path / "out.partial"
+
+    def drawing(temperature: float = 1.0):
+        sampling = SamplingConfig(temperature, 1.0, 6, 6)
+        return responses.draw(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32", partial)
+
+    expected = drawing()
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + len(prompts)
+    partial.write_bytes(b"".join(lines[:5]) + lines[5][:10])
+    drawn: list[int] = []
+    sample = prefopt.generation.sampler.sample
+    monkeypatch.setattr(
+        prefopt.generation.sampler,
+        "sample",
+        lambda m, t, p, *a, **k: (drawn.append(len(p)), sample(m, t, p, *a, **k))[1],
+    )
+    assert drawing() == expected
+    assert sum(drawn) == len(prompts) - 3  # two prompts of the torn chunk are drawn again with their chunk
+    assert partial.read_bytes() == b"".join(lines)
+    with pytest.raises(UserError, match="was begun with other settings"):
+        drawing(0.5)
+    monkeypatch.setattr(signals, "_asked", True)
+    partial.unlink()
+    with pytest.raises(Interrupted, match="0 of 12 prompts"):
+        drawing()

@@ -1,0 +1,127 @@
+"""Tables fit the terminal, and nothing that tells two rows apart is cut."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from prefopt.utils.console import console, rows_table, without_common
+from tests.helpers.tiny import run_program
+
+HEADINGS = ("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age")
+
+
+def shown(monkeypatch, rows, width: int = 80, headings=HEADINGS, title: str = "") -> str:
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = io.StringIO()
+    Console(width=width, file=out).print(rows_table(headings, rows, title))
+    return out.getvalue()
+
+
+def column(text: str, number: int = 0) -> str:
+    """What stands in a column, its lines put together."""
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return "".join(line.split("│")[number + 1].strip() for line in lines)
+
+
+def heads(text: str) -> list[str]:
+    """The headings, their lines put together."""
+    lines = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in text.splitlines() if line.startswith("┃")]
+    return ["".join(cells) for cells in zip(*lines, strict=True)]
+
+
+def run(objective: str, id_: str, **changes: str) -> list[str]:
+    row = dict(zip(HEADINGS, ("", "finished", "8/8", "0.750", "0.612", "0.021", "a-machine", "2 h"), strict=True))
+    return list((row | {"run": f"{objective}-smollm2-135m-sentiment-{id_}"} | changes).values())
+
+
+def test_what_is_the_same_in_all_rows_stands_above(monkeypatch):
+    rows = [run("dpo", "ab12cd34"), run("mmpo", "ffffffff", accuracy="0.812"), run("mappo_dpo", "01234567", KL="0.5")]
+    text = shown(monkeypatch, rows, title="3 runs")
+    head, _, body = text.partition("┏")
+    assert head.splitlines() == [
+        "3 runs",
+        "status: finished",
+        "step: 8/8",
+        "oracle reward: 0.612",
+        "host: a-machine",
+        "age: 2 h",
+    ]
+    assert max(map(len, text.splitlines())) <= 80
+    for name in ("dpo-smollm2-135m-sentiment-ab12cd34", "mappo_dpo-smollm2-135m-sentiment-01234567"):
+        assert name in body
+
+
+def test_names_that_do_not_fit_say_their_common_part_once(monkeypatch):
+    rows = [
+        run("dpo", "ab12cd34", status="died", step="3/8", age="3 h", host="other-machine"),
+        run("mmpo", "ffffffff", **{"oracle reward": "0.1", "accuracy": "0.8", "KL": "0.5"}),
+    ]
+    text = shown(monkeypatch, rows)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "run: … is smollm2-135m-sentiment\n" in text
+    assert "dpo-…-ab12cd34" in column(text)
+    assert "mmpo-…-ffffffff" in column(text)
+    for number, heading in enumerate(HEADINGS):
+        assert heading.replace(" ", "") in heads(text)[number].replace(" ", "")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 240])
+def test_nothing_is_cut(width, monkeypatch):
+    labels = [f"objective=dpo objective.beta={i} optimizer.lr=1e-{i} dataset.format.pairing=best_worst" for i in (1, 2)]
+    rows = [[label, f"x{i}" * 30, "from the start"] for i, label in enumerate(labels)]
+    text = shown(monkeypatch, rows, width, ("job", "run folder", "what happens"))
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "what happens: from the start\n" in text
+    for label in labels:
+        assert label.replace(" ", "") in column(text).replace(" ", "")
+    for row in rows:
+        assert row[1] in column(text, 1)
+
+
+def test_one_row_and_none(monkeypatch):
+    text = shown(monkeypatch, [run("dpo", "ab12cd34")])
+    assert text.startswith("run: dpo-smollm2-135m-sentiment-ab12cd34\n")
+    assert "status" in text
+    assert "│ dpo-smollm2-135m-sentiment-ab12cd34 " in shown(monkeypatch, [run("dpo", "ab12cd34")], 240)
+    assert "run" in shown(monkeypatch, [])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["dpo-m-1-d-aa", "mmpo-m-1-d-bb"], (["dpo-…-aa", "mmpo-…-bb"], "m-1-d")),
+        (["dpo-m-d-aa", "mmpo-n-d-bb"], (["dpo-m-…-aa", "mmpo-n-…-bb"], "d")),
+        (["dpo-m-d-aa"], (["dpo-m-d-aa"], "")),
+        (["a-x", "b-y"], (["a-x", "b-y"], "")),
+        (["a b-c-d", "e b-c-f"], (["a b-c-d", "e b-c-f"], "")),
+        (["", ""], (["", ""], "")),
+    ],
+)
+def test_common_parts_of_names(names, expected):
+    assert without_common(names) == expected
+
+
+def test_a_narrow_terminal_is_asked_for_its_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "77")
+    assert console().width == 77
+
+
+def test_the_dry_run_and_the_list_of_runs_fit(overrides, grid, tmp_path):
+    runs, _ = grid
+    dry = run_program(
+        *("-m", *overrides(tmp_path / "r"), "objective=dpo,ipo", "objective.beta=0.1,0.2", "--dry-run"),
+        env={"COLUMNS": "80"},
+    )
+    assert dry.returncode == 0, dry.stderr
+    listed = run_program(f"runs_dir={runs}", program="runs", env={"COLUMNS": "80"})
+    assert listed.returncode == 0, listed.stderr
+    table = [line for line in dry.stdout.splitlines() + listed.stdout.splitlines() if line.startswith(("│", "┃"))]
+    assert table
+    assert max(map(len, table)) <= 80
+    for folder in runs.glob("*/record.json"):
+        assert folder.parent.name.rpartition("-")[2] in listed.stdout
+    for words in ("objective=dpo", "objective=ipo", "objective.beta=0.1", "objective.beta=0.2"):
+        assert words in column(dry.stdout)
+    assert "what happens: from the start" in dry.stdout

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from prefopt.config.schema import DatasetConfig, ModelConfig
-from prefopt.data.cache import Limits, prepare
+from prefopt.data.cache import Limits, prepare_dataset
 from prefopt.data.sources import read_rows
 from prefopt.models.load import load_tokenizer
 from prefopt.tracking.provenance import machine
@@ -54,7 +54,7 @@ def main() -> None:
         seconds = []
         for _ in range(2):
             began = time.monotonic()
-            pairs = prepare(dataset, tokenizer, Limits(1800, 512), lambda split, rewards: None)["train"].pairs
+            pairs = prepare_dataset(dataset, tokenizer, Limits(1800, 512), lambda split, rewards: None)["train"].pairs
             pairs[0]
             seconds.append(time.monotonic() - began)
         sample = pairs[:1000]

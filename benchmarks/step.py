@@ -205,7 +205,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
         return call
 
     import prefopt.training.loop
-    from prefopt.training.setup import plan, train
+    from prefopt.training.setup import prepare_run, run
 
     step = watched(prefopt.training.loop.train_step)
     with (
@@ -215,7 +215,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
         mock.patch("prefopt.training.checkpoint.export"),
         stopwatch() as events,
     ):
-        train(plan(resolved(spec)))
+        run(prepare_run(resolved(spec)))
     seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {
         "seconds": seconds[spec.warmup :],
@@ -242,7 +242,7 @@ def profiled(trace: str) -> Iterator[None]:
 # What is timed of a run: a stage, and the functions in which it happens. None of them calls another.
 STAGES = {
     "tokenizer": ["prefopt.models.load:load_tokenizer"],
-    "data": ["prefopt.data.cache:prepare"],
+    "data": ["prefopt.data.cache:prepare_dataset"],
     "model": ["prefopt.models.load:load_model"],
     "digest": ["prefopt.models.load:weights_digest"],
     "probe": ["prefopt.models.layout_check:choose_layout"],

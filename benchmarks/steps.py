@@ -31,7 +31,7 @@ from prefopt.models.load import checkpoint_path
 from prefopt.reporting.style import COLOURS, plotting, save
 from prefopt.tracking.provenance import git, machine, version
 from prefopt.utils.console import say
-from prefopt.utils.files import cache_dir, write_json, write_whole
+from prefopt.utils.files import atomic_write, cache_dir, write_json
 
 OUTPUT = Path("results/bench")
 TRL = ("trl_default", "trl_precomputed", "trl_patched")
@@ -599,7 +599,7 @@ def main() -> None:
             }
             # Written after each part, so that an interrupted bench keeps what it has.
             write_json(file, results)
-            write_whole(given.output / ("steps-gpu.md" if gpu else "steps.md"), table(results))
+            atomic_write(given.output / ("steps-gpu.md" if gpu else "steps.md"), table(results))
             draw(results, given.output)
     say(table(results))
 

@@ -17,30 +17,30 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, refuse_launcher
+from prefopt.cli.program import program, require_multirun
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import ModelConfig
-from prefopt.evaluation.alpaca import go_on
+from prefopt.evaluation.alpaca import run_pending
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
 from prefopt.evaluation.judges import Judge
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import policies
+from prefopt.tracking.policies import exported_policies
 
 
 def plan_job(point: Point, label: str, config: AlpacaConfig, _: Launcher, folder: Path) -> SweepJob:
     """Raises UserError for what cannot be evaluated."""
     check_alpaca(config)
     build(config.judge, Judge, "judge").check()
-    found = policies(config.run, config.checkpoints)
+    found = exported_policies(config.run, config.checkpoints)
     model = ModelConfig(found[-1].name, found[-1].path, None)
     return SweepJob(point.overrides, label, config, model, folder)
 
 
 @program("alpaca", AlpacaConfig, Sweep("alpaca", AlpacaConfig, plan_job, log_lines=0))
 def main(cfg: DictConfig) -> None:
-    refuse_launcher()
-    go_on(parse(cfg, AlpacaConfig))
+    require_multirun()
+    run_pending(parse(cfg, AlpacaConfig))
 
 
 if __name__ == "__main__":

@@ -13,32 +13,34 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from prefopt.cli.program import program, refuse_launcher
+from prefopt.cli.program import program, require_multirun
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
-from prefopt.evaluation.alpaca import answers_of_baseline, judged, prepare
+from prefopt.evaluation.alpaca import answers_of_baseline, evaluate_checkpoint, prepare_comparison
 from prefopt.evaluation.config import AlpacaConfig
 from prefopt.reporting.compare import page
-from prefopt.tracking.policies import policies
+from prefopt.tracking.policies import exported_policies
 from prefopt.tracking.record import record_of
-from prefopt.utils.files import write_whole
+from prefopt.utils.files import atomic_write
 
 
 @program("compare", AlpacaConfig)
 def compare(cfg: DictConfig) -> None:
-    refuse_launcher()
+    require_multirun()
     config = parse(cfg, AlpacaConfig)
     if config.instructions is None:
         data = record_of(config.run)["config"]["dataset"]
         if not data["heldout"]:
             raise UserError(f"{config.run} has no held-out rows of one file: name the questions by instructions=FILE")
         config.instructions, config.split = data["heldout"], data["heldout_split"]
-    judge, questions, all_ = prepare(config)
-    (checkpoint,) = policies(config.run, "final")
-    folder = judged(config, judge, checkpoint, questions, all_, lambda: answers_of_baseline(config, questions), {})
+    judge, questions, all_ = prepare_comparison(config)
+    (checkpoint,) = exported_policies(config.run, "final")
+    folder = evaluate_checkpoint(
+        config, judge, checkpoint, questions, all_, lambda: answers_of_baseline(config, questions), {}
+    )
     record = json.loads((folder / "record.json").read_text())
     output = folder / "page.html"
-    write_whole(output, page(record, json.loads((folder / "annotations.json").read_text())))
+    atomic_write(output, page(record, json.loads((folder / "annotations.json").read_text())))
     print(output)
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
-from prefopt.data.cache import Limits, prepare, tokenizer_digest
+from prefopt.data.cache import Limits, prepare_dataset, tokenizer_digest
 from prefopt.data.dataset import check_dataset, has_heldout, split_digest
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
@@ -32,7 +32,7 @@ from prefopt.reporting.data import (
     show,
 )
 from prefopt.utils.console import say
-from prefopt.utils.files import check_folder, write_whole
+from prefopt.utils.files import atomic_write, check_folder
 
 
 @program("data_report", DataReportConfig)
@@ -52,9 +52,9 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     say("within the length limits:")
     limits = Limits(config.max_prompt_tokens, config.max_completion_tokens)
-    trained = prepare(config.dataset, tokenizer, limits, lambda split, rewards: None)
+    trained = prepare_dataset(config.dataset, tokenizer, limits, lambda split, rewards: None)
     say("of any length:")
-    splits = prepare(config.dataset, tokenizer, UNLIMITED, lambda split, rewards: None)
+    splits = prepare_dataset(config.dataset, tokenizer, UNLIMITED, lambda split, rewards: None)
     sections = [
         *count_sections(config, trained),
         *length_sections(config, splits, trained),
@@ -76,8 +76,8 @@ def main(cfg: DictConfig) -> None:
         "## Three rows of train\n\nWhat the loss sees stands between ⟦ and ⟧.",
         seen,
     ]
-    write_whole(output / "report.md", "\n\n".join(document) + "\n")
-    write_whole(output / "report.csv", long_csv(sections))
+    atomic_write(output / "report.md", "\n\n".join(document) + "\n")
+    atomic_write(output / "report.csv", long_csv(sections))
     print(f"{seen}\n")
     for section in sections:
         show(section)

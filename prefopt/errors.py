@@ -8,11 +8,11 @@ class UserError(Exception):
     """
 
 
-class Lacking(UserError):
+class MissingAssetError(UserError):
     """Why a model or a data set cannot be used on this machine without the hub."""
 
 
-class Outside(UserError):
+class UnsafePathError(UserError):
     """A data set that would be read from somewhere else than where it is."""
 
 

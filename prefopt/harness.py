@@ -15,11 +15,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, refuse_launcher
+from prefopt.cli.program import program, require_multirun
 from prefopt.config.parse import parse
 from prefopt.config.schema import ModelConfig
 from prefopt.evaluation.config import HarnessConfig, check_harness
-from prefopt.evaluation.harness import checkpoints, go_on
+from prefopt.evaluation.harness import checkpoints, run_pending
 from prefopt.evaluation.results import task_names
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
@@ -36,8 +36,8 @@ def plan_job(point: Point, label: str, config: HarnessConfig, _: Launcher, folde
 
 @program("harness", HarnessConfig, Sweep("harness", HarnessConfig, plan_job, log_lines=0))
 def main(cfg: DictConfig) -> None:
-    refuse_launcher()
-    go_on(parse(cfg, HarnessConfig))
+    require_multirun()
+    run_pending(parse(cfg, HarnessConfig))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, refuse_launcher
+from prefopt.cli.program import program, require_multirun
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
-from prefopt.launch.base import Launcher, SweepJob, settle
+from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.training.config import OnlineConfig, check_online
-from prefopt.training.online import go_on, prepare
+from prefopt.training.online import prepare_online, run_pending
 
 
 def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher, folder: Path) -> SweepJob:
@@ -31,15 +31,15 @@ def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher,
     if config.launcher.get("gpus", 1) > 1 or config.launcher.get("nodes", 1) > 1:
         raise UserError("prefopt.online runs in one process: set launcher.gpus=1 and launcher.nodes=1.")
     check_online(config)
-    settle(config, launcher)
-    prepare(config)
+    configure_hardware(config, launcher)
+    prepare_online(config)
     return SweepJob(point.overrides, label, config, config.model, folder)
 
 
 @program("online", OnlineConfig, Sweep("online", OnlineConfig, plan_job, log_lines=1))
 def main(cfg: DictConfig) -> None:
-    refuse_launcher()
-    go_on(parse(cfg, OnlineConfig))
+    require_multirun()
+    run_pending(parse(cfg, OnlineConfig))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.html import page
-from prefopt.reporting.labels import in_order
+from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.madpo import madpo
 from prefopt.reporting.mappo import mappo
 from prefopt.reporting.mmpo import mmpo
-from prefopt.reporting.paper_common import Made, origin
-from prefopt.tracking.archive import Record, keep, read_records
-from prefopt.utils.files import check_folder, write_whole
+from prefopt.reporting.paper_common import Made, provenance_notes
+from prefopt.tracking.archive import Record, read_records, write_archive_once
+from prefopt.utils.files import atomic_write, check_folder
 
 PAPERS: dict[str, tuple[str, Callable[[Sequence[Record], PapersConfig], Made]]] = {
     "mmpo": ("MMPO, arXiv 2510.22881", mmpo),
@@ -36,7 +36,7 @@ PAPERS: dict[str, tuple[str, Callable[[Sequence[Record], PapersConfig], Made]]] 
 }
 
 
-def matching(pattern: str) -> list[Path]:
+def expand_glob(pattern: str) -> list[Path]:
     """What the pattern stands for; itself where there is nothing of the kind."""
     path = Path(pattern)
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [path]
@@ -49,14 +49,14 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"paper must be {', '.join(PAPERS)}, is {config.paper!r}")
     check_folder("output", config.output)
     title, make = PAPERS[config.paper]
-    records = in_order(read_records(*matching(config.runs_dir))) if config.runs_dir else []
+    records = sort_by_label(read_records(*expand_glob(config.runs_dir))) if config.runs_dir else []
     tables, figures = make(records, config)
     output = Path(config.output)
     files = [file for table in tables for file in table.write(output)] + [f for each in figures for f in each.files]
     target = output / f"{config.paper}.html"
-    write_whole(target, page(title, tables, figures, records, origin(records, config)))
+    atomic_write(target, page(title, tables, figures, records, provenance_notes(records, config)))
     files.append(target)
-    for file in files + keep(records, config.runs_dir, output):
+    for file in files + write_archive_once(records, config.runs_dir, output):
         print(file)
 
 

@@ -26,7 +26,7 @@ from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.data.hub import Item, Model, _is_on_hub, items
-from prefopt.errors import Lacking, UserError
+from prefopt.errors import MissingAssetError, UserError
 from prefopt.utils.console import say
 from prefopt.utils.files import resolve_path
 
@@ -111,27 +111,31 @@ def _fetch(item: Item) -> str:
         try:
             replace(item, revision=commit).there()
             state = "already there"
-        except Lacking:
+        except MissingAssetError:
             state = "fetched"
         item.fetch()  # also where all is there: the caches learn what commit the revision is
-    except Lacking:
+    except MissingAssetError:
         raise
     except GatedRepoError:
-        raise Lacking("it is gated: accept its terms on the hub's page, and log in with `hf auth login`") from None
+        raise MissingAssetError(
+            "it is gated: accept its terms on the hub's page, and log in with `hf auth login`"
+        ) from None
     except RepositoryNotFoundError:
-        raise Lacking("the hub has none of this name, or it is private: log in with `hf auth login`") from None
+        raise MissingAssetError(
+            "the hub has none of this name, or it is private: log in with `hf auth login`"
+        ) from None
     except RevisionNotFoundError:
-        raise Lacking(f"it has no revision {item.revision}") from None
+        raise MissingAssetError(f"it has no revision {item.revision}") from None
     except Exception as error:  # the clients raise a dozen kinds: no network, no space, files of no known format
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Lacking(f"{reason} (asked {constants.ENDPOINT})") from None
+        raise MissingAssetError(f"{reason} (asked {constants.ENDPOINT})") from None
     return f"{state}, {_size(item.there())}, commit {commit}"
 
 
 def _check(item: Item) -> str:
     if item.local:
         if not resolve_path(item.path).exists():
-            raise Lacking("no such file")
+            raise MissingAssetError("no such file")
         return "local, nothing to do"
     _check_name(item)
     return f"already there, {_size(item.there())}"
@@ -139,7 +143,7 @@ def _check(item: Item) -> str:
 
 def _check_name(item: Item) -> None:
     if not _is_on_hub(item):
-        raise Lacking("neither a folder here nor a name on the hub (OWNER/NAME)")
+        raise MissingAssetError("neither a folder here nor a name on the hub (OWNER/NAME)")
 
 
 def _size(size: float) -> str:

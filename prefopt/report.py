@@ -21,10 +21,10 @@ from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.figures import draw
-from prefopt.reporting.labels import in_order
+from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.published import read_published
 from prefopt.reporting.summary import by_column_table, main_table, over_seeds_table, table_rows
-from prefopt.tracking.archive import keep, read_records
+from prefopt.tracking.archive import read_records, write_archive_once
 from prefopt.utils.files import check_folder
 
 
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
     check_folder("output", config.output)
     read_published(config)
-    records = in_order(read_records(Path(config.runs_dir)))
+    records = sort_by_label(read_records(Path(config.runs_dir)))
     output = Path(config.output)
     whole = main_table(table_rows(records), records, config)
     others = [over_seeds_table(records, config), by_column_table(records, config) if config.columns else None]
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     files = whole.write(output) + draw(records, output)
     for other in filter(None, others):
         files += other.write(output)
-    for file in files + keep(records, config.runs_dir, output):
+    for file in files + write_archive_once(records, config.runs_dir, output):
         print(file)
 
 

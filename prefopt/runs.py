@@ -19,7 +19,7 @@ from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.tracking.process import STATES
-from prefopt.tracking.status import RunsConfig, best, select, table
+from prefopt.tracking.status import RunsConfig, best, select, status_table
 from prefopt.utils.console import console
 
 WATCH_EVERY_S = 5.0
@@ -39,12 +39,12 @@ def main(cfg: DictConfig) -> None:
         print(best(select(config), config.best))
         return
     if not config.watch:
-        console().print(table(select(config)))
+        console().print(status_table(select(config)))
         return
-    screen = Live(table(select(config)), console=console(), screen=os.isatty(1), auto_refresh=False)
+    screen = Live(status_table(select(config)), console=console(), screen=os.isatty(1), auto_refresh=False)
     with contextlib.suppress(KeyboardInterrupt), screen as live:
         while True:
-            live.update(table(select(config)), refresh=True)
+            live.update(status_table(select(config)), refresh=True)
             time.sleep(WATCH_EVERY_S)
 
 

@@ -16,7 +16,7 @@ from prefopt.config.hardware import resolve_hardware
 from prefopt.config.parse import parse
 from prefopt.data.sources import write_rows
 from prefopt.generation.config import SampleConfig, check_sample
-from prefopt.generation.responses import draw, read_prompts
+from prefopt.generation.responses import generate_resumable, read_prompts
 from prefopt.utils.console import say
 from prefopt.utils.files import check_output
 
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
     partial = output.with_name(f"{output.name}.partial")
     n, where = config.samples_per_prompt, (config.backend, config.device, config.precision)
-    drawn, _ = draw(config.model, prompts, config.sampling, n, config.seed, *where, partial)
+    drawn, _ = generate_resumable(config.model, prompts, config.sampling, n, config.seed, *where, partial)
     write_rows(output, [row | samples for row, samples in zip(rows, drawn, strict=True)])
     partial.unlink()
     say(f"wrote {len(rows)} rows of {n} responses to {output}")

@@ -12,19 +12,19 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, refuse_launcher
+from prefopt.cli.program import program, require_multirun
 from prefopt.config.parse import parse
-from prefopt.launch.base import Launcher, SweepJob, settle
+from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.training.config import TrainConfig, check, resolve
-from prefopt.training.setup import plan, train
+from prefopt.training.setup import prepare_run, run
 
 
 def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, _: Path) -> SweepJob:
     """Raises UserError for a job that cannot be run, Lacking where it is only that something is not on this machine."""
     check(config)
-    settle(config, launcher)
-    run = plan(config).run
+    configure_hardware(config, launcher)
+    run = prepare_run(config).run
     return SweepJob(point.overrides, label, config, config.model, run.folder, run)
 
 
@@ -33,11 +33,11 @@ SWEEP = Sweep("train", TrainConfig, plan_job)
 
 @program("train", TrainConfig, SWEEP)
 def main(cfg: DictConfig) -> None:
-    refuse_launcher()
+    require_multirun()
     config = parse(cfg, TrainConfig)
     check(config)
     resolve(config)
-    train(plan(config))
+    run(prepare_run(config))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
 from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.files import ROOT
-from prefopt.utils.redact import Masked, key_in
+from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
 
 # What the system says of a disk that is full, read-only, forbidden, failing or gone.
@@ -60,8 +60,8 @@ def program(
                     return
                 code = max(code, exit_code(lambda: job(cfg), failures), key=(0, EXIT_CODE, 2, 1).index)
 
-            sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)
-            if found := key_in("\n".join(sys.argv)):
+            sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
+            if found := find_secret("\n".join(sys.argv)):
                 _refuse(f"the command line holds {found}. {NO_KEYS}")
             if wants_help(sys.argv[1:]):
                 sys.exit(show(config_name, sys.argv[1:]))
@@ -140,7 +140,7 @@ def _describe(error: Exception) -> str:
     return f"{job}: {message}"
 
 
-def refuse_launcher() -> None:
+def require_multirun() -> None:
     """Raise UserError where a launcher was given to a program that was not asked for a sweep."""
     asked = HydraConfig.get()
     if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in overrides()):

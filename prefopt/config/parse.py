@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from prefopt.errors import UserError
 from prefopt.utils.files import ROOT
-from prefopt.utils.redact import key_in
+from prefopt.utils.redact import find_secret
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
             )
         OmegaConf.resolve(merged)
         for key, value in _texts(OmegaConf.to_container(merged), prefix):
-            if found := key_in(value):
+            if found := find_secret(value):
                 raise UserError(f"{key} holds {found}. {NO_KEYS}")
         if problems := _not_finite(OmegaConf.to_container(merged), prefix):
             raise UserError("\n".join(problems))
@@ -108,7 +108,7 @@ def build(node: Any, base: type[T], where: str) -> T:
         raise UserError(f"{where}.{error}") from None
 
 
-def name_problems(**names: str) -> list[str]:
+def file_name_problems(**names: str) -> list[str]:
     """What becomes part of a file's name is no path and no piece of shell. `names`: by key, __ for a dot."""
     return [
         f"{key.replace('__', '.')} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "

@@ -24,7 +24,7 @@ from prefopt.config.schema import DatasetConfig, PoliciesConfig
 from prefopt.data import formats
 from prefopt.data import sources as data_sources
 from prefopt.data import tokenize as tokenizing
-from prefopt.data.dataset import Split, described, has_heldout, load_split, prompt_of, sources, split_digest
+from prefopt.data.dataset import Split, dataset_fingerprint, has_heldout, load_split, prompt_of, sources, split_digest
 from prefopt.data.formats import Format, Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
@@ -93,7 +93,7 @@ class Limits:
 Check = Callable[[str, dict[str, Any]], None]
 
 
-def prepare(
+def prepare_dataset(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, check: Check, show: bool = True
 ) -> dict[str, Prepared]:
     """The splits "train" and, where there is one, "heldout"; from the cache, or read, tokenized and cached.
@@ -102,19 +102,19 @@ def prepare(
     UserError where a split has no item left.
     """
     names = ["heldout", "train"] if has_heldout(dataset) else ["train"]
-    folder = cache_dir() / "tokenized" / _key(dataset, tokenizer, limits, names)
+    folder = cache_dir() / "tokenized" / cache_key(dataset, tokenizer, limits, names)
     if not folder.is_dir():
-        _make(dataset, tokenizer, limits, names, folder, check, show)
+        build_cache(dataset, tokenizer, limits, names, folder, check, show)
     prepared = {}
     for name in reversed(names):
         meta = json.loads((folder / f"{name}.json").read_text())
         check(name, meta["rewards"])
         prepared[name] = Prepared(TokenizedPairs(folder / f"{name}.arrow"), **meta)
-        say(f"  {name}: {describe(meta['counts'])}")
+        say(f"  {name}: {format_counts(meta['counts'])}")
     return prepared
 
 
-def describe(counts: dict[str, Any]) -> str:
+def format_counts(counts: dict[str, Any]) -> str:
     """The counts of a split on one line."""
     parts = [f"{counts['items']} {counts['kind']}"]
     if len(counts["sources"]) > 1:
@@ -140,14 +140,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(state)
 
 
-def _key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, names: list[str]) -> str:
+def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, names: list[str]) -> str:
     digests = {name: split_digest(dataset, name) for name in names}
     readers = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
-    decides = [digests, described(dataset), tokenizer_digest(tokenizer), limits]
+    decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
     return fingerprint(decides, prefopt.data.dataset, data_sources, tokenizing, formats, *readers)[:24]
 
 
-def _make(
+def build_cache(
     dataset: DatasetConfig,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
@@ -167,7 +167,7 @@ def _make(
     try:
         for name, split in splits.items():
             file = aside / f"{name}.arrow"
-            counts, longest = _write(file, name, split, tokenizer, limits, policies, show)
+            counts, longest = write_split(file, name, split, tokenizer, limits, policies, show)
             prompts = []
             if name == "heldout":
                 there = set(TokenizedPairs(file).table["id"].to_pylist())
@@ -183,7 +183,7 @@ def _make(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(
+def write_split(
     file: Path,
     name: str,
     split: Split,
@@ -199,7 +199,7 @@ def _write(
         pa.ipc.new_file(sink, SCHEMA) as writer,
         Bar(f"tokenizing {name}", len(split), show) as bar,
     ):
-        for source, items in _chunks(split):
+        for source, items in chunk_by_source(split):
             done = tokenize(tokenizer, items, limits.prompt, limits.completion, policies[source])
             writer.write_batch(pa.RecordBatch.from_pylist([vars(p) for p in done.pairs], schema=SCHEMA))
             dropped += done.dropped
@@ -223,7 +223,7 @@ def _write(
     return counts, longest
 
 
-def _chunks(items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
+def chunk_by_source(items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
     """(source, up to CHUNK items of it)."""
     for source, group in itertools.groupby(items, key=lambda item: item.source):
         while chunk := list(itertools.islice(group, CHUNK)):

@@ -18,7 +18,7 @@ from prefopt.data.tokenize import TokenizedPair
 
 
 @dataclass(frozen=True)
-class Segments:
+class PackedSegments:
     """How a packed row is cut: per group the tokens of its prompt and of each of its completions, in their order."""
 
     groups: Sequence[tuple[int, Sequence[int]]]
@@ -43,7 +43,7 @@ class Segments:
             self._made[name] = torch.zeros(queries, keys, dtype=like.dtype).masked_fill(~seen, -torch.inf).to(like)
         return self._made[name]
 
-    def ragged(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    def cu_seqlens(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """For variable-length kernels: places of all segments' keys in the row, one segment behind the other, int64;
         cumulative query and key lengths, int32; the longest of each."""
         if device not in self._made:
@@ -85,7 +85,7 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor | None
-    segments: Segments | None
+    segments: PackedSegments | None
     sources: Tensor
     labels: Tensor
     completions: Tensor
@@ -123,7 +123,7 @@ def packed(groups: Sequence[Group]) -> Batch:
         at += _tokens(group)
     row = [token for g in groups for part in (g.prompt, *g.completions) for token in part]
     positions = torch.cat([_positions(g) for g in groups])[None]
-    segments = Segments([(len(g.prompt), [len(c) for c in g.completions]) for g in groups])
+    segments = PackedSegments([(len(g.prompt), [len(c) for c in g.completions]) for g in groups])
     # Masks of four dimensions are passed on as they are, so transformers makes none of its own.
     return _batch(groups, starts, torch.tensor([row]), torch.ones(1, 1, 1, 1, dtype=torch.bool), positions, segments)
 
@@ -189,9 +189,9 @@ class Layout:
             sources=batch.sources[mask],
             labels=batch.labels[mask],
             completions=batch.completions[mask],
-            offsets=torch.tensor([i for p in pairs for i in range(p.learnt)]),
-            lengths=torch.tensor([float(p.learnt) for p in pairs]),
-            longest=max(p.learnt for p in pairs),
+            offsets=torch.tensor([i for p in pairs for i in range(p.num_loss_tokens)]),
+            lengths=torch.tensor([float(p.num_loss_tokens) for p in pairs]),
+            longest=max(p.num_loss_tokens for p in pairs),
         )
 
     def micro_batches(
@@ -262,7 +262,7 @@ def _batch(
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor | None,
-    segments: Segments | None,
+    segments: PackedSegments | None,
 ) -> Batch:
     """`starts`: the flat index of each group's first token; its completions follow its prompt one by one."""
     following = [start + len(g.prompt) for start, g in zip(starts, groups, strict=True)]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data.formats import Chat, Drop, Format, Item, Message, Pair, content_id
+from prefopt.data.formats import Chat, Dropped, Format, Item, Message, Pair, content_id
 from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError
 
@@ -79,7 +79,7 @@ def sources(config: DatasetConfig) -> dict[str, DatasetConfig]:
 def check_dataset(config: DatasetConfig) -> None:
     """Raise UserError for a data set that cannot be read as it is described, before any row is read."""
     for name, source in sources(config).items():
-        where = _key(config, name)
+        where = config_key(config, name)
         for path in filter(None, (source.train, source.heldout)):
             check_kind(path)
         build(source.format, Format, f"{where}.format")
@@ -103,7 +103,7 @@ def has_heldout(config: DatasetConfig) -> bool:
 
 def split_digest(config: DatasetConfig, split: str) -> str:
     """Of the files that the split is read from."""
-    digests = [digest(*place) for source in sources(config).values() if (place := _place(source, split))]
+    digests = [digest(*place) for source in sources(config).values() if (place := split_location(source, split))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -122,7 +122,7 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     kinds: set[str] = set()
     scored = 0
     ends: list[tuple[float, str]] = []  # the lowest reward, the highest
-    for item, defects in _read(config, split, held_out, drops):
+    for item, defects in read_items(config, split, held_out, drops):
         counts[item.source] += 1
         kept.update(defects)
         kinds.add("pairs" if isinstance(item, Pair) else "chats")
@@ -141,7 +141,7 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     low, high = ends or (None, None)
     rewards = {"items": counts.total(), "lacking": counts.total() - scored, "low": low, "high": high}
     return Split(
-        lambda: (item for item, _ in _read(config, split, held_out, Counter())),
+        lambda: (item for item, _ in read_items(config, split, held_out, Counter())),
         kinds.pop(),
         drops,
         kept,
@@ -150,7 +150,7 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     )
 
 
-def _read(
+def read_items(
     config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str]
 ) -> Iterator[tuple[Item, list[str]]]:
     """The items that are used and the defects that each has in spite of it; counts the others in `drops`."""
@@ -163,7 +163,7 @@ def _read(
             if policy == "fail":
                 raise UserError(
                     f"{where}: {reason.replace('_', ' ')}{f' ({detail})' if detail else ''}. Mend the row, or set "
-                    f"{_key(config, name)}.policies.{reason}=drop."
+                    f"{config_key(config, name)}.policies.{reason}=drop."
                 )
             if policy == "drop":
                 drops[reason] += 1
@@ -171,9 +171,9 @@ def _read(
         return True
 
     def used(name: str, source: DatasetConfig) -> Iterator[tuple[Item, list[str]]]:
-        place = _place(source, split)
+        place = split_location(source, split)
         for where, item in _items(source, *place) if place else ():
-            if isinstance(item, Drop):
+            if isinstance(item, Dropped):
                 stays(name, source.policies, [item.reason], where, item.detail)
                 continue
             item = replace(_scaled(item, source, where), source=name)
@@ -186,7 +186,7 @@ def _read(
 
     for name, source in sources(config).items():
         if split == "train" and (source.weight is not None or source.count is not None):
-            yield from _portion(list(used(name, source)), source)
+            yield from subsample(list(used(name, source)), source)
         else:
             yield from used(name, source)
 
@@ -199,18 +199,18 @@ def prompt_of(item: Item) -> list[Message]:
     return item.messages[:first]
 
 
-def _key(config: DatasetConfig, name: str) -> str:
+def config_key(config: DatasetConfig, name: str) -> str:
     """Where the source's settings are on the command line."""
     return f"dataset.sources.{name}" if config.sources else "dataset"
 
 
-def _place(source: DatasetConfig, split: str) -> tuple[str, str, str | None] | None:
+def split_location(source: DatasetConfig, split: str) -> tuple[str, str, str | None] | None:
     """(path, name of the split there, revision), or None where the source has no such split."""
     path, there = (source.train, source.train_split) if split == "train" else (source.heldout, source.heldout_split)
     return (path, there, source.revision) if path else None
 
 
-def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -> Iterable[tuple[str, Item | Drop]]:
+def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -> Iterable[tuple[str, Item | Dropped]]:
     make = build(source.format, Format, "dataset.format")
     for where, row in read_rows(path, split, revision):
         try:
@@ -223,7 +223,7 @@ def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -
             ) from None
         except ValueError as error:
             raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-        for item in [made] if isinstance(made, Pair | Chat | Drop) else made:
+        for item in [made] if isinstance(made, Pair | Chat | Dropped) else made:
             yield where, item
 
 
@@ -261,7 +261,7 @@ def _defects(item: Item) -> list[str]:
     return ["empty_completion"] * empty + ["identical"] * (item.chosen == item.rejected) + ["tied_rewards"] * tied
 
 
-def _portion(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:
+def subsample(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:
     wanted = round(source.weight * len(items)) if source.weight is not None else source.count
     assert wanted is not None
     passes, rest = divmod(wanted, max(1, len(items)))
@@ -270,7 +270,7 @@ def _portion(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list
     return items * passes + [items[i] for i in chosen]
 
 
-def described(config: DatasetConfig) -> dict[str, Any]:
+def dataset_fingerprint(config: DatasetConfig) -> dict[str, Any]:
     """What decides the items of a data set beside the files' content, for a `fingerprint`."""
     return {name: {k: v for k, v in vars(source).items() if k not in ("oracle", "train", "heldout")}
             for name, source in sources(config).items()}  # fmt: skip

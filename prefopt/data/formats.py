@@ -40,7 +40,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Drop:
+class Dropped:
     """Why a row gives nothing; counted under `reason`, a field of `prefopt.config.schema.PoliciesConfig`."""
 
     reason: str
@@ -52,7 +52,7 @@ Item = Pair | Chat
 
 class Format(ABC):
     @abstractmethod
-    def __call__(self, row: dict[str, Any]) -> Item | Drop | Sequence[Item]:
+    def __call__(self, row: dict[str, Any]) -> Item | Dropped | Sequence[Item]:
         """Raise KeyError for a missing field and ValueError for a field of the wrong kind."""
 
 
@@ -64,7 +64,7 @@ class Pairs(Format):
     assistant message. `system` is text that opens the conversation.
     """
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Pair | Dropped:
         prompt = as_messages(row["prompt"])
         if row.get("system"):
             prompt = [{"role": "system", "content": text(row, "system")}, *prompt]
@@ -81,7 +81,7 @@ class ImplicitPrompt(Format):
     (`sides_part_early`).
     """
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Pair | Dropped:
         chosen, rejected = row["chosen"], row["rejected"]
         if isinstance(chosen, str) and isinstance(rejected, str):
             start = common_prefix(chosen, rejected)
@@ -97,7 +97,7 @@ class ImplicitPrompt(Format):
 class Transcripts(Format):
     """{chosen, rejected}: texts "\\n\\nHuman: ... \\n\\nAssistant: ..." with a common beginning (Anthropic hh-rlhf)."""
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Pair | Dropped:
         return _part(row, transcript(text(row, "chosen")), transcript(text(row, "rejected")))
 
 
@@ -124,7 +124,7 @@ class ScoredResponses(Format):
         if self.min_gap < 0:
             raise ValueError(f"min_gap must not be negative, got {self.min_gap}")
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop | list[Item]:
+    def __call__(self, row: dict[str, Any]) -> Pair | Dropped | list[Item]:
         scored = Scored.read(row)
         rewards = scored.rewards
 
@@ -137,11 +137,11 @@ class ScoredResponses(Format):
             return problem
         if self.pairing == "all":
             indices = [(w, l) for w in range(len(rewards)) for l in range(len(rewards)) if apart(w, l)]
-            return [scored.pair(w, l, f"{scored.name}/{w}-{l}") for w, l in indices] or Drop("no_preference")
+            return [scored.pair(w, l, f"{scored.name}/{w}-{l}") for w, l in indices] or Dropped("no_preference")
         if self.pairing == "best_random":
             others = [i for i in range(len(rewards)) if apart(best, i)]
             worst = random.Random(content_id(scored.prompt)).choice(others) if others else best
-        return scored.pair(best, worst) if apart(best, worst) else Drop("no_preference")
+        return scored.pair(best, worst) if apart(best, worst) else Dropped("no_preference")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class NoisyPreferences(Format):
         if self.label_scale <= 0:
             raise ValueError(f"label_scale must be positive, got {self.label_scale}")
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Pair | Dropped:
         scored = Scored.read(row)
         if problem := role_problem(scored.prompt):
             return problem
@@ -239,7 +239,7 @@ class Scored:
 class Chats(Format):
     """{messages: [{role, content}]}: conversations for supervised fine-tuning (smol-smoltalk, UltraChat)."""
 
-    def __call__(self, row: dict[str, Any]) -> Chat | Drop:
+    def __call__(self, row: dict[str, Any]) -> Chat | Dropped:
         chat = messages(row["messages"], "messages")
         if problem := role_problem(chat[:-1], last=chat[-1]["role"]):
             return problem
@@ -257,23 +257,23 @@ def _pair(row: dict[str, Any], prompt: list[Message], chosen: str, rejected: str
     )
 
 
-def _part(row: dict[str, Any], chosen: list[Message], rejected: list[Message]) -> Pair | Drop:
+def _part(row: dict[str, Any], chosen: list[Message], rejected: list[Message]) -> Pair | Dropped:
     """Two whole conversations that must differ in nothing but their last message, the assistant's."""
     for side in (chosen, rejected):
         if problem := role_problem(side[:-1], last=side[-1]["role"]):
             return problem
     if chosen[:-1] != rejected[:-1]:
-        return Drop("sides_part_early", f"they share {common_prefix(chosen, rejected)} turns")
+        return Dropped("sides_part_early", f"they share {common_prefix(chosen, rejected)} turns")
     return _pair(row, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def role_problem(prompt: list[Message], last: str = "assistant") -> Drop | None:
+def role_problem(prompt: list[Message], last: str = "assistant") -> Dropped | None:
     """A Drop unless an optional system message is followed by user and assistant in turn, the user's turn last, and
     `last` is the assistant."""
     roles = [m["role"] for m in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or len(turns) % 2 == 0 or last != "assistant":
-        return Drop("wrong_roles", f"the turns are {', '.join([*roles, last])}")
+        return Dropped("wrong_roles", f"the turns are {', '.join([*roles, last])}")
     return None
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.data.dataset import sources
 from prefopt.data.sources import SUFFIXES, cached_commit, check_card, prepared
-from prefopt.errors import Lacking
+from prefopt.errors import MissingAssetError
 from prefopt.utils.files import resolve_path
 
 WEIGHTS = "model.safetensors"
@@ -85,7 +85,7 @@ class Model(Item):
         folder = cache / repo_folder_name(repo_id=self.path, repo_type="model")
         snapshot = folder / "snapshots" / (cached_commit(self.path, "model", self.revision) or "unknown")
         if not snapshot.is_dir():
-            raise Lacking(f"{cache} has no copy of it{_others(folder / 'snapshots')}")
+            raise MissingAssetError(f"{cache} has no copy of it{_others(folder / 'snapshots')}")
         present = {f.relative_to(snapshot).as_posix(): f.stat().st_size for f in snapshot.rglob("*") if f.is_file()}
         try:
             listing = [f.path for f in get_cached_repo_tree(self.path, revision=snapshot.name)]
@@ -93,13 +93,15 @@ class Model(Item):
             listing = list(present)
         try:
             names = set(wanted(listing, self.weights))
-        except Lacking as error:
-            raise Lacking(f"its copy in {snapshot} is not complete: {error}") from None
+        except MissingAssetError as error:
+            raise MissingAssetError(f"its copy in {snapshot} is not complete: {error}") from None
         if INDEX in names and INDEX in present:
             names |= set(json.loads((snapshot / INDEX).read_text())["weight_map"].values())
         absent = sorted(names - set(present))
         if absent:
-            raise Lacking(f"its copy in {snapshot} is not complete: {', '.join(absent[:3])}{' …' * (len(absent) > 3)}")
+            raise MissingAssetError(
+                f"its copy in {snapshot} is not complete: {', '.join(absent[:3])}{' …' * (len(absent) > 3)}"
+            )
         return sum(present[name] for name in names)
 
     def fetch(self) -> None:
@@ -136,7 +138,7 @@ class Data(Item):
         known = json.loads((folder / "dataset_info.json").read_text()).get("splits") or {}
         for split in self.splits:
             if split not in known:
-                raise Lacking(
+                raise MissingAssetError(
                     f"it has no split {split!r}; dataset.train_split and heldout_split choose from: {', '.join(known)}"
                 )
         return sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
@@ -162,13 +164,15 @@ def wanted(files: Iterable[str], with_weights: bool = True) -> list[str]:
     texts = {name for name in names if "/" not in name and name.endswith(TEXTS) and not name.endswith(".index.json")}
     templates = {name for name in names if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", name)}
     if "config.json" not in texts:
-        raise Lacking("it has no config.json, so it is not a model that transformers loads (an adapter alone is none)")
+        raise MissingAssetError(
+            "it has no config.json, so it is not a model that transformers loads (an adapter alone is none)"
+        )
     if not with_weights:
         weights = set()
     elif not weights:
-        raise Lacking("it has no weights in safetensors format, and pickles are not fetched")
+        raise MissingAssetError("it has no weights in safetensors format, and pickles are not fetched")
     if not texts & set(TOKENIZERS) and not any(name.endswith((".tiktoken", ".model")) for name in texts):
-        raise Lacking("it has no tokenizer")
+        raise MissingAssetError("it has no tokenizer")
     index = {INDEX} if weights and WEIGHTS not in names else set()
     return sorted(weights | texts | templates | index)
 
@@ -210,7 +214,7 @@ def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
         try:
             if _is_on_hub(item) and item.offline():
                 item.there()
-        except Lacking as error:
+        except MissingAssetError as error:
             messages.append(
                 f"{what}: the hub is switched off, and {error}.\nFetch it on a machine with network: {item.command}"
             )

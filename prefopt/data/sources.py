@@ -16,8 +16,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 
-from prefopt.errors import Lacking, Outside, UserError
-from prefopt.utils.files import resolve_path, write_whole
+from prefopt.errors import MissingAssetError, UnsafePathError, UserError
+from prefopt.utils.files import atomic_write, resolve_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
@@ -59,8 +59,10 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
         raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(splits))}.")
 
 
-def _nowhere(path: str) -> Lacking:
-    return Lacking(f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name.")
+def _nowhere(path: str) -> MissingAssetError:
+    return MissingAssetError(
+        f"data file {path} does not exist. Give a file ({', '.join(SUFFIXES)}), a folder or a hub name."
+    )
 
 
 def check_kind(path: str) -> None:
@@ -169,9 +171,9 @@ def _load(path: str, split: str, revision: str | None) -> Any:
         name = path.rpartition("/")[2]
         cached = Cache(repo_id=path, dataset_name=name, config_name=config, version=version, hash=commit)
         return cached.as_dataset(split=split)
-    except Outside:
+    except UnsafePathError:
         raise
-    except Lacking as error:
+    except MissingAssetError as error:
         raise UserError(
             f"the data set {path}: the hub is switched off, and {error}. Give a file or a folder, or fetch it on a "
             "machine with network: python -m prefopt.prefetch dataset=..."
@@ -190,9 +192,13 @@ def _check_folder(folder: Path) -> None:
     inside = [folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()]
     for file in sorted(folder.rglob("*")):
         if not any(file.resolve().is_relative_to(place) for place in inside):
-            raise Outside(f"{file} is a link that leads out of its folder. Put the file itself there, or remove it.")
+            raise UnsafePathError(
+                f"{file} is a link that leads out of its folder. Put the file itself there, or remove it."
+            )
         if file.name.endswith(ARCHIVES):
-            raise Outside(f"{file} is an archive, which is not unpacked: do it yourself, and leave out the archive.")
+            raise UnsafePathError(
+                f"{file} is an archive, which is not unpacked: do it yourself, and leave out the archive."
+            )
     for name in CARDS:
         if (folder / name).is_file():
             _check_card(folder / name)
@@ -213,7 +219,7 @@ def _check_card(file: Path) -> None:
         text = front[1] if front else ""
     for name in _data_files(yaml.safe_load(text)):
         if "://" in name or "::" in name or ".." in Path(name).parts or Path(name).is_absolute():
-            raise Outside(
+            raise UnsafePathError(
                 f"{file} names data outside of its folder: {name}. They are not read; if you want them, fetch them "
                 "yourself and give the file."
             )
@@ -248,9 +254,11 @@ def prepared(path: str, revision: str | None = None, config: str | None = None) 
     found = [f for f in copies if config in (None, f.parts[-3]) and f.name == commit]
     if not found:
         others = sorted({f"{f.parts[-3]} at {f.name}" for f in copies})
-        raise Lacking(f"{cache} has no copy of it" + f" (there is {', '.join(others)})" * bool(others))
+        raise MissingAssetError(f"{cache} has no copy of it" + f" (there is {', '.join(others)})" * bool(others))
     if len(found) > 1:
-        raise Lacking(f"it has several configurations ({', '.join(sorted(f.parts[-3] for f in found))}): name one")
+        raise MissingAssetError(
+            f"it has several configurations ({', '.join(sorted(f.parts[-3] for f in found))}): name one"
+        )
     return found[0]
 
 
@@ -271,7 +279,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """JSON lines, compressed where the name ends in .gz; whole or not at all."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     # mtime=0, so that the same rows give the same file.
-    write_whole(path, gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+    atomic_write(path, gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
 
 
 def _object(where: str, value: Any) -> Row:

@@ -40,7 +40,7 @@ class TokenizedPair:
         return [True] * len(self.chosen) if self.chosen_mask is None else self.chosen_mask
 
     @property
-    def learnt(self) -> int:
+    def num_loss_tokens(self) -> int:
         """The number of chosen tokens that count."""
         return sum(self.mask)
 
@@ -159,7 +159,7 @@ def _chat(
     changes["cut_completions"] += end > prompt_limit + limit
     end = min(end, prompt_limit + limit)
     made = TokenizedPair(item.id, whole[:first], whole[first:end], [], chosen_mask=mask[first:end], source=item.source)
-    return made if made.learnt else "empty_completion"
+    return made if made.num_loss_tokens else "empty_completion"
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,9 +24,9 @@ from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
-from prefopt.evaluation.judges import Duel, Judge, Names, alpaca_eval
+from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, alpaca_eval
 from prefopt.evaluation.results import two_judges
-from prefopt.tracking.policies import Checkpoint, policies
+from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
 from prefopt.utils.console import console, say
@@ -102,16 +102,16 @@ def read_questions(path: str | None, split: str | None) -> tuple[list[Question],
     return list(questions.values()), file.endswith(SUFFIXES) and digest(file) == SHA256[QUESTIONS]
 
 
-def generate(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
+def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
     """Draw one answer to each question; those that this model gave before are in the user's cache."""
-    from prefopt.generation.responses import draw
+    from prefopt.generation.responses import generate_resumable
 
     say(f"{name}: answers to {len(questions)} questions")
     folder = cache_dir() / "responses"
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [q.prompt for q in questions]
     where = (config.backend, config.device, config.precision)
-    rows, weights = draw(model, prompts, config.sampling, 1, config.seed, *where, folder)
+    rows, weights = generate_resumable(model, prompts, config.sampling, 1, config.seed, *where, folder)
     return Answers(name, [row["responses"][0] for row in rows], [row["finished"][0] for row in rows], weights)
 
 
@@ -126,12 +126,12 @@ def baseline_of(config: AlpacaConfig) -> tuple[str, ModelConfig | None]:
             raise UserError("the run began from a model with an adapter: say baseline=FOLDER, with the two merged")
         return f"{trained['model']['name']}-initial", ModelConfig(**trained["model"])
     if (Path(given) / "record.json").is_file():
-        (policy,) = policies(given, "final")
+        (policy,) = exported_policies(given, "final")
         return Path(given).name, ModelConfig(given, policy.path, None)
     return Path(given).name, ModelConfig(given, given, None)
 
 
-def from_file(path: str, name: str, questions: Sequence[Question]) -> Answers:
+def load_answers(path: str, name: str, questions: Sequence[Question]) -> Answers:
     """The answers that a file holds. Raises UserError for a question without one."""
     found = {}
     for where, row in read_rows(path, None):
@@ -146,7 +146,7 @@ def from_file(path: str, name: str, questions: Sequence[Question]) -> Answers:
     return Answers(name, [found[q.instruction] for q in questions], [True] * len(questions), None)
 
 
-def figures(annotations: list[dict[str, Any]], length_controlled: bool) -> dict[str, Any]:
+def summarize(annotations: list[dict[str, Any]], length_controlled: bool) -> dict[str, Any]:
     """What alpaca-eval makes of complete annotations, in percent, and 95 % intervals of the bootstrap over questions.
 
     The length-controlled ones need all of AlpacaEval's questions, joined with their difficulty by `index`. Their
@@ -198,7 +198,7 @@ def _letter_missing(row: dict[str, Any]) -> bool:
     return len({"m", "M"} & {top["token"] for top in completion["logprobs"]["content"][0]["top_logprobs"]}) == 1
 
 
-def shown(record: dict[str, Any]) -> Table:
+def format_results(record: dict[str, Any]) -> Table:
     """Everything that a win rate must be read with."""
     f, judge = record["figures"], record["judge"]["name"]
 
@@ -226,7 +226,7 @@ def shown(record: dict[str, Any]) -> Table:
     return table
 
 
-def judged(
+def evaluate_checkpoint(
     config: AlpacaConfig,
     judge: Judge,
     checkpoint: Checkpoint,
@@ -253,19 +253,19 @@ def judged(
     if (folder / "record.json").is_file():
         return folder
     began = time.monotonic()
-    ours = generate(ModelConfig(checkpoint.name, checkpoint.path, None), checkpoint.path, questions, config)
+    ours = answer_questions(ModelConfig(checkpoint.name, checkpoint.path, None), checkpoint.path, questions, config)
     theirs = reference()
     duels = [
-        Duel(i, q.prompt, q.instruction, theirs.texts[i], ours.texts[i], (theirs.finished[i], ours.finished[i]))
+        Comparison(i, q.prompt, q.instruction, theirs.texts[i], ours.texts[i], (theirs.finished[i], ours.finished[i]))
         for i, q in enumerate(questions)
     ]
-    names = Names(name, f"{Path(config.run).name}-{checkpoint.name}")
+    names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}")
     found = judge.annotate(duels, names, home / "preferences", config.max_cost, config.device, config.precision)
-    result = figures(found, all_)
+    result = summarize(found, all_)
     why = None if all_ else f"none: it needs AlpacaEval's {N} questions"
     if all_ and "length_controlled_win_rate" not in result:
         why = "none: the answers do not differ in length"
-    write_json(folder / "annotations.json", [_plain(row) for row in found])
+    write_json(folder / "annotations.json", [to_jsonable(row) for row in found])
     write_json(
         folder / "record.json",
         {
@@ -288,7 +288,7 @@ def judged(
     return folder
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def to_jsonable(row: dict[str, Any]) -> dict[str, Any]:
     """As JSON has it: null for the NaN of what a judge did not say, plain numbers for numpy's."""
     plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in plain.items()}
@@ -296,10 +296,10 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 def answers_of_baseline(config: AlpacaConfig, questions: list[Question]) -> Answers:
     name, model = baseline_of(config)
-    return generate(model, name, questions, config) if model else from_file(config.baseline, name, questions)
+    return answer_questions(model, name, questions, config) if model else load_answers(config.baseline, name, questions)
 
 
-def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
+def prepare_comparison(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     """The judge, the questions, and whether these are all of AlpacaEval's. Raises UserError for whatever is missing,
     before a model is loaded or a judge asked."""
     from prefopt.models.load import check_model
@@ -316,20 +316,20 @@ def prepare(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
     if model:
         check_model(model, "baseline")
     else:
-        from_file(config.baseline, name, questions)
+        load_answers(config.baseline, name, questions)
     if all_:
         hub_file(GAMED)
     return judge, questions, all_
 
 
-def go_on(config: AlpacaConfig, **told: str) -> None:
+def run_pending(config: AlpacaConfig, **told: str) -> None:
     """Every comparison that is not recorded yet, and what came of each; `told` goes into the records."""
-    judge, questions, all_ = prepare(config)
+    judge, questions, all_ = prepare_comparison(config)
     reference = functools.cache(lambda: answers_of_baseline(config, questions))  # one model load for all checkpoints
-    for checkpoint in policies(config.run, config.checkpoints):
-        folder = judged(config, judge, checkpoint, questions, all_, reference, told)
+    for checkpoint in exported_policies(config.run, config.checkpoints):
+        folder = evaluate_checkpoint(config, judge, checkpoint, questions, all_, reference, told)
         record = json.loads((folder / "record.json").read_text())
-        console().print(shown(record))
+        console().print(format_results(record))
         others = [json.loads(f.read_text()) for f in folder.parent.glob("*/record.json")]
         same = [r for r in others if _but_judge(r) == _but_judge(record)]
         for key, value in two_judges(same).items():

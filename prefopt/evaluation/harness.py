@@ -17,7 +17,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
 from prefopt.evaluation.results import lm_accuracy, task_names
-from prefopt.tracking.policies import Checkpoint, policies
+from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
 from prefopt.utils.console import console, say
@@ -45,7 +45,7 @@ def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
         model = ModelConfig(**record_of(config.run)["config"]["model"])
         found = [Checkpoint("initial", checkpoint_path(model), 0, model.revision)]
     else:
-        found = policies(config.run, config.checkpoints)
+        found = exported_policies(config.run, config.checkpoints)
     return found, Path(config.output) if config.output else Path(config.run) / "harness"
 
 
@@ -73,7 +73,7 @@ def preflight(names: list[str]) -> "TaskManager":
     return manager
 
 
-def settings(config: HarnessConfig) -> dict[str, Any]:
+def task_settings(config: HarnessConfig) -> dict[str, Any]:
     """What decides a task's figures besides the weights."""
     return {
         "chat_template": config.chat_template,
@@ -94,7 +94,7 @@ def record_file(config: HarnessConfig, folder: Path, checkpoint: Checkpoint, tas
     return folder / f"{checkpoint.name}-{task}-{digest}.json"
 
 
-def score(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
+def run_task(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
     """The figures of one task, its subtasks' beside them."""
     from lm_eval import simple_evaluate
 
@@ -171,7 +171,7 @@ def weights_of(lm: "HFLM") -> str:
     return weights_digest(lm.model)
 
 
-def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
+def format_results(records: list[dict[str, Any]], names: list[str]) -> Table:
     """A row per checkpoint: every task's first metric, and the means."""
     table = Table("checkpoint", *names, "mean acc", "mean acc_norm")
     for name in dict.fromkeys(r["checkpoint"] for r in records):
@@ -187,11 +187,11 @@ def shown(records: list[dict[str, Any]], names: list[str]) -> Table:
     return table
 
 
-def go_on(config: HarnessConfig, **told: str) -> None:
+def run_pending(config: HarnessConfig, **told: str) -> None:
     """Everything that is not recorded yet, and the table; `told` goes into the records."""
     check_harness(config)
     resolve_hardware(config)
-    names, how = task_names(config.tasks), settings(config)
+    names, how = task_names(config.tasks), task_settings(config)
     found, folder = checkpoints(config)
     todo = {c: [t for t in names if not record_file(config, folder, c, t, how).is_file()] for c in found}
     if any(todo.values()):
@@ -213,7 +213,7 @@ def go_on(config: HarnessConfig, **told: str) -> None:
                 **provenance(),
                 **told,
             }
-            write_json(record_file(config, folder, checkpoint, task, how), score(lm, manager, task, config) | facts)
+            write_json(record_file(config, folder, checkpoint, task, how), run_task(lm, manager, task, config) | facts)
     records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in found for t in names]
-    console().print(shown(records, names))
+    console().print(format_results(records, names))
     print(folder)

@@ -23,8 +23,8 @@ from prefopt.data.formats import Message
 from prefopt.errors import UserError
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils.console import say
-from prefopt.utils.files import named, write_json, write_whole
-from prefopt.utils.redact import mask
+from prefopt.utils.files import atomic_write, with_filename, write_json
+from prefopt.utils.redact import redact
 from prefopt.utils.tensor_store import locked
 
 ATTEMPTS = 3  # passes over the rows that got no preference
@@ -34,7 +34,7 @@ CHARACTERS_PER_TOKEN = 4  # of an estimate: English text, any tokenizer
 
 
 @dataclass(frozen=True)
-class Duel:
+class Comparison:
     """A question and two answers to it, `index` being its row in the set of questions."""
 
     index: int
@@ -46,7 +46,7 @@ class Duel:
 
 
 @dataclass(frozen=True)
-class Names:
+class GeneratorNames:
     """What the two sides are called in annotations."""
 
     reference: str
@@ -71,7 +71,13 @@ class Judge(ABC):
 
     @abstractmethod
     def annotate(
-        self, duels: Sequence[Duel], names: Names, folder: Path, max_cost: float, device: str, precision: str
+        self,
+        duels: Sequence[Comparison],
+        names: GeneratorNames,
+        folder: Path,
+        max_cost: float,
+        device: str,
+        precision: str,
     ) -> list[dict[str, Any]]:
         """alpaca-eval's annotations of all duels, in their order: `preference` is 1 for the reference, 2 for the model,
         1.5 for neither, or between.
@@ -99,7 +105,13 @@ class RewardJudge(Judge):
         pass  # a scorer says itself what it lacks, when it is made
 
     def annotate(
-        self, duels: Sequence[Duel], names: Names, folder: Path, max_cost: float, device: str, precision: str
+        self,
+        duels: Sequence[Comparison],
+        names: GeneratorNames,
+        folder: Path,
+        max_cost: float,
+        device: str,
+        precision: str,
     ) -> list[dict[str, Any]]:
         requests = [
             Request({}, side, duel.prompt, answer, finished, f"question {duel.index}")
@@ -176,7 +188,13 @@ class LanguageModelJudge(Judge):
             raise UserError(f"judge.base_url: judge {self.name} does not speak the OpenAI API")
 
     def annotate(
-        self, duels: Sequence[Duel], names: Names, folder: Path, max_cost: float, device: str, precision: str
+        self,
+        duels: Sequence[Comparison],
+        names: GeneratorNames,
+        folder: Path,
+        max_cost: float,
+        device: str,
+        precision: str,
     ) -> list[dict[str, Any]]:
         digest = _sha256(json.dumps(self.describe(), sort_keys=True))[:8]
         place = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.name)}-{digest}"
@@ -228,16 +246,16 @@ class LanguageModelJudge(Judge):
         """The folder that alpaca-eval is pointed to: the judge as it was asked, without a key."""
         config, prompt = self._asked
         folder = place / "judge" / "configuration"
-        write_whole(folder / "prompt.txt", prompt)
+        atomic_write(folder / "prompt.txt", prompt)
         own = {self.name: {"prompt_template": "configuration/prompt.txt", **config}}
-        write_whole(folder / "configs.yaml", yaml.safe_dump(own, sort_keys=False))
+        atomic_write(folder / "configs.yaml", yaml.safe_dump(own, sort_keys=False))
         client: dict[str, Any] = {"max_retries": 8}  # of an error of the server, with pauses that grow
         client |= {"base_url": self.base_url} if self.base_url else {}
         client |= {} if self.key else {"api_key": "none"}  # the client insists on one
-        write_whole(folder / "client.yaml", yaml.safe_dump({"default": [client]}))
+        atomic_write(folder / "client.yaml", yaml.safe_dump({"default": [client]}))
         return folder
 
-    def _budget(self, duels: Sequence[Duel], n: int, max_cost: float) -> float:
+    def _budget(self, duels: Sequence[Comparison], n: int, max_cost: float) -> float:
         """Say what asking for these preferences will cost, and return it. Raises UserError above `max_cost`."""
         config, prompt = self._asked
         how = config.get("completions_kwargs", {})
@@ -256,7 +274,9 @@ class LanguageModelJudge(Judge):
             )
         return cost
 
-    def _ask(self, duels: Sequence[Duel], names: Names, judge: Path, annotations: Path) -> list[dict[str, Any]]:
+    def _ask(
+        self, duels: Sequence[Comparison], names: GeneratorNames, judge: Path, annotations: Path
+    ) -> list[dict[str, Any]]:
         """alpaca-eval's own evaluation; a row without preference has None or NaN there."""
         import pandas as pd
 
@@ -274,9 +294,9 @@ class LanguageModelJudge(Judge):
                 def save(self, path: str | None = None) -> None:
                     """Whole or not at all: what is in this file was paid for."""
                     aside = annotations.with_suffix(".tmp")
-                    with named(annotations):
+                    with with_filename(annotations):
                         super().save(aside)
-                        aside.write_text(mask(aside.read_text()))  # a server may say anything
+                        aside.write_text(redact(aside.read_text()))  # a server may say anything
                         aside.replace(annotations)
 
                 def load_(self, path: str | None = None) -> None:
@@ -310,8 +330,8 @@ class LanguageModelJudge(Judge):
                 elsewhere = 300 <= getattr(error, "status_code", 0) < 400
                 why = " (a redirect, which is not followed: set judge.base_url to where the server is)" * elsewhere
                 raise UserError(
-                    f"judge {self.name} failed: {mask(str(error))}{why}. What was judged is kept in {annotations}; the "
-                    "same command goes on from there."
+                    f"judge {self.name} failed: {redact(str(error))}{why}. What was judged is kept in {annotations}; "
+                    "the same command goes on from there."
                 ) from None
         order = {d.instruction: d.index for d in duels}
         return sorted(found, key=lambda row: order[row["instruction"]])
@@ -356,7 +376,7 @@ def _check_annotator(annotator: dict[str, Any]) -> None:
         )
 
 
-def _key(duel: Duel) -> tuple[str, str, str]:
+def _key(duel: Comparison) -> tuple[str, str, str]:
     return duel.instruction, duel.reference, duel.model
 
 

@@ -12,7 +12,7 @@ from prefopt.data.sources import Row, read_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils import signals
 from prefopt.utils.console import Bar, say
-from prefopt.utils.files import named
+from prefopt.utils.files import with_filename
 from prefopt.utils.fingerprint import fingerprint
 
 
@@ -30,7 +30,7 @@ def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Mes
     return rows, prompts
 
 
-def draw(
+def generate_resumable(
     model_config: ModelConfig,
     prompts: Sequence[list[Message]],
     sampling: SamplingConfig,
@@ -56,7 +56,7 @@ def draw(
     from prefopt.models.load import load_tokenizer
     from prefopt.utils.tensor_store import locked
 
-    signals.listen()
+    signals.install_handlers()
     tokenizer = load_tokenizer(model_config)
     make = vllm_sampler if backend == "vllm" else transformers_sampler
     sampler, weights, architecture = make(model_config, tokenizer, device, precision)
@@ -76,14 +76,18 @@ def draw(
         size = max(1, sampling.batch_size // n)
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with named(partial), partial.open("a") as file, Bar("sampling", len(prompts), show, done=len(found)) as bar:
+        with (
+            with_filename(partial),
+            partial.open("a") as file,
+            Bar("sampling", len(prompts), show, done=len(found)) as bar,
+        ):
             if not partial.stat().st_size:
                 file.write(json.dumps({"settings": digest}) + "\n")
             for chunk in chunks:
                 missing = [i for i in chunk if i not in found]
                 if not missing:
                     continue
-                if signals.requested():
+                if signals.stop_requested():
                     raise Interrupted(f"{len(found)} of {len(prompts)} prompts have their responses")
                 # The whole chunk, where a part of it is there: what is drawn together is the same in every sitting.
                 drawn = dict(zip(chunk, sampler([prompts[i] for i in chunk], sampling, seed, n), strict=True))

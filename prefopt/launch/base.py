@@ -9,7 +9,7 @@ from typing import Any
 from prefopt.config.hardware import micro_batch_tokens
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
-from prefopt.tracking.process import UNDER_WAY
+from prefopt.tracking.process import ACTIVE_STATES
 from prefopt.tracking.run import Run
 from prefopt.training.config import TrainConfig
 
@@ -41,7 +41,7 @@ class SweepJob:
 
     @property
     def to_run(self) -> bool:
-        return self.state not in ("finished", "unknown", *UNDER_WAY)
+        return self.state not in ("finished", "unknown", *ACTIVE_STATES)
 
 
 class Launcher(ABC):
@@ -60,7 +60,7 @@ class Launcher(ABC):
         """Start all `jobs`, which are frozen, on the code in `code`. Files of the sweep go into `folder`."""
 
 
-def settle(config: TrainConfig, launcher: Launcher) -> None:
+def configure_hardware(config: TrainConfig, launcher: Launcher) -> None:
     """`launcher.settle`, micro-batches that suit the device, and UserError for a GPU of one's own choice."""
     if config.device.startswith("cuda:"):
         raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")

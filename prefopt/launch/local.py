@@ -13,8 +13,8 @@ from pathlib import Path
 from prefopt.config.hardware import resolve_hardware
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import python_environment
-from prefopt.tracking.record import amend
-from prefopt.tracking.status import look
+from prefopt.tracking.record import update_record
+from prefopt.tracking.status import inspect_runs
 from prefopt.training.config import TrainConfig
 from prefopt.utils.console import say
 
@@ -38,28 +38,28 @@ class Local(Launcher):
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
         """Returns when all have ended. On Ctrl-C or SIGTERM the jobs are asked to save, and KeyboardInterrupt is
         raised when they have left; on a second one they are killed."""
-        gpus = _gpus()
+        gpus = visible_gpus()
         slots = list(range(self.at_once or len(gpus) or 1))
         env = os.environ | python_environment(code)
         if len(slots) > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(slots))))
-        waiting, running = deque(jobs), list[_Child]()
+        waiting, running = deque(jobs), list[LocalProcess]()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while waiting or running:
                 while waiting and len(running) < len(slots):
                     slot = min(set(slots) - {child.slot for child in running})
                     own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-                    running.append(_Child(waiting.popleft(), slot, env | own, alone=len(slots) == 1))
+                    running.append(LocalProcess(waiting.popleft(), slot, env | own, alone=len(slots) == 1))
                 running = [child for child in running if not child.ended()]
                 time.sleep(0.05)
         except KeyboardInterrupt:
             for job in waiting:
-                amend(job.folder, status="interrupted", error="the sweep was stopped before this job began")
+                update_record(job.folder, status="interrupted", error="the sweep was stopped before this job began")
             self._stop(running)
             raise
 
-    def _stop(self, running: "list[_Child]") -> None:
+    def _stop(self, running: "list[LocalProcess]") -> None:
         say("stopping: the jobs save after their current step. Again to kill them.")
         try:
             for child in running:
@@ -73,7 +73,7 @@ class Local(Launcher):
                 child.ended()
 
 
-class _Child:
+class LocalProcess:
     """A running job; what it writes into its log is shown here too. It has a session of its own: a Ctrl-C is not for
     it, and it outlives a launcher that is killed."""
 
@@ -102,14 +102,16 @@ class _Child:
         if code is None:
             return False
         self.log.close()
-        (found,) = look([self.job.folder])
+        (found,) = inspect_runs([self.job.folder])
         if found.state not in ("finished", "failed", "interrupted"):
             how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-            amend(self.job.folder, status="failed", error=f"the process ended before the run had finished: {how}")
+            update_record(
+                self.job.folder, status="failed", error=f"the process ended before the run had finished: {how}"
+            )
         return True
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     import torch
 
     if "CUDA_VISIBLE_DEVICES" in os.environ:

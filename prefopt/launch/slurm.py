@@ -21,7 +21,7 @@ from prefopt.launch.estimate import parameters
 from prefopt.launch.snapshot import python_environment
 from prefopt.training.config import TrainConfig
 from prefopt.utils.console import say
-from prefopt.utils.files import write_json, write_whole
+from prefopt.utils.files import atomic_write, write_json
 from prefopt.utils.signals import EXIT_CODE
 
 
@@ -111,9 +111,9 @@ class Slurm(Launcher):
             for path in (listing, *(job.folder.resolve() for job in chunk)):
                 if not str(path).isprintable():  # a line of the listing or of the script would be two
                     raise UserError(f"Slurm's files cannot name the folder {str(path)!r}: give another runs_dir.")
-            write_whole(listing, "".join(f"{job.folder.resolve()}\n" for job in chunk))
+            atomic_write(listing, "".join(f"{job.folder.resolve()}\n" for job in chunk))
             script = listing.with_suffix(".sh")
-            write_whole(script, self.script(len(chunk), limits, listing, code))
+            atomic_write(script, self.script(len(chunk), limits, listing, code))
             before = submit(script, before if self.at_once else None)
             for i, job in enumerate(chunk):
                 frozen = json.loads((job.folder / "job.json").read_text())

@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from prefopt.utils.files import PACKAGE, write_whole
+from prefopt.utils.files import PACKAGE, atomic_write
 
 
 def snapshot(folder: Path) -> Path:
@@ -29,7 +29,7 @@ def snapshot(folder: Path) -> Path:
         return target
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     for name, content in contents.items():
-        write_whole(aside / name, content)
+        atomic_write(aside / name, content)
     try:
         aside.rename(target)
     except OSError:  # another submitter was faster

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 from prefopt.cli.multirun import Point
 from prefopt.config.parse import build, parse
-from prefopt.errors import Lacking, UserError
+from prefopt.errors import MissingAssetError, UserError
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import snapshot
-from prefopt.tracking.process import UNDER_WAY, here
-from prefopt.tracking.status import Look, look, table
+from prefopt.tracking.process import ACTIVE_STATES, process_info
+from prefopt.tracking.status import RunStatus, inspect_runs, status_table
 from prefopt.utils.console import console, rows_table, say
 from prefopt.utils.distributed import world_size
 from prefopt.utils.files import write_json
@@ -66,7 +66,8 @@ class Sweep:
             return self.preview(points, folder)
         launcher, jobs = self.plan_jobs(points, folder)
         rows = [
-            (job.label, job.folder.name, intention(job), launcher.resources(job) if job.to_run else "–") for job in jobs
+            (job.label, job.folder.name, planned_action(job), launcher.resources(job) if job.to_run else "–")
+            for job in jobs
         ]
         console().print(
             rows_table(
@@ -76,26 +77,26 @@ class Sweep:
         if to_run := [job for job in jobs if job.to_run]:
             code = snapshot(to_run[0].folder.parent / "code")
             for job in to_run:
-                freeze(job, self.program, code)
+                write_job_file(job, self.program, code)
             launcher.run(to_run, code, folder)
-        found = wait([job.folder for job in jobs])
+        found = wait_for_runs([job.folder for job in jobs])
         if self.log_lines is None:
-            console().print(table(found))
+            console().print(status_table(found))
         else:
             for job in jobs:
                 log = job.folder / "log.txt"
                 lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
                 print(job.label, *lines[-self.log_lines :], "", sep="\n")
-        return verdict(found)
+        return exit_status(found)
 
     def plan_jobs(self, points: list[Point], folder: Path) -> tuple[Launcher, list[SweepJob]]:
         """The sweep's launcher, and its jobs; of several with one folder, the first. Raises UserError that names every
         job that is refused."""
-        launcher, found = checked(points, self.schema, self._planner(folder))
+        launcher, found = validate_points(points, self.schema, self._planner(folder))
         jobs: dict[Path, SweepJob] = {}
         for job in found:
             jobs.setdefault(job.folder, job)
-        look_at(list(jobs.values()))
+        refresh_status(list(jobs.values()))
         return launcher, list(jobs.values())
 
     def preview(self, points: list[Point], folder: Path) -> int:
@@ -111,18 +112,18 @@ class Sweep:
         def planned(point: Point, label: str, config: Any, launcher: Launcher) -> tuple[str, Any, SweepJob | None]:
             try:
                 return label, config, plan(point, label, config, launcher)
-            except Lacking as error:
+            except MissingAssetError as error:
                 lacking.update(dict.fromkeys(str(error).splitlines()))
                 return label, config, None
 
-        launcher, found = checked(points, self.schema, planned)
-        look_at([job for _, _, job in found if job])
+        launcher, found = validate_points(points, self.schema, planned)
+        refresh_status([job for _, _, job in found if job])
         trains = self.schema is TrainConfig  # no estimate of other jobs yet
         rows, estimates = [], list[Estimate]()
         for label, config, job in found:
             cells, sizes = ["–", "waits for what is lacking", "–"], ["–", "–"]
             if job:
-                cells = [job.folder.name, intention(job), launcher.resources(job) if job.to_run else "–"]
+                cells = [job.folder.name, planned_action(job), launcher.resources(job) if job.to_run else "–"]
             if trains and (job is None or job.to_run):
                 size = estimate(config, build(config.objective, Objective, "objective"))
                 if size:
@@ -156,7 +157,7 @@ class Sweep:
         )
 
 
-def intention(job: SweepJob) -> str:
+def planned_action(job: SweepJob) -> str:
     """What the sweep does with a job, in words."""
     from prefopt.training.checkpoint import complete_checkpoints
 
@@ -171,7 +172,7 @@ def intention(job: SweepJob) -> str:
     return start if job.state == "new" else f"{job.state}: again {start}"
 
 
-def verdict(found: list[Look]) -> int:
+def exit_status(found: list[RunStatus]) -> int:
     """0 where all have finished; else 1, and why they have not on stderr."""
     bad = [each for each in found if each.state != "finished"]
     for each in bad:
@@ -182,7 +183,7 @@ def verdict(found: list[Look]) -> int:
     return 1 if bad else 0
 
 
-def checked(
+def validate_points(
     points: list[Point], schema: type[Any], make: Callable[[Point, str, Any, Launcher], T]
 ) -> tuple[Launcher, list[T]]:
     """The sweep's launcher, and `make(point, label, config, launcher)` of each point, whose label is what tells it from
@@ -205,17 +206,17 @@ def checked(
     return launcher, made
 
 
-def look_at(jobs: list[SweepJob]) -> None:
+def refresh_status(jobs: list[SweepJob]) -> None:
     """See what became of the jobs' runs before. All at once: Slurm is asked for all of its jobs, however many.
 
     Raises UserError where a folder that is no run's belongs to a job under way: it may be another one.
     """
     folders = {job.folder: job for job in jobs}
-    for seen in look([folder for folder in folders if (folder / "record.json").is_file()]):
+    for seen in inspect_runs([folder for folder in folders if (folder / "record.json").is_file()]):
         job = folders[seen.folder]
         if job.run:
             job.state = seen.state
-        elif seen.state in UNDER_WAY:
+        elif seen.state in ACTIVE_STATES:
             raise UserError(f"{job.folder} belongs to a sweep that is under way. Wait for it, or give another folder.")
 
 
@@ -224,18 +225,18 @@ def command_of(program: str, overrides: list[str]) -> str:
     return f"python -m prefopt.{program} {shlex.join(o for o in overrides if not o.startswith('launcher'))}"
 
 
-def freeze(job: SweepJob, program: str, code: Path) -> None:
+def write_job_file(job: SweepJob, program: str, code: Path) -> None:
     """Write job.json, and the record as queued by this process."""
     told = {"command": command_of(program, job.overrides), "code": str(code)}
     write_json(job.folder / "job.json", {"program": program, "config": dataclasses.asdict(job.config), **told})
-    facts: dict[str, Any] = {"status": "queued", "error": None, **told, **here(), "slurm_job": None}
+    facts: dict[str, Any] = {"status": "queued", "error": None, **told, **process_info(), "slurm_job": None}
     if job.run:
         job.run.update(**facts)
     else:
         write_json(job.folder / "record.json", {"name": job.id, **facts})
 
 
-def wait(folders: list[Path]) -> list[Look]:
+def wait_for_runs(folders: list[Path]) -> list[RunStatus]:
     """Until none of the runs is under way, with a line for every change. What is seen last.
 
     A run counts as dead when it has looked so three times: a file system may show a record late. One that has finished
@@ -243,9 +244,9 @@ def wait(folders: list[Path]) -> list[Look]:
     """
     before: dict[Path, str] = {}
     dead = dict.fromkeys(folders, 0)
-    seen: dict[Path, Look] = {}
+    seen: dict[Path, RunStatus] = {}
     while True:
-        seen |= {each.folder: each for each in look([f for f in folders if before.get(f) != "finished"])}
+        seen |= {each.folder: each for each in inspect_runs([f for f in folders if before.get(f) != "finished"])}
         found = [seen[folder] for folder in folders]
         for each in found:
             dead[each.folder] = dead[each.folder] + 1 if each.state == "died" else 0
@@ -253,6 +254,6 @@ def wait(folders: list[Path]) -> list[Look]:
                 say(f"{each.folder.name}: {each.state} {each.why}".rstrip())
             before[each.folder] = each.state
         asked = [each for each in found if each.state == "unknown" and each.record.get("slurm_job")]
-        if not asked and not any(f.state in UNDER_WAY or 0 < dead[f.folder] < 3 for f in found):
+        if not asked and not any(f.state in ACTIVE_STATES or 0 < dead[f.folder] < 3 for f in found):
             return found
         time.sleep(POLL_S)

@@ -18,7 +18,7 @@ KEPT = 2**26  # bytes of logits, as the product gives them, that are kept for th
 
 
 @dataclass(frozen=True)
-class Cap:
+class LogitTransform:
     """What becomes of the head's output: y = scale x, and softcap tanh(y / softcap) where there is one."""
 
     scale: float = 1.0
@@ -48,7 +48,7 @@ class TiledLogps(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         with_entropies: bool = True,
-        cap: Cap = Cap(),  # it is frozen
+        cap: LogitTransform = LogitTransform(),  # it is frozen
     ) -> tuple[Tensor, Tensor | None]:
         n = len(labels)
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
@@ -106,12 +106,12 @@ class TiledLogps(torch.autograd.Function):
         return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None, None
 
 
-def tiled_logps(
+def chunked_logps(
     hidden: Tensor,
     head: torch.nn.Linear,
     labels: Tensor,
     with_entropies: bool = True,
-    cap: Cap = Cap(),
+    cap: LogitTransform = LogitTransform(),
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs (N) of `labels` (N) and entropies (N), if asked for, of softmax(cap(head(hidden))), hidden (N, H);
     float32.

@@ -11,7 +11,7 @@ from prefopt.data.collate import LAYOUTS, Group, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models.logprobs import autocast, completion_logps, last_hidden_states
-from prefopt.models.packed_attention import use_segments
+from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.utils.console import say
 
 # Nats per completion token (or units of a hidden state); leaks and wrong positions are off by far more.
@@ -47,7 +47,7 @@ def choose_layout(
         for candidate in names[names.index(name) :]:
             try:
                 if candidate == "packed":
-                    use_segments(model)
+                    enable_packed_attention(model)
                 found = _numbers(model, LAYOUTS[candidate], group)
                 difference = ((found - expected).abs() / found.new_tensor([len(c) for c in group.completions])).max()
                 if difference <= TOLERANCE[precision]:

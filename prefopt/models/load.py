@@ -96,7 +96,7 @@ def load_model(config: ModelConfig, device: str, quantize: str | None = None) ->
             f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
             f"{', '.join(lacking[:3])}. They would be random; get the checkpoint again."
         )
-    return _ready(model, device)
+    return finalize(model, device)
 
 
 def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
@@ -119,7 +119,7 @@ def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
     # without a pad id it refuses batches instead.
     if model.config.pad_token_id == model.config.eos_token_id:
         model.config.pad_token_id = None
-    return _ready(model, device)
+    return finalize(model, device)
 
 
 def load_trained_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
@@ -132,7 +132,7 @@ def load_trained_reward_model(config: ModelConfig, device: str) -> PreTrainedMod
             f"{config.path} is no reward model that prefopt can read: it {why}. Give the policy/ folder of a run of "
             "objective=reward, or a sequence-classification model with one label."
         )
-    return _ready(model, device)
+    return finalize(model, device)
 
 
 def load_custom_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
@@ -140,7 +140,7 @@ def load_custom_reward_model(config: ModelConfig, device: str) -> PreTrainedMode
     model, lacking = _from_pretrained(AutoModelForSequenceClassification, config, trust_remote_code=True)
     if lacking:
         raise UserError(f"the checkpoint {config.path} lacks {', '.join(lacking[:3])}, which would be random.")
-    return _ready(model, device)
+    return finalize(model, device)
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -166,7 +166,7 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
     return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
 
 
-def _ready(model: torch.nn.Module, device: str) -> Any:
+def finalize(model: torch.nn.Module, device: str) -> Any:
     """On its device, in evaluation mode, without dropout."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefopt.data.collate import Batch
-from prefopt.models.chunked_logprobs import Cap, tiled_logps
+from prefopt.models.chunked_logprobs import LogitTransform, chunked_logps
 from prefopt.models.packed_attention import NAME as SEGMENTS
 
 
@@ -34,7 +34,7 @@ class Logps:
 
 
 @dataclass(frozen=True)
-class Scorer:
+class LogprobComputer:
     """`completion_logps` as one run computes them: in its precision, with or without the matrix of logits."""
 
     precision: str
@@ -50,7 +50,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 
 @contextmanager
-def casting_once() -> Iterator[None]:
+def autocast_weight_cache() -> Iterator[None]:
     """Inside, autocast casts each weight once, and not once for every micro-batch. No weight may change meanwhile."""
     torch.autocast_increment_nesting()
     try:
@@ -70,7 +70,7 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
     hidden = _hidden(model, batch)[batch.sources]
     found: Tensor | None  # (N,) entropies
     if tiled and type(head) is torch.nn.Linear:
-        chosen, found = tiled_logps(hidden, head, batch.labels, entropies, cap)
+        chosen, found = chunked_logps(hidden, head, batch.labels, entropies, cap)
     else:
         logps = cap(head(hidden).float()).log_softmax(-1)
         chosen = logps.gather(-1, batch.labels[:, None])[:, 0]
@@ -111,14 +111,14 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)
 
 
-def logit_cap(model: PreTrainedModel) -> Cap:
+def logit_cap(model: PreTrainedModel) -> LogitTransform:
     """What the architecture does to its logits after the output embedding: scaling (Cohere, Granite, Falcon-H1) and
     soft-capping (Gemma 2)."""
     config = model.config
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Cap(scale, getattr(config, "final_logit_softcapping", None))
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def _sum(values: Tensor) -> Tensor:

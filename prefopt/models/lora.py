@@ -121,7 +121,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def training(model: PreTrainedModel) -> Iterator[None]:
+def train_mode(model: PreTrainedModel) -> Iterator[None]:
     """Inside, dropout is drawn and activations are computed again, in forward and backward passes alike; outside, the
     policy is what is exported. The model has no other dropout than the adapter's (`models.load`)."""
     modules = [

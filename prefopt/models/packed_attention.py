@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from prefopt.data.collate import Segments
+from prefopt.data.collate import PackedSegments
 
 NAME = "prefopt_segments"
 # Up to so many scores per head, plain products are faster on a CPU than its fused kernel, whose backward pass is slow
@@ -22,7 +22,7 @@ NAME = "prefopt_segments"
 DENSE = 2**18
 
 
-def use_segments(model: PreTrainedModel) -> None:
+def enable_packed_attention(model: PreTrainedModel) -> None:
     """Let `model` understand packed rows; every other batch goes through scaled_dot_product_attention as before.
 
     Raises ValueError for an architecture whose attention does not come from the registry.
@@ -42,7 +42,7 @@ def segment_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: Segments | None = None,
+    segments: PackedSegments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query (1, heads, T, d), key and value (1, key heads, T, d) -> (1, T, heads, d), as transformers calls it.
@@ -107,12 +107,12 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None,
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments, scaling: float | None, window: int | None
 ) -> Tensor:
     """All segments in one flash attention call; its causal order is that of the last positions, as `mask`'s."""
     from torch.nn.attention.varlen import varlen_attn
 
-    places, query_ends, key_ends, longest_query, longest_key = segments.ragged(query.device)
+    places, query_ends, key_ends, longest_query, longest_key = segments.cu_seqlens(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
     output = varlen_attn(
         q,

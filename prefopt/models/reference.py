@@ -26,12 +26,12 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.load import resolved_config
-from prefopt.models.logprobs import Scorer
+from prefopt.models.logprobs import LogprobComputer
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar, say
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
-from prefopt.utils.tensor_store import Store, token_key
+from prefopt.utils.tensor_store import TensorCache, hash_tokens
 
 SPOT_CHECKS = 2  # pairs read from the cache that are computed again
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
@@ -55,10 +55,10 @@ class Reference(ABC):
 @dataclass
 class Resident(Reference):
     frozen: PreTrainedModel
-    score: Scorer
+    score: LogprobComputer
 
     @classmethod
-    def copy_of(cls, policy: PreTrainedModel, score: Scorer) -> "Resident":
+    def copy_of(cls, policy: PreTrainedModel, score: LogprobComputer) -> "Resident":
         return cls(copy.deepcopy(policy).requires_grad_(False), score)
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class Resident(Reference):
 @dataclass
 class AdapterOff(Reference):
     policy: PreTrainedModel
-    score: Scorer
+    score: LogprobComputer
 
     @torch.no_grad()
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
@@ -95,7 +95,7 @@ class Cached(Reference):
     and its rejected completion and how many tokens these have."""
 
     load: Callable[[], PreTrainedModel]
-    known: Store = field(default_factory=Store)
+    known: TensorCache = field(default_factory=TensorCache)
 
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
         sums = self.known.get([pair_key(p) for p in pairs])[:, :2]
@@ -112,7 +112,7 @@ def cached(
     pairs: Sequence[TokenizedPair],
     layout: Layout,
     micro_batch_tokens: int,
-    score: Scorer,
+    score: LogprobComputer,
     load: Callable[[], PreTrainedModel],
     show: bool = True,
 ) -> Cached:
@@ -121,7 +121,7 @@ def cached(
 
     Raises UserError where a file of the cache is damaged, or some of its pairs do not come out as they are written.
     """
-    known = Store(cache_folder(policy, weights, layout, score), 4)
+    known = TensorCache(cache_folder(policy, weights, layout, score), 4)
     # Places in `pairs` and not pairs, which may be more than the memory holds.
     wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
     with known.locked("reference"):
@@ -129,8 +129,8 @@ def cached(
         _spot_check(known, [pairs[i] for i in found[:SPOT_CHECKS]], policy, layout, score)
         missing = [i for key, i in wanted.items() if key not in known]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
-            for start in range(0, len(missing), tensor_store.SHARD):
-                shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD]]
+            for start in range(0, len(missing), tensor_store.SHARD_ROWS):
+                shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD_ROWS]]
                 keys, values = [], []
                 for part in layout.micro_batches(shard, micro_batch_tokens, None, SIDES):
                     keys += [pair_key(p) for p in part]
@@ -141,7 +141,7 @@ def cached(
     return Cached(load, known)
 
 
-def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: Scorer) -> Path:
+def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer) -> Path:
     """Named by all that decides a log-prob besides the tokens."""
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     decides = [weights, resolved_config(policy), layout.name, score.precision, policy.device.type, versions]
@@ -151,11 +151,11 @@ def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: S
 
 def pair_key(pair: TokenizedPair) -> bytes:
     """Of the pair's tokens, whatever data set they come from."""
-    return token_key(pair.prompt, pair.chosen, pair.rejected)
+    return hash_tokens(pair.prompt, pair.chosen, pair.rejected)
 
 
 @torch.no_grad()
-def _compute(policy: PreTrainedModel, layout: Layout, score: Scorer, pairs: Sequence[TokenizedPair]) -> Tensor:
+def _compute(policy: PreTrainedModel, layout: Layout, score: LogprobComputer, pairs: Sequence[TokenizedPair]) -> Tensor:
     """(B, 4) on the CPU: the log-probs of both sides, and their lengths."""
     batch = layout.collate(pairs, SIDES).to(policy.device)
     sums = score(policy, batch).sums.view(2, -1).T.cpu()
@@ -163,7 +163,7 @@ def _compute(policy: PreTrainedModel, layout: Layout, score: Scorer, pairs: Sequ
 
 
 def _spot_check(
-    known: Store, pairs: Sequence[TokenizedPair], policy: PreTrainedModel, layout: Layout, score: Scorer
+    known: TensorCache, pairs: Sequence[TokenizedPair], policy: PreTrainedModel, layout: Layout, score: LogprobComputer
 ) -> None:
     for pair in pairs:
         (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair])

@@ -114,9 +114,9 @@ class Objective(ABC):
     * `micro_batch_size`: with scope `micro_batch`, the pairs that it sees together; None elsewhere: any number;
     * `step0_loss`: the loss per pair that equal policy and reference give whatever the data (log 2 for DPO), None
       where there is no such constant. The run compares it with the loss it sees before its first step;
-    * `sides`: the completions that it reads;
-    * `trains`: what kind of model it trains;
-    * `per`: what the step's loss is divided by;
+    * `completions`: the completions that it reads;
+    * `model_kind`: what kind of model it trains;
+    * `normalize_by`: what the step's loss is divided by;
     * `reward_range`: the prior rewards it accepts (inclusive), None for any.
     """
 
@@ -126,9 +126,9 @@ class Objective(ABC):
     scope: ClassVar[Scope] = "pair"
     micro_batch_size: ClassVar[int | None] = None
     step0_loss: ClassVar[float | None] = None
-    sides: ClassVar[tuple[Side, ...]] = ("chosen", "rejected")
-    trains: ClassVar[Literal["policy", "reward_model"]] = "policy"
-    per: ClassVar[Literal["pair", "chosen_token"]] = "pair"
+    completions: ClassVar[tuple[Side, ...]] = ("chosen", "rejected")
+    model_kind: ClassVar[Literal["policy", "reward_model"]] = "policy"
+    normalize_by: ClassVar[Literal["pair", "chosen_token"]] = "pair"
     reward_range: ClassVar[tuple[float, float] | None] = None
 
     @property
@@ -242,10 +242,10 @@ def saturated(z: Tensor) -> Tensor:
     return z.abs() > 4.6
 
 
-def exp_until(x: Tensor, limit: float = 40.0) -> Tensor:
+def clamped_exp(x: Tensor, limit: float = 40.0) -> Tensor:
     """exp(x) up to x = `limit` nats, its tangent beyond: convex, with a gradient everywhere, and finite in float32.
 
-    >>> exp_until(torch.tensor([0.0, 1e4])).tolist()
+    >>> clamped_exp(torch.tensor([0.0, 1e4])).tolist()
     [1.0, 2.3446726229884173e+21]
     """
     return x.clamp(max=limit).exp() * (1 + relu(x - limit))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt.objectives.base import PairInputs, Pairwise, exp_until, require, saturated
+from prefopt.objectives.base import PairInputs, Pairwise, clamped_exp, require, saturated
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class FDPO(Pairwise):
         if self.divergence == "reverse_kl":
             return u
         if self.divergence == "forward_kl":
-            return -exp_until(-u)
+            return -clamped_exp(-u)
         if self.divergence == "js":
             return math.log(2) + logsigmoid(u)
         assert self.alpha is not None
-        return (1 - exp_until(-self.alpha * u)) / self.alpha
+        return (1 - clamped_exp(-self.alpha * u)) / self.alpha
 
     def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
         return (

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from prefopt.objectives.base import ImplicitReward, PairInputs, exp_until, require
+from prefopt.objectives.base import ImplicitReward, PairInputs, clamped_exp, require
 
 FUNCTIONS = {
     "logistic": lambda z: softplus(-z),
     "hinge": lambda z: relu(1 - z),
     "squared": lambda z: (z - 1) ** 2,
-    "exponential": lambda z: exp_until(-z),
+    "exponential": lambda z: clamped_exp(-z),
     "truncated_quadratic": lambda z: relu(1 - z) ** 2,
     "savage": lambda z: torch.sigmoid(-z) ** 2,
 }

@@ -17,7 +17,7 @@ class Reward(Objective):
 
     equation = "−log σ(r_φ(x, y_w) − r_φ(x, y_l))"
     paper = "2203.02155, Eq. 1"
-    trains = "reward_model"
+    model_kind = "reward_model"
     step0_loss = math.log(2)
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:

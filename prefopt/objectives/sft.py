@@ -12,8 +12,8 @@ class SFT(Objective):
 
     equation = "−Σ lp_w / Σ n_w over the optimizer step"
     paper = "–"
-    sides = ("chosen",)
-    per = "chosen_token"
+    completions = ("chosen",)
+    normalize_by = "chosen_token"
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
         return ObjectiveOutput(-inputs.policy_chosen_logps)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.reporting.evaluated import Evaluated, Metric, Value, accuracy_of, pooled, win_rate_of
+from prefopt.reporting.evaluated import Evaluated, Metric, Value, accuracy_of, aggregate_seeds, win_rate_of
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.tracking.archive import Record, beta
 from prefopt.utils.console import say
@@ -36,7 +36,7 @@ def points_of(found: Sequence[Evaluated], metric: Metric | None, models: dict[st
     points = []
     for model in dict.fromkeys(models[name] for name in runs):
         members = [r for name, r in runs.items() if models[name] == model]
-        for (method, value), seeds in grouped(members).items():
+        for (method, value), seeds in group_by_config(members).items():
             by_step: dict[int, list[Evaluated]] = {}
             for policy in policies:
                 if policy.run["name"] in {r["name"] for r in seeds}:
@@ -45,7 +45,10 @@ def points_of(found: Sequence[Evaluated], metric: Metric | None, models: dict[st
                 if len(own) < len(seeds):
                     say(f"left out: {model} {method} β={value} at step {step} is evaluated for {len(own)} of its seeds")
                     continue
-                rates = pooled([accuracy_of(p) for p in own]), pooled([win_rate_of(p, metric) for p in own])
+                rates = (
+                    aggregate_seeds([accuracy_of(p) for p in own]),
+                    aggregate_seeds([win_rate_of(p, metric) for p in own]),
+                )
                 points.append(Point(model, method, value, epoch_of(own[0].run, step), *rates, len(own)))
     return sorted(points, key=lambda p: (p.model, p.method, p.beta or 0.0, p.epoch))
 
@@ -55,7 +58,7 @@ def epoch_of(run: Record, step: int) -> float:
     return round(step * run["config"]["batch_size"] / run["data"]["train"]["items"], 2)
 
 
-def grouped(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Record]]:
+def group_by_config(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Record]]:
     """Runs that differ in nothing but their seed, by method and beta."""
     groups: dict[tuple[str, float | None], list[Record]] = {}
     for record, name in zip(records, labels(list(records), without=("seed",)), strict=True):
@@ -82,7 +85,7 @@ def paths(points: Iterable[Point]) -> dict[tuple[str, str, float | None], list[P
     return {key: sorted(path, key=lambda p: p.epoch) for key, path in found.items()}
 
 
-def peaks(points: Iterable[Point], by: str) -> list[Point]:
+def best_points(points: Iterable[Point], by: str) -> list[Point]:
     """Of each model and method the point with the highest `accuracy` or `win_rate` over betas and epochs, among those
     that have both; of equals the earliest, then that of the smallest beta."""
     groups: dict[tuple[str, str], list[Point]] = {}
@@ -147,7 +150,7 @@ def drift(records: Sequence[Record], side: str) -> dict[str, list[tuple[int, flo
     (step, mean, standard error or None) at each step that all its seeds have evaluated."""
     found: dict[str, list[tuple[int, float, float | None]]] = {}
     key = f"{side}_logps"
-    for (method, value), seeds in grouped(records).items():
+    for (method, value), seeds in group_by_config(records).items():
         curves = [{row["step"]: row[key] for row in r["evaluations"] if key in row} for r in seeds]
         shared = set.intersection(*(set(curve) for curve in curves))
         if 0 not in shared:

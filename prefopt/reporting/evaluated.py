@@ -174,7 +174,7 @@ def win_rate_of(policy: Evaluated, metric: Metric | None) -> Value | None:
     return mean, statistics.fmean(f[metric.error] for f in own)
 
 
-def pooled(values: Sequence[Value | None]) -> Value | None:
+def aggregate_seeds(values: Sequence[Value | None]) -> Value | None:
     """The mean over training seeds. Its error is that over seeds and, since all share their questions, the mean of
     their own, as independent parts."""
     known = [v for v in values if v is not None]

@@ -7,8 +7,8 @@ from typing import Any
 
 from prefopt.reporting.curves import Point, at_last_epoch, drift, paths, sensitive_keys, sensitivity
 from prefopt.reporting.evaluated import SIDES, Value, model_names
-from prefopt.reporting.published import plain
-from prefopt.reporting.style import MARKERS, method_colours, plotting, save, shade, wrapped
+from prefopt.reporting.published import normalize_model_name
+from prefopt.reporting.style import MARKERS, is_mappo, method_colors, plotting, save, shade
 from prefopt.tracking.archive import Record, beta
 
 
@@ -23,9 +23,13 @@ def draw_paths(
     if not models:
         return []
     complete = [p for p in points if p.accuracy and p.win_rate]
-    behind = [p for p in published if not ours or any(plain(p.model) == plain(m) for m in models)]
+    behind = [
+        p
+        for p in published
+        if not ours or any(normalize_model_name(p.model) == normalize_model_name(m) for m in models)
+    ]
     everything = [*points, *behind]
-    colours = method_colours(sorted({p.method for p in everything}))
+    colours = method_colors(sorted({p.method for p in everything}))
     betas = sorted({p.beta for p in everything if p.beta is not None})
     rows = 1 + bool(complete)
     with plotting() as plt:
@@ -44,7 +48,9 @@ def draw_paths(
                     top.axvline(sft[model][0], color="0.3", linestyle=":", linewidth=1.2)
                 top.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
                 top.set_xlabel("LM accuracy, %")
-            for (_, method, value), path in paths(p for p in behind if plain(p.model) == plain(model)).items():
+            for (_, method, value), path in paths(
+                p for p in behind if normalize_model_name(p.model) == normalize_model_name(model)
+            ).items():
                 _over_epochs(bottom, path, _look(colours[method], value, betas), faint=ours)
             for (_, method, value), path in own.items():
                 _over_epochs(bottom, path, _look(colours[method], value, betas))
@@ -126,12 +132,14 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
     ends = {source: found for source, own in points.items() if (found := at_last_epoch(own))}
     if not ends:
         return []
-    first = {plain(model) for model, _ in next(iter(ends.values()))}
-    ends = {source: {k: v for k, v in own.items() if plain(k[0]) in first} for source, own in ends.items()}
+    first = {normalize_model_name(model) for model, _ in next(iter(ends.values()))}
+    ends = {
+        source: {k: v for k, v in own.items() if normalize_model_name(k[0]) in first} for source, own in ends.items()
+    }
     sources = [source for source, own in ends.items() if own]
     models = list(dict.fromkeys(model for model, _ in ends[sources[0]]))
     methods = sorted({method for own in ends.values() for _, method in own})
-    colours = method_colours(methods)
+    colours = method_colors(methods)
     places = [(method, source) for method in methods for source in sources]
     with plotting() as plt:
         size = (max(3.4, 0.9 + 0.17 * len(places) * len(models)), 2.6)
@@ -141,7 +149,7 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
             mark |= {"markerfacecolor": "white"} if source != sources[0] else {}
             for (model, method), (_, by_beta) in ends[source].items():
                 place = (places.index((method, source)) + 0.5) / len(places) - 0.5
-                x = [plain(m) for m in models].index(plain(model)) + 0.8 * place
+                x = [normalize_model_name(m) for m in models].index(normalize_model_name(model)) + 0.8 * place
                 y = [value for value, _ in by_beta.values()]
                 colour = colours[method]
                 axis.plot([x, x], [min(y), max(y)], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
@@ -178,10 +186,10 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
             members = [r for r in measured if (models[r["name"]], r["config"]["dataset"]["name"]) == panel]
             for axis, side in zip(row, SIDES, strict=True):
                 curves = drift(members, side)
-                colours = method_colours(list(curves))
+                colours = method_colors(list(curves))
                 repeats: dict[tuple[str, bool], int] = {}  # methods of one colour have markers of their own
                 for label, curve in curves.items():
-                    dashed = wrapped(label)
+                    dashed = is_mappo(label)
                     look = {"color": colours[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
                     again = repeats[colours[label], dashed] = repeats.get((colours[label], dashed), -1) + 1
                     look |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
@@ -197,8 +205,8 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
                 axis.set_xlabel("optimizer step")
                 axis.xaxis.get_major_locator().set_params(integer=True)
             row[0].set_ylabel("change of log-prob (nats)")
-        bases = [handle for label, handle in handles.items() if not wrapped(label)]
-        wrappers = [handle for label, handle in handles.items() if wrapped(label)]
+        bases = [handle for label, handle in handles.items() if not is_mappo(label)]
+        wrappers = [handle for label, handle in handles.items() if is_mappo(label)]
         _legend(plt, figure, [bases, wrappers], 4)
         return save(figure, output, name)
 
@@ -219,7 +227,7 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
         size = (max(3.4, 2.6 * len(found)), 2.6 + 0.17 * lines)
         figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained", sharey=True)
         for axis, (key, curves) in zip(axes[0], found.items(), strict=True):
-            colours = method_colours(list(curves))
+            colours = method_colors(list(curves))
             shared = set.intersection(*(set(label.split(" ")) for label in curves))
             for place, (label, curve) in enumerate(curves.items()):
                 siblings = [other for other in curves if colours[other] == colours[label]]
@@ -292,10 +300,10 @@ def draw(records: list[Record], output: Path) -> list[Path]:
 def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
     """The colour of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
     each objective, and others for the objectives that share a colour (MaPPO and its base)."""
-    names = sorted({r["objective"] for r in records}, key=lambda name: (wrapped(name), name))
+    names = sorted({r["objective"] for r in records}, key=lambda name: (is_mappo(name), name))
     betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
     most = max(len(values) for values in betas.values())
-    colours = method_colours(names)
+    colours = method_colors(names)
     markers: dict[tuple[str, float | None], str] = {}
     for record in records:
         name, value = record["objective"], beta(record)

@@ -11,7 +11,7 @@ from prefopt.utils.fingerprint import class_names
 
 def flat_config(record: Record) -> dict[str, Any]:
     """The run's config with dotted keys."""
-    return dict(_flatten(class_names(record["config"])))
+    return dict(flatten(class_names(record["config"])))
 
 
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
@@ -29,7 +29,7 @@ def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
             own[key]["None"] = None
     apart = {
         objective: {
-            key: _texts(own[key])
+            key: shortest_texts(own[key])
             for key in sorted(own)
             if len(own[key]) > 1
             and key not in ("objective.beta", "objective.base.beta", *without)
@@ -47,14 +47,14 @@ def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def in_order(records: list[Record]) -> list[Record]:
+def sort_by_label(records: list[Record]) -> list[Record]:
     """By their labels, numbers in these by size; as they were, folders are ordered by digests."""
     keys = [re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", label) for label in labels(records)]
     sizes = [[float(part) if i % 2 else part for i, part in enumerate(key)] for key in keys]
     return [records[i] for i in sorted(range(len(records)), key=sizes.__getitem__)]
 
 
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+def shortest_texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Values by their repr, as people read them: four digits, no quotes; exactly, where two would read the same."""
     texts = {
         exact: f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else exact for exact, v in values.items()
@@ -62,10 +62,10 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return texts if len(set(texts.values())) == len(texts) else {exact: exact for exact in values}
 
 
-def _flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             # 2.0, a default, and 2, from a command line, are one value.
             whole = isinstance(value, float) and value.is_integer()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefopt.reporting.config import PapersConfig, ReportConfig
 from prefopt.reporting.figures import draw_sensitivity
-from prefopt.reporting.paper_common import Figure, Made, origin
+from prefopt.reporting.paper_common import Figure, Made, provenance_notes
 from prefopt.reporting.published import read_csv
 from prefopt.reporting.summary import by_column_table
 from prefopt.reporting.tables import Tabular
@@ -19,11 +19,11 @@ def madpo(records: Sequence[Record], config: PapersConfig) -> Made:
     theirs = read_csv(config.published, f"{name}.csv")
     if not records:
         texts = [list(row.values()) for row in theirs]
-        notes = ["Paper: mean reward of its own oracle.", *origin(records, config)]
+        notes = ["Paper: mean reward of its own oracle.", *provenance_notes(records, config)]
         return [Tabular(name, [key.replace("_", " ") for key in theirs[0]], texts, list(theirs), notes, title)], []
     asked = ReportConfig("", "", "dataset.format.quality", str(Path(config.published) / f"{name}.csv"))
     table = by_column_table(list(records), asked)
-    table = replace(table, name=name, title=title, notes=[table.notes[0], *origin(records, config)])
+    table = replace(table, name=name, title=title, notes=[table.notes[0], *provenance_notes(records, config)])
     caption = (
         "Final oracle reward over each hyperparameter that was varied: the mean over seeds, bars of one standard error "
         "(of one seed alone, that over its prompts)."

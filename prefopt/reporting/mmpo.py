@@ -7,11 +7,18 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.evaluation.results import SUITES
 from prefopt.reporting.config import PapersConfig
-from prefopt.reporting.curves import Point, peaks, points_of, sft_accuracy, spreads
+from prefopt.reporting.curves import Point, best_points, points_of, sft_accuracy, spreads
 from prefopt.reporting.evaluated import Evaluated, Metric, metric_of, model_names, read_evaluated
 from prefopt.reporting.figures import draw_paths, draw_spread
-from prefopt.reporting.paper_common import Figure, Made, _what, number, origin, policies_table
-from prefopt.reporting.published import beside, plain, published_points, read_csv
+from prefopt.reporting.paper_common import (
+    Figure,
+    Made,
+    describe_metrics,
+    format_value,
+    policies_table,
+    provenance_notes,
+)
+from prefopt.reporting.published import join_published, normalize_model_name, published_points, read_csv
 from prefopt.reporting.tables import Tabular
 from prefopt.tracking.archive import Record
 
@@ -21,11 +28,11 @@ def peak_table(points: Sequence[Point], published: str, by: str, like: set[str],
     which of the two is measured as the paper does, so that a difference means something."""
     selected = "peak_lm_accuracy" if by == "accuracy" else "peak_win_rate"
     theirs = [r for r in read_csv(published, "mmpo_tables_1_2.csv") if r["selected_by"] == selected]
-    ours = [vars(p) for p in peaks(points, by)]
+    ours = [vars(p) for p in best_points(points, by)]
     headers, texts, rows = ["model", "method", "β", "epoch", "seeds"], [], []
     for heading in ("LM accuracy", "win rate"):
         headers += [f"{heading}, %", f"paper: {heading}", "difference"]
-    for row, paper in beside(ours, theirs):
+    for row, paper in join_published(ours, theirs):
         numbers: dict[str, Any] = {key: row.get(key) for key in ("model", "method", "beta", "epoch", "seeds")}
         cells = [
             row["model"],
@@ -35,7 +42,7 @@ def peak_table(points: Sequence[Point], published: str, by: str, like: set[str],
         for key, column in (("accuracy", "lm_accuracy"), ("win_rate", "lc_win_rate")):
             value, printed = row.get(key), paper.get(column)
             difference = value[0] - float(printed) if value and printed and key in like else None
-            cells += [number(value), printed or "–", "–" if difference is None else f"{difference:+.2f}"]
+            cells += [format_value(value), printed or "–", "–" if difference is None else f"{difference:+.2f}"]
             numbers |= {key: value and value[0], f"{key}_se": value and value[1]}
             numbers |= {f"paper_{key}": printed, f"{key}_difference": difference}
         texts.append(cells)
@@ -72,8 +79,12 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
             "python -m prefopt.alpaca with run=RUN checkpoints=all"
         )
     published, sft = published_points(config.published), sft_accuracy(found, models)
-    order = [plain(row["model"]) for row in read_csv(config.published, "mmpo_tables_1_2.csv")]  # by size
-    points.sort(key=lambda p: order.index(plain(p.model)) if plain(p.model) in order else len(order))
+    order = [normalize_model_name(row["model"]) for row in read_csv(config.published, "mmpo_tables_1_2.csv")]  # by size
+    points.sort(
+        key=lambda p: (
+            order.index(normalize_model_name(p.model)) if normalize_model_name(p.model) in order else len(order)
+        )
+    )
     by_source = {"ours": points, "published": published}
     like = as_published(metric, found)
     drawn = {"ours": points} | ({"published": published} if not points or "win_rate" in like else {})  # one metric
@@ -81,10 +92,10 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         "Paper: length-controlled win rate of AlpacaEval 2 against the SFT model of the same size, mean of two judges; "
         "LM accuracy, mean of ten tasks; standard errors are not known. Differences are "
         "given where ours is the same metric.",
-        *_what(metric, found),
+        *describe_metrics(metric, found),
         "A peak is the highest of all β and epochs, and for that reason alone too high by a part of its standard "
         "error, which is that of the one point.",
-        *origin(records, config),
+        *provenance_notes(records, config),
     ]
     notes_of_spread = [
         "Spread: the highest less the lowest win rate of all β at the last epoch; s.e. as if the two were independent. "
@@ -92,8 +103,8 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         "upper estimate, because all β share their questions.",
         "Published: length-controlled win rates by gpt-4o-mini alone, SimPO without length normalization. β = 1 is not "
         "in the paper's grid.",
-        *_what(metric, []),
-        *origin(records, config),
+        *describe_metrics(metric, []),
+        *provenance_notes(records, config),
     ]
     both = any(p.accuracy and p.win_rate for p in points)
     caption = "One path for each method and β, larger β darker; dashed, 50 %. " + (
@@ -118,7 +129,9 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
         "ones beside ours. A short bar near 0 % is no merit."
     )
     tables += [spread_table(spread, notes_of_spread)]
-    tables += policies_table("mmpo", found, metric, models, [*_what(metric, found), *origin(records, config)])
+    tables += policies_table(
+        "mmpo", found, metric, models, [*describe_metrics(metric, found), *provenance_notes(records, config)]
+    )
     return tables, [
         Figure("Through the epochs", caption, draw_paths(points, sft, drawn.get("published", []), name, output)),
         Figure("Spread over β", spread_caption, draw_spread(drawn, output)),

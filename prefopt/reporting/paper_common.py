@@ -21,7 +21,7 @@ class Figure:
     files: list[Path]
 
 
-def number(value: Value | None, digits: int = 2) -> str:
+def format_value(value: Value | None, digits: int = 2) -> str:
     """With its standard error; what was not measured is a dash."""
     if value is None:
         return "–"
@@ -47,14 +47,14 @@ def policies_table(
         epoch = epoch_of(policy.run, policy.step)
         commits = ", ".join(sorted({commit(t["git"]) for t in [*policy.harness, *policy.alpaca]}))
         row = {"run": policy.run["name"], "model": models[policy.run["name"]], "step": policy.step, "epoch": epoch}
-        texts.append([row["run"], row["model"], str(policy.step), f"{epoch:g}", *map(number, rates), commits])
+        texts.append([row["run"], row["model"], str(policy.step), f"{epoch:g}", *map(format_value, rates), commits])
         for key, value in zip(("accuracy", "win_rate"), rates, strict=True):
             row |= dict(zip((key, f"{key}_se"), value or (None, None), strict=True))
         rows.append(row | {"commit": commits})
     return [Tabular(f"{paper}_policies", headers, texts, rows, notes, "Evaluated policies")] if found else []
 
 
-def limited(told: Sequence[dict[str, Any]]) -> str:
+def limits_note(told: Sequence[dict[str, Any]]) -> str:
     """Of how many rows these harness records are, where it is not all."""
     limits = {t["settings"]["limit"] for t in told} - {None}
     return "".join(f"; of each task the first {limit:g} rows" for limit in sorted(limits))
@@ -69,17 +69,20 @@ def command(config: PapersConfig) -> str:
     return shlex.join(["python", "-m", "prefopt.papers", *(f"{k}={v}" for k, v in texts.items())])
 
 
-def origin(records: Sequence[Record], config: PapersConfig) -> list[str]:
+def provenance_notes(records: Sequence[Record], config: PapersConfig) -> list[str]:
     if not records:
         return [f"Made by `{command(config)}` from the published figures alone."]
     return provenance(list(records), command(config))
 
 
-def _what(metric: Metric | None, found: Sequence[Evaluated]) -> list[str]:
+def describe_metrics(metric: Metric | None, found: Sequence[Evaluated]) -> list[str]:
     """What our figures are."""
     normalized = {p.run["config"]["objective"].get("length_normalize") for p in found if p.run["objective"] == "simpo"}
     simpo = {"with" if each else "without" for each in normalized}
-    tasks, rows = sorted({t["task"] for p in found for t in p.harness}), limited([t for p in found for t in p.harness])
+    tasks, rows = (
+        sorted({t["task"] for p in found for t in p.harness}),
+        limits_note([t for p in found for t in p.harness]),
+    )
     return [
         *([f"Ours: {metric.name}, {metric.about}."] if metric else []),
         *([f"Ours: LM accuracy, the mean acc of {', '.join(tasks)}{rows}."] if tasks else []),

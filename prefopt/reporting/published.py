@@ -11,12 +11,14 @@ from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.curves import Point
 
 
-def same(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
+def matches_published(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
     """Whether a row of a published table is about this model and method."""
-    return plain(ours[0]) == plain(theirs["model"]) and ours[1].split(" ")[0] == our_name(theirs["method"])
+    return normalize_model_name(ours[0]) == normalize_model_name(theirs["model"]) and ours[1].split(" ")[
+        0
+    ] == from_published_name(theirs["method"])
 
 
-def beside(
+def join_published(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, str]]
 ) -> list[tuple[dict[str, Any], dict[str, str]]]:
     """Our rows with the published one of the same model and method, then the published rows that none of ours has;
@@ -24,13 +26,13 @@ def beside(
     used: list[dict[str, str]] = []
     pairs: list[tuple[dict[str, Any], dict[str, str]]] = []
     for row in ours:
-        match = next((t for t in theirs if same((row["model"], row["method"]), t)), {})
+        match = next((t for t in theirs if matches_published((row["model"], row["method"]), t)), {})
         used += [match] * bool(match)
         pairs.append((row, match))
     return pairs + [({"model": t["model"], "method": t["method"]}, t) for t in theirs if t not in used]
 
 
-def plain(model: str) -> str:
+def normalize_model_name(model: str) -> str:
     """The name of a model without what is written in several ways."""
     return re.sub(r"[-_ ]", "", model.lower())
 
@@ -86,10 +88,10 @@ def _of_paper(column: str) -> str:
 
 def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
     """The published figures of a method of ours."""
-    return next((figures for name, figures in published.items() if our_name(name) == ours.split(" ")[0]), {})
+    return next((figures for name, figures in published.items() if from_published_name(name) == ours.split(" ")[0]), {})
 
 
-def our_name(published: str) -> str:
+def from_published_name(published: str) -> str:
     """What the papers' tables call X+mappo is our mappo_X, their i-X (iterative) our online-X, beta-dpo beta_dpo."""
     base, plus, wrapper = published.partition("+")
     online = "online-" * base.startswith("i-")

@@ -10,23 +10,23 @@ MARKERS = "osD^vP*X"
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # The methods that the papers compare have theirs in every figure of every paper.
-OF_METHOD = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLOURS, strict=True))
+METHOD_COLORS = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLOURS, strict=True))
 
 
-def wrapped(method: str) -> bool:
+def is_mappo(method: str) -> bool:
     """Whether it is a base with MaPPO around it, offline or online."""
     return method.removeprefix("online-").startswith("mappo_")
 
 
-def method_colours(methods: Sequence[str]) -> dict[str, str]:
+def method_colors(methods: Sequence[str]) -> dict[str, str]:
     """A colour for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
     base, and needs another line style, and an online form that of its objective; what no paper compares has a colour
     that is free here."""
     bases = {m: m.split(" ")[0].removeprefix("online-").removeprefix("mappo_") for m in methods}
-    taken = [OF_METHOD[b] for b in bases.values() if b in OF_METHOD]
+    taken = [METHOD_COLORS[b] for b in bases.values() if b in METHOD_COLORS]
     free = [c for c in COLOURS if c not in taken] or list(COLOURS)
-    others = sorted({b for b in bases.values() if b not in OF_METHOD})
-    own = OF_METHOD | {b: free[i % len(free)] for i, b in enumerate(others)}
+    others = sorted({b for b in bases.values() if b not in METHOD_COLORS})
+    own = METHOD_COLORS | {b: free[i % len(free)] for i, b in enumerate(others)}
     return {m: own[b] for m, b in bases.items()}
 
 

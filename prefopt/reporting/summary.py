@@ -17,7 +17,7 @@ from prefopt.tracking.archive import Record, beta
 from prefopt.utils.stats import mean_and_error
 
 
-def posthoc(record: Record) -> dict[str, tuple[float, float | None]]:
+def evaluation_columns(record: Record) -> dict[str, tuple[float, float | None]]:
     """What prefopt.harness and prefopt.alpaca have found of a run's final policy: percentages and standard errors. A
     figure's name says the tasks, or the judge and the baseline, so that no two kinds share a column."""
     suites: dict[str, list[Record]] = {}
@@ -83,7 +83,7 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
         objective = " ".join(part for part in label.split(" ") if not part.startswith("β="))
         rows.append(row | {"run": record["name"], "objective": objective, "beta": beta(record)})
     names = posthoc_names(records)
-    own: dict[str, dict[str, Any]] = {r["name"]: posthoc(r) for r in records}
+    own: dict[str, dict[str, Any]] = {r["name"]: evaluation_columns(r) for r in records}
     for row in rows:
         for name in names:
             row[name], row[f"{name}_se"] = own.get(row["run"], {}).get(name, (None, None))
@@ -91,7 +91,7 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def posthoc_names(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in posthoc(record)))
+    return list(dict.fromkeys(name for record in records for name in evaluation_columns(record)))
 
 
 def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
@@ -100,7 +100,7 @@ def main_table(rows: list[dict[str, Any]], records: list[Record], config: Report
     names = posthoc_names(records)
     headings = {c: heading for c, heading in COLUMNS.items() if c != "run"}
     headings |= {name: f"{name}, %" for name in names} | {"run": COLUMNS["run"]}
-    shown = [cells(row, names) for row in rows]
+    shown = [format_row(row, names) for row in rows]
     own = [line for line in shown if line["run"] != "–"]
     columns = [c for c in headings if c == "objective" or any(line[c] != "–" for line in own)]
     texts = [[line[c] for c in columns] for line in shown]
@@ -108,7 +108,7 @@ def main_table(rows: list[dict[str, Any]], records: list[Record], config: Report
     return Tabular("table", [headings[c] for c in columns], texts, rows, provenance(records, command(config)))
 
 
-FIGURES = ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
+MEASURES = ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
 
 
 def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
     rows = []
     for name, finals in groups.items():
         row: dict[str, Any] = {"method": name, "n": len(finals)}
-        for figure in FIGURES:
+        for figure in MEASURES:
             values = [f[figure] for f in finals if f[figure] is not None]
             mean, error = mean_and_error(values) if len(values) == len(finals) else (None, None)
             row |= {figure: mean, f"{figure}_se": error if len(values) > 1 else None}
@@ -134,7 +134,7 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     rows = over_seeds(records)
     if all(row["n"] == 1 for row in rows):
         return None
-    digits = dict(zip(FIGURES, (2, 3, 2, 2, 1), strict=True))
+    digits = dict(zip(MEASURES, (2, 3, 2, 2, 1), strict=True))
 
     def cell(row: dict[str, Any], figure: str) -> str:
         if row[figure] is None:
@@ -145,10 +145,10 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     # Beside the table with `columns`, which has figures of the same kind, they are shown there.
     published = {} if config.columns else read_published(config)
     theirs = list(next(iter(published.values()))) if published else []
-    headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in FIGURES), *map(_of_paper, theirs)]
+    headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in MEASURES), *map(_of_paper, theirs)]
     papers = [_paper(published, r["method"]) for r in rows]
     texts = [
-        [r["method"], str(r["n"]), *(cell(r, f) for f in FIGURES), *(paper.get(name, "–") for name in theirs)]
+        [r["method"], str(r["n"]), *(cell(r, f) for f in MEASURES), *(paper.get(name, "–") for name in theirs)]
         for r, paper in zip(rows, papers, strict=True)
     ]
     notes = [
@@ -221,7 +221,7 @@ def by_column_table(records: list[Record], config: ReportConfig) -> Tabular:
     return Tabular("by_column", headers, texts, table, notes)
 
 
-def cells(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+def format_row(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
     """A row as text, with its post-hoc figures `names`: what was not measured is a dash."""
 
     def number(key: str, digits: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.utils.files import write_whole
+from prefopt.utils.files import atomic_write
 
 TEXT_COLUMNS = (
     "run",
@@ -95,7 +95,7 @@ class Tabular:
         contents = {"md": self.markdown(), "csv": self.csv(), "tex": self.latex()}
         files = [folder / f"{self.name}.{suffix}" for suffix in contents]
         for file, content in zip(files, contents.values(), strict=True):
-            write_whole(file, content)
+            atomic_write(file, content)
         return files
 
 

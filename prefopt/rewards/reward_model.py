@@ -50,7 +50,7 @@ class RewardModel(RewardScorer):
 
         tokenizer = load_tokenizer(self._model)
         texts = [self._encode(tokenizer, r) for r in requests]
-        keys = [tensor_store.token_key(tokens) for tokens in texts]
+        keys = [tensor_store.hash_tokens(tokens) for tokens in texts]
         wanted = dict(zip(keys, texts, strict=True))
         model = self._load(device)
         check_vocabulary(model, tokenizer)
@@ -62,13 +62,13 @@ class RewardModel(RewardScorer):
                     f"model {self.path} reads {limit}. Leave the row out, or take another reward model."
                 )
         layout = self._layout(model, texts, precision)
-        known = tensor_store.Store(self._cache_folder(model, precision), 1)
+        known = tensor_store.TensorCache(self._cache_folder(model, precision), 1)
         with known.locked("rewards"):
             # From long to short, so that what is computed together is of similar length.
             missing = sorted((k for k in wanted if k not in known), key=lambda k: len(wanted[k]), reverse=True)
             with Bar("rewards", len(missing), show and bool(missing)) as bar:
-                for start in range(0, len(missing), tensor_store.SHARD):
-                    shard = missing[start : start + tensor_store.SHARD]
+                for start in range(0, len(missing), tensor_store.SHARD_ROWS):
+                    shard = missing[start : start + tensor_store.SHARD_ROWS]
                     known.add(shard, self._compute(model, [wanted[k] for k in shard], precision, bar, layout))
         say(f"  rewards: {len(wanted) - len(missing)} of {len(wanted)} from the cache, {len(missing)} computed")
         return known.get(keys)[:, 0].tolist()

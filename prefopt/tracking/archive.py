@@ -10,11 +10,11 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.tracking.record import load_record
 from prefopt.utils.console import say
-from prefopt.utils.files import write_whole
+from prefopt.utils.files import atomic_write
 
 Record = dict[str, Any]
 # Of the machine and the moment: no figure depends on them, and they are nobody else's business.
-LOCAL = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
+MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
 
 def read_records(*places: Path) -> list[Record]:
@@ -63,14 +63,14 @@ def write_archive(records: Sequence[Record], file: Path) -> None:
     here = f"{Path.cwd()}/"
     lines = []
     for record in records:
-        kept = {key: value for key, value in record.items() if key not in LOCAL}
+        kept = {key: value for key, value in record.items() if key not in MACHINE_KEYS}
         for kind in ("harness", "alpaca"):
-            kept[kind] = [{k: v for k, v in told.items() if k not in LOCAL} for told in record[kind]]
+            kept[kind] = [{k: v for k, v in told.items() if k not in MACHINE_KEYS} for told in record[kind]]
         lines.append(json.dumps(kept, ensure_ascii=False).replace(here, ""))
-    write_whole(file, "\n".join(lines) + "\n")
+    atomic_write(file, "\n".join(lines) + "\n")
 
 
-def keep(records: Sequence[Record], source: str | None, output: Path) -> list[Path]:
+def write_archive_once(records: Sequence[Record], source: str | None, output: Path) -> list[Path]:
     """`write_archive` into `output`, unless `source`, where they were read from, is an archive already: its path, or
     none."""
     if not records or Path(source or "").suffix == ".jsonl":

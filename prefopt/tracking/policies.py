@@ -18,7 +18,7 @@ class Checkpoint:
     revision: str | None = None
 
 
-def policies(run: str, which: str) -> list[Checkpoint]:
+def exported_policies(run: str, which: str) -> list[Checkpoint]:
     """`final`: the finished policy; `all`: those that `exports` has kept as well, in the order of their steps.
 
     Raises UserError where there is none.

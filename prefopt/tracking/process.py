@@ -14,9 +14,9 @@ from typing import IO, Any
 from prefopt.errors import UserError
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
-UNDER_WAY = ("queued", "running", "requeued")  # and perhaps "unknown"
+ACTIVE_STATES = ("queued", "running", "requeued")  # and perhaps "unknown"
 # Slurm's states in which a job has ended.
-ENDED = {
+TERMINAL_SLURM_STATES = {
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -29,34 +29,37 @@ ENDED = {
 }
 
 
-def here() -> dict[str, Any]:
-    """The facts by which `state` finds this process again. `slurm_job` is JOB_TASK where launcher=slurm started it: a
-    job that a person wrote, or an interactive one, may outlive what runs in it."""
+def process_info() -> dict[str, Any]:
+    """What a record says of this process, so that `resolve_status` finds it again.
+
+    `slurm_job` is JOB_TASK where launcher=slurm started it: a job that a person wrote may outlive what runs in it.
+    """
     job = os.environ.get("PREFOPT_SLURM_JOB")
-    born = _born(os.getpid())
-    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": born, "slurm_job": job, "since": now()}
+    born = process_start_time(os.getpid())
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_born": born, "slurm_job": job, "since": utc_now()}
 
 
-def who(record: dict[str, Any]) -> str:
+def describe_owner(record: dict[str, Any]) -> str:
     """The process that a record names, for people."""
     place = f"Slurm job {record['slurm_job']}" if record.get("slurm_job") else f"process {record['pid']}"
     return f"{place} on {record['host']} since {record['since']}"
 
 
-def now() -> str:
+def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-_held: dict[Path, IO[str]] = {}
+_locks: dict[Path, IO[str]] = {}
 
 
-def hold(folder: Path) -> None:
-    """Make this process the only one that works on the run in `folder`, until `let_go` or its end: the system lets go
-    of the lock of a process that ends, however it does. May be called again.
+def acquire_lock(folder: Path) -> None:
+    """Make this process the only one that works on the run in `folder`, until `release_lock` or its end.
+
+    The system releases the lock of a process that ends, however it ends. May be called again.
 
     Raises UserError that says who holds it, and OSError where `folder` cannot be written.
     """
-    if holds(folder):
+    if owns_lock(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("a+")
@@ -66,21 +69,21 @@ def hold(folder: Path) -> None:
         lock.seek(0)
         raise UserError(f"{folder} is held by {lock.read() or 'another process'}. Wait for it, or stop it.") from None
     lock.truncate(0)
-    lock.write(who(here()))
+    lock.write(describe_owner(process_info()))
     lock.flush()
-    _held[folder.resolve()] = lock
+    _locks[folder.resolve()] = lock
 
 
-def holds(folder: Path) -> bool:
-    return folder.resolve() in _held
+def owns_lock(folder: Path) -> bool:
+    return folder.resolve() in _locks
 
 
-def let_go(folder: Path) -> None:
-    if lock := _held.pop(folder.resolve(), None):
+def release_lock(folder: Path) -> None:
+    if lock := _locks.pop(folder.resolve(), None):
         lock.close()
 
 
-def state(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:
+def resolve_status(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:
     """The record's status, unless its process is gone. `queue` is what Slurm says of this user's jobs (`slurm_queue`).
 
     new, queued, running, finished, failed as the record says; interrupted: saved and left; requeued: the same, and
@@ -89,12 +92,14 @@ def state(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:
     said = record["status"]
     if said not in ("queued", "running", "interrupted"):
         return said
-    here_and_gone = record.get("host") == socket.gethostname() and record["pid_born"] != _born(record["pid"])
+    here_and_gone = record.get("host") == socket.gethostname() and record["pid_born"] != process_start_time(
+        record["pid"]
+    )
     if record.get("slurm_job"):
         if queue is None:
             return "unknown"
         slurm = queue.get(record["slurm_job"], "gone")
-        if slurm == "gone" or slurm in ENDED:
+        if slurm == "gone" or slurm in TERMINAL_SLURM_STATES:
             return said if said == "interrupted" else "died"
         if said == "interrupted" or (said == "running" and slurm == "PENDING"):
             return "requeued"
@@ -119,7 +124,7 @@ def slurm_queue() -> dict[str, str] | None:
     return dict(line.split() for line in answer.splitlines() if line.strip())
 
 
-def _born(pid: int) -> str | None:
+def process_start_time(pid: int) -> str | None:
     """When a process was started, in the kernel's clock: with its pid, who it is. None for one that has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -29,7 +29,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def amend(folder: Path, **facts: object) -> None:
+def update_record(folder: Path, **facts: object) -> None:
     """Merge `facts` into the record of a run that no other process writes."""
     record = json.loads((folder / "record.json").read_text())
     write_json(folder / "record.json", record | facts)

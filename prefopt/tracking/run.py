@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.tracking.process import here, hold, holds, now
+from prefopt.tracking.process import acquire_lock, owns_lock, process_info, utc_now
 from prefopt.tracking.provenance import PACKAGES, provenance, version
-from prefopt.tracking.record import amend, load_record, read_record
-from prefopt.utils.distributed import is_first, world_size
+from prefopt.tracking.record import load_record, read_record, update_record
+from prefopt.utils.distributed import is_main_process, world_size
 from prefopt.utils.files import write_json
 from prefopt.utils.fingerprint import fingerprint
 
@@ -61,8 +61,8 @@ class Run:
 
         Raises UserError where another one holds it, or has finished it meanwhile.
         """
-        if is_first() and not holds(self.folder):
-            hold(self.folder)
+        if is_main_process() and not owns_lock(self.folder):
+            acquire_lock(self.folder)
             self._read()  # what another process did with it since this one looked
             if self.finished:
                 raise UserError(f"{self.folder} has been finished meanwhile by another process; nothing is left to do.")
@@ -73,30 +73,30 @@ class Run:
         circumstances = {
             "status": "running",
             "attempt": self.attempt,
-            "started": self.record.get("started") or now(),
+            "started": self.record.get("started") or utc_now(),
             **provenance(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "error": None,
         }
-        self.update(**circumstances | here() | facts)
+        self.update(**circumstances | process_info() | facts)
 
     def update(self, **facts: Any) -> None:
         """Merge `facts` into the record and replace record.json in one step. Only the first process does."""
         self.record |= facts
-        if is_first():
+        if is_main_process():
             write_json(self.folder / "record.json", self.record)
 
     def finish(self, **facts: Any) -> None:
-        self.update(status="finished", finished=now(), **facts)
+        self.update(status="finished", finished=utc_now(), **facts)
 
     def interrupt(self, why: str) -> None:
-        if holds(self.folder):
+        if owns_lock(self.folder):
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
-        if not (self.folder / "record.json").is_file() or (is_first() and not holds(self.folder)):
+        if not (self.folder / "record.json").is_file() or (is_main_process() and not owns_lock(self.folder)):
             return  # it has not begun, or it is another process's
         # Any process may be the one that failed first; those that were waiting for it fail after it.
         with contextlib.suppress(OSError):  # nothing can be written: that may be what the error is
             if world_size() == 1 or read_record(self.folder)["status"] != "failed":
-                amend(self.folder, status="failed", finished=now(), error=error)
+                update_record(self.folder, status="failed", finished=utc_now(), error=error)

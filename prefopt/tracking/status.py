@@ -11,10 +11,10 @@ from omegaconf import MISSING
 from rich.console import Group
 
 from prefopt.errors import UserError
-from prefopt.tracking.process import slurm_queue, state
+from prefopt.tracking.process import resolve_status, slurm_queue
 from prefopt.tracking.record import read_record
 from prefopt.utils.console import rows_table
-from prefopt.utils.files import lines_from_end
+from prefopt.utils.files import read_lines_reversed
 
 
 @dataclass
@@ -32,7 +32,7 @@ HELDOUT = b'"split": "heldout"'  # as json.dumps writes it; what lacks it is not
 
 
 @dataclass
-class Look:
+class RunStatus:
     """What there is to see of a run at a moment; `slurm` is the state of its Slurm job, where it has one."""
 
     folder: Path
@@ -50,7 +50,7 @@ class Look:
         if self.state in ("failed", "interrupted", "requeued"):
             return ((self.record.get("error") or "").strip().splitlines() or [""])[-1]
         if self.state == "died":
-            said = (line.decode(errors="replace").rstrip() for _, line in lines_from_end(self.log))
+            said = (line.decode(errors="replace").rstrip() for _, line in read_lines_reversed(self.log))
             last = next((line for line in said if line), "empty")
             error = next((line for line in itertools.chain([last], said) if "error" in line.lower()), last)
             slurm = f" (Slurm: {self.slurm or 'job gone'})" if self.record.get("slurm_job") else ""
@@ -60,7 +60,7 @@ class Look:
     def metrics(self) -> dict[str, Any]:
         """The last step, and the last evaluation's main figures, read from the end of metrics.jsonl."""
         found: dict[str, Any] = {}
-        for _, line in lines_from_end(self.folder / "metrics.jsonl"):
+        for _, line in read_lines_reversed(self.folder / "metrics.jsonl"):
             if found and HELDOUT not in line:
                 continue
             try:
@@ -79,17 +79,17 @@ class Look:
         return time.time() - max(file.stat().st_mtime for file in files if file.exists())
 
 
-def look(folders: list[Path]) -> list[Look]:
+def inspect_runs(folders: list[Path]) -> list[RunStatus]:
     """Asks Slurm once, if any of the runs is one of its jobs."""
     records = [read_record(folder) for folder in folders]
     queue = slurm_queue() if any(r.get("slurm_job") for r in records) else None
     return [
-        Look(folder, record, state(record, queue), (queue or {}).get(record.get("slurm_job") or ""))
+        RunStatus(folder, record, resolve_status(record, queue), (queue or {}).get(record.get("slurm_job") or ""))
         for folder, record in zip(folders, records, strict=True)
     ]
 
 
-def table(looks: list[Look]) -> Group:
+def status_table(looks: list[RunStatus]) -> Group:
     headings = ("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age")
     rows = []
     for each in looks:
@@ -117,7 +117,7 @@ def age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def best(looks: list[Look], key: str) -> Any:
+def best(looks: list[RunStatus], key: str) -> Any:
     """The value of `key` in the run that ended with the highest oracle reward. Raises UserError where none has both, or
     some runs have not finished: the choice among the others would be another one later."""
     if unfinished := [each.folder.name for each in looks if each.state != "finished"]:
@@ -136,8 +136,8 @@ def best(looks: list[Look], key: str) -> Any:
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def select(config: RunsConfig) -> list[Look]:
+def select(config: RunsConfig) -> list[RunStatus]:
     if config.name in ("", "..") or "/" in config.name:
         raise UserError(f"name={config.name} must be the name of a run's folder in runs_dir; * stands for anything")
     folders = sorted(file.parent for file in Path(config.runs_dir).glob(f"{config.name}/record.json"))
-    return [each for each in look(folders) if not config.status or each.state in config.status]
+    return [each for each in inspect_runs(folders) if not config.status or each.state in config.status]

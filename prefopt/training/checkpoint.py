@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.utils.console import say
-from prefopt.utils.distributed import pulse
+from prefopt.utils.distributed import heartbeat
 
 KEPT = 2  # checkpoints, the second for the case that the first is damaged on the disk
 SUMS = "SHA256SUMS"
@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     try:
         for name, group in tensors.items():
             save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
-            pulse()
+            heartbeat()
         (aside / "meta.json").write_text(json.dumps({"step": step, **meta}))
         (aside / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(aside).items()))
         publish(aside, target)
@@ -109,7 +109,7 @@ def checksums(folder: Path) -> dict[str, str]:
         if path.name != SUMS:
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            pulse()
+            heartbeat()
     return found
 
 

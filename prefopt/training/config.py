@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from prefopt.config.hardware import hardware_problems, micro_batch_tokens, resolve_hardware
-from prefopt.config.parse import name_problems
+from prefopt.config.parse import file_name_problems
 from prefopt.config.schema import (
     DatasetConfig,
     EngineConfig,
@@ -94,7 +94,7 @@ class OnlineConfig(TrainConfig):
 
 def check(config: TrainConfig) -> None:
     """Cross-field checks. Raises UserError that lists every problem found."""
-    problems = name_problems(model__name=config.model.name, dataset__name=config.dataset.name)
+    problems = file_name_problems(model__name=config.model.name, dataset__name=config.dataset.name)
     problems += [
         f"{key} must be at least 1, is {getattr(config, key)}"
         for key in ("batch_size", "eval_every", "save_every")

@@ -19,13 +19,13 @@ from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import autocast
 from prefopt.models.reference import ROUNDING, SIDES
 from prefopt.objectives.base import PairInputs
-from prefopt.training.guards import short_of_memory
+from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import reliability, step_metrics
-from prefopt.training.state import Job
-from prefopt.training.step import pair_inputs, whole_step
-from prefopt.utils.console import say, track
-from prefopt.utils.distributed import by_first
-from prefopt.utils.files import cache_dir, write_whole
+from prefopt.training.state import TrainState
+from prefopt.training.step import forward_pairs, step_inputs
+from prefopt.utils.console import progress, say
+from prefopt.utils.distributed import on_main_process
+from prefopt.utils.files import atomic_write, cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.stats import mean_and_error
 
@@ -33,12 +33,12 @@ from prefopt.utils.stats import mean_and_error
 STEP0_TOLERANCE = 1e-3
 
 
-def evaluate_once(job: Job, step: int) -> dict[str, Any]:
+def evaluate_on_main(job: TrainState, step: int) -> dict[str, Any]:
     """`evaluate` by the first process, while the others wait."""
-    return by_first(partial(evaluate, job, step)) or {}
+    return on_main_process(partial(evaluate, job, step)) or {}
 
 
-def evaluate(job: Job, step: int) -> dict[str, Any]:
+def evaluate(job: TrainState, step: int) -> dict[str, Any]:
     """Held-out pairs and, with an oracle, samples to the held-out prompts; says the main figures."""
     metrics: dict[str, Any] = {}
     if job.heldout_pairs:
@@ -74,21 +74,21 @@ def evaluate(job: Job, step: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+def evaluate_pairs(job: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
     """The pair metrics over `pairs`, the same in every call. At step 0 also the check that policy and reference agree.
 
     An objective whose scope is the step sees all pairs at once, with its state as it stands.
     """
     micro_batches = job.micro_batches(pairs)
-    known = job.reference is not None and job.objective.sides == SIDES
+    known = job.reference is not None and job.objective.completions == SIDES
     show = job.config.logger.progress
-    with short_of_memory(job, f"evaluation after step {step}", micro_batches):
-        parts = [pair_inputs(job, part, reference=known) for part in track(micro_batches, "held-out pairs", show)]
+    with explain_oom(job, f"evaluation after step {step}", micro_batches):
+        parts = [forward_pairs(job, part, reference=known) for part in progress(micro_batches, "held-out pairs", show)]
     if job.objective.scope == "step":
-        parts = [whole_step(job, 0, parts)]
+        parts = [step_inputs(job, 0, parts)]
     scored = [(inputs, job.objective(inputs)) for inputs in parts]
     metrics = step_metrics(job.objective, scored)
-    if job.objective.trains == "reward_model":
+    if job.objective.model_kind == "reward_model":
         margins = [output.chosen_scores - output.rejected_scores for _, output in scored]  # type: ignore[operator]
         metrics |= reliability(torch.cat(margins))
     if step == 0:
@@ -96,7 +96,7 @@ def evaluate_pairs(job: Job, step: int, pairs: Sequence[TokenizedPair]) -> dict[
     return metrics
 
 
-def check_step0(job: Job, scored: Sequence[PairInputs], loss: float) -> None:
+def check_step0(job: TrainState, scored: Sequence[PairInputs], loss: float) -> None:
     """Before the first step policy and reference are the same: every log-ratio is 0 and the loss is known.
 
     Where the reference was scored in other batches than the policy, in bfloat16, on hardware whose products depend on
@@ -105,7 +105,7 @@ def check_step0(job: Job, scored: Sequence[PairInputs], loss: float) -> None:
     if job.config.reference_model:
         return  # they need not be the same
     found, exact = [], True
-    sides = [(x, side) for x in scored for side in job.objective.sides if x.has_reference]
+    sides = [(x, side) for x in scored for side in job.objective.completions if x.has_reference]
     if sides:
         logratios = torch.cat([getattr(x, f"{side}_logratios") for x, side in sides]).abs()
         lengths = torch.cat([getattr(x, f"{side}_lengths") for x, side in sides])
@@ -127,7 +127,7 @@ def check_step0(job: Job, scored: Sequence[PairInputs], loss: float) -> None:
         say(f"  step 0: {', '.join(found)}")
 
 
-def initial_sample_metrics(job: Job) -> dict[str, Any]:
+def initial_sample_metrics(job: TrainState) -> dict[str, Any]:
     """`sample_metrics` of the initial policy, which all the runs of a sweep share: drawn once, then read from the
     user's cache under everything that decides them."""
     config = job.config
@@ -144,17 +144,17 @@ def initial_sample_metrics(job: Job) -> dict[str, Any]:
     ]
     key = fingerprint(decides, prefopt.generation.sampler, prefopt.models.logprobs, type(job.oracle))
     cached = cache_dir() / "initial_samples" / key[:16]
-    samples_file = file_of_samples(job, 0)
+    samples_file = samples_path(job, 0)
     if not (cached / "metrics.json").is_file():
         metrics = sample_metrics(job, 0)
-        write_whole(cached / "samples.jsonl", samples_file.read_text())
-        write_whole(cached / "metrics.json", json.dumps(metrics))
-    write_whole(samples_file, (cached / "samples.jsonl").read_text())
+        atomic_write(cached / "samples.jsonl", samples_file.read_text())
+        atomic_write(cached / "metrics.json", json.dumps(metrics))
+    atomic_write(samples_file, (cached / "samples.jsonl").read_text())
     return json.loads((cached / "metrics.json").read_text())
 
 
 @torch.no_grad()
-def sample_metrics(job: Job, step: int) -> dict[str, Any]:
+def sample_metrics(job: TrainState, step: int) -> dict[str, Any]:
     """Draw one response to each held-out prompt and score it; write the texts to samples/.
 
     `kl` estimates KL(policy || reference) in nats per response: the mean log-ratio over the policy's own samples,
@@ -172,7 +172,7 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
         for prompt, s, reward, logratio in zip(job.prompts, samples, rewards, logratios, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_whole(file_of_samples(job, step), text)
+    atomic_write(samples_path(job, step), text)
     reward, reward_se = mean_and_error(rewards)
     kl, kl_se = mean_and_error(logratios)
     return {
@@ -186,14 +186,14 @@ def sample_metrics(job: Job, step: int) -> dict[str, Any]:
     }
 
 
-def file_of_samples(job: Job, step: int) -> Path:
+def samples_path(job: TrainState, step: int) -> Path:
     """Its folder is there afterwards. Raises FileNotFoundError where the run's own is gone, with its file system."""
     folder = job.run.folder / "samples"
     folder.mkdir(exist_ok=True)
     return folder / f"step_{step:07d}.jsonl"
 
 
-def sample_logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
+def sample_logratios(job: TrainState, samples: Sequence[Sample]) -> list[float]:
     """log pi - log pi_ref of each sample, nats."""
     assert job.reference is not None
     # As pairs without a rejected side, which the layouts know how to cut into micro-batches.
@@ -202,7 +202,7 @@ def sample_logratios(job: Job, samples: Sequence[Sample]) -> list[float]:
 
     def scored(model: PreTrainedModel, what: str) -> dict[str, float]:
         sums: dict[str, float] = {}
-        for part in track(parts, f"KL of samples: {what}", job.config.logger.progress):
+        for part in progress(parts, f"KL of samples: {what}", job.config.logger.progress):
             found = job.score(model, job.layout.collate(part, ("chosen",)).to(job.engine.device)).sums
             sums |= dict(zip((p.id for p in part), found.tolist(), strict=True))
         return sums

@@ -11,22 +11,22 @@ import torch
 from prefopt.errors import UserError
 from prefopt.training.checkpoint import not_finite
 from prefopt.training.loggers import read_metrics
-from prefopt.training.state import Job, MicroBatch
+from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.console import say
-from prefopt.utils.distributed import is_first
+from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import write_json
 
 if TYPE_CHECKING:
     from prefopt.tracking.run import Run
 
 
-def refuse(job: Job, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]) -> None:
+def handle_nonfinite_step(job: TrainState, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]) -> None:
     """Write what there is to know about a step that was refused to nonfinite/ in the run's folder; say so, or raise
     UserError where the run is to stop, or every step would be refused since the weights are not finite."""
     config, run = job.config, job.run
     file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
     weights = not_finite({name: p.detach() for name, p in job.engine.parameters.items()})
-    if is_first():
+    if is_main_process():
         before = [row for row in read_metrics(run) if row["step"] <= step]
         shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         told = {"step": step + 1, "not_finite": bad, "weights_not_finite": weights, "pairs": ids, "metrics": shown}
@@ -48,7 +48,7 @@ def refuse(job: Job, step: int, bad: list[str], ids: list[str], metrics: dict[st
 
 
 @contextlib.contextmanager
-def short_of_memory(job: Job, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+def explain_oom(job: TrainState, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
     """Where the memory does not suffice: UserError with the largest micro-batch, and with what makes it smaller."""
     try:
         yield
@@ -78,7 +78,7 @@ def short_of_memory(job: Job, where: str, micro_batches: Sequence[MicroBatch]) -
 
 
 @contextlib.contextmanager
-def in_plain_words(run: "Run") -> "Iterator[None]":
+def explain_os_errors(run: "Run") -> "Iterator[None]":
     """A full disk, a folder that cannot be written, a file system that is gone: UserError that says what is kept."""
     from prefopt.training.checkpoint import complete_checkpoints, gib
 

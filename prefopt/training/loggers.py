@@ -10,8 +10,8 @@ from typing import Any
 from prefopt.config.schema import LoggerConfig
 from prefopt.errors import UserError
 from prefopt.tracking.run import Run
-from prefopt.utils.distributed import is_first
-from prefopt.utils.files import lines_from_end
+from prefopt.utils.distributed import is_main_process
+from prefopt.utils.files import read_lines_reversed
 
 
 def check_logger(config: LoggerConfig) -> None:
@@ -29,7 +29,7 @@ class Loggers:
 
     def __init__(self, run: Run, config: LoggerConfig, start: int):
         self.wandb: Any = None
-        if not is_first():
+        if not is_main_process():
             self.file = Path(os.devnull).open("a")  # noqa: SIM115
             return
         self.file = run.metrics_file.open("a")
@@ -77,7 +77,7 @@ def read_metrics(run: Run) -> Iterator[dict[str, Any]]:
 def _end(file: Path, step: int) -> int:
     """The length of the file up to the last row that is not from after `step`: rows come in the order of their steps,
     and a half-written one is the last."""
-    lines = lines_from_end(file)
+    lines = read_lines_reversed(file)
     next(lines, None)  # what follows the last line's end
     for place, line in lines:
         with contextlib.suppress(ValueError):

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from prefopt.errors import Interrupted
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from prefopt.training.evaluate import evaluate_once
+from prefopt.training.evaluate import evaluate_on_main
 from prefopt.training.loggers import Loggers, read_metrics
-from prefopt.training.state import Job, MicroBatch
+from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
 from prefopt.utils.console import Bar, say
-from prefopt.utils.distributed import by_first, gather, is_first, pulse
+from prefopt.utils.distributed import all_gather_object, heartbeat, is_main_process, on_main_process
 
 
-def train(job: Job) -> list[dict[str, Any]]:
+def train_loop(job: TrainState) -> list[dict[str, Any]]:
     """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations, up to that of
     the weights which the policy ends with.
 
@@ -32,41 +32,41 @@ def train(job: Job) -> list[dict[str, Any]]:
     steps = config.total_steps
     exports = {round(k * steps / config.exports) for k in range(1, config.exports)}
     start = 0
-    best = Best()
+    early_stopping = EarlyStopping()
     # The first process chooses, since it may put a damaged one aside.
-    checkpoint = gather(latest_checkpoint(run.checkpoints) if is_first() else None)[0]
+    checkpoint = all_gather_object(latest_checkpoint(run.checkpoints) if is_main_process() else None)[0]
     if checkpoint:
         tensors, meta = load_checkpoint(checkpoint)
         engine.load_state(tensors)
         job.state = tensors["objective"]
         start = meta["step"]
         if config.patience is not None:
-            best = Best(tensors.get("best", {}), **meta.get("best", {}))
+            early_stopping = EarlyStopping(tensors.get("best", {}), **meta.get("best", {}))
         say(f"  going on from step {start} of {steps} ({checkpoint})")
     logger = Loggers(run, config.logger, start)
     try:
         if start == 0:
-            metrics = evaluate_once(job, 0)
+            metrics = evaluate_on_main(job, 0)
             logger.log("heldout", 0, metrics)
-            best.watch(job, 0, metrics)
+            early_stopping.update(job, 0, metrics)
         with Bar("training", steps, config.logger.progress, done=start) as bar:
-            for step, micro_batches in upcoming(job, start):
+            for step, micro_batches in prefetch_batches(job, start):
                 metrics = train_step(job, step, micro_batches)
-                pulse()
+                heartbeat()
                 done = step + 1
                 logger.log("train", done, metrics)
                 if done % config.eval_every == 0 or done == steps:
-                    found = evaluate_once(job, done)
+                    found = evaluate_on_main(job, done)
                     logger.log("heldout", done, found)
-                    best.watch(job, done, found)
-                over = done == steps or best.evaluations_since == config.patience
-                leave = not over and signals.requested()
+                    early_stopping.update(job, done, found)
+                over = done == steps or early_stopping.evaluations_since == config.patience
+                leave = not over and signals.stop_requested()
                 # Before the checkpoint: a run that goes on from there would not come by here again.
                 if job.export and done in exports and not over:
-                    by_first(partial(job.export, run.folder / "policies" / f"step_{done:07d}"))
+                    on_main_process(partial(job.export, run.folder / "policies" / f"step_{done:07d}"))
                 if (done % config.save_every == 0 and not over) or leave:
-                    state = engine.state() | {"objective": job.state} | best.state()
-                    by_first(partial(save_checkpoint, run.checkpoints, done, state, best.meta()))
+                    state = engine.state() | {"objective": job.state} | early_stopping.state()
+                    on_main_process(partial(save_checkpoint, run.checkpoints, done, state, early_stopping.meta()))
                 if leave:
                     raise Interrupted(f"saved after step {done} of {steps}")
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
@@ -74,13 +74,13 @@ def train(job: Job) -> list[dict[str, Any]]:
                     break
     finally:
         logger.close()
-    best.restore(job)
-    last = steps if config.patience is None else best.step
+    early_stopping.restore(job)
+    last = steps if config.patience is None else early_stopping.step
     return [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= last]
 
 
 @dataclass
-class Best:
+class EarlyStopping:
     """Where `patience` is set: the weights at the evaluation with the lowest held-out loss, on the CPU, its step and
     its loss, and how many evaluations have come since. The checkpoints carry it along."""
 
@@ -89,11 +89,11 @@ class Best:
     loss: float = math.inf
     evaluations_since: int = 0
 
-    def watch(self, job: Job, step: int, metrics: dict[str, Any]) -> None:
+    def update(self, job: TrainState, step: int, metrics: dict[str, Any]) -> None:
         """`metrics` are the first process's; the others learn the loss from it."""
         if job.config.patience is None:
             return
-        loss = gather(metrics.get("loss"))[0]
+        loss = all_gather_object(metrics.get("loss"))[0]
         if loss < self.loss:
             weights = {name: w.cpu().clone() for name, w in job.engine.state()["weights"].items()}
             self.weights, self.step, self.loss, self.evaluations_since = weights, step, loss, 0
@@ -107,14 +107,14 @@ class Best:
         kept = {"step": self.step, "loss": self.loss, "evaluations_since": self.evaluations_since}
         return {"best": kept} if self.weights else {}
 
-    def restore(self, job: Job) -> None:
+    def restore(self, job: TrainState) -> None:
         """Give the policy its best weights back."""
         if self.evaluations_since and self.weights:
             say(f"  patience: the held-out loss was lowest after step {self.step}, {self.loss:.4f}; back to it")
             job.engine.load_state({"weights": self.weights, "moments": {}})
 
 
-def upcoming(job: Job, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+def prefetch_batches(job: TrainState, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, its micro-batches); those of the next step are collated while this one computes."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(job.step, start)

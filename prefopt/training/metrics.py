@@ -44,7 +44,7 @@ def step_metrics(
         means.add_ratio(name, value, 1)
     for inputs, output in scored:
         pairs = output.losses.numel()
-        per = inputs.chosen_lengths.sum() if objective.per == "chosen_token" else pairs
+        per = inputs.chosen_lengths.sum() if objective.normalize_by == "chosen_token" else pairs
         means.add_ratio("loss", output.losses.sum(dtype=torch.float64), per)
         means.add(pair_metrics(inputs, output))
     for name in scored[0][1].diagnostics:

@@ -13,7 +13,7 @@ from prefopt.data.formats import Format, Message, content_id
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import UserError
 from prefopt.rewards.scorers import RewardScorer
-from prefopt.tracking.process import let_go
+from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
 from prefopt.utils.console import say
 from prefopt.utils.distributed import world_size
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefopt.tracking.run import Run
 
 
-def parts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
+def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
     """The prompts, each once, in `n` parts whose sizes differ by one at most. Which part a prompt is in depends on the
     prompts alone, not on their order.
 
@@ -60,9 +60,9 @@ def run_stage(
     told: dict[str, str],
 ) -> "Run":
     """Sample, score and train, as far as that is not done; the finished run."""
-    from prefopt.generation.responses import draw
+    from prefopt.generation.responses import generate_resumable
     from prefopt.rewards.rows import score_rows
-    from prefopt.training.setup import plan, train
+    from prefopt.training.setup import prepare_run, run
     from prefopt.utils.stats import mean_and_error
 
     training = stage_config(config, folder, policy)
@@ -72,7 +72,9 @@ def run_stage(
         partial = folder / "samples.partial"
         say(f"{folder}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
         n = config.samples_per_prompt
-        drawn, _ = draw(training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
+        drawn, _ = generate_resumable(
+            training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show
+        )
         write_rows(samples, [{"prompt": p, **row} for p, row in zip(prompts, drawn, strict=True)])
         partial.unlink()
     if not scored.is_file():
@@ -82,8 +84,8 @@ def run_stage(
         write_rows(scored, [row | {"rewards": row[wanted], "raw_rewards": row["rewards"]} for row in rows])
         mean, error = mean_and_error([r for row in rows for r in row["rewards"]])
         say(f"{folder}: mean reward {mean:.3f} ± {error:.3f}")
-    planned = plan(training)
-    train(planned, **told)
+    planned = prepare_run(training)
+    run(planned, **told)
     return planned.run
 
 
@@ -100,26 +102,26 @@ def check_format(config: OnlineConfig) -> None:
         ) from None
 
 
-def prepare(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list[list[list[Message]]]]":
+def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list[list[list[Message]]]]":
     """The objective, the scorer, and each stage's prompts; `config` is one that `check_online` has passed and whose
     hardware is resolved. Raises UserError for what cannot be run."""
     from prefopt.generation.responses import read_prompts
     from prefopt.objectives.base import Objective
-    from prefopt.training.setup import parts as train_parts
+    from prefopt.training.setup import build_components as train_parts
 
     objective = build(config.objective, Objective, "objective")
     scorer = build(config.scorer, RewardScorer, "scorer")
-    if "rejected" not in objective.sides or objective.trains == "reward_model":
+    if "rejected" not in objective.completions or objective.model_kind == "reward_model":
         raise UserError(
             f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
         )
     train_parts(stage_config(config, Path(config.runs_dir), None))
     check_format(config)
     _, prompts = read_prompts(config.prompts, config.prompts_split)
-    return objective, scorer, parts(prompts, config.stages)
+    return objective, scorer, split_prompts(prompts, config.stages)
 
 
-def go_on(config: OnlineConfig, **told: str) -> None:
+def run_pending(config: OnlineConfig, **told: str) -> None:
     """All stages that are not finished yet; `told` goes into their records and that of the whole.
 
     Raises UserError, and stop.Interrupted with everything saved."""
@@ -130,7 +132,7 @@ def go_on(config: OnlineConfig, **told: str) -> None:
         raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
     check_online(config)
     resolve(config)
-    objective, scorer, stages = prepare(config)
+    objective, scorer, stages = prepare_online(config)
     places = {"prompts": (config.prompts, config.prompts_split or "train"),
               "heldout": (config.dataset.heldout, config.dataset.heldout_split)}  # fmt: skip
     run = Run(
@@ -164,7 +166,7 @@ def go_on(config: OnlineConfig, **told: str) -> None:
         run.fail(traceback.format_exc())
         raise
     finally:
-        let_go(run.folder)
+        release_lock(run.folder)
     done = run.record["stages"]
     ends = {"initial_weights": done[0]["initial_weights"], "final_weights": done[-1]["final_weights"]}
     pairs = sum(stage["data"]["train"]["items"] for stage in done)

@@ -18,8 +18,8 @@ from prefopt.config.parse import build
 from prefopt.config.schema import EngineConfig, ModelConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
-from prefopt.training.guards import in_plain_words
-from prefopt.utils.distributed import first_alone, is_first, together, watch, world_size
+from prefopt.training.guards import explain_os_errors
+from prefopt.utils.distributed import is_main_process, main_process_first, process_group, start_watchdog, world_size
 from prefopt.utils.files import check_folder
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """What a config asks for, checked and built as far as that goes without reading data or weights."""
 
     config: TrainConfig
@@ -47,12 +47,12 @@ class Plan:
     run: "Run"
 
 
-def parts(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
+def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
     """Everything that can be refused without the data is refused here, with UserError. `config` is one that `check` has
     passed and whose hardware is resolved."""
     from prefopt.data.dataset import check_dataset, has_heldout
     from prefopt.data.hub import missing
-    from prefopt.errors import Lacking
+    from prefopt.errors import MissingAssetError
     from prefopt.objectives.base import Objective
     from prefopt.rewards.oracle import Oracle
     from prefopt.training.loggers import check_logger
@@ -61,7 +61,7 @@ def parts(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
     objective = build(config.objective, Objective, "objective")
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
-    if objective.trains == "reward_model":
+    if objective.model_kind == "reward_model":
         oracle = None  # it draws no samples
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
@@ -80,30 +80,32 @@ def parts(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
         )
     if config.peft.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.quantize needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
-    if config.peft.quantize and objective.trains == "reward_model":
+    if config.peft.quantize and objective.model_kind == "reward_model":
         raise UserError(f"objective {objective.name} cannot be trained on weights of 4 bits: set peft.quantize=false.")
     if config.patience is not None and not has_heldout(config.dataset):
         raise UserError("patience watches the held-out loss, and dataset.heldout is null: give a file")
-    if config.reference_model and objective.trains == "reward_model":
+    if config.reference_model and objective.model_kind == "reward_model":
         raise UserError(
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
         )
     if lacking := missing(config.model, config.dataset):
-        raise Lacking("\n".join(lacking))
+        raise MissingAssetError("\n".join(lacking))
     return objective, schedule, oracle
 
 
-def plan(config: TrainConfig) -> Plan:
-    """`parts`, and the run that the data make of them. From here on each of several processes is watched. Raises
-    UserError."""
+def prepare_run(config: TrainConfig) -> RunPlan:
+    """Build the components, and identify the run by its config and data. Starts the watchdog.
+
+    Raises UserError for what can be refused before data and weights are read.
+    """
     from prefopt.data.dataset import has_heldout, split_digest
     from prefopt.tracking.run import Run
 
-    objective, schedule, oracle = parts(config)
-    watch(config.engine.hang_s)
+    objective, schedule, oracle = build_components(config)
+    start_watchdog(config.engine.hang_s)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
     run = Run(dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names})
-    return Plan(config, objective, schedule, oracle, run)
+    return RunPlan(config, objective, schedule, oracle, run)
 
 
 def check_engine(config: EngineConfig, device: str) -> None:
@@ -128,33 +130,33 @@ def check_engine(config: EngineConfig, device: str) -> None:
             )
 
 
-def train(plan: Plan, **facts: Any) -> None:
+def run(plan: RunPlan, **facts: Any) -> None:
     """Build, loop, export; `facts` go into the run's record.
 
     Raises stop.Interrupted, with everything saved, when SIGTERM or SIGUSR2 asks for it, and UserError where the run is
     under way elsewhere, or its folder cannot be written.
     """
     from prefopt.errors import Interrupted
-    from prefopt.tracking.process import UNDER_WAY, here, let_go, who
-    from prefopt.tracking.status import look
+    from prefopt.tracking.process import ACTIVE_STATES, describe_owner, process_info, release_lock
+    from prefopt.tracking.status import inspect_runs
     from prefopt.utils import signals
 
     run = plan.run
-    with in_plain_words(run):
-        if is_first() and (run.folder / "record.json").is_file() and not run.finished:
-            (found,) = look([run.folder])
+    with explain_os_errors(run):
+        if is_main_process() and (run.folder / "record.json").is_file() and not run.finished:
+            (found,) = inspect_runs([run.folder])
             # Queued, it does not hold it yet; a stage of an online run is left as requeued by its own Slurm job.
-            job = here()["slurm_job"]
+            job = process_info()["slurm_job"]
             ours = found.record["pid"] == os.getpid() or (job and job == found.record.get("slurm_job"))
-            if found.state in UNDER_WAY and not ours:
-                place = who(found.record)
+            if found.state in ACTIVE_STATES and not ours:
+                place = describe_owner(found.record)
                 raise UserError(f"{run.folder} is {found.state} already, as {place}. Wait for it, or stop it first.")
             run.hold()
-        signals.listen()
+        signals.install_handlers()
         # What a process has to say is written down before its end becomes an error of all the others.
-        with together(plan.config.device, plan.config.engine.name != "single"):
+        with process_group(plan.config.device, plan.config.engine.name != "single"):
             try:
-                _train(plan, facts)
+                run_training(plan, facts)
             except (Interrupted, KeyboardInterrupt) as error:
                 run.interrupt(str(error) or "Ctrl-C")
                 raise
@@ -162,27 +164,27 @@ def train(plan: Plan, **facts: Any) -> None:
                 run.fail(traceback.format_exc())
                 raise
             finally:
-                watch(None)
-                let_go(run.folder)
+                start_watchdog(None)
+                release_lock(run.folder)
 
 
-def _train(plan: Plan, facts: dict[str, Any]) -> None:
+def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.utils.console import say
 
     config, run, objective, oracle = plan.config, plan.run, plan.objective, plan.oracle
-    reward_model = objective.trains == "reward_model"
+    reward_model = objective.model_kind == "reward_model"
     if run.finished:
-        if is_first():  # it may have been killed just before it did so itself
+        if is_main_process():  # it may have been killed just before it did so itself
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
     say(f"{run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
-    say(f"  objective: {describe(objective)}")
+    say(f"  objective: {format_objective(objective)}")
     if world_size() > 1:
         say(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")
 
-    from prefopt.data.cache import Limits, prepare
+    from prefopt.data.cache import Limits, prepare_dataset
     from prefopt.models.load import (
         check_model,
         check_vocabulary,
@@ -197,8 +199,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     if config.reference_model:
         check_model(ModelConfig(config.reference_model, config.reference_model, None), "reference_model")
     tokenizer = load_tokenizer(config.model)
-    with first_alone():
-        data = prepare(
+    with main_process_first():
+        data = prepare_dataset(
             config.dataset,
             tokenizer,
             Limits(config.max_prompt_tokens, config.max_completion_tokens),
@@ -212,7 +214,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
             f"(max_position_embeddings). Lower max_prompt_tokens={config.max_prompt_tokens} and "
             f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
-    if data["train"].counts["kind"] == "chats" and "rejected" in objective.sides:
+    if data["train"].counts["kind"] == "chats" and "rejected" in objective.completions:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
 
     from prefopt.models.layout_check import choose_layout
@@ -226,8 +228,8 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     )
     from prefopt.training.checkpoint import KEPT, check_space, export
     from prefopt.training.engine import Engine
-    from prefopt.training.loop import train as loop
-    from prefopt.training.state import Job
+    from prefopt.training.loop import train_loop as loop
+    from prefopt.training.state import TrainState
     from prefopt.utils.memory import keep_freed_memory
 
     began = time.monotonic()
@@ -255,7 +257,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
     facts |= {"config": dataclasses.asdict(config)}
     run.start(**facts, initial_weights=digest, data={name: split.counts for name, split in data.items()})
     heldout = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
-    with first_alone():
+    with main_process_first():
         reference = make_reference(config, objective, policy, digest, layout, data["train"].pairs, heldout)
     if config.peft.target_modules:
         add_adapter(policy, config.peft, config.seed)
@@ -268,7 +270,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         engine = Zero2(policy, config.optimizer, config.engine.offload_optimizer)
     else:
         engine = Engine(policy, config.optimizer)
-    if is_first():
+    if is_main_process():
         # Exports are float32, and a byte of a quantized weight holds two.
         weights = 4 * sum(p.numel() * (2 if p.element_size() == 1 else 1) for p in policy.parameters())
         trained = sum(p.numel() for p in engine.parameters.values())
@@ -293,7 +295,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         export(whole, tokenizer, target)
         return weights_digest(whole)
 
-    job = Job(
+    job = TrainState(
         config,
         run,
         objective,
@@ -309,7 +311,7 @@ def _train(plan: Plan, facts: dict[str, Any]) -> None:
         write_policy,
     )
     evaluations = loop(job)
-    if not is_first():
+    if not is_main_process():
         return
     final = write_policy(run.policy_folder, last=True)
     run.finish(evaluations=evaluations, final_weights=final, seconds=time.monotonic() - began)
@@ -334,12 +336,12 @@ def make_reference(
 
     from prefopt.data.sampler import run_indices
     from prefopt.models.load import weights_digest
-    from prefopt.models.logprobs import Scorer
+    from prefopt.models.logprobs import LogprobComputer
     from prefopt.models.reference import SIDES, AdapterOff, Cached, Resident, cached
 
-    if objective.trains == "reward_model":
+    if objective.model_kind == "reward_model":
         return None
-    score = Scorer(config.precision, config.logits == "tiled")
+    score = LogprobComputer(config.precision, config.logits == "tiled")
     model = policy
     if config.reference_model:
         model = load_initial(config, layout)
@@ -355,7 +357,7 @@ def make_reference(
         return AdapterOff(policy, score)
 
     load = functools.partial(load_initial, config, layout)
-    if objective.sides != SIDES:
+    if objective.completions != SIDES:
         return Cached(load)  # it compares nothing; there are samples alone to score
     indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
     parts: list[Any] = [heldout, Subset(train_pairs, indices if "reference" in objective.needs else [])]  # type: ignore[arg-type]
@@ -368,7 +370,7 @@ def load_initial(config: TrainConfig, layout: "Layout") -> "PreTrainedModel":
     """The reference's model: `reference_model`, or the policy as it is before its first step."""
     from prefopt.models.load import load_model
     from prefopt.models.lora import merge_adapter
-    from prefopt.models.packed_attention import use_segments
+    from prefopt.models.packed_attention import enable_packed_attention
 
     other = config.reference_model
     quantize = config.precision if config.peft.quantize and not other else None
@@ -376,7 +378,7 @@ def load_initial(config: TrainConfig, layout: "Layout") -> "PreTrainedModel":
     if config.peft.path and not other:
         merge_adapter(model, config.peft.path)
     if layout.name == "packed":
-        use_segments(model)
+        enable_packed_attention(model)
     return model
 
 
@@ -402,7 +404,7 @@ def check_rewards(objective: "Objective", split: str, rewards: dict[str, Any]) -
             )
 
 
-def describe(objective: "Objective") -> str:
+def format_objective(objective: "Objective") -> str:
     """Hyperparameters, and what follows from them."""
     derived = ", ".join(f"{name} = {value:g}" for name, value in objective.derived.items())
     return f"{objective!r}" + (f": {derived}" if derived else "")

@@ -12,7 +12,7 @@ from prefopt.data.collate import LAYOUTS, Batch, Layout
 from prefopt.data.formats import Message
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.models.logprobs import Scorer
+from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Reference
 from prefopt.objectives.base import Objective
 from prefopt.rewards.oracle import Oracle
@@ -24,7 +24,7 @@ from prefopt.utils.distributed import rank, world_size
 
 
 @dataclass
-class Job:
+class TrainState:
     """Everything one run needs. `reference` is None where a reward model is trained; `prompts` are the held-out ones;
     `export` writes the policy as it is into a folder; `state` is the objective's."""
 
@@ -45,7 +45,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.state = self.objective.initial_state()
-        self.score = Scorer(self.config.precision, self.config.logits == "tiled")
+        self.score = LogprobComputer(self.config.precision, self.config.logits == "tiled")
 
     def step(self, step: int) -> list["MicroBatch"]:
         """The pairs of optimizer step `step`, or this process's share of them: of pairs from long to short every n-th,
@@ -53,14 +53,14 @@ class Job:
         backward pass is one of all of them; where the pairs do not suffice, one without pairs follows."""
         indices = step_indices(len(self.train_pairs), self.config.seed, step, self.config.batch_size)
         pairs, n = [self.train_pairs[i] for i in indices], world_size()
-        parts = self.cut(pairs)
+        parts = self.split_micro_batches(pairs)
         if n == 1:
             return self.collate(parts)
         if self.objective.scope == "micro_batch":
             shares = [parts[r::n] for r in range(n)]
         else:
             ordered = [p for part in parts for p in part]
-            shares = [self.cut(ordered[r::n]) for r in range(n)]
+            shares = [self.split_micro_batches(ordered[r::n]) for r in range(n)]
         own, rounds = shares[rank()], max(map(len, shares))
         lacking = rounds - len(own)
         stand_in = [m._replace(pairs=[]) for m in self.collate([parts[-1][-1:]])] if lacking else []
@@ -68,14 +68,14 @@ class Job:
 
     def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
         """What is computed at a time, collated on the CPU; the same for the same pairs."""
-        return self.collate(self.cut(pairs))
+        return self.collate(self.split_micro_batches(pairs))
 
-    def cut(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+    def split_micro_batches(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
         size = self.objective.micro_batch_size if self.objective.scope == "micro_batch" else None
-        return self.layout.micro_batches(pairs, self.config.micro_batch_tokens, size, self.objective.sides)
+        return self.layout.micro_batches(pairs, self.config.micro_batch_tokens, size, self.objective.completions)
 
     def collate(self, parts: Sequence[list[TokenizedPair]]) -> list["MicroBatch"]:
-        batches = [self.layout.collate(part, self.objective.sides) for part in parts]
+        batches = [self.layout.collate(part, self.objective.completions) for part in parts]
         if self.engine.device.type == "cuda":
             batches = [batch.pin() for batch in batches]
         return [MicroBatch(part, batch) for part, batch in zip(parts, batches, strict=True)]

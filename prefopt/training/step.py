@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from prefopt.data.collate import Batch
-from prefopt.models.logprobs import autocast, casting_once, completion_rewards
-from prefopt.models.lora import seed_dropout, training
+from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
+from prefopt.models.lora import seed_dropout, train_mode
 from prefopt.objectives.base import DIFFERENTIABLE, ObjectiveOutput, PairInputs, concatenate
-from prefopt.training.guards import refuse, short_of_memory
+from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
-from prefopt.training.state import Job, MicroBatch
-from prefopt.utils.distributed import gather, is_first, rank, world_size
+from prefopt.training.state import MicroBatch, TrainState
+from prefopt.utils.distributed import all_gather_object, is_main_process, rank, world_size
 
 
-def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
+def train_step(job: TrainState, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
     """One optimizer step over `batch_size` pairs, in micro-batches. Returns the step's metrics.
 
     The host waits for the device once, for the metrics. If loss or gradient is not finite the weights stay as they are:
@@ -29,16 +29,18 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
     began = time.monotonic()
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
     where = f"step {step + 1}"
-    with training(engine.policy), casting_once(), short_of_memory(job, where, micro_batches):
+    with train_mode(engine.policy), autocast_weight_cache(), explain_oom(job, where, micro_batches):
         scored = accumulate_gradients(job, step, micro_batches)
     if config.gradient_checkpointing and (lacking := engine.without_gradient()):
         raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")
     gradient_norm = engine.clip_gradients()
-    sides = job.objective.sides
+    sides = job.objective.completions
     ids, tokens = [p.id for p in pairs], sum(len(p.prompt) + len(getattr(p, side)) for p in pairs for side in sides)
     if world_size() > 1:
         # An objective over the step has seen all pairs in every process.
-        shares = gather(([] if job.objective.scope == "step" and not is_first() else scored, ids, tokens))
+        shares = all_gather_object(
+            ([] if job.objective.scope == "step" and not is_main_process() else scored, ids, tokens)
+        )
         scored = [part for share, _, _ in shares for part in share]
         ids, tokens = [i for _, share, _ in shares for i in share], sum(share for *_, share in shares)
         gradient_norm = gradient_norm.cpu()
@@ -46,10 +48,10 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
     lr = config.optimizer.lr * job.schedule(step, config.total_steps)
     bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
     if bad:
-        refuse(job, step, bad, ids, metrics | {"lr": lr})
+        handle_nonfinite_step(job, step, bad, ids, metrics | {"lr": lr})
         engine.discard()
         return {name: value for name, value in metrics.items() if math.isfinite(value)} | {"lr": lr, "skipped": 1}
-    with short_of_memory(job, where, micro_batches):
+    with explain_oom(job, where, micro_batches):
         engine.step(lr)
     job.state = scored[-1][1].state
     seconds = time.monotonic() - began
@@ -62,7 +64,7 @@ def train_step(job: Job, step: int, micro_batches: Sequence[MicroBatch]) -> dict
 
 
 def accumulate_gradients(
-    job: Job, step: int, micro_batches: Sequence[MicroBatch]
+    job: TrainState, step: int, micro_batches: Sequence[MicroBatch]
 ) -> list[tuple[PairInputs, ObjectiveOutput]]:
     """Add up the gradient of the step's loss, the mean over its pairs (or over their chosen tokens, where the objective
     says so), micro-batch by micro-batch. It does not depend on the micro-batches unless the objective's scope is one.
@@ -74,18 +76,18 @@ def accumulate_gradients(
     """
     config, objective, engine = job.config, job.objective, job.engine
     pairs = [p for micro_batch in micro_batches for p in micro_batch.pairs]
-    denominator = sum(p.learnt for p in pairs) if objective.per == "chosen_token" else len(pairs)
-    denominator = sum(gather(denominator))
+    denominator = sum(p.num_loss_tokens for p in pairs) if objective.normalize_by == "chosen_token" else len(pairs)
+    denominator = sum(all_gather_object(denominator))
     scored = []
     if objective.scope != "step" or (len(micro_batches) == 1 and world_size() == 1):
         for i, micro_batch in enumerate(micro_batches):
             seed_dropout(config.seed, step, i, rank())
             if not micro_batch.pairs:
-                nothing(job, micro_batch)
+                zero_backward(job, micro_batch)
                 continue
-            inputs = pair_inputs(job, micro_batch)
+            inputs = forward_pairs(job, micro_batch)
             if objective.scope == "step":
-                inputs = whole_step(job, step, [inputs])
+                inputs = step_inputs(job, step, [inputs])
             output = objective(inputs)
             engine.backward(output.losses.sum() / denominator)
             # Without its graph, which would keep the model's activations.
@@ -96,8 +98,8 @@ def accumulate_gradients(
         for i, micro_batch in enumerate(micro_batches):
             seed_dropout(config.seed, step, i, rank())
             if micro_batch.pairs:
-                parts.append(pair_inputs(job, micro_batch))
-        inputs = whole_step(job, step, exchange(job, parts))
+                parts.append(forward_pairs(job, micro_batch))
+        inputs = step_inputs(job, step, all_gather_pairs(job, parts))
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
     output = objective(inputs)
     total = output.losses.sum() / denominator
@@ -108,26 +110,26 @@ def accumulate_gradients(
     for i, micro_batch in enumerate(micro_batches):
         seed_dropout(config.seed, step, i, rank())
         if not micro_batch.pairs:
-            nothing(job, micro_batch)
+            zero_backward(job, micro_batch)
             continue
-        tensors = policy_tensors(job, micro_batch.batch.to(engine.device))
+        tensors = forward_policy(job, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         engine.backward(torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum())
         start += len(micro_batch.pairs)
     return [(inputs, output)]
 
 
-def nothing(job: Job, micro_batch: MicroBatch) -> None:
+def zero_backward(job: TrainState, micro_batch: MicroBatch) -> None:
     """Take part in the others' backward pass without a gradient of one's own."""
-    tensors = policy_tensors(job, micro_batch.batch.to(job.engine.device))
+    tensors = forward_policy(job, micro_batch.batch.to(job.engine.device))
     job.engine.backward(0 * torch.stack([value.sum() for value in tensors.values()]).sum())
 
 
-def exchange(job: Job, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
+def all_gather_pairs(job: TrainState, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
     """The pairs of all processes, one by one, in the order that they have in one process; see `Job.step`."""
     if world_size() == 1:
         return parts
-    shares = gather(concatenate(parts).tensors() if parts else {})
+    shares = all_gather_object(concatenate(parts).tensors() if parts else {})
     n = sum(len(share["chosen_lengths"]) for share in shares if share)  # the first has one pair at least
     whole: dict[str, Any] = {name: torch.empty(n) for name in shares[0]}
     for r, share in enumerate(shares):
@@ -137,7 +139,7 @@ def exchange(job: Job, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
     return [PairInputs(**whole)]
 
 
-def whole_step(job: Job, step: int, parts: Sequence[PairInputs]) -> PairInputs:
+def step_inputs(job: TrainState, step: int, parts: Sequence[PairInputs]) -> PairInputs:
     """All pairs of a step, with what only objectives of that scope may read: the state, and noise drawn for it."""
     inputs = concatenate(parts)
     n = len(inputs.chosen_lengths)
@@ -146,33 +148,33 @@ def whole_step(job: Job, step: int, parts: Sequence[PairInputs]) -> PairInputs:
     return replace(inputs, noise=noise, state=job.state)
 
 
-def pair_inputs(job: Job, micro_batch: MicroBatch, reference: bool = False) -> PairInputs:
+def forward_pairs(job: TrainState, micro_batch: MicroBatch, reference: bool = False) -> PairInputs:
     """Score B pairs with the policy, and with the reference where the objective needs it or `reference` asks for it."""
     needs = job.objective.needs
     batch = micro_batch.batch.to(job.engine.device)
-    inputs = policy_tensors(job, batch)
+    inputs = forward_policy(job, batch)
     if reference or "reference" in needs:
         assert job.reference is not None
-        inputs |= by_side(job, "reference_{}_logps", job.reference.logps(micro_batch.pairs, batch))
-    inputs |= by_side(job, "{}_lengths", batch.lengths)
+        inputs |= split_completions(job, "reference_{}_logps", job.reference.logps(micro_batch.pairs, batch))
+    inputs |= split_completions(job, "{}_lengths", batch.lengths)
     if "rewards" in needs:
-        for side in job.objective.sides:
+        for side in job.objective.completions:
             rewards = torch.tensor([getattr(p, f"{side}_reward") for p in micro_batch.pairs], dtype=torch.float32)
             inputs[f"{side}_rewards"] = rewards.to(batch.lengths.device, non_blocking=True)
     return PairInputs(**inputs)
 
 
-def policy_tensors(job: Job, batch: Batch) -> dict[str, Any]:
+def forward_policy(job: TrainState, batch: Batch) -> dict[str, Any]:
     """What the model in training gives, by the names of `PairInputs`: the tensors that carry gradient."""
-    if job.objective.trains == "reward_model":
+    if job.objective.model_kind == "reward_model":
         with autocast(job.engine.device, job.config.precision):
-            return by_side(job, "policy_{}_rewards", completion_rewards(job.engine.policy, batch))
+            return split_completions(job, "policy_{}_rewards", completion_rewards(job.engine.policy, batch))
     logps = job.score(job.engine.policy, batch, "entropies" in job.objective.needs)
-    tensors = by_side(job, "policy_{}_logps", logps.sums)
-    return tensors if logps.entropies is None else tensors | by_side(job, "{}_entropies", logps.entropies)
+    tensors = split_completions(job, "policy_{}_logps", logps.sums)
+    return tensors if logps.entropies is None else tensors | split_completions(job, "{}_entropies", logps.entropies)
 
 
-def by_side(job: Job, name: str, values: Tensor) -> dict[str, Any]:
+def split_completions(job: TrainState, name: str, values: Tensor) -> dict[str, Any]:
     """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected."""
-    sides = job.objective.sides
+    sides = job.objective.completions
     return {name.format(side): part for side, part in zip(sides, values.chunk(len(sides)), strict=True)}

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from prefopt.utils.distributed import is_first, pulse
+from prefopt.utils.distributed import heartbeat, is_main_process
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ SHORT_CELL, SHORT_WORD = 10, 24  # characters up to which a table's cell, and on
 
 def say(message: str) -> None:
     """Print a message on stderr, above the bars where there are any; of several processes only the first one does."""
-    if not is_first():
+    if not is_main_process():
         return
     console = _Live.progress.console if _Live.progress else Console(stderr=True)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -40,7 +40,7 @@ class Bar:
     def __init__(self, description: str, total: int, show: bool = True, done: int = 0):
         self.description, self.total, self.done, self.first = description, total, done, done
         self.start = self.last_line = time.monotonic()
-        self.live = show and sys.stderr.isatty() and is_first()
+        self.live = show and sys.stderr.isatty() and is_main_process()
         self.lines = show and not self.live
 
     def __enter__(self) -> "Bar":
@@ -63,7 +63,7 @@ class Bar:
                 _Live.progress = None
 
     def advance(self, note: str = "", by: int = 1) -> None:
-        pulse()
+        heartbeat()
         self.done += by
         now = time.monotonic()
         if self.live and _Live.progress:
@@ -74,7 +74,7 @@ class Bar:
             say(f"  {self.description} {self.done}/{self.total}, {left:.0f} s left  {note}".rstrip())
 
 
-def track(items: Sequence[T], description: str, show: bool = True) -> Iterator[T]:
+def progress(items: Sequence[T], description: str, show: bool = True) -> Iterator[T]:
     """Iterate with a bar."""
     with Bar(description, len(items), show) as bar:
         for item in items:

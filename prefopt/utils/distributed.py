@@ -19,18 +19,18 @@ from prefopt.errors import UserError
 T = TypeVar("T")
 
 # What one process may do while the others wait: making the reference cache, drawing samples, converting a model.
-PATIENCE = datetime.timedelta(hours=12)
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 
 
 def rank() -> int:
-    return _number("RANK", 0)
+    return _environment_number("RANK", 0)
 
 
 def world_size() -> int:
-    return _number("WORLD_SIZE", 1)
+    return _environment_number("WORLD_SIZE", 1)
 
 
-def _number(variable: str, default: int) -> int:
+def _environment_number(variable: str, default: int) -> int:
     text = os.environ.get(variable, str(default))
     if not text.isdecimal():
         raise UserError(
@@ -39,12 +39,12 @@ def _number(variable: str, default: int) -> int:
     return int(text)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return rank() == 0
 
 
 @contextlib.contextmanager
-def together(device: str, always: bool = False) -> Iterator[None]:
+def process_group(device: str, always: bool = False) -> Iterator[None]:
     """Inside, the processes can reach each other. One alone needs it only where `always` is set."""
     from torch import distributed
 
@@ -59,75 +59,77 @@ def together(device: str, always: bool = False) -> Iterator[None]:
         if device == "cuda":  # from now on the one of this process
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world_size() == 1:  # nobody else will call
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        distributed.init_process_group(
+            backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+        )
     else:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
     finally:
         distributed.destroy_process_group()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all are here. The others may wait for what the first one does as long as that gets on, which is watched in
     itself; nobody lets the first one wait."""
     if world_size() > 1:
         from torch import distributed
 
-        if not is_first():
+        if not is_main_process():
             faulthandler.cancel_dump_traceback_later()
         distributed.barrier()
-        _set_alarm()
+        _reset_watchdog()
 
 
-_limit_s: float | None = None
-_set_at = 0.0
+_timeout_s: float | None = None
+_last_heartbeat = 0.0
 
 
-def watch(limit_s: float | None) -> None:
-    """Of several processes: from now on this one gets on (`pulse`) within so many seconds, or it writes on stderr where
-    it stands and ends, by which its launcher ends the others. None: never mind.
+def start_watchdog(limit_s: float | None) -> None:
+    """Start a watchdog: if `heartbeat()` is not called within `limit_s` seconds, dump the traceback and exit, so that
+    the launcher stops the other ranks. None disables it; so does a single process.
 
     What hangs is mostly one process, and all the others wait for it without an error; each says where it is.
     """
-    global _limit_s
-    _limit_s = limit_s if world_size() > 1 else None
-    _set_alarm()
+    global _timeout_s
+    _timeout_s = limit_s if world_size() > 1 else None
+    _reset_watchdog()
 
 
-def pulse() -> None:
+def heartbeat() -> None:
     """This process has got on. Cheap enough for every token."""
-    if _limit_s is not None and time.monotonic() - _set_at > _limit_s / 100:
-        _set_alarm()
+    if _timeout_s is not None and time.monotonic() - _last_heartbeat > _timeout_s / 100:
+        _reset_watchdog()
 
 
-def _set_alarm() -> None:
-    global _set_at
-    _set_at = time.monotonic()
-    if _limit_s is None:
+def _reset_watchdog() -> None:
+    global _last_heartbeat
+    _last_heartbeat = time.monotonic()
+    if _timeout_s is None:
         faulthandler.cancel_dump_traceback_later()
     else:
-        faulthandler.dump_traceback_later(_limit_s, exit=True, file=sys.__stderr__ or sys.stderr)
+        faulthandler.dump_traceback_later(_timeout_s, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
-def by_first(work: Callable[[], T]) -> T | None:
+def on_main_process(work: Callable[[], T]) -> T | None:
     """What `work` gives in the first process, while the others wait; None in those."""
-    found = work() if is_first() else None
-    wait()
+    found = work() if is_main_process() else None
+    barrier()
     return found
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process goes through it before the others, who then find on disk what it has made."""
-    if not is_first():
-        wait()
+    if not is_main_process():
+        barrier()
     yield
-    if is_first():
-        wait()
+    if is_main_process():
+        barrier()
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """`value` of every process, in their order, with its tensors on the CPU. Alone: `value` itself."""
     if world_size() == 1:
         return [value]

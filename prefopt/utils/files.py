@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.utils.redact import mask
+from prefopt.utils.redact import redact
 
 PACKAGE = Path(str(files("prefopt")))
 INSTALLED = (PACKAGE / "conf").is_dir()  # from a wheel, and not in a checkout
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "prefopt"
 
 
-def lines_from_end(path: Path, block: int = 2**16) -> Iterator[tuple[int, bytes]]:
+def read_lines_reversed(path: Path, block: int = 2**16) -> Iterator[tuple[int, bytes]]:
     """(where it begins, line) of a file's lines from the last to the first, without their ends; only the blocks that
     are needed are read, however long the file is. Nothing where there is no file, or an empty one."""
     if not path.is_file():
@@ -83,14 +83,14 @@ def check_output(output: str, *inputs: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """The one form in which records, jobs and results are written; without keys, which an error may bring along."""
-    write_whole(path, mask(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
+    atomic_write(path, redact(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with named(path):
+    with with_filename(path):
         try:
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
             aside.replace(path)
@@ -101,7 +101,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
+def with_filename(path: Path) -> Iterator[None]:
     """The system's error of a full disk names no file: here it names `path`."""
     try:
         yield

@@ -8,27 +8,27 @@ import signal
 from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL: come again
-_asked = False
+_stop_requested = False
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on the two signals set the flag. Only the main thread may call it."""
     for signal_ in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(signal_, _ask)
+        signal.signal(signal_, _handle_signal)
 
 
-def requested() -> bool:
+def stop_requested() -> bool:
     """Whether this process, or any other that trains the same policy, was asked to stop: the same answer in all."""
     import torch
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
-        return _asked
-    flag = torch.tensor(float(_asked), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+        return _stop_requested
+    flag = torch.tensor(float(_stop_requested), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
     return bool(flag.item())
 
 
-def _ask(*_: Any) -> None:
-    global _asked
-    _asked = True
+def _handle_signal(*_: Any) -> None:
+    global _stop_requested
+    _stop_requested = True

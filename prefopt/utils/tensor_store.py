@@ -17,12 +17,12 @@ from torch import Tensor
 
 from prefopt.errors import UserError
 from prefopt.utils.console import say
-from prefopt.utils.files import write_whole
+from prefopt.utils.files import atomic_write
 
-SHARD = 1024  # items that are computed before they are written
+SHARD_ROWS = 1024  # items that are computed before they are written
 
 
-def token_key(*texts: Sequence[int]) -> bytes:
+def hash_tokens(*texts: Sequence[int]) -> bytes:
     """16 bytes that stand for these lists of token ids, whatever they come from."""
     lengths, tokens = array("q", map(len, texts)), array("q", [token for text in texts for token in text])
     return hashlib.blake2b(lengths.tobytes() + tokens.tobytes(), digest_size=16).digest()
@@ -45,7 +45,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-class Store:
+class TensorCache:
     """A row of `width` float32 numbers by a key of 16 bytes. Without a folder it is empty, and stays so."""
 
     def __init__(self, folder: Path | None = None, width: int = 1):
@@ -77,7 +77,7 @@ class Store:
         assert self.folder is not None
         data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
                      "values": values.float().contiguous()})  # fmt: skip
-        write_whole(self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors", data)
+        atomic_write(self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors", data)
         self.rows |= {key: len(self.values) + i for i, key in enumerate(keys)}
         self.values = torch.cat([self.values, values.float()])
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from prefopt.config.parse import parse
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
 from prefopt.data import cache
-from prefopt.data.cache import Limits, Prepared, TokenizedPairs, prepare
+from prefopt.data.cache import Limits, Prepared, TokenizedPairs, prepare_dataset
 from prefopt.data.dataset import load_split
 from prefopt.data.tokenize import tokenize
 from prefopt.errors import UserError
@@ -34,7 +34,7 @@ def dataset(tmp_path, monkeypatch) -> DatasetConfig:
 
 
 def run(dataset: DatasetConfig, tokenizer=None, limits: Limits = LIMITS) -> dict[str, Prepared]:
-    return prepare(dataset, tokenizer or tiny_tokenizer(), limits, lambda split, rewards: None, show=False)
+    return prepare_dataset(dataset, tokenizer or tiny_tokenizer(), limits, lambda split, rewards: None, show=False)
 
 
 def made(tmp_path) -> set[str]:
@@ -152,5 +152,5 @@ def test_the_check_comes_before_tokenization_and_again_with_the_cache(dataset):
 
     for _ in range(2):
         with pytest.raises(UserError, match=r"(train|heldout) \d+ 0 0\.2 0\.9"):
-            prepare(dataset, tiny_tokenizer(), LIMITS, refuse, show=False)
+            prepare_dataset(dataset, tiny_tokenizer(), LIMITS, refuse, show=False)
         run(dataset)

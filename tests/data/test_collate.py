@@ -21,8 +21,8 @@ from prefopt.data.collate import LAYOUTS, Group, packed
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models.layout_check import choose_layout
-from prefopt.models.logprobs import Scorer, completion_logps
-from prefopt.models.packed_attention import use_segments
+from prefopt.models.logprobs import LogprobComputer, completion_logps
+from prefopt.models.packed_attention import enable_packed_attention
 from tests.helpers.tiny import SMALL
 
 PAIRS = [
@@ -56,7 +56,7 @@ def logps_and_gradients(config, name: str | None):
     """In a layout, or without one: every completion in a forward pass of its own."""
     m = model(config)
     if name == "packed":
-        use_segments(m)
+        enable_packed_attention(m)
     if name:
         result = completion_logps(m, LAYOUTS[name].collate(PAIRS), entropies=True)
         sums, entropies = result.sums, result.entropies
@@ -96,7 +96,7 @@ def test_the_windows_are_short_enough_to_matter(config):
 def test_no_completion_sees_another(layout):
     """Changing the chosen completion of one pair moves its own log-prob and no other."""
     m = model(FULL["llama"])
-    use_segments(m)
+    enable_packed_attention(m)
     before = completion_logps(m, LAYOUTS[layout].collate(PAIRS)).sums
     changed = [dataclasses.replace(PAIRS[0], chosen=[20, 21, 22, 23]), *PAIRS[1:]]
     after = completion_logps(m, LAYOUTS[layout].collate(changed)).sums
@@ -109,8 +109,8 @@ def test_in_a_packed_row_a_pair_gives_the_same_bits_whatever_is_beside_it(precis
     """What lets the reference be scored once, in other rows than the policy."""
     torch.manual_seed(0)
     m = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), dtype=torch.float32).eval()
-    use_segments(m)
-    score = Scorer(precision)
+    enable_packed_attention(m)
+    score = LogprobComputer(precision)
     with torch.no_grad():
         together = score(m, LAYOUTS["packed"].collate(PAIRS)).sums.view(2, -1)
         for order in ([0], [1], [2], [2, 0], [1, 2], [2, 1, 0]):
@@ -120,7 +120,7 @@ def test_in_a_packed_row_a_pair_gives_the_same_bits_whatever_is_beside_it(precis
 
 def test_a_prompt_may_have_any_number_of_completions():
     m = model(FULL["llama"])
-    use_segments(m)
+    enable_packed_attention(m)
     groups = [Group([1, 2, 3], [[4, 2], [5, 6, 2], [7], [8, 9]]), Group([5], [[6, 2], [7, 8, 2], [3, 3], [2]])]
     expected = completion_logps(m, LAYOUTS["padded"].make(groups)).sums
     for name in ("packed", "prefix_shared"):
@@ -196,7 +196,7 @@ def test_a_soft_capped_model_that_knows_packed_rows_still_samples_from_padded_ba
     with torch.no_grad():
         # Without padding, for transformers' eager attention makes NaN of it in a layer with a window.
         alone, grown = [m(ids).logits[0, -1] for ids in (short, long)], [greedy(ids) for ids in (short, long)]
-        use_segments(m)
+        enable_packed_attention(m)
         # transformers' eager softmax is in float32
         torch.testing.assert_close(m(both, attention_mask=mask).logits[:, -1], torch.stack(alone), rtol=0, atol=1e-5)
         assert greedy(both, mask).equal(torch.cat(grown))
@@ -204,7 +204,7 @@ def test_a_soft_capped_model_that_knows_packed_rows_still_samples_from_padded_ba
 
 def test_a_row_with_attention_that_is_not_computed_is_refused():
     m = model(FULL["llama"])
-    use_segments(m)
+    enable_packed_attention(m)
     for module in m.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1

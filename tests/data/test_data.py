@@ -21,7 +21,7 @@ from prefopt.data.collate import LAYOUTS
 from prefopt.data.dataset import check_dataset, load_split, split_digest
 from prefopt.data.formats import (
     Chats,
-    Drop,
+    Dropped,
     ImplicitPrompt,
     NoisyPreferences,
     Pair,
@@ -65,7 +65,7 @@ def test_scored_responses_pair_best_with_worst():
     assert (pair.chosen, pair.rejected) == ("b", "c")
     assert (pair.chosen_reward, pair.rejected_reward) == (0.9, 0.1)
     assert (pair.chosen_finished, pair.rejected_finished) == (True, False)
-    assert ScoredResponses()(row | {"rewards": [0.5, 0.5, 0.5]}) == Drop("no_preference")
+    assert ScoredResponses()(row | {"rewards": [0.5, 0.5, 0.5]}) == Dropped("no_preference")
 
 
 def test_split_fields_select_rows_and_drops_are_counted(tmp_path):
@@ -250,7 +250,7 @@ def test_layouts_of_well_known_data_sets():
 )
 def test_rows_that_give_nothing(make, row, reason):
     result = make(row)
-    assert isinstance(result, Drop)
+    assert isinstance(result, Dropped)
     assert result.reason == reason
 
 
@@ -259,7 +259,7 @@ def test_pairs_among_scored_responses():
 
     def made(**values) -> set[tuple[str, str]]:
         pairs = ScoredResponses(**values)(row)
-        assert not isinstance(pairs, Drop)
+        assert not isinstance(pairs, Dropped)
         return {(p.chosen, p.rejected) for p in (pairs if isinstance(pairs, list) else [pairs])}  # type: ignore[union-attr]
 
     assert made() == {("c", "a")}

@@ -23,7 +23,7 @@ from prefopt.data.dataset import load_split
 from prefopt.data.formats import (
     Chat,
     Chats,
-    Drop,
+    Dropped,
     Format,
     ImplicitPrompt,
     NoisyPreferences,
@@ -99,7 +99,7 @@ def check_item(item: object) -> None:
         assert is_chat(item.messages)
         assert role_problem(item.messages[:-1], item.messages[-1]["role"]) is None
     else:
-        assert isinstance(item, Drop)
+        assert isinstance(item, Dropped)
         assert item.reason in ("wrong_roles", "sides_part_early", "no_preference")
 
 

@@ -18,7 +18,7 @@ from huggingface_hub import _tree_cache, constants
 from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.data.hub import Data, Model, items, missing, wanted
 from prefopt.data.sources import prepared
-from prefopt.errors import Lacking
+from prefopt.errors import MissingAssetError
 from prefopt.prefetch import PrefetchConfig, prefetch
 from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
@@ -361,7 +361,7 @@ def test_each_revision_has_its_own_copy(cluster, files, tmp_path):
     assert process.returncode == 0, process.stderr
     assert prepared("lab/Pairs").name == revisions["main"]
     assert prepared("lab/Pairs", "v1").name == prepared("lab/Pairs", revisions["v1"]).name == revisions["v1"]
-    with pytest.raises(Lacking, match="has no copy of it"):
+    with pytest.raises(MissingAssetError, match="has no copy of it"):
         prepared("lab/Pairs", config="other")
 
 
@@ -398,7 +398,7 @@ def test_wanted_files(weights, kept):
     ],
 )
 def test_repositories_that_are_no_model(names, lacking):
-    with pytest.raises(Lacking, match=lacking):
+    with pytest.raises(MissingAssetError, match=lacking):
         wanted(names)
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import prefopt.data.cache
 from prefopt.config.parse import parse, register
 from prefopt.config.schema import DatasetConfig, ModelConfig, PoliciesConfig
-from prefopt.data.cache import Limits, Prepared, describe, prepare
+from prefopt.data.cache import Limits, Prepared, format_counts, prepare_dataset
 from prefopt.data.dataset import Split, check_dataset, load_split
 from prefopt.data.formats import Pair
 from prefopt.data.sources import read_rows
@@ -233,7 +233,7 @@ def prepared(tmp_path_factory) -> Prepared:
     tokenizer, patch = smollm2(), pytest.MonkeyPatch()
     with patch.context() as context:
         context.setenv("PREFOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return prepare(MIX, tokenizer, LIMITS, lambda *_: None, show=False)["train"]
+        return prepare_dataset(MIX, tokenizer, LIMITS, lambda *_: None, show=False)["train"]
 
 
 def conversation(pair: Pair, answer: str) -> str:
@@ -288,7 +288,7 @@ def test_drops_of_the_whole_preparation_add_up(prepared):
     assert long > 10
     for reason, n in split.drops.items():
         assert counts["dropped"][reason] == n
-        assert f"{reason} {n}" in describe(counts)
+        assert f"{reason} {n}" in format_counts(counts)
 
 
 def test_the_sources_add_up_to_the_items(prepared):
@@ -311,7 +311,7 @@ def test_tokenized_data_are_made_once_for_a_tokenizer_a_template_and_a_policy(tm
         before, tokenizer = len(calls), tiny_tokenizer()
         tokenizer.chat_template = template
         config = composed("dataset=jsonl", f"dataset.train={file}", *data)
-        pairs = prepare(config, tokenizer, Limits(*limits), lambda *_: None, show=False)["train"].pairs
+        pairs = prepare_dataset(config, tokenizer, Limits(*limits), lambda *_: None, show=False)["train"].pairs
         return len(calls) - before, list(pairs)
 
     first, pairs = made()

@@ -21,11 +21,11 @@ import pytest
 
 from prefopt.data.formats import as_messages
 from prefopt.errors import UserError
-from prefopt.evaluation.alpaca import GAMED, QUESTIONS, bootstrap, figures, hub_file, read_questions
-from prefopt.evaluation.judges import Duel, LanguageModelJudge, Names, RewardJudge
+from prefopt.evaluation.alpaca import GAMED, QUESTIONS, bootstrap, hub_file, read_questions, summarize
+from prefopt.evaluation.judges import Comparison, GeneratorNames, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
 from prefopt.reporting.compare import page
-from prefopt.reporting.summary import posthoc
+from prefopt.reporting.summary import evaluation_columns
 from prefopt.rewards.oracle import Vader
 from prefopt.rewards.scorers import OracleScorer
 from prefopt.tracking.archive import read_records
@@ -81,7 +81,7 @@ MODELS = ["FuseChat-Gemma-2-9B-Instruct", "claude-2.1", "phi-2-sft", "alpaca-7b"
 @pytest.mark.parametrize("model", MODELS)
 def test_published_preferences_give_the_published_figures(model, gamed):
     annotations, board = published(model)
-    found = figures(annotations, True)
+    found = summarize(annotations, True)
     assert found["win_rate"] == pytest.approx(board["win_rate"], abs=1e-6)
     assert found["standard_error"] == pytest.approx(board["standard_error"], abs=1e-6)
     assert found["n"] == board["n_total"] == 805
@@ -91,7 +91,7 @@ def test_published_preferences_give_the_published_figures(model, gamed):
     assert low < found["win_rate"] < high
     assert (high - low) / (2 * 1.96) == pytest.approx(found["standard_error"], rel=0.05)
     random.Random(0).shuffle(annotations)
-    again = figures(annotations, True)
+    again = summarize(annotations, True)
     # The order decides the folds of the cross-validation; a wrong difficulty would move it by whole points.
     assert again["length_controlled_win_rate"] == pytest.approx(found["length_controlled_win_rate"], abs=0.3)
 
@@ -100,7 +100,7 @@ def test_published_preferences_give_the_published_figures(model, gamed):
 def test_a_model_against_itself_wins_half(gamed):
     annotations, _ = published("phi-2-sft")
     same = [row | {"output_2": row["output_1"], "preference": 1.5} for row in annotations]
-    found = figures(same, True)
+    found = summarize(same, True)
     assert (found["win_rate"], found["interval"], found["equal_outputs"]) == (50, [50, 50], 805)
     assert "length_controlled_win_rate" not in found
 
@@ -116,7 +116,7 @@ def test_a_judge_that_looks_at_length_alone_is_seen_through(gamed):
         {"index": i, "output_1": sft, "output_2": dpo, "preference": preference} | names
         for i, (sft, dpo, preference) in enumerate(zip(*answers, preferences, strict=True))
     ]
-    found = figures(annotations, True)
+    found = summarize(annotations, True)
     assert found["win_rate"] > 60
     assert found["length_controlled_win_rate"] == pytest.approx(50, abs=3)
 
@@ -451,9 +451,9 @@ def test_rewards_judge_for_nothing(run):
     trained = json.loads((run / "record.json").read_text())
     assert told["weights"] == trained["final_weights"] != told["baseline"]["weights"] == trained["initial_weights"]
     assert "win rate (reward of Vader)" in process.stdout
-    assert posthoc(read_records(run.parent)[0])["win rate (reward of Vader, against model-initial, 24 questions)"] == (
-        told["figures"]["win_rate"], told["figures"]["standard_error"],
-    )  # fmt: skip
+    (found, *_) = read_records(run.parent)
+    win_rate = evaluation_columns(found)["win rate (reward of Vader, against model-initial, 24 questions)"]
+    assert win_rate == (told["figures"]["win_rate"], told["figures"]["standard_error"])
     command_ = [f"runs_dir={run.parent}", f"output={run.parent / 'report'}"]
     shown = run_program(*command_, program="report")
     assert shown.returncode == 0, shown.stderr
@@ -508,7 +508,7 @@ def test_a_question_is_asked_once(tmp_path, capsys):
 def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_path):
     """And the answers are the judge's, whichever order they were shown in."""
     server = Server()
-    duels = [Duel(i, [], f"question {i}", "a" * (i % 7), "b" * (i % 5)) for i in range(60)]
+    duels = [Comparison(i, [], f"question {i}", "a" * (i % 7), "b" * (i % 5)) for i in range(60)]
     judge = LanguageModelJudge(
         "mine",
         [0, 0],
@@ -528,7 +528,7 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
             "batch_size": 1,
         },
     )
-    rows = judge.annotate(duels, Names("r", "m"), tmp_path, 0, "cpu", "float32")
+    rows = judge.annotate(duels, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
     assert [row["index"] for row in rows] == list(range(60))
     for duel, row in zip(duels, rows, strict=True):
         p = 1 / (1 + math.exp(-(len(duel.model) - len(duel.reference)) / 20))
@@ -599,7 +599,7 @@ def test_every_published_model_has_its_published_figures(gamed, capsys):
     apart = {}
     for model in models:
         annotations, board = published(model)
-        found = figures(annotations, True)
+        found = summarize(annotations, True)
         assert (found["win_rate"], found["standard_error"]) == pytest.approx(
             (board["win_rate"], board["standard_error"]), abs=1e-6
         )

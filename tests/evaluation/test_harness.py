@@ -15,7 +15,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
 from prefopt.evaluation.harness import checkpoints, record_file
 from prefopt.models.load import checkpoint_path
-from prefopt.reporting.summary import posthoc
+from prefopt.reporting.summary import evaluation_columns
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import Checkpoint
 from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program
@@ -97,7 +97,7 @@ def test_every_checkpoint_gives_what_lm_eval_gives_and_is_computed_once(run, hub
     assert ours["first_request"]["continuation"]
     assert ours["fewshot"] == {"arc_easy": 0}
     both = [found["final", task]["metrics"]["acc"] for task in ("arc_challenge", "arc_easy")]
-    mean, error = posthoc(read_records(run.parent)[0])["mean acc of arc_challenge, arc_easy"]
+    mean, error = evaluation_columns(read_records(run.parent)[0])["mean acc of arc_challenge, arc_easy"]
     assert mean == pytest.approx(50 * sum(acc["value"] for acc in both))
     assert error == pytest.approx(50 * sum(acc["stderr"] ** 2 for acc in both) ** 0.5)
     files = {f: f.stat().st_mtime_ns for f in (run / "harness").iterdir()}

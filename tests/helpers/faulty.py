@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prefopt.data.formats import Drop, Pair, Pairs
+from prefopt.data.formats import Dropped, Pair, Pairs
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.dpo import DPO
 
@@ -68,6 +68,6 @@ class Faulty(DPO):
 class SlowPairs(Pairs):
     """Each takes an hour to read, and does not say so."""
 
-    def __call__(self, row: dict[str, Any]) -> Pair | Drop:
+    def __call__(self, row: dict[str, Any]) -> Pair | Dropped:
         time.sleep(3600)
         return super().__call__(row)

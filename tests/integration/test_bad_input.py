@@ -529,7 +529,7 @@ def test_bad_input_is_refused(case, place, tiny_folder, monkeypatch):
         monkeypatch.setenv(variable, value)
     for key in {"OPENAI_API_KEY", "ANTHROPIC_API_KEY"} - set(case.env):
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr(signals, "listen", lambda: None)  # the signals of this process are pytest's
+    monkeypatch.setattr(signals, "install_handlers", lambda: None)  # the signals of this process are pytest's
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)  # it composes everything once more
     if not case.loads:
         monkeypatch.setattr(load, "_from_pretrained", no_model)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt.errors import UserError
-from prefopt.tracking.process import hold, let_go
+from prefopt.tracking.process import acquire_lock, release_lock
 from prefopt.training.checkpoint import (
     KEPT,
     SUMS,
@@ -371,12 +371,12 @@ def test_one_process_works_on_a_run_and_the_others_say_who(overrides, tmp_path, 
 
 
 def test_a_lock_is_let_go_of(tmp_path):
-    hold(tmp_path / "run")
-    hold(tmp_path / "run")
-    let_go(tmp_path / "run")
-    let_go(tmp_path / "run")
-    hold(tmp_path / "run")
-    let_go(tmp_path / "run")
+    acquire_lock(tmp_path / "run")
+    acquire_lock(tmp_path / "run")
+    release_lock(tmp_path / "run")
+    release_lock(tmp_path / "run")
+    acquire_lock(tmp_path / "run")
+    release_lock(tmp_path / "run")
 
 
 # Numbers.
@@ -509,9 +509,9 @@ def test_who_gets_on_is_not_taken_for_one_that_hangs(tmp_path):
     code = """if True:
         import time
         from prefopt.utils import distributed
-        from prefopt.utils.console import track
-        distributed.watch(1)
-        for _ in track(range(12), "", show=False):
+        from prefopt.utils.console import progress
+        distributed.start_watchdog(1)
+        for _ in progress(range(12), "", show=False):
             time.sleep(0.25)
         print("got on", flush=True)
         time.sleep(60)

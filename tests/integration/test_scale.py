@@ -27,19 +27,19 @@ from prefopt.cli.multirun import Point
 from prefopt.config.parse import register
 from prefopt.config.schema import DatasetConfig
 from prefopt.data import sources
-from prefopt.data.cache import CHUNK, SCHEMA, TokenizedPairs, _chunks
+from prefopt.data.cache import CHUNK, SCHEMA, TokenizedPairs, chunk_by_source
 from prefopt.data.dataset import load_split
 from prefopt.data.sampler import step_indices
 from prefopt.launch import estimate
-from prefopt.launch.sweep import wait
-from prefopt.reporting.labels import in_order, labels
-from prefopt.tracking.process import here
-from prefopt.tracking.status import Look
+from prefopt.launch.sweep import wait_for_runs
+from prefopt.reporting.labels import labels, sort_by_label
+from prefopt.tracking.process import process_info
+from prefopt.tracking.status import RunStatus
 from prefopt.train import SWEEP
 from prefopt.training.config import TrainConfig
 from prefopt.training.loggers import Loggers, read_metrics
 from prefopt.utils import files
-from prefopt.utils.files import lines_from_end
+from prefopt.utils.files import read_lines_reversed
 from tests.helpers.tiny import ROOT
 
 # A sweep
@@ -128,7 +128,9 @@ def test_planning_reads_data_and_model_once_and_asks_slurm_once(n, overrides, tm
     assert not questions
     for job in jobs:
         record = {"status": "running", "config": {"steps": 1}, "name": job.run.name, "id": job.id}
-        files.write_json(job.folder / "record.json", record | here() | {"host": "elsewhere", "slurm_job": "7_0"})
+        files.write_json(
+            job.folder / "record.json", record | process_info() | {"host": "elsewhere", "slurm_job": "7_0"}
+        )
     launcher, jobs = SWEEP.plan_jobs(points, Path())
     assert [job.state for job in jobs] == ["running"] * n
     assert len(questions) == 1
@@ -141,7 +143,7 @@ def test_waiting_does_not_look_again_at_what_has_finished(tmp_path, monkeypatch)
     folders = [tmp_path / f"run{i}" for i in range(6)]
     for folder in folders:
         files.write_json(folder / "record.json", {"name": "run", "status": "finished"})
-    files.write_json(folders[0] / "record.json", {"name": "run", "status": "queued"} | here())
+    files.write_json(folders[0] / "record.json", {"name": "run", "status": "queued"} | process_info())
     reads = count(monkeypatch, prefopt.tracking.status, "read_record")
     polls: list[float] = []
 
@@ -151,8 +153,8 @@ def test_waiting_does_not_look_again_at_what_has_finished(tmp_path, monkeypatch)
             files.write_json(folders[0] / "record.json", {"name": "run", "status": "finished"})
 
     monkeypatch.setattr(prefopt.launch.sweep.time, "sleep", sleep)
-    assert [each.state for each in wait(folders)] == ["finished"] * 6
-    assert [each.folder for each in wait(folders)] == folders
+    assert [each.state for each in wait_for_runs(folders)] == ["finished"] * 6
+    assert [each.folder for each in wait_for_runs(folders)] == folders
     assert [sum(folder == f for (f,) in reads) for folder in folders] == [7, *[2] * 5]  # by two waits
 
 
@@ -205,8 +207,8 @@ def test_a_label_has_what_differs_and_no_more_and_gives_the_order():
         "madpo β=0.1 tau=6.907",
         "madpo β=0.1 only=damping tau=2",
     ]
-    assert in_order(runs[::-1]) == [*runs[:2], runs[3], runs[2]]
-    assert in_order([record("dpo", seed=seed) for seed in (10, 2)])[0]["config"]["seed"] == 2
+    assert sort_by_label(runs[::-1]) == [*runs[:2], runs[3], runs[2]]
+    assert sort_by_label([record("dpo", seed=seed) for seed in (10, 2)])[0]["config"]["seed"] == 2
     assert labels(runs, without=["objective.tau"])[2:] == ["madpo β=0.1", "madpo β=0.1 only=damping"]
 
 
@@ -217,7 +219,7 @@ def test_a_label_has_what_differs_and_no_more_and_gives_the_order():
 def test_lines_from_the_end_are_the_lines(tmp_path_factory, data, block):
     file = tmp_path_factory.getbasetemp() / "lines"
     file.write_bytes(data)
-    found = list(lines_from_end(file, block))
+    found = list(read_lines_reversed(file, block))
     assert [line for _, line in found] == (data.split(b"\n")[::-1] if data else [])
     for place, line in found:
         assert data[place : place + len(line)] == line
@@ -272,7 +274,7 @@ def test_listing_and_resuming_read_the_end_of_a_metrics_file(n, tmp_path, bytes_
     folder = write_metrics(tmp_path / "run", n)
     file = folder / "metrics.jsonl"
     size = file.stat().st_size
-    found = Look(folder, {}, "running", None).metrics()
+    found = RunStatus(folder, {}, "running", None).metrics()
     assert (found["step"], found["accuracy"]) == (n - 1, (n - 10) / n)
     assert sum(bytes_read) <= 2**16
     with file.open("a") as lines:
@@ -290,12 +292,12 @@ def test_listing_and_resuming_read_the_end_of_a_metrics_file(n, tmp_path, bytes_
 
 def test_a_log_of_a_dead_run_is_read_from_its_end(tmp_path, bytes_read):
     (tmp_path / "log.txt").write_bytes(b"Error: early\n" + b"x\n" * 200_000 + b"OSError: late \xff\nafter\n\n")
-    assert Look(tmp_path, {}, "died", None).why.endswith("its log: OSError: late �")
+    assert RunStatus(tmp_path, {}, "died", None).why.endswith("its log: OSError: late �")
     assert sum(bytes_read) <= 2**16
     (tmp_path / "log.txt").write_text("one\ntwo\n\n")
-    assert Look(tmp_path, {}, "died", None).why.endswith("its log: two")
+    assert RunStatus(tmp_path, {}, "died", None).why.endswith("its log: two")
     (tmp_path / "log.txt").write_text("")
-    assert Look(tmp_path, {}, "died", None).why.endswith("its log: empty")
+    assert RunStatus(tmp_path, {}, "died", None).why.endswith("its log: empty")
 
 
 def peak(what) -> int:
@@ -347,8 +349,8 @@ def test_a_split_is_never_held_whole(tmp_path):
         def read() -> None:
             split = load_split(config, "train")
             assert len(split) == n
-            assert max(len(chunk) for _, chunk in _chunks(split)) == CHUNK
-            assert sum(len(chunk) for _, chunk in _chunks(split)) == n
+            assert max(len(chunk) for _, chunk in chunk_by_source(split)) == CHUNK
+            assert sum(len(chunk) for _, chunk in chunk_by_source(split)) == n
 
         return peak(read)
 
@@ -369,7 +371,7 @@ def test_the_bench_shows_small_and_large_beside_each_other():
     part = {"n": 7, "small": {"megabytes": 1, "x": call}, "large": {"megabytes": 9, "x": call | {"seconds": 3.0}}}
     text = load.table({"pairs": part, "jobs": part, "lines": part})
     assert "| 1 and 7 jobs | x | seconds | 1.0 | 3.0 |" in text
-    assert load.own_memory(here()["pid"]) > 10
+    assert load.own_memory(process_info()["pid"]) > 10
     assert load.own_memory(2**30) == 0
 
 

@@ -34,7 +34,7 @@ from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
 from prefopt.evaluation.harness import load
-from prefopt.evaluation.judges import Duel, Judge, LanguageModelJudge, Names
+from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge
 from prefopt.launch.base import Launcher
 from prefopt.launch.estimate import parameters
 from prefopt.launch.slurm import Slurm
@@ -47,14 +47,14 @@ from prefopt.reporting.paper_common import Figure
 from prefopt.reporting.style import plotting, save
 from prefopt.reporting.tables import Tabular
 from prefopt.tracking.policies import Checkpoint
-from prefopt.tracking.record import amend
+from prefopt.tracking.record import update_record
 from prefopt.tracking.status import RunsConfig, select
 from prefopt.training.checkpoint import load_checkpoint
 from prefopt.training.config import TrainConfig, check
-from prefopt.training.setup import plan
+from prefopt.training.setup import prepare_run
 from prefopt.utils import redact
 from prefopt.utils.files import resolve_path, write_json
-from prefopt.utils.tensor_store import Store
+from prefopt.utils.tensor_store import TensorCache
 from tests.helpers.tiny import ENVIRONMENT, ROOT
 
 KEY = "sk-live-0123456789-abcdefgh"
@@ -127,7 +127,7 @@ def test_a_pickle_under_another_name_is_none(model, mark, tmp_path):
         folder = tmp_path / "store"
         folder.mkdir(exist_ok=True)
         (folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors").write_bytes(data)
-        with pytest.raises((UserError, SafetensorError)), Store(folder).locked("x"):
+        with pytest.raises((UserError, SafetensorError)), TensorCache(folder).locked("x"):
             pass
         shutil.rmtree(folder)
 
@@ -138,7 +138,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tiny_folder, overrides, mark, tm
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 1}')
     (folder / "adapter_model.bin").write_bytes(saved(mark))
     with pytest.raises(UserError, match="would be a pickle"):
-        plan(train_config(overrides(tmp_path), f"peft.path={folder}"))
+        prepare_run(train_config(overrides(tmp_path), f"peft.path={folder}"))
 
 
 def test_lm_eval_is_told_to_read_safetensors_and_no_code(monkeypatch):
@@ -339,7 +339,7 @@ def test_records_hold_no_key(key, tmp_path, monkeypatch):
     monkeypatch.setenv("SHORT_KEY", "a")
     told = f"401: Bearer {key}, {os.environ['OTHER_SECRET']}, hf_{'a' * 34} and sk-{'b' * 40}"
     write_json(tmp_path / "record.json", {"status": "running", "nested": [{"error": told}]})
-    amend(tmp_path, error=told)
+    update_record(tmp_path, error=told)
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["error"] == record["nested"][0]["error"] == "401: Bearer ***, ***, *** and ***"
 
@@ -373,7 +373,7 @@ def test_nothing_that_a_program_says_shows_a_key(key, tmp_path):
 
 
 def test_a_stream_that_masks_is_a_stream(capsys, key):
-    stream = redact.Masked(sys.stdout)
+    stream = redact.RedactingStream(sys.stdout)
     print("a", key, "b", file=stream, flush=True)
     assert capsys.readouterr().out == "a *** b\n"
     assert stream.isatty() is False
@@ -649,7 +649,7 @@ def test_a_judge_is_asked_at_its_host_and_keeps_its_key(status, key, tmp_path):
     }
     judge = LanguageModelJudge("mine", [0, 0], "THE_API_KEY", f"{host.url}/v1", "model", annotator)
     with pytest.raises(UserError, match="judge mine failed") as error:
-        judge.annotate([Duel(0, [], "q", "a", "b")], Names("r", "m"), tmp_path, 0, "cpu", "float32")
+        judge.annotate([Comparison(0, [], "q", "a", "b")], GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
     assert host.came
     assert not other.came
     assert ("which is not followed" in str(error.value)) == (status != 401)

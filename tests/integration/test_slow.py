@@ -17,8 +17,8 @@ from prefopt.data.tokenize import tokenize
 from prefopt.generation.config import SampleConfig
 from prefopt.generation.sampler import sample
 from prefopt.models.load import checkpoint_path, compile_layers, load_model, load_tokenizer, weights_digest
-from prefopt.models.logprobs import Scorer, completion_logps
-from prefopt.models.packed_attention import use_segments
+from prefopt.models.logprobs import LogprobComputer, completion_logps
+from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import ROUNDING, cached
 from tests.data.test_data import dataset
 from tests.helpers.tiny import records, run_program, tiny_model
@@ -93,18 +93,18 @@ def test_bfloat16_in_every_layout_is_within_its_bound(smollm2, tmp_path, monkeyp
     attention = model.config._attn_implementation
     split = load_split(dataset("sentiment_offline"), "heldout")
     pairs, *_ = tokenize(tokenizer, split.pairs[:6], 1800, 512)
-    use_segments(model)
+    enable_packed_attention(model)
     try:
         with torch.no_grad():
-            exact = Scorer("float32")(model, LAYOUTS["packed"].collate(pairs))
-            sums = {name: Scorer("bfloat16")(model, LAYOUTS[name].collate(pairs)).sums for name in LAYOUTS}
-            alone = [Scorer("bfloat16")(model, LAYOUTS["packed"].collate([p])).sums for p in pairs]
+            exact = LogprobComputer("float32")(model, LAYOUTS["packed"].collate(pairs))
+            sums = {name: LogprobComputer("bfloat16")(model, LAYOUTS[name].collate(pairs)).sums for name in LAYOUTS}
+            alone = [LogprobComputer("bfloat16")(model, LAYOUTS["packed"].collate([p])).sums for p in pairs]
         for name, found in sums.items():
             wrong = (found - exact.sums).abs()
             print(f"{name}: {wrong.mean():.2f} nats off on average, {(wrong / exact.lengths).max():.4f} per token")
             assert (wrong <= ROUNDING["bfloat16"] * exact.lengths).all(), name
         assert torch.equal(torch.stack(alone, 1).flatten(), sums["packed"])
-        digest, packed, score = weights_digest(model), LAYOUTS["packed"], Scorer("bfloat16")
+        digest, packed, score = weights_digest(model), LAYOUTS["packed"], LogprobComputer("bfloat16")
         for tokens in (200, 5000):  # made in rows of one kind, read for a batch of another
             reference = cached(
                 model, digest, pairs[:3] if tokens == 200 else pairs, packed, tokens, score, lambda: model
@@ -119,12 +119,12 @@ def test_compiled_layers_give_the_same_gradients():
     results = []
     for compiled in (False, True):
         model = tiny_model(50).eval()
-        use_segments(model)
+        enable_packed_attention(model)
         if compiled:
             compile_layers(model)
         for n in (3, 5, 8):
             row = LAYOUTS["packed"].make([Group([1] * n, [[2] * (n + 1), [3, 2]]), Group([4], [[5], [6] * n])])
-            Scorer("float32")(model, row).sums.sum().backward()
+            LogprobComputer("float32")(model, row).sums.sum().backward()
         results.append([p.grad for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)

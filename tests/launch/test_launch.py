@@ -28,10 +28,10 @@ from prefopt.launch.estimate import parameters
 from prefopt.launch.local import Local
 from prefopt.launch.slurm import Slurm
 from prefopt.launch.snapshot import python_environment, snapshot
-from prefopt.launch.sweep import freeze, intention
+from prefopt.launch.sweep import planned_action, write_job_file
 from prefopt.tracking import process
 from prefopt.tracking.run import Run
-from prefopt.tracking.status import RunsConfig, look, select, table
+from prefopt.tracking.status import RunsConfig, inspect_runs, select, status_table
 from prefopt.train import SWEEP
 from prefopt.training.config import TrainConfig
 from prefopt.utils import signals
@@ -80,7 +80,7 @@ def test_however_a_job_ends_it_is_reported_and_tried_again(overrides, tmp_path):
     assert len({r["pid"] for r in found.values()}) == 4, "jobs shared a process"
     assert all(r["command"].startswith("python -m prefopt.train model=hub ") for r in found.values())
     _, jobs = SWEEP.plan_jobs([point(*arguments, f"+objective.fault={fault}") for fault in expected], Path())
-    assert [intention(job) for job in jobs] == ["finished", *["failed: again from the start"] * 3]
+    assert [planned_action(job) for job in jobs] == ["finished", *["failed: again from the start"] * 3]
 
 
 def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, overrides, monkeypatch):
@@ -169,7 +169,7 @@ def fake(tmp_path, monkeypatch):
         for i in range(n):
             run = SimpleNamespace(folder=tmp_path / f"run{i}", id=f"id{i}", name=f"run{i}")
             run.folder.mkdir(exist_ok=True)
-            record = {"status": "queued", "config": {"steps": 1}} | process.here() | {"slurm_job": None}
+            record = {"status": "queued", "config": {"steps": 1}} | process.process_info() | {"slurm_job": None}
             (run.folder / "record.json").write_text(json.dumps(record))
             (run.folder / "job.json").write_text("{}")
             jobs.append(SweepJob([], f"job{i}", None, None, run.folder, run))  # type: ignore[arg-type]
@@ -182,18 +182,18 @@ FINISH = 'sed -i s/queued/finished/ "$3/record.json"'
 
 
 def test_local_jobs_are_never_more_than_asked_for_and_share_no_gpu(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefopt.launch.local, "_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(prefopt.launch.local, "visible_gpus", lambda: ["3", "5"])
     lock = f"{tmp_path}/gpu$CUDA_VISIBLE_DEVICES"
     jobs = fake(6, f"mkdir {lock} || exit 9; echo $CUDA_VISIBLE_DEVICES > $3/gpu; sleep 0.1; rmdir {lock}; {FINISH}")
     Local(at_once=None).run(jobs, tmp_path, tmp_path)
-    assert {each.state for each in look([job.folder for job in jobs])} == {"finished"}
+    assert {each.state for each in inspect_runs([job.folder for job in jobs])} == {"finished"}
     assert {(job.folder / "gpu").read_text().strip() for job in jobs} == {"3", "5"}
 
 
 def test_a_silent_end_is_a_failure(fake, tmp_path):
     jobs = fake(1, "exit 0")
     Local(at_once=1).run(jobs, tmp_path, tmp_path)
-    (found,) = look([jobs[0].folder])
+    (found,) = inspect_runs([jobs[0].folder])
     assert found.state == "failed"
     assert "exit code 0" in found.why
 
@@ -389,12 +389,12 @@ def test_data_that_changed_since_submission_are_refused(overrides, tiny_folder, 
 
     train = shutil.copy(tiny_folder / "train.jsonl", tmp_path / "train.jsonl")
     _, (job,) = SWEEP.plan_jobs([point(*overrides(tmp_path / "runs"), f"dataset.train={train}")], Path())
-    freeze(job, "train", snapshot(tmp_path / "code"))
+    write_job_file(job, "train", snapshot(tmp_path / "code"))
     with Path(train).open("a") as file:
         file.write(Path(train).read_text().splitlines()[0] + "\n")
     with pytest.raises(UserError, match="data files have changed since this was submitted"):
         run(job.folder)
-    (found,) = look([job.folder])
+    (found,) = inspect_runs([job.folder])
     assert found.state == "failed"
     assert found.record["config"]["dataset"]["train"] == str(train)
 
@@ -404,7 +404,7 @@ def test_a_job_that_is_started_again_after_it_finished_does_nothing(overrides, t
     from prefopt.job import run
 
     _, (job,) = SWEEP.plan_jobs([point(*overrides(tmp_path))], Path())
-    freeze(job, "train", tmp_path)
+    write_job_file(job, "train", tmp_path)
     job.run.finish()
     before = (job.folder / "record.json").read_text()
     run(job.folder)
@@ -414,7 +414,7 @@ def test_a_job_that_is_started_again_after_it_finished_does_nothing(overrides, t
 def test_a_run_that_is_under_way_is_left_alone(overrides, tmp_path):
     arguments = overrides(tmp_path)
     _, (job,) = SWEEP.plan_jobs([point(*arguments)], Path())
-    freeze(job, "train", tmp_path)  # queued by this process, which is there
+    write_job_file(job, "train", tmp_path)  # queued by this process, which is there
     _, (again,) = SWEEP.plan_jobs([point(*arguments)], Path())
     assert (again.state, again.to_run) == ("queued", False)
     process = run_program(*arguments)
@@ -427,7 +427,7 @@ def test_a_run_that_is_under_way_is_left_alone(overrides, tmp_path):
 
 
 def record(**facts) -> dict:
-    return {"status": "running", "config": {"steps": 4}} | process.here() | {"slurm_job": None} | facts
+    return {"status": "running", "config": {"steps": 4}} | process.process_info() | {"slurm_job": None} | facts
 
 
 GONE = {"pid": 2**22 + 1, "pid_born": "5"}
@@ -456,7 +456,7 @@ ELSEWHERE = {"host": "elsewhere", "slurm_job": "7_1"}
     ],
 )
 def test_a_run_is_what_its_record_says_while_its_process_is_there(facts, queue, state):
-    assert process.state(record(**facts), queue) == state
+    assert process.resolve_status(record(**facts), queue) == state
 
 
 def test_runs_lists_filters_and_never_shows_a_dead_one_as_running(tmp_path):
@@ -470,7 +470,7 @@ def test_runs_lists_filters_and_never_shows_a_dead_one_as_running(tmp_path):
     assert dead.metrics()["step"] == 2
     assert "last words" in dead.why
     with (shown := Console(width=240)).capture() as printed:
-        shown.print(table([dead]))
+        shown.print(status_table([dead]))
     assert printed.get().count("│ dpo-b") == 1
     assert "dpo-b: ended without a word" in printed.get()
     shown = run_program(f"runs_dir={tmp_path}", "status=[failed]", program="runs")
@@ -487,11 +487,11 @@ def test_runs_lists_filters_and_never_shows_a_dead_one_as_running(tmp_path):
 
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    signals.listen()
-    before = signals.requested()
+    signals.install_handlers()
+    before = signals.stop_requested()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGUSR2)
-    Path(folder, str(rank)).write_text(f"{before} {signals.requested()}")
+    Path(folder, str(rank)).write_text(f"{before} {signals.stop_requested()}")
     torch.distributed.destroy_process_group()
 
 
@@ -518,7 +518,7 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
 def test_the_exit_code_of_a_sweep_is_that_of_its_runs(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "run", lambda *_: None)  # nothing runs: as if every job had been lost
     monkeypatch.setattr(prefopt.launch.sweep, "POLL_S", 0.01)
-    monkeypatch.setattr(prefopt.launch.sweep, "here", lambda: process.here() | GONE)
+    monkeypatch.setattr(prefopt.launch.sweep, "process_info", lambda: process.process_info() | GONE)
     assert SWEEP([point(*overrides(tmp_path))], tmp_path, dry_run=True) == 0
     assert not list(tmp_path.iterdir())
     assert SWEEP([point(*overrides(tmp_path))], tmp_path, dry_run=False) == 1

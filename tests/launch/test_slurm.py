@@ -152,7 +152,7 @@ def test_one_failing_rank_of_two_fails_the_job(tmp_path):
     listing.write_text(f"{tmp_path / 'run'}\n")
     script.write_text(launcher.script(1, (60, 1), listing, tmp_path))
     job = f"{submit(script, None)}_0"
-    assert until(lambda: (state := slurm_state(job)) in process.ENDED and state) == "FAILED"
+    assert until(lambda: (state := slurm_state(job)) in process.TERMINAL_SLURM_STATES and state) == "FAILED"
     assert [(tmp_path / "run" / str(rank)).read_text().split() for rank in range(2)] == [
         ["2", "0", "localhost"],
         ["2", "1", "localhost"],

@@ -181,7 +181,7 @@ def test_tiled_at_extreme_logits_and_in_bfloat16():
     with torch.no_grad():
         head.weight.mul_(0)
         head.bias.copy_(torch.linspace(-1e4, 1e4, len(head.bias)))
-    logps, entropies = prefopt.models.chunked_logprobs.tiled_logps(
+    logps, entropies = prefopt.models.chunked_logprobs.chunked_logps(
         torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1])
     )
     exact = head.bias.double().log_softmax(-1)
@@ -190,7 +190,7 @@ def test_tiled_at_extreme_logits_and_in_bfloat16():
     head, hidden = torch.nn.Linear(64, 9000), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4095, 4096, 8999, 77])
     with torch.autocast("cpu", torch.bfloat16):
-        low, _ = prefopt.models.chunked_logprobs.tiled_logps(hidden, head, labels)
+        low, _ = prefopt.models.chunked_logprobs.chunked_logps(hidden, head, labels)
         dense = head(hidden).float().log_softmax(-1)[range(5), labels]
     assert low.dtype == torch.float32
     assert torch.allclose(low, dense, atol=1e-5)

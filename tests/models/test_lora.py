@@ -12,9 +12,9 @@ from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.errors import UserError
 from prefopt.models.load import load_model, weights_digest
-from prefopt.models.logprobs import Scorer, completion_rewards
-from prefopt.models.lora import add_adapter, checkpoint_activations, merge, save_adapter, training
-from prefopt.models.packed_attention import use_segments
+from prefopt.models.logprobs import LogprobComputer, completion_rewards
+from prefopt.models.lora import add_adapter, checkpoint_activations, merge, save_adapter, train_mode
+from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
@@ -22,7 +22,7 @@ from prefopt.objectives.reward import Reward
 from prefopt.training import step
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
-from prefopt.training.step import accumulate_gradients, policy_tensors, train_step
+from prefopt.training.step import accumulate_gradients, forward_policy, train_step
 from tests.helpers.tiny import records, run_program, save_tiny, tiny_model
 from tests.training.test_loop import job
 
@@ -37,7 +37,7 @@ def with_lora(objective, tmp_path, dropout: float = 0.0, **changes):
     j = job(objective, tmp_path, **changes)
     j.layout = LAYOUTS["packed"]
     for model in (j.engine.policy, *([j.reference.frozen] if j.reference else [])):
-        use_segments(model)
+        enable_packed_attention(model)
     add_adapter(j.engine.policy, lora(dropout), seed=0)
     j.engine = Engine(j.engine.policy, j.config.optimizer)
     return j
@@ -92,15 +92,15 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
     steps(j, 0, 2)  # so that the adapter does something
     assert evaluate_pairs(j, 1, j.heldout_pairs) == evaluate_pairs(j, 1, j.heldout_pairs)
     seen = []
-    original = policy_tensors
-    monkeypatch.setattr(step, "policy_tensors", lambda *a: (seen.append(found := original(*a)), found)[1])
+    original = forward_policy
+    monkeypatch.setattr(step, "forward_policy", lambda *a: (seen.append(found := original(*a)), found)[1])
     micro_batches = j.step(2)
     n = len(micro_batches)
     assert n > 1
-    with training(j.engine.policy):
+    with train_mode(j.engine.policy):
         accumulate_gradients(j, 2, micro_batches)
     accumulate_gradients(j, 2, micro_batches)  # as it is evaluated: no dropout
-    with training(j.engine.policy):
+    with train_mode(j.engine.policy):
         accumulate_gradients(j, 3, micro_batches)
     logps = [tensors["policy_chosen_logps"].detach() for tensors in seen]
     first, second, still, _, other, _ = (logps[i : i + n] for i in range(0, 6 * n, n))
@@ -122,13 +122,13 @@ def test_gradient_checkpointing_changes_no_gradient(layout, dropout, tmp_path):
                     p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         j.layout = LAYOUTS[layout]
         for model in (policy, j.reference.frozen):
-            use_segments(model)
+            enable_packed_attention(model)
         if on:
             checkpoint_activations(policy)
         calls = []
         policy.base_model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         micro_batches = j.step(0)
-        with training(policy):
+        with train_mode(policy):
             accumulate_gradients(j, 0, micro_batches)
         assert len(calls) == len(micro_batches) * (2 if on else 1)
         assert not j.engine.without_gradient()
@@ -180,18 +180,18 @@ def test_merging_computes_the_same(tmp_path):
         torch.nn.init.normal_(p, std=0.1)
     batch = j.layout.collate(j.train_pairs[:4])
     with torch.no_grad():
-        expected = Scorer("float32")(policy, batch).sums
+        expected = LogprobComputer("float32")(policy, batch).sums
         names = {n for n, _ in tiny_model(len(j.tokenizer)).named_parameters()}
         merge(policy)
         assert {n for n, _ in policy.named_parameters()} == names
-        found = Scorer("float32")(policy, batch).sums
+        found = LogprobComputer("float32")(policy, batch).sums
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, j.reference.logps([], batch), atol=1e-2)
 
 
 def logps(model, j) -> torch.Tensor:
     with torch.no_grad():
-        return Scorer("float32")(model.eval(), LAYOUTS["padded"].collate(j.train_pairs)).sums
+        return LogprobComputer("float32")(model.eval(), LAYOUTS["padded"].collate(j.train_pairs)).sums
 
 
 def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tiny_folder, tmp_path):
@@ -286,10 +286,10 @@ def test_an_adapter_on_weights_of_4_bits_is_one_on_the_rounded_weights(quantized
     for policy in quantized:
         j = job(DPO(0.5), tmp_path)
         j.layout = LAYOUTS["packed"]
-        use_segments(policy)
+        enable_packed_attention(policy)
         digests.append(weights_digest(policy))
         add_adapter(policy, lora(), seed=0)
-        j.engine, j.reference = Engine(policy, j.config.optimizer), AdapterOff(policy, Scorer("float32"))
+        j.engine, j.reference = Engine(policy, j.config.optimizer), AdapterOff(policy, LogprobComputer("float32"))
         assert evaluate_pairs(j, 0, j.heldout_pairs)["chosen_logratio"] == 0
         losses.append(
             [loss for n in range(3) for loss in (*steps(j, n, n + 1), evaluate_pairs(j, 1, j.heldout_pairs)["loss"])]

@@ -11,14 +11,14 @@ from prefopt.data.collate import LAYOUTS
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import reference
-from prefopt.models.logprobs import Scorer
-from prefopt.models.packed_attention import use_segments
+from prefopt.models.logprobs import LogprobComputer
+from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Resident, cached, pair_key
 from prefopt.utils import tensor_store
-from prefopt.utils.files import write_whole
+from prefopt.utils.files import atomic_write
 from tests.helpers.tiny import records, run_program, tiny_model
 
-SCORE = Scorer("float32")
+SCORE = LogprobComputer("float32")
 PACKED = LAYOUTS["packed"]
 
 
@@ -32,7 +32,7 @@ def pairs(n: int, start: int = 0) -> list[TokenizedPair]:
 
 def policy(seed: int = 0):
     model = tiny_model(50, seed).eval()
-    use_segments(model)
+    enable_packed_attention(model)
     return model
 
 
@@ -101,7 +101,7 @@ def test_other_weights_precision_and_layout_have_files_of_their_own(cache):
     wanted = pairs(3)
     make(wanted)
     make(wanted, policy(1), "other")
-    cached(policy(), "w", wanted, PACKED, 100, Scorer("bfloat16"), policy, show=False)
+    cached(policy(), "w", wanted, PACKED, 100, LogprobComputer("bfloat16"), policy, show=False)
     cached(tiny_model(50).eval(), "w", wanted, LAYOUTS["padded"], 100, SCORE, policy, show=False)
     assert len(list(cache.iterdir())) == 4
 
@@ -122,19 +122,19 @@ def test_a_damaged_file_is_named(cache, damage):
 
 
 def test_what_was_written_before_a_failure_is_kept(cache, computed, monkeypatch):
-    monkeypatch.setattr(tensor_store, "SHARD", 4)
-    write = write_whole
+    monkeypatch.setattr(tensor_store, "SHARD_ROWS", 4)
+    write = atomic_write
 
     def fail_at_the_third(*args):
         if len(list(cache.rglob("*.safetensors"))) == 2:
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(tensor_store, "write_whole", fail_at_the_third)
+    monkeypatch.setattr(tensor_store, "atomic_write", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make(pairs(20))
     assert not list(cache.rglob("*.tmp"))
-    monkeypatch.setattr(tensor_store, "write_whole", write)
+    monkeypatch.setattr(tensor_store, "atomic_write", write)
     computed.clear()
     make(pairs(20))
     assert len(computed) == reference.SPOT_CHECKS + 20 - 8

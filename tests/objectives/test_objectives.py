@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from prefopt.config.parse import build
 from prefopt.errors import UserError
 from prefopt.objectives.__main__ import markdown, objectives, rows
-from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, concatenate, exp_until
+from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, clamped_exp, concatenate
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.cal_dpo import CalDPO
 from prefopt.objectives.cpo import CPO
@@ -69,7 +69,7 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
     needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise"})
     values = {"chosen_lengths": torch.arange(1, n + 1).double(), "rejected_lengths": torch.arange(n, 0, -1).double()}
     logps = [draw() for _ in range(4)]
-    if objective is not None and objective.trains == "reward_model":
+    if objective is not None and objective.model_kind == "reward_model":
         values |= {"policy_chosen_rewards": logps[0], "policy_rejected_rewards": logps[1]}
     else:
         values |= {"policy_chosen_logps": logps[0], "policy_rejected_logps": logps[1]}
@@ -138,7 +138,7 @@ def test_finite_at_extreme_scores(objective, chosen, rejected):
     the reference is far down."""
     x = inputs(objective, scale=1.0).map(lambda t: t.detach().float())
     for side, shift in (("chosen", chosen), ("rejected", rejected)):
-        if objective.trains == "reward_model":
+        if objective.model_kind == "reward_model":
             x = moved(x, **{f"policy_{side}_rewards": shift})
         elif shift < 0:
             x = moved(x, **{f"policy_{side}_logps": shift})
@@ -179,7 +179,7 @@ def test_scores_and_diagnostics_carry_no_gradient_and_have_their_shapes(objectiv
     output = objective(inputs(objective))
     assert output.losses.shape == (4,)
     for scores in (output.chosen_scores, output.rejected_scores):
-        if objective.sides == ("chosen", "rejected"):
+        if objective.completions == ("chosen", "rejected"):
             assert scores.shape == (4,)
             assert not scores.requires_grad
         else:
@@ -194,7 +194,7 @@ def test_scores_and_diagnostics_carry_no_gradient_and_have_their_shapes(objectiv
 @every
 def test_step0_loss_is_what_equal_policy_and_reference_give(objective):
     x = inputs(objective)
-    if objective.trains == "reward_model":
+    if objective.model_kind == "reward_model":
         x = dataclasses.replace(x, policy_rejected_rewards=x.policy_chosen_rewards)
     elif x.has_reference:
         x = dataclasses.replace(
@@ -326,7 +326,7 @@ def test_the_listing_names_everything():
 
 def test_exp_until_is_exp_then_its_tangent():
     x = torch.tensor([-5.0, 0.0, 39.9, 40.0, 45.0], dtype=torch.float64, requires_grad=True)
-    y = exp_until(x)
+    y = clamped_exp(x)
     y.sum().backward()
     assert torch.allclose(y[:4], x[:4].exp())
     assert y[4].item() == pytest.approx(6 * math.exp(40))

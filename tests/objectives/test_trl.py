@@ -56,7 +56,7 @@ class Data:
 def ours(objective: Objective, data: Data) -> torch.Tensor:
     chosen, rejected = data.sums(data.logits).chunk(2)
     values = {"chosen_lengths": data.lengths.float().chunk(2)[0], "rejected_lengths": data.lengths.float().chunk(2)[1]}
-    if objective.trains == "reward_model":
+    if objective.model_kind == "reward_model":
         values |= dict(zip(("policy_chosen_rewards", "policy_rejected_rewards"), data.scores.chunk(2), strict=True))
     else:
         values |= {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}
@@ -64,7 +64,7 @@ def ours(objective: Objective, data: Data) -> torch.Tensor:
     if "reference" in objective.needs:
         values |= dict(zip(names, data.reference.chunk(2), strict=True))
     losses = objective(PairInputs(**values)).losses
-    return losses.sum() / (values["chosen_lengths"].sum() if objective.per == "chosen_token" else len(losses))
+    return losses.sum() / (values["chosen_lengths"].sum() if objective.normalize_by == "chosen_token" else len(losses))
 
 
 def arguments(trainer: str, text: str) -> Any:
@@ -137,7 +137,7 @@ def theirs(trainer: str, text: str, data: Data) -> torch.Tensor:
         return trl.RewardTrainer.compute_loss(trl_trainer(args), lambda **_: scored, batch)
     cls = {"CPO": cpo.CPOTrainer, "ORPO": orpo.ORPOTrainer}[trainer]
     labels = data.ids.masked_fill(data.completion_mask == 0, -100)
-    sides = {
+    completions = {
         f"{side}_{name}": value.chunk(2)[i]
         for i, side in enumerate(("chosen", "rejected"))
         for name, value in (("input_ids", data.ids), ("attention_mask", attention_mask), ("labels", labels))
@@ -149,7 +149,7 @@ def theirs(trainer: str, text: str, data: Data) -> torch.Tensor:
         if method is not None:
             setattr(stand_in, name, method.__get__(stand_in, cls))
     model = lambda *_, **__: SimpleNamespace(logits=data.logits)  # noqa: E731
-    loss, _ = cls.get_batch_loss_metrics(stand_in, model, sides)
+    loss, _ = cls.get_batch_loss_metrics(stand_in, model, completions)
     return loss
 
 

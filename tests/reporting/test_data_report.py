@@ -8,7 +8,7 @@ import pytest
 
 from prefopt.config.schema import DatasetConfig
 from prefopt.data import cache
-from prefopt.data.cache import Limits, prepare
+from prefopt.data.cache import Limits, prepare_dataset
 from prefopt.reporting.data import bin_edges, fenced, learnt_counts, marked, prompt_key, shortened
 from tests.helpers.tiny import SHARED, run_program, tiny_tokenizer
 
@@ -183,9 +183,9 @@ def test_what_is_learnt_is_summed_over_the_chunks_of_a_table(tmp_path, monkeypat
     rows = [{"messages": [{"role": "user", "content": "Q" * i}, messages[1], *messages] * i} for i in range(1, 6)]
     file = write(tmp_path / "chats.jsonl", rows)
     dataset = DatasetConfig("chats", str(file), format={"_target_": "prefopt.data.formats.Chats"})
-    data = prepare(dataset, tiny_tokenizer(), Limits(60, 100), lambda split, rewards: None)["train"].pairs
+    data = prepare_dataset(dataset, tiny_tokenizer(), Limits(60, 100), lambda split, rewards: None)["train"].pairs
     assert data.table["chosen_mask"].num_chunks == 3
-    assert learnt_counts(data.table).tolist() == [pair.learnt for pair in data]
+    assert learnt_counts(data.table).tolist() == [pair.num_loss_tokens for pair in data]
 
 
 def test_small_parts():

@@ -14,25 +14,25 @@ from prefopt.evaluation.results import PAPER_JUDGES
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import (
     Point,
+    best_points,
     drift,
     normal_range,
     paths,
-    peaks,
     points_of,
     sensitive_keys,
     sensitivity,
     sft_accuracy,
     spreads,
 )
-from prefopt.reporting.evaluated import metric_of, model_names, pooled, read_evaluated
+from prefopt.reporting.evaluated import aggregate_seeds, metric_of, model_names, read_evaluated
 from prefopt.reporting.figures import draw_drift
 from prefopt.reporting.html import page
 from prefopt.reporting.mappo import academic_table, mappo
 from prefopt.reporting.mmpo import mmpo, peak_table
-from prefopt.reporting.published import beside, published_points, read_csv, same
-from prefopt.reporting.style import COLOURS, method_colours
+from prefopt.reporting.published import join_published, matches_published, published_points, read_csv
+from prefopt.reporting.style import COLOURS, method_colors
 from prefopt.reporting.tables import Tabular, latex_text
-from prefopt.tracking.archive import LOCAL, read_records, write_archive
+from prefopt.tracking.archive import MACHINE_KEYS, read_records, write_archive
 from tests.helpers.tiny import ROOT, run_program
 
 PUBLISHED = str(ROOT / "results" / "published")
@@ -204,9 +204,9 @@ def test_seeds_are_pooled(tmp_path):
     (point,) = points(tmp_path)
     assert (point.epoch, point.seeds, point.accuracy) == (5.0, 2, None)
     assert point.win_rate == pytest.approx((52, math.hypot(2, 1.5)))  # sd of 50, 54 over the root of 2; their own
-    assert pooled([(50, None), (54, None)]) == pytest.approx((52, 2))
-    assert pooled([(50, 1.5)]) == (50, 1.5)
-    assert pooled([(50, 1.5), None]) is None
+    assert aggregate_seeds([(50, None), (54, None)]) == pytest.approx((52, 2))
+    assert aggregate_seeds([(50, 1.5)]) == (50, 1.5)
+    assert aggregate_seeds([(50, 1.5), None]) is None
 
 
 def test_two_judges_of_the_paper_have_a_mean(tmp_path):
@@ -283,11 +283,11 @@ def test_of_equal_peaks_the_earliest_and_of_the_smallest_beta():
 
     made = [point(0.1, 2, 30, 50), point(0.5, 1, 30, 50), point(0.1, 1, 30, 50), point(0.1, 3, 29, 49)]
     for by in ("accuracy", "win_rate"):
-        (found,) = peaks(made, by)
+        (found,) = best_points(made, by)
         assert (found.beta, found.epoch) == (0.1, 1)
-    (found,) = peaks([*made, point(0.5, 5, 99, None), point(0.5, 4, 28, 51)], "accuracy")
+    (found,) = best_points([*made, point(0.5, 5, 99, None), point(0.5, 4, 28, 51)], "accuracy")
     assert found.accuracy[0] == 30  # the best one has no win rate to show
-    (found,) = peaks([*made, point(0.5, 4, 28, 51)], "win_rate")
+    (found,) = best_points([*made, point(0.5, 4, 28, 51)], "win_rate")
     assert found.epoch == 4
 
 
@@ -343,12 +343,12 @@ def test_the_spread_is_the_range_over_beta_at_the_last_shared_epoch(grid):
 
 
 def test_published_rows_are_matched_by_model_and_method():
-    assert same(("SmolLM2-135M", "mmpo margin=0.8"), {"model": "smollm2-135m", "method": "mmpo"})
-    assert same(("Llama-3.2-1B", "mappo_dpo"), {"model": "llama3.2-1b", "method": "dpo+mappo"})
-    assert not same(("SmolLM2-135M-Instruct", "mmpo"), {"model": "smollm2-135m", "method": "mmpo"})
-    assert not same(("m", "dpo"), {"model": "m", "method": "dpo+mappo"})
+    assert matches_published(("SmolLM2-135M", "mmpo margin=0.8"), {"model": "smollm2-135m", "method": "mmpo"})
+    assert matches_published(("Llama-3.2-1B", "mappo_dpo"), {"model": "llama3.2-1b", "method": "dpo+mappo"})
+    assert not matches_published(("SmolLM2-135M-Instruct", "mmpo"), {"model": "smollm2-135m", "method": "mmpo"})
+    assert not matches_published(("m", "dpo"), {"model": "m", "method": "dpo+mappo"})
     ours, theirs = [{"model": "m", "method": "dpo"}], [{"model": "m", "method": "ipo"}, {"model": "m", "method": "dpo"}]
-    assert beside(ours, theirs) == [(ours[0], theirs[1]), ({"model": "m", "method": "ipo"}, theirs[0])]
+    assert join_published(ours, theirs) == [(ours[0], theirs[1]), ({"model": "m", "method": "ipo"}, theirs[0])]
 
 
 def test_the_drift_is_the_change_since_the_start_over_seeds(tmp_path):
@@ -483,12 +483,12 @@ def test_runs_without_evaluations_say_how_to_get_them(tmp_path):
 
 def test_every_method_of_the_papers_has_a_colour_of_its_own():
     methods = ["mmpo", "dpo", "simpo", "ipo", "cpo", "madpo", "beta_dpo"]
-    assert sorted(method_colours(methods).values()) == sorted(COLOURS)
-    assert method_colours(["dpo optimizer.lr=1", "mappo_dpo"]) == dict.fromkeys(
-        ["dpo optimizer.lr=1", "mappo_dpo"], method_colours(methods)["dpo"]
+    assert sorted(method_colors(methods).values()) == sorted(COLOURS)
+    assert method_colors(["dpo optimizer.lr=1", "mappo_dpo"]) == dict.fromkeys(
+        ["dpo optimizer.lr=1", "mappo_dpo"], method_colors(methods)["dpo"]
     )
-    assert set(method_colours(["online-dpo", "online-mappo_dpo"]).values()) == {method_colours(methods)["dpo"]}
-    assert method_colours(["dpo", "sppo"])["sppo"] != method_colours(["dpo"])["dpo"]
+    assert set(method_colors(["online-dpo", "online-mappo_dpo"]).values()) == {method_colors(methods)["dpo"]}
+    assert method_colors(["dpo", "sppo"])["sppo"] != method_colors(["dpo"])["dpo"]
 
 
 def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
@@ -542,7 +542,7 @@ def test_an_archive_of_records_is_their_runs(grid, tmp_path):
     """Without what is the machine's own; and another file is refused by its name."""
     archive = tmp_path / "records.jsonl"
     write_archive(read_records(grid), archive)
-    gone = {*LOCAL, "harness", "alpaca"}
+    gone = {*MACHINE_KEYS, "harness", "alpaca"}
     before, after = ([{k: v for k, v in r.items() if k not in gone} for r in read_records(f)] for f in (grid, archive))
     assert before == after
     assert points(archive) == points(grid)

@@ -20,7 +20,7 @@ from prefopt.rewards.rows import requests_of, score_rows
 from prefopt.rewards.scorers import Columns, OracleScorer, RewardScorer
 from prefopt.training.metrics import reliability
 from prefopt.utils import tensor_store
-from prefopt.utils.files import write_whole
+from prefopt.utils.files import atomic_write
 from tests.helpers.tiny import records, run_program, save_tiny, write_pairs
 
 ROW = {
@@ -112,18 +112,18 @@ def test_scores_are_computed_once_per_weights_and_tokens(folder, computed, cache
 
 
 def test_what_was_scored_before_a_failure_is_kept(folder, computed, monkeypatch):
-    monkeypatch.setattr(tensor_store, "SHARD", 1)
-    write, written = write_whole, []
+    monkeypatch.setattr(tensor_store, "SHARD_ROWS", 1)
+    write, written = atomic_write, []
 
     def fail_at_the_third(*args):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(write(*args))
 
-    monkeypatch.setattr(tensor_store, "write_whole", fail_at_the_third)
+    monkeypatch.setattr(tensor_store, "atomic_write", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         rewards(RewardModel(str(folder), "terminator"))
-    monkeypatch.setattr(tensor_store, "write_whole", write)
+    monkeypatch.setattr(tensor_store, "atomic_write", write)
     computed.clear()
     rewards(RewardModel(str(folder), "terminator"))
     assert computed == [1]

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefopt.config.schema import OptimizerConfig
 from prefopt.data.collate import LAYOUTS
-from prefopt.models.logprobs import Scorer
-from prefopt.models.packed_attention import use_segments
+from prefopt.models.logprobs import LogprobComputer
+from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Resident, cached
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
@@ -36,11 +36,11 @@ def one_step(objective, tmp_path, layout: str, logits: str, mode: str, tokens: i
     j = job(objective, tmp_path, logits=logits, micro_batch_tokens=tokens)
     j.layout, policy = LAYOUTS[layout], j.engine.policy
     if layout == "packed":
-        use_segments(policy)
-    score = Scorer("float32", logits == "tiled")
+        enable_packed_attention(policy)
+    score = LogprobComputer("float32", logits == "tiled")
     if mode == "resident":
         j.reference = Resident.copy_of(policy, score)
-    elif mode == "cached" and objective.sides == ("chosen", "rejected"):
+    elif mode == "cached" and objective.completions == ("chosen", "rejected"):
         j.reference = cached(policy, layout, j.train_pairs, j.layout, 200, score, lambda: policy, show=False)
     with_adapter(j)
     if mode == "adapter_off":
@@ -103,7 +103,7 @@ def test_nothing_waits_for_the_device_inside_a_step(name, layout, tmp_path):
     j = job(OBJECTIVES[name], tmp_path)
     j.layout = LAYOUTS[layout]
     for model in (j.engine.policy, j.reference.frozen):
-        use_segments(model)
+        enable_packed_attention(model)
     micro_batches = j.step(0)
     assert len(micro_batches) > 1
     with Waits() as waits:
@@ -124,7 +124,7 @@ def test_a_whole_step_is_the_same_in_every_layout(tmp_path):
         before = j.engine.policy.get_input_embeddings().weight.detach().clone()
         j.layout = LAYOUTS[layout]
         for model in (j.engine.policy, j.reference.frozen):
-            use_segments(model)
+            enable_packed_attention(model)
         for step in range(3):
             train_step(j, step, j.step(step))
         assert (j.engine.policy.get_input_embeddings().weight - before).abs().max() > 1e-3

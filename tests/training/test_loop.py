@@ -14,7 +14,7 @@ from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import encode, tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
-from prefopt.models.logprobs import Scorer
+from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Resident
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
@@ -29,10 +29,10 @@ from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import check_step0, evaluate, evaluate_pairs
-from prefopt.training.loop import Best
+from prefopt.training.loop import EarlyStopping
 from prefopt.training.metrics import Means
 from prefopt.training.optim import Cosine
-from prefopt.training.state import Job
+from prefopt.training.state import TrainState
 from prefopt.training.step import accumulate_gradients, train_step
 from prefopt.utils.stats import mean_and_error
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pairs
@@ -40,7 +40,7 @@ from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pair
 TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
-def job(objective, tmp_path, **changes) -> Job:
+def job(objective, tmp_path, **changes) -> TrainState:
     config = TrainConfig(
         **{"steps": 4, "exports": 1, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
         | {"logits": "tiled", "precision": "float32", "gradient_checkpointing": False}
@@ -52,25 +52,25 @@ def job(objective, tmp_path, **changes) -> Job:
     rows = [Pairs()(row) for _, row in read_rows(str(write_pairs(tmp_path / "pairs.jsonl", 16)))]
     pairs, drops, _ = tokenize(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
     assert not drops
-    reward_model = objective.trains == "reward_model"
+    reward_model = objective.model_kind == "reward_model"
     if reward_model:
         folder = save_tiny(tmp_path / "model")
         policy = load_reward_model(ModelConfig("tiny", str(folder)), "cpu")
     else:
         policy = tiny_model(len(tokenizer)).eval()
-    reference = None if reward_model else Resident.copy_of(policy, Scorer("float32"))
+    reference = None if reward_model else Resident.copy_of(policy, LogprobComputer("float32"))
     engine = Engine(policy, config.optimizer)
-    return Job(
+    return TrainState(
         config, None, objective, Cosine(0.25), engine, reference, tokenizer, pairs, pairs[:5], [], None,  # type: ignore[arg-type]
         LAYOUTS["padded"],
     )  # fmt: skip
 
 
-def step(job: Job, n: int) -> dict:
+def step(job: TrainState, n: int) -> dict:
     return train_step(job, n, job.step(n))
 
 
-def gradients(job: Job) -> dict[str, torch.Tensor]:
+def gradients(job: TrainState) -> dict[str, torch.Tensor]:
     """The gradient of one step, taken where the loop would hand it to the optimizer."""
     seen = {}
     job.engine.step = lambda lr: seen.update({n: p.grad.clone() for n, p in job.engine.parameters.items()})  # type: ignore[method-assign,union-attr]
@@ -198,7 +198,7 @@ def test_sft_on_chats_counts_every_assistant_turn_and_nothing_else(tmp_path):
             counted += [False] * len(opening) + [message["role"] == "assistant"] * len(said) + [False] * len(after)
         logits = j.engine.policy(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected += [logits[i - 1, ids[i]].item() for i in range(len(ids)) if counted[i]]
-    assert sum(p.learnt for p in j.train_pairs) == len(expected)
+    assert sum(p.num_loss_tokens for p in j.train_pairs) == len(expected)
     metrics = step(j, 0)
     assert metrics["loss"] == pytest.approx(-sum(expected) / len(expected), rel=1e-5)
     assert metrics["chosen_length"] == pytest.approx(len(expected) / 3)
@@ -323,27 +323,29 @@ def test_step_0_is_checked_on_training_pairs_where_none_are_held_out(tmp_path, c
 def test_the_weights_with_the_lowest_held_out_loss_come_back(tmp_path):
     """Also from a checkpoint in between."""
     j = job(DPO(0.5), tmp_path, patience=2)
-    best, losses, weights = Best(), [0.7, 0.5, 0.6, float("nan")], []
+    early_stopping, losses, weights = EarlyStopping(), [0.7, 0.5, 0.6, float("nan")], []
     for n, loss in enumerate(losses):
         weights.append([p.detach().clone() for p in j.engine.policy.parameters()])
-        best.watch(j, n, {"loss": loss})
+        early_stopping.update(j, n, {"loss": loss})
         if n == 2:
-            save_checkpoint(tmp_path / "checkpoints", n, j.engine.state() | best.state(), best.meta())
+            save_checkpoint(
+                tmp_path / "checkpoints", n, j.engine.state() | early_stopping.state(), early_stopping.meta()
+            )
             tensors, meta = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
-            best = Best(tensors["best"], **meta["best"])
+            early_stopping = EarlyStopping(tensors["best"], **meta["best"])
         step(j, n)
-    assert (best.step, best.loss, best.evaluations_since) == (1, 0.5, 2)
-    best.restore(j)
+    assert (early_stopping.step, early_stopping.loss, early_stopping.evaluations_since) == (1, 0.5, 2)
+    early_stopping.restore(j)
     assert all(torch.equal(a, b) for a, b in zip(weights[1], j.engine.policy.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(weights[1], weights[2], strict=True))
 
 
 def test_without_patience_nothing_is_kept(tmp_path):
-    j, best = job(DPO(0.5), tmp_path), Best()
-    best.watch(j, 0, {"loss": 1.0})
-    best.watch(j, 1, {"loss": 2.0})
-    assert not best.weights
-    assert best.state() == best.meta() == {}
+    j, early_stopping = job(DPO(0.5), tmp_path), EarlyStopping()
+    early_stopping.update(j, 0, {"loss": 1.0})
+    early_stopping.update(j, 1, {"loss": 2.0})
+    assert not early_stopping.weights
+    assert early_stopping.state() == early_stopping.meta() == {}
     before = [p.detach().clone() for p in j.engine.policy.parameters()]
-    best.restore(j)
+    early_stopping.restore(j)
     assert all(torch.equal(a, b) for a, b in zip(before, j.engine.policy.parameters(), strict=True))

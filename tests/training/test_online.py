@@ -20,7 +20,7 @@ from prefopt.errors import Interrupted, UserError
 from prefopt.models.load import load_reward_model
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
-from prefopt.training.online import go_on, parts
+from prefopt.training.online import run_pending, split_prompts
 from prefopt.utils import signals
 from tests.helpers.tiny import ROOT, run_program, save_tiny
 
@@ -69,7 +69,7 @@ def config(tiny: Path, runs: Path, *changes: str) -> OnlineConfig:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(signals, "listen", lambda: None)  # the test's own process keeps its handlers
+    monkeypatch.setattr(signals, "install_handlers", lambda: None)  # the test's own process keeps its handlers
 
 
 def record(runs: Path) -> tuple[Path, dict]:
@@ -79,12 +79,12 @@ def record(runs: Path) -> tuple[Path, dict]:
 
 def test_parts_hold_every_prompt_once_and_do_not_depend_on_its_place():
     prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
-    found = parts([*prompts, prompts[0]], 5)
+    found = split_prompts([*prompts, prompts[0]], 5)
     assert sorted(map(len, found)) == [2, 2, 2, 3, 3]
     assert sorted(p[0]["content"] for part in found for p in part) == sorted(PROMPTS)
-    assert parts(prompts[::-1], 5) == found
+    assert split_prompts(prompts[::-1], 5) == found
     with pytest.raises(UserError, match="2 different prompts do not suffice for stages=3"):
-        parts([prompts[0], prompts[1], prompts[0]], 3)
+        split_prompts([prompts[0], prompts[1], prompts[0]], 3)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_each_stage_begins_where_the_one_before_has_left(whole):
 
 
 def test_the_reference_may_be_the_policy_before(tiny, tmp_path):
-    go_on(config(tiny, tmp_path, "stage_reference=previous", "stages=2"))
+    run_pending(config(tiny, tmp_path, "stage_reference=previous", "stages=2"))
     _, told = record(tmp_path)
     for stage in told["stages"]:
         run = json.loads((Path(stage["run"]) / "record.json").read_text())
@@ -138,7 +138,7 @@ POINTS = [
     ("prefopt.training.checkpoint", "export", 0),
     ("prefopt.generation.sampler", "sample", 1),  # in the middle of the second stage's sampling
     ("prefopt.training.loop", "train_step", 1),
-    ("prefopt.training.setup", "train", 2),  # the third stage's
+    ("prefopt.training.setup", "run", 2),  # the third stage's
 ]
 
 
@@ -168,10 +168,10 @@ def test_wherever_it_is_stopped_it_ends_with_the_same_weights(tiny, whole, tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stopping)
             with pytest.raises(KeyboardInterrupt):
-                go_on(config(tiny, tmp_path))
+                run_pending(config(tiny, tmp_path))
         _, told = record(tmp_path)
         assert told["status"] == "interrupted"
-    go_on(config(tiny, tmp_path))
+    run_pending(config(tiny, tmp_path))
     folder, told = record(tmp_path)
     assert told["status"] == "finished"
     assert [s["final_weights"] for s in told["stages"]] == [s["final_weights"] for s in expected["stages"]]
@@ -185,7 +185,7 @@ def test_wherever_it_is_stopped_it_ends_with_the_same_weights(tiny, whole, tmp_p
 
 def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, whole, tmp_path, capsys):
     runs = shutil.copytree(whole, tmp_path / "runs")
-    go_on(config(tiny, runs))
+    run_pending(config(tiny, runs))
     assert "finished, skipped" in capsys.readouterr().err
     base = config(tiny, runs)
     digests = {"prompts": "a"}
@@ -238,7 +238,7 @@ def test_one_job_that_is_refused_refuses_the_sweep(changes, message, tiny, tmp_p
 def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp_path):
     """The tiny model's words mean nothing to VADER: all rewards of most prompts are those of a neutral text."""
     with pytest.raises(UserError, match=r"nothing is left of the train split .*no_preference: 4"):
-        go_on(config(tiny, tmp_path, "scorer=vader", "stage_sampling.max_new_tokens=1"))
+        run_pending(config(tiny, tmp_path, "scorer=vader", "stage_sampling.max_new_tokens=1"))
     _, told = record(tmp_path)
     assert told["status"] == "failed"
     assert "no_preference: 4" in told["error"]
@@ -261,7 +261,7 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(changes, message, tiny, tmp_path):
     with pytest.raises(UserError, match=message):
-        go_on(config(tiny, tmp_path / "runs", *changes))
+        run_pending(config(tiny, tmp_path / "runs", *changes))
     assert not (tmp_path / "runs").exists()
 
 
@@ -276,7 +276,7 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
 
     def drawing(temperature: float = 1.0):
         sampling = SamplingConfig(temperature, 1.0, 6, 6)
-        return responses.draw(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32", partial)
+        return responses.generate_resumable(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32", partial)
 
     expected = drawing()
     lines = partial.read_bytes().splitlines(keepends=True)
@@ -294,7 +294,7 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
     assert partial.read_bytes() == b"".join(lines)
     with pytest.raises(UserError, match="was begun with other settings"):
         drawing(0.5)
-    monkeypatch.setattr(signals, "_asked", True)
+    monkeypatch.setattr(signals, "_stop_requested", True)
     partial.unlink()
     with pytest.raises(Interrupted, match="0 of 12 prompts"):
         drawing()

@@ -16,7 +16,7 @@ from prefopt.data.sources import read_rows
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.ipo import IPO
 from prefopt.objectives.simpo import SimPO
-from prefopt.training.state import Job
+from prefopt.training.state import TrainState
 from prefopt.training.step import train_step
 from tests.helpers.tiny import tiny_tokenizer
 from tests.training.test_loop import job
@@ -37,7 +37,7 @@ CHATML_ENDING_WITH_TERMINATOR = (
 )
 
 
-def trl_trainer(method: str, settings: dict[str, Any], job: Job, indices: list[int], folder: Path):
+def trl_trainer(method: str, settings: dict[str, Any], job: TrainState, indices: list[int], folder: Path):
     """TRL's trainer for the steps of `job`, from the same weights, on the pairs `indices` of pairs.jsonl."""
     # Imported here because it takes seconds.
     from datasets import Dataset

@@ -11,7 +11,7 @@ import pytest
 
 from prefopt.data.collate import LAYOUTS, Layout
 from prefopt.generation.sampler import sample
-from prefopt.models.logprobs import Scorer
+from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import cache_folder
 from prefopt.utils.fingerprint import class_names, fingerprint
 from tests.helpers.tiny import ROOT, run_program, tiny_model
@@ -82,6 +82,6 @@ def test_an_edited_sampler_draws_anew_and_an_edited_collator_does_not_tokenize_a
 def test_the_models_resolved_configuration_is_part_of_what_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
     plain, windowed = tiny_model(300), tiny_model(300, rope_parameters={"rope_type": "yarn", "factor": 2.0})
-    score = Scorer("float32", True)
+    score = LogprobComputer("float32", True)
     folders = {cache_folder(model, "the same weights", LAYOUTS["packed"], score) for model in (plain, windowed)}
     assert len(folders) == 2

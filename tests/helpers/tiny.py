@@ -121,7 +121,9 @@ def command(*args: str, program: str = "train") -> list[str]:
 
 
 # One thread: the tiny model has no work for two, and threads that wait for each other slow everything down.
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# Without the width of a terminal, which pytest-xdist sets.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None):

@@ -44,9 +44,9 @@ def register(*schemas: type) -> None:
 def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
     """Resolve `node` into an instance of the dataclass `schema`. `prefix` leads the keys in messages.
 
-    Raises UserError that names all unknown keys, or all numbers that are not finite, or the first key with a missing
-    value, a wrong type, or a value that the dataclass refuses with ValueError (whose message begins with the field's
-    name).
+    Raises UserError that names all unknown keys, or all keys without a value, or all numbers that are not finite, or
+    the first key of a wrong type, or everything that the dataclasses refuse with ValueError (whose lines begin with
+    the field's name).
     """
     try:
         if unknown := _unknown_keys(node, schema, prefix):
@@ -64,7 +64,10 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
                 raise UserError(f"{key} holds {found}. {NO_KEYS}")
         if problems := _not_finite(OmegaConf.to_container(merged), prefix):
             raise UserError("\n".join(problems))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
+        try:
+            return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
+        except ValueError:  # of the first node that is refused; there may be others
+            raise UserError("\n".join(_refusals(merged, prefix))) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{prefix}{_describe(error)}") from None
     except ValueError as error:
@@ -108,10 +111,14 @@ def build(node: Any, base: type[T], where: str) -> T:
         raise UserError(f"{where}.{error}") from None
 
 
-def file_name_problems(**names: str) -> list[str]:
-    """What becomes part of a file's name is no path and no piece of shell. `names`: by key, __ for a dot."""
+def file_name_problems(names: dict[str, str]) -> list[str]:
+    """What becomes part of a file's name must be no path and no piece of shell.
+
+    Args:
+        names: the name by its dotted key, such as model.name.
+    """
     return [
-        f"{key.replace('__', '.')} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "
+        f"{key} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "
         f"not a dot or a blank first, is {name!r}"
         for key, name in names.items()
         if name and not re.fullmatch(r"[\w+=@,-][\w+=@,. -]*", name)
@@ -157,6 +164,27 @@ def _not_finite(value: Any, key: str) -> list[str]:
         return [problem for i, v in enumerate(value) for problem in _not_finite(v, f"{key[:-1]}[{i}].")]
     bad = isinstance(value, float) and not math.isfinite(value)
     return [f"{key[:-1]} must be a finite number, is {value}"] if bad else []
+
+
+def _refusals(node: Any, prefix: str) -> list[str]:
+    """What the dataclass of `node` refuses, and those of the nodes below it; `prefix` leads the keys."""
+    schema: Any = OmegaConf.get_type(node)
+    problems: list[str] = []
+    accepted = {}
+    for key, value in node.items():
+        is_node = OmegaConf.is_dict(value) and dataclasses.is_dataclass(OmegaConf.get_type(value))
+        refused = _refusals(value, f"{prefix}{key}.") if is_node else []
+        problems += refused
+        if not refused:
+            accepted[key] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    try:
+        if problems:  # the node by itself, with the defaults of those below it that were refused
+            schema(**accepted)
+        else:
+            OmegaConf.to_object(node)
+    except ValueError as error:
+        problems = [f"{prefix}{line}" for line in str(error).splitlines()] + problems
+    return problems
 
 
 def _describe(error: OmegaConfBaseException) -> str:

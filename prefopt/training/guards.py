@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from prefopt.tracking.run import Run
 
 
-def handle_nonfinite_step(job: TrainState, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]) -> None:
+def handle_nonfinite_step(
+    train_state: TrainState, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]
+) -> None:
     """Write what there is to know about a step that was refused to nonfinite/ in the run's folder; say so, or raise
     UserError where the run is to stop, or every step would be refused since the weights are not finite."""
-    config, run = job.config, job.run
+    config, run = train_state.config, train_state.run
     file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
-    weights = not_finite({name: p.detach() for name, p in job.engine.parameters.items()})
+    weights = not_finite({name: p.detach() for name, p in train_state.engine.parameters.items()})
     if is_main_process():
         before = [row for row in read_metrics(run) if row["step"] <= step]
         shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
@@ -48,14 +50,14 @@ def handle_nonfinite_step(job: TrainState, step: int, bad: list[str], ids: list[
 
 
 @contextlib.contextmanager
-def explain_oom(job: TrainState, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
     """Where the memory does not suffice: UserError with the largest micro-batch, and with what makes it smaller."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter, and so is a CPU's
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        config = job.config
+        config = train_state.config
         largest = max(micro_batches, key=lambda m: m.batch.input_ids.numel())
         rows, tokens = largest.batch.input_ids.shape
         ways = []

@@ -19,11 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
+from prefopt.training.config import TrainConfig
+from prefopt.training.engine import Engine
 from prefopt.utils.console import say
 from prefopt.utils.distributed import heartbeat
 
 KEPT = 2  # checkpoints, the second for the case that the first is damaged on the disk
 SUMS = "SHA256SUMS"
+FLOAT32_BYTES = 4
+ADAMW_MOMENTS = 2  # numbers that AdamW keeps for each weight
+WEIGHTS_PER_BYTE = 2  # of weights quantized to 4 bits
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
@@ -116,6 +121,27 @@ def checksums(folder: Path) -> dict[str, str]:
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """Names of the tensors in which there is a NaN or an Inf."""
     return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def run_bytes(config: TrainConfig, engine: Engine) -> int:
+    """The most that a run's checkpoints and policies take on the disk at a time, in bytes."""
+    saves = (config.total_steps - 1) // config.save_every  # none after the last step
+    checkpoints = min(KEPT + 1, max(1, saves))  # old ones go when a new one is complete
+    return checkpoint_bytes(config, engine) * checkpoints + policy_bytes(engine.policy) * config.exports
+
+
+def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
+    """The size of a checkpoint: trained weights, their moments, and with `patience` the best weights too."""
+    trained = sum(p.numel() for p in engine.parameters.values())
+    moment = 1 if config.optimizer.eight_bit else FLOAT32_BYTES
+    best = 0 if config.patience is None else FLOAT32_BYTES
+    return trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment + best)
+
+
+def policy_bytes(policy: PreTrainedModel) -> int:
+    """The size of an exported policy, whose weights are float32 also where those in training are quantized."""
+    weights = sum(p.numel() * (WEIGHTS_PER_BYTE if p.element_size() == 1 else 1) for p in policy.parameters())
+    return weights * FLOAT32_BYTES
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,18 +1,49 @@
 """What the loop asks of the machinery below it. This is plain PyTorch in one process."""
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import importlib.metadata
+from typing import TYPE_CHECKING
 
-from prefopt.config.schema import OptimizerConfig
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from prefopt.config.schema import EngineConfig, OptimizerConfig
+from prefopt.errors import UserError
 from prefopt.training.optim import adamw
+from prefopt.utils.distributed import world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEEPSPEED = "0.19.8"  # 0.17.6 to 0.18.2 compute wrong gradients at stage 2; caller-owned accumulation came with 0.19
+
+
+def check_engine(config: EngineConfig, device: str) -> None:
+    """Raise UserError where the engine lacks its package, or does not fit the number of processes."""
+    if world_size() > 1 and ":" in device:
+        raise UserError(f"device={device} would be the GPU of all {world_size()} processes. Give device=cuda.")
+    if config.name == "single" and world_size() > 1:
+        raise UserError(
+            f"this was started as {world_size()} processes (WORLD_SIZE), and engine=single trains in one: add "
+            "engine=zero2, or start one."
+        )
+    if config.name == "zero2":
+        try:
+            version = importlib.metadata.version("deepspeed")
+        except importlib.metadata.PackageNotFoundError:
+            version = "none"
+        if version == "none" or Version(version) < Version(DEEPSPEED):
+            raise UserError(
+                f"engine=zero2 needs the package deepspeed, {DEEPSPEED} or later; there is {version}: pip install "
+                "-e '.[deepspeed]'"
+            )
 
 
 class Engine:
     """Holds the policy and its optimizer; weights and moments are float32. Gradients add up over `backward` calls until
     `step`; the caller owns the denominator."""
 
-    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig):
+    def __init__(self, policy: "PreTrainedModel", config: OptimizerConfig):
         self.policy = policy
         self.optimizer = adamw(policy, config)
         self.max_grad_norm = config.max_grad_norm

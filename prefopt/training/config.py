@@ -90,12 +90,12 @@ class TrainConfig(Node):
 
     @property
     def total_steps(self) -> int:
-        """`steps`, once the number of pairs has turned `epochs` into it (`count_steps`)."""
+        """`steps`; where `epochs` are given, only after `count_steps`."""
         assert self.steps is not None
         return self.steps
 
     def count_steps(self, pairs: int) -> None:
-        """Where epochs are given, the steps that take them over so many pairs."""
+        """Where `epochs` are given, set `steps` to that many passes over `pairs` pairs."""
         if self.epochs is not None:
             self.steps = math.ceil(self.epochs * pairs / self.batch_size)
 
@@ -136,7 +136,7 @@ def check(config: TrainConfig) -> None:
 
 
 def check_online(config: OnlineConfig) -> None:
-    """`check`, and what a sequence of stages needs besides."""
+    """`check`, and the rules of a run in stages. Raises UserError that lists every problem."""
     problems = sampler_problems(config.samples_per_prompt, config.backend)
     if config.stage_reference == "initial" and config.reference == "adapter_off" and config.stages > 1:
         problems.append("reference=adapter_off is the policy of the stage before: set stage_reference=previous")
@@ -174,6 +174,6 @@ def train_problems(config: TrainConfig) -> list[str]:
 
 
 def resolve(config: TrainConfig) -> None:
-    """`resolve_hardware`, and micro_batch_tokens=0 by what suits the device."""
+    """Resolve device, precision and micro_batch_tokens=0 to their values on this machine. Changes `config`."""
     resolve_hardware(config)
     config.micro_batch_tokens = config.micro_batch_tokens or micro_batch_tokens(config.device)

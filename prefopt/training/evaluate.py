@@ -20,7 +20,7 @@ from prefopt.models.logprobs import autocast
 from prefopt.models.reference import ROUNDING, SIDES
 from prefopt.objectives.base import PairInputs
 from prefopt.training.guards import explain_oom
-from prefopt.training.metrics import reliability, step_metrics
+from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
 from prefopt.training.step import forward_pairs, step_inputs
 from prefopt.utils.console import progress, say
@@ -34,20 +34,35 @@ STEP0_TOLERANCE = 1e-3
 
 
 def evaluate_on_main(train_state: TrainState, step: int) -> dict[str, Any]:
-    """`evaluate` by the first process, while the others wait."""
+    """`evaluate` in the main process, while the others wait. Returns {} in the others."""
     return on_main_process(partial(evaluate, train_state, step)) or {}
 
 
 def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
-    """Held-out pairs and, with an oracle, samples to the held-out prompts; says the main figures."""
+    """Evaluate after `step` steps: the held-out pairs and, with an oracle, samples to the held-out prompts.
+
+    Says the main figures, and returns all metrics. Raises UserError as `check_step0` does.
+    """
+    config = train_state.config
     metrics: dict[str, Any] = {}
     if train_state.heldout_pairs:
         metrics |= evaluate_pairs(train_state, step, train_state.heldout_pairs)
-    elif step == 0:  # for its check alone
-        first = step_indices(len(train_state.train_pairs), train_state.config.seed, 0, train_state.config.batch_size)
-        evaluate_pairs(train_state, 0, [train_state.train_pairs[i] for i in first])
+    elif step == 0:  # no figures without held-out pairs, but the check of step 0 needs some pairs
+        indices = step_indices(len(train_state.train_pairs), config.seed, 0, config.batch_size)
+        evaluate_pairs(train_state, 0, [train_state.train_pairs[i] for i in indices])
     if train_state.oracle:
         metrics |= initial_sample_metrics(train_state) if step == 0 else sample_metrics(train_state, step)
+
+    say(f"  step {step}/{config.total_steps}: {format_evaluation(metrics)}")
+    if step == config.total_steps:
+        for row in metrics.get("reliability", []):
+            say(f"    {format_reliability(row)}")
+    warn_of_squeezing(metrics, config.squeeze_alarm)
+    return metrics
+
+
+def format_evaluation(metrics: dict[str, Any]) -> str:
+    """The main figures of an evaluation in one line."""
     parts = []
     if "accuracy" in metrics:
         parts.append(f"held-out accuracy {metrics['accuracy']:.3f} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
@@ -59,84 +74,95 @@ def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
         parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
         parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
         parts.append(f"length {metrics['sample_length']:.1f}")
-    say(f"  step {step}/{train_state.config.total_steps}: {', '.join(parts) or 'nothing to evaluate'}")
-    for row in metrics.get("reliability", []) if step == train_state.config.total_steps else []:
-        found = f"{row['confidence']:.3f} on average, right {row['accuracy']:.3f} (n {row['n']})"
-        say(f"    confidence {row['low']:.1f} to {row['high']:.1f}: {found}")
-    fall, limit = -metrics.get("chosen_logratio_per_token", 0.0), train_state.config.squeeze_alarm
-    if limit is not None and fall > limit:
+    return ", ".join(parts) or "nothing to evaluate"
+
+
+def format_reliability(row: dict[str, Any]) -> str:
+    """One bin of `metrics.calibration`."""
+    accuracy = f"{row['confidence']:.3f} on average, right {row['accuracy']:.3f} (n {row['n']})"
+    return f"confidence {row['low']:.1f} to {row['high']:.1f}: {accuracy}"
+
+
+def warn_of_squeezing(metrics: dict[str, Any], limit: float | None) -> None:
+    """Say so where the held-out chosen completions have lost more than `limit` nats per token. None: never."""
+    loss_per_token = -metrics.get("chosen_logratio_per_token", 0.0)
+    if limit is not None and loss_per_token > limit:
         say(
-            f"  squeezing: the held-out chosen completions have lost {fall:.2f} nats per token since the start, more "
-            f"than squeeze_alarm={limit:g} (the rejected ones {-metrics.get('rejected_logratio_per_token', 0):.2f}). "
+            f"  squeezing: the held-out chosen completions have lost {loss_per_token:.2f} nats per token since the "
+            f"start, more than squeeze_alarm={limit:g} (the rejected ones "
+            f"{-metrics.get('rejected_logratio_per_token', 0):.2f}). "
             "Lower optimizer.lr, or hold the chosen ones up with objective.nll_weight."
         )
-    return metrics
 
 
 @torch.no_grad()
 def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """The pair metrics over `pairs`, the same in every call. At step 0 also the check that policy and reference agree.
+    """The metrics of `pairs`. At step 0 also the check that policy and reference agree.
 
-    An objective whose scope is the step sees all pairs at once, with its state as it stands.
+    An objective whose scope is the step gets all pairs at once, with its present state.
     """
+    objective = train_state.objective
     micro_batches = train_state.micro_batches(pairs)
-    known = train_state.reference is not None and train_state.objective.completions == SIDES
+    # Log-ratios are metrics also of objectives that do not read the reference.
+    has_reference = train_state.reference is not None and objective.completions == SIDES
     show = train_state.config.logger.progress
     with explain_oom(train_state, f"evaluation after step {step}", micro_batches):
-        parts = [
-            forward_pairs(train_state, part, reference=known)
-            for part in progress(micro_batches, "held-out pairs", show)
+        inputs = [
+            forward_pairs(train_state, micro_batch, reference=has_reference)
+            for micro_batch in progress(micro_batches, "held-out pairs", show)
         ]
-    if train_state.objective.scope == "step":
-        parts = [step_inputs(train_state, 0, parts)]
-    scored = [(inputs, train_state.objective(inputs)) for inputs in parts]
-    metrics = step_metrics(train_state.objective, scored)
-    if train_state.objective.model_kind == "reward_model":
+    if objective.scope == "step":
+        inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
+    scored = [(part, objective(part)) for part in inputs]
+
+    metrics = step_metrics(objective, scored)
+    if objective.model_kind == "reward_model":
         margins = [output.chosen_scores - output.rejected_scores for _, output in scored]  # type: ignore[operator]
-        metrics |= reliability(torch.cat(margins))
+        metrics |= calibration(torch.cat(margins))
     if step == 0:
-        check_step0(train_state, [inputs for inputs, _ in scored], metrics["loss"])
+        check_step0(train_state, inputs, metrics["loss"])
     return metrics
 
 
-def check_step0(train_state: TrainState, scored: Sequence[PairInputs], loss: float) -> None:
-    """Before the first step policy and reference are the same: every log-ratio is 0 and the loss is known.
+def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: float) -> None:
+    """Check that before the first step policy and reference agree: every log-ratio is 0, and the loss is known.
 
-    Where the reference was scored in other batches than the policy, in bfloat16, on hardware whose products depend on
-    the batch, log-ratios may be as large as that rounding. Raises UserError beyond; says so if all is well.
+    A reference scored in other micro-batches than the policy may differ by rounding, in bfloat16 or on hardware whose
+    products depend on the batch. Says so if all is well. Raises UserError for larger differences.
     """
     if train_state.config.reference_model:
-        return  # they need not be the same
-    found, exact = [], True
-    sides = [(x, side) for x in scored for side in train_state.objective.completions if x.has_reference]
+        return  # another model than the policy
+    agreed, exact = [], True
+    sides = [(part, side) for part in inputs for side in train_state.objective.completions if part.has_reference]
     if sides:
-        logratios = torch.cat([getattr(x, f"{side}_logratios") for x, side in sides]).abs()
-        lengths = torch.cat([getattr(x, f"{side}_lengths") for x, side in sides])
+        logratios = torch.cat([getattr(part, f"{side}_logratios") for part, side in sides]).abs()
+        lengths = torch.cat([getattr(part, f"{side}_lengths") for part, side in sides])
         largest = logratios.max().item()
         exact = largest <= STEP0_TOLERANCE
+        # Written as `not all(<=)`, which NaN fails.
         if not exact and not (logratios <= ROUNDING[train_state.config.precision] * lengths).all():
             raise UserError(
                 f"before the first step the policy differs from the reference: largest |log-ratio| {largest:.3g} "
                 "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
                 "model whose forward pass is random."
             )
-        found.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
+        agreed.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
     expected = train_state.objective.step0_loss
     if expected is not None and exact:
         if not abs(loss - expected) <= STEP0_TOLERANCE * max(1.0, abs(expected)):
             raise UserError(f"before the first step the loss is {loss:.6f}; it must be {expected:.6f} there")
-        found.append(f"loss {loss:.6f} = {expected:.6f}")
-    if found:
-        say(f"  step 0: {', '.join(found)}")
+        agreed.append(f"loss {loss:.6f} = {expected:.6f}")
+    if agreed:
+        say(f"  step 0: {', '.join(agreed)}")
 
 
 def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
-    """`sample_metrics` of the initial policy, which all the runs of a sweep share: drawn once, then read from the
-    user's cache under everything that decides them."""
+    """`sample_metrics` of the initial policy, which all runs of a sweep share: computed once, then read from the user's
+    cache. The key holds everything that decides the samples."""
     config = train_state.config
     if config.reference_model:
         return sample_metrics(train_state, 0)  # the KL is to another model
-    decides = [
+    decisive = [
         train_state.run.record["initial_weights"],
         resolved_config(train_state.engine.policy),
         train_state.run.record["versions"],
@@ -145,7 +171,7 @@ def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
         config.sampling,
         [config.seed, config.precision, config.device, torch.get_num_threads()],
     ]
-    key = fingerprint(decides, prefopt.generation.sampler, prefopt.models.logprobs, type(train_state.oracle))
+    key = fingerprint(decisive, prefopt.generation.sampler, prefopt.models.logprobs, type(train_state.oracle))
     cached = cache_dir() / "initial_samples" / key[:16]
     samples_file = samples_path(train_state, 0)
     if not (cached / "metrics.json").is_file():
@@ -198,29 +224,31 @@ def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
 
 
 def samples_path(train_state: TrainState, step: int) -> Path:
-    """Its folder is there afterwards. Raises FileNotFoundError where the run's own is gone, with its file system."""
+    """The file of the samples drawn after `step` steps. Makes its folder.
+
+    Raises FileNotFoundError where the run's folder is gone, as when its file system is.
+    """
     folder = train_state.run.folder / "samples"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)  # without parents, for that error
     return folder / f"step_{step:07d}.jsonl"
 
 
 def sample_logratios(train_state: TrainState, samples: Sequence[Sample]) -> list[float]:
-    """log pi - log pi_ref of each sample, nats."""
+    """log pi - log pi_ref of each sample, in nats."""
     assert train_state.reference is not None
-    # As pairs without a rejected side, which the layouts know how to cut into micro-batches.
+    # The layouts cut pairs into micro-batches, so each sample becomes a pair without a rejected side.
     pairs = [TokenizedPair(str(i), s.prompt_tokens, s.tokens, []) for i, s in enumerate(samples)]
     parts = train_state.layout.micro_batches(pairs, train_state.config.micro_batch_tokens, None, ("chosen",))
 
-    def scored(model: PreTrainedModel, what: str) -> dict[str, float]:
-        sums: dict[str, float] = {}
+    def score(model: PreTrainedModel, what: str) -> dict[str, float]:
+        logps: dict[str, float] = {}
         for part in progress(parts, f"KL of samples: {what}", train_state.config.logger.progress):
-            found = train_state.score(
-                model, train_state.layout.collate(part, ("chosen",)).to(train_state.engine.device)
-            ).sums
-            sums |= dict(zip((p.id for p in part), found.tolist(), strict=True))
-        return sums
+            batch = train_state.layout.collate(part, ("chosen",)).to(train_state.engine.device)
+            sums = train_state.score(model, batch).sums
+            logps |= dict(zip((p.id for p in part), sums.tolist(), strict=True))
+        return logps
 
-    policy = scored(train_state.engine.policy, "policy")
+    policy = score(train_state.engine.policy, "policy")
     with train_state.reference.model() as model:
-        reference = scored(model, "reference")
+        reference = score(model, "reference")
     return [policy[p.id] - reference[p.id] for p in pairs]

@@ -188,14 +188,14 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
     seen: list[str] = []
 
     def watched(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def call(job: Any, *args: Any) -> dict[str, Any]:
+        def call(train_state: Any, *args: Any) -> dict[str, Any]:
             if not ends:
                 ends.append(time.perf_counter())
             with profiled(spec.trace if len(ends) == spec.steps else ""):
-                metrics = step(job, *args)
+                metrics = step(train_state, *args)
             ends.append(time.perf_counter())
             losses.append(metrics["loss"])
-            pairs = in_order(job.train_pairs, job.config.seed, len(losses), spec.batch_size)[-1]
+            pairs = in_order(train_state.train_pairs, train_state.config.seed, len(losses), spec.batch_size)[-1]
             for side in ("chosen", "rejected"):
                 tokens = sum(len(getattr(p, side)) for p in pairs)
                 assert round(metrics[f"{side}_length"] * metrics["n"]) == tokens, "other pairs than expected"

@@ -21,7 +21,7 @@ from prefopt.training.setup import prepare_run, run
 
 
 def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, _: Path) -> SweepJob:
-    """Raises UserError for a job that cannot be run, Lacking where it is only that something is not on this machine."""
+    """Raises UserError for a job that cannot be run, or MissingAssetError where only a model or data set is lacking."""
     check(config)
     configure_hardware(config, launcher)
     run = prepare_run(config).run

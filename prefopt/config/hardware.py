@@ -1,4 +1,4 @@
-"""Device and precision: what was asked for, and what this machine has."""
+"""Device and precision: which ones this machine has, and what "auto" means on it."""
 
 from typing import Protocol
 
@@ -6,20 +6,20 @@ from prefopt.errors import UserError
 
 
 class Hardware(Protocol):
-    """Where a job computes, and in which precision; "auto" until `resolve_hardware`."""
+    """A config with device and precision, which may be "auto" until `resolve_hardware`."""
 
     device: str
     precision: str
 
 
 def check_hardware(config: Hardware) -> None:
-    """Raise UserError for a device or a precision that there is not."""
+    """Raise UserError for a device that this machine does not have, or an unknown precision."""
     if problems := hardware_problems(config):
         raise UserError("\n".join(problems))
 
 
 def resolve_hardware(config: Hardware) -> None:
-    """Replace device=auto and precision=auto by what they mean on this machine, so that records name it.
+    """Replace device=auto and precision=auto by their values on this machine. Changes `config`, so records name them.
 
     bfloat16 is chosen where the hardware multiplies it natively: emulated, it is many times slower than float32.
     """
@@ -36,11 +36,12 @@ def resolve_hardware(config: Hardware) -> None:
 
 
 def micro_batch_tokens(device: str) -> int:
-    """What suits the device: a CPU gains nothing from more than 1024 tokens at a time, a GPU does."""
+    """The default of micro_batch_tokens: a CPU gains nothing from more than 1024 tokens at a time, a GPU does."""
     return 8192 if device.startswith("cuda") else 1024
 
 
 def hardware_problems(config: Hardware) -> list[str]:
+    """What `check_hardware` would refuse, a line for each problem."""
     import torch
 
     problems = []

@@ -27,7 +27,7 @@ NO_KEYS = (
 
 
 def register(*schemas: type) -> None:
-    """Make schemas known to Hydra (TrainConfig as train_schema), and the groups and resolvers that YAMLs use."""
+    """Register the schemas with Hydra (TrainConfig as train_schema), and the groups and resolvers that YAMLs use."""
     store = ConfigStore.instance()
     for schema in schemas:
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", schema.__name__.removesuffix("Config")).lower()
@@ -44,9 +44,9 @@ def register(*schemas: type) -> None:
 def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
     """Resolve `node` into an instance of the dataclass `schema`. `prefix` leads the keys in messages.
 
-    Raises UserError that names all unknown keys, or all numbers that are not finite, or the first key with a missing
-    value, a wrong type, or a value that the dataclass refuses with ValueError (whose message begins with the field's
-    name).
+    Raises UserError that names all unknown keys, or all keys without a value, or all numbers that are not finite, or
+    the first key of a wrong type, or everything that the dataclasses refuse with ValueError (whose lines begin with
+    the field's name).
     """
     try:
         if unknown := _unknown_keys(node, schema, prefix):
@@ -60,11 +60,14 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
             )
         OmegaConf.resolve(merged)
         for key, value in _texts(OmegaConf.to_container(merged), prefix):
-            if found := find_secret(value):
-                raise UserError(f"{key} holds {found}. {NO_KEYS}")
+            if secret := find_secret(value):
+                raise UserError(f"{key} holds {secret}. {NO_KEYS}")
         if problems := _not_finite(OmegaConf.to_container(merged), prefix):
             raise UserError("\n".join(problems))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
+        try:
+            return OmegaConf.to_object(merged)  # type: ignore[return-value]  # to_object returns the structured type
+        except ValueError:  # of the first node that is refused; there may be others
+            raise UserError("\n".join(_refusals(merged, prefix))) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{prefix}{_describe(error)}") from None
     except ValueError as error:
@@ -72,11 +75,16 @@ def parse(node: DictConfig, schema: type[T], prefix: str = "") -> T:
 
 
 def build(node: Any, base: type[T], where: str) -> T:
-    """Make the object that `node`, a mapping with `_target_` and the fields of that dataclass, describes.
+    """Build the object that `node` describes: a mapping with `_target_` and the fields of that dataclass.
 
-    A field whose type is a class of ours (MaPPO's base) is built the same way from the mapping below it. Raises
-    UserError, its message led by `where`, for a target that is not a dataclass derived from `base`, for unknown,
-    missing or mistyped fields, and for values that the class refuses.
+    A field whose type is an abstract class (MaPPO's base) is built in the same way from the mapping below it.
+
+    Args:
+        base: the class that the target must be derived from.
+        where: the node's key, which leads every message.
+
+    Raises UserError for a target that is not a dataclass derived from `base`, for unknown, missing or mistyped fields,
+    and for values that the class refuses.
     """
     if not OmegaConf.is_dict(node) and not isinstance(node, dict):
         raise UserError(f"{where} must be a mapping with `_target_`, is {node!r}.")
@@ -98,6 +106,7 @@ def build(node: Any, base: type[T], where: str) -> T:
     built = {name: build(values.pop(name), types[name], f"{where}.{name}") for name in parts}
     if not built:
         return parse(OmegaConf.create(values), cls, f"{where}.")
+    # The other fields are parsed as a dataclass without the built ones: OmegaConf knows no abstract classes.
     plain = dataclasses.make_dataclass(
         cls.__name__, [(f.name, types[f.name], f) for f in fields if f.name not in parts]
     )
@@ -108,10 +117,14 @@ def build(node: Any, base: type[T], where: str) -> T:
         raise UserError(f"{where}.{error}") from None
 
 
-def file_name_problems(**names: str) -> list[str]:
-    """What becomes part of a file's name is no path and no piece of shell. `names`: by key, __ for a dot."""
+def file_name_problems(names: dict[str, str]) -> list[str]:
+    """What becomes part of a file's name must be no path and no piece of shell.
+
+    Args:
+        names: the name by its dotted key, such as model.name.
+    """
     return [
-        f"{key.replace('__', '.')} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "
+        f"{key} becomes part of file names: letters, digits, blanks and . _ - + = @ , alone, and "
         f"not a dot or a blank first, is {name!r}"
         for key, name in names.items()
         if name and not re.fullmatch(r"[\w+=@,-][\w+=@,. -]*", name)
@@ -119,7 +132,7 @@ def file_name_problems(**names: str) -> list[str]:
 
 
 def _texts(node: Any, where: str) -> Iterator[tuple[str, str]]:
-    """(key, text) of all texts below a node; `where` leads the keys."""
+    """Yield (key, text) of all texts below a node; `where` leads the keys."""
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _texts(value, f"{where}{key}" if isinstance(value, str) else f"{where}{key}.")
@@ -128,7 +141,7 @@ def _texts(node: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def unknown_key(name: str, known: list[str]) -> str:
-    """What to say of a dotted key whose last part is none of `known`."""
+    """The message for a dotted key whose last part is none of `known`."""
     prefix, dot, key = name.rpartition(".")
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"Did you mean {prefix}{dot}{near[0]}?" if near else f"The keys here are: {', '.join(known) or 'none'}."
@@ -150,7 +163,10 @@ def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:
 
 
 def _not_finite(value: Any, key: str) -> list[str]:
-    """Each rule for a number would have to think of NaN, which is neither above nor below anything, and of infinity."""
+    """A line for each number below `value` that is NaN or infinite. `key` ends in a dot.
+
+    They are refused here, so that no rule has to consider them: NaN is neither above nor below any bound.
+    """
     if isinstance(value, dict):
         return [problem for k, v in value.items() for problem in _not_finite(v, f"{key}{k}.")]
     if isinstance(value, list):
@@ -159,10 +175,32 @@ def _not_finite(value: Any, key: str) -> list[str]:
     return [f"{key[:-1]} must be a finite number, is {value}"] if bad else []
 
 
+def _refusals(node: Any, prefix: str) -> list[str]:
+    """What the dataclass of `node` refuses, and those of the nodes below it; `prefix` leads the keys."""
+    schema: Any = OmegaConf.get_type(node)
+    problems: list[str] = []
+    accepted = {}
+    for key, value in node.items():
+        is_node = OmegaConf.is_dict(value) and dataclasses.is_dataclass(OmegaConf.get_type(value))
+        refused = _refusals(value, f"{prefix}{key}.") if is_node else []
+        problems += refused
+        if not refused:
+            accepted[key] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    try:
+        if problems:  # the node by itself, with the defaults of those below it that were refused
+            schema(**accepted)
+        else:
+            OmegaConf.to_object(node)
+    except ValueError as error:
+        problems = [f"{prefix}{line}" for line in str(error).splitlines()] + problems
+    return problems
+
+
 def _describe(error: OmegaConfBaseException) -> str:
+    """The first line of an OmegaConf error, led by the key."""
     if isinstance(error, InterpolationToMissingValueError):
-        lacking = str(error.msg).partition("Missing mandatory value: ")[2].split()[0]
-        return f"no value for {lacking}. Give it on the command line: {lacking}=VALUE"
+        missing = str(error.msg).partition("Missing mandatory value: ")[2].split()[0]
+        return f"no value for {missing}. Give it on the command line: {missing}=VALUE"
     key = error.full_key or ""
     message = (error.msg or str(error)).splitlines()[0]
     return f"{key}: {message}" if key and key not in message else message

@@ -1,9 +1,31 @@
-"""The configuration nodes that several programs share."""
+"""The configuration nodes that several programs share, and what their fields may hold."""
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+
+Rules = Iterator[tuple[bool, str]]
+"""(whether a rule holds, the message if it does not), the message led by the field's name."""
+
+
+class Node:
+    """A dataclass of configuration values that refuses bad ones: raises ValueError with a line for each broken rule.
+
+    A rule looks at the fields of one node. What ties several nodes together is checked by the program's `check`.
+    """
+
+    def rules(self) -> Rules:
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        # OmegaConf makes instances of the defaults to learn the types; their values are still to come.
+        if any(getattr(self, f.name) == MISSING for f in dataclasses.fields(self)):  # type: ignore[arg-type]
+            return
+        if problems := [message for holds, message in self.rules() if not holds]:
+            raise ValueError("\n".join(problems))
 
 
 @dataclass
@@ -51,7 +73,7 @@ class DatasetConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Node):
     lr: float = MISSING
     betas: list[float] = MISSING
     eps: float = MISSING
@@ -59,9 +81,17 @@ class OptimizerConfig:
     max_grad_norm: float = MISSING
     eight_bit: bool = False
 
+    def rules(self) -> Rules:
+        yield self.lr > 0, f"lr must be positive, is {self.lr}"
+        in_range = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        yield in_range, f"betas must be two numbers in [0, 1), is {self.betas}"
+        yield self.eps > 0, f"eps must be positive, is {self.eps}"
+        yield self.weight_decay >= 0, "weight_decay must not be negative"
+        yield self.max_grad_norm >= 0, "max_grad_norm must not be negative (0: no clipping)"
+
 
 @dataclass
-class PeftConfig:
+class PeftConfig(Node):
     target_modules: list[str] = MISSING
     r: int = MISSING
     alpha: int = MISSING
@@ -69,18 +99,41 @@ class PeftConfig:
     path: str | None = None
     quantize: bool = MISSING
 
+    def rules(self) -> Rules:
+        yield self.r >= 1, f"r must be at least 1, is {self.r}"
+        yield self.alpha >= 1, f"alpha must be at least 1, is {self.alpha}"
+        yield 0 <= self.dropout < 1, f"dropout must be in [0, 1), is {self.dropout}"
+        yield (
+            not self.quantize or bool(self.target_modules),
+            "quantize freezes the weights in 4 bits, and there is no adapter to train: add peft=lora_attention or "
+            "peft=lora_attention_mlp",
+        )
+        yield (
+            not self.quantize or self.path is None,
+            "quantize and peft.path do not go together: merge the adapter into a checkpoint first (the policy/ of the "
+            "run that made it is one)",
+        )
+
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Node):
     name: str = MISSING
     offload_optimizer: bool = MISSING
     hang_s: float = MISSING
 
+    def rules(self) -> Rules:
+        yield self.name in ("single", "zero2"), f"name must be single or zero2, is {self.name!r}"
+        yield self.hang_s > 0, f"hang_s must be positive, is {self.hang_s:g}"
+        yield not self.offload_optimizer or self.name == "zero2", "offload_optimizer: only engine=zero2 can"
+
 
 @dataclass
-class WandbConfig:
+class WandbConfig(Node):
     project: str = MISSING
     mode: str = MISSING
+
+    def rules(self) -> Rules:
+        yield self.mode in ("offline", "online"), f"mode must be offline or online, is {self.mode!r}"
 
 
 @dataclass
@@ -90,8 +143,14 @@ class LoggerConfig:
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Node):
     temperature: float = MISSING
     top_p: float = MISSING
     max_new_tokens: int = MISSING
     batch_size: int = MISSING
+
+    def rules(self) -> Rules:
+        yield self.temperature >= 0, f"temperature must not be negative, is {self.temperature}"
+        yield 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, is {self.top_p}"
+        yield self.max_new_tokens >= 1, "max_new_tokens must be at least 1"
+        yield self.batch_size >= 1, "batch_size must be at least 1"

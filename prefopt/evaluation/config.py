@@ -10,7 +10,7 @@ from prefopt.config.hardware import hardware_problems
 from prefopt.config.parse import file_name_problems
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.errors import UserError
-from prefopt.generation.config import sampler_problems, sampling_problems
+from prefopt.generation.config import sampler_problems
 
 
 @dataclass
@@ -52,10 +52,10 @@ class AlpacaConfig:
 
 def check_harness(config: HarnessConfig) -> None:
     """The same for `prefopt.harness`, with the package that it needs."""
-    problems = hardware_problems(config) + file_name_problems(model__name=config.model.name)
+    problems = hardware_problems(config) + file_name_problems({"model.name": config.model.name})
     # lm-eval takes the path of a YAML too, which may name Python code to run.
     for task in [config.tasks] if isinstance(config.tasks, str) else config.tasks:
-        problems += file_name_problems(tasks=str(task))
+        problems += file_name_problems({"tasks": str(task)})
     if config.checkpoints not in ("final", "all", "initial"):
         problems.append(f"checkpoints must be final, all or initial, is {config.checkpoints!r}")
     if config.batch_size < 1:
@@ -72,7 +72,7 @@ def check_harness(config: HarnessConfig) -> None:
 
 def check_alpaca(config: AlpacaConfig) -> None:
     """The same for `prefopt.alpaca`."""
-    problems = sampling_problems(config.sampling) + hardware_problems(config) + sampler_problems(1, config.backend)
+    problems = hardware_problems(config) + sampler_problems(1, config.backend)
     if config.checkpoints not in ("final", "all"):
         problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
     if config.max_cost < 0:

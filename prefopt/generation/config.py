@@ -28,8 +28,7 @@ class SampleConfig:
 
 def check_sample(config: SampleConfig) -> None:
     """The same for `prefopt.sample`."""
-    problems = sampling_problems(config.sampling) + hardware_problems(config)
-    problems += sampler_problems(config.samples_per_prompt, config.backend)
+    problems = hardware_problems(config) + sampler_problems(config.samples_per_prompt, config.backend)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -41,13 +40,3 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
     elif backend == "vllm" and importlib.util.find_spec("vllm") is None:
         problems.append("backend=vllm needs the package vllm, which is not installed: pip install -e '.[vllm]'")
     return problems
-
-
-def sampling_problems(sampling: SamplingConfig) -> list[str]:
-    rules = [
-        (sampling.temperature >= 0, f"sampling.temperature must not be negative, is {sampling.temperature}"),
-        (0 < sampling.top_p <= 1, f"sampling.top_p must be above 0 and at most 1, is {sampling.top_p}"),
-        (sampling.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1"),
-        (sampling.batch_size >= 1, "sampling.batch_size must be at least 1"),
-    ]
-    return [message for holds, message in rules if not holds]

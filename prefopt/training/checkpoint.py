@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all, and the export in Hugging Face format.
+"""Atomic checkpoints, and the export in Hugging Face format.
 
 A checkpoint is written into a folder of another name, flushed, and renamed: a folder called step_NNNNNNN is complete.
-SHA256SUMS in it (`sha256sum -c` reads it) tells what was damaged since; for that case the one before it is kept. Older
-ones go only after that. No pickle is ever read.
+SHA256SUMS in it (`sha256sum -c` reads it) reveals damage on the disk; for that case the checkpoint before is kept.
+Older ones are removed only after the new one is complete. No pickle is ever read.
 """
 
 import errno
@@ -19,17 +19,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
+from prefopt.training.config import TrainConfig
+from prefopt.training.engine import Engine
 from prefopt.utils.console import say
 from prefopt.utils.distributed import heartbeat
 
-KEPT = 2  # checkpoints, the second for the case that the first is damaged on the disk
+KEPT = 2  # checkpoints: the newest, and the one before it in case the newest is damaged on the disk
 SUMS = "SHA256SUMS"
+FLOAT32_BYTES = 4
+ADAMW_MOMENTS = 2  # numbers that AdamW keeps for each weight
+WEIGHTS_PER_BYTE = 2  # of weights quantized to 4 bits
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """Write `folder`/step_NNNNNNN after `step` optimizer steps, then remove all but it and the one before it.
 
-    Raises OSError where it cannot be written, and UserError where a tensor is not finite; what was there is kept.
+    Args:
+        tensors: groups of named tensors, one file each.
+        meta: what else `load_checkpoint` returns, as JSON.
+
+    Raises OSError where it cannot be written, and UserError where a tensor is not finite; older checkpoints are kept.
     """
     if bad := [f"{name}/{key}" for name, group in tensors.items() for key in not_finite(group)]:
         raise UserError(
@@ -39,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     target = folder / f"step_{step:07d}"
     aside = folder / f"{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    folder.mkdir(exist_ok=True)  # without its parents: where the run's folder is gone, its file system is
+    folder.mkdir(exist_ok=True)  # without parents: where the run's folder is gone, its file system is gone
     aside.mkdir()
     try:
         for name, group in tensors.items():
@@ -49,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         (aside / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(aside).items()))
         publish(aside, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)  # gives a full disk the room for saying so
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk this makes room for the record of the failure
         raise error if isinstance(error, OSError) else OSError(errno.EIO, str(error), str(target)) from error
     kept = sorted(complete_checkpoints(folder))[-KEPT:]
     for old in folder.iterdir():
@@ -58,14 +67,15 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end: their folders have no suffix (.tmp, .damaged)."""
     return [path for path in folder.glob("step_*") if not path.suffix]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint that is as it was written, or None where there is none yet. One that is not is
-    named, and lies beside it as step_NNNNNNN.damaged until the next one is complete.
+    """The newest checkpoint that is not damaged, or None where there is none yet.
 
-    Raises UserError where all of them are damaged.
+    Renames damaged newer ones to step_NNNNNNN.damaged, and says so; the next checkpoint removes them. Raises UserError
+    where all are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for path in sorted(complete_checkpoints(folder), reverse=True):
@@ -87,30 +97,31 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Which of its files are not what SHA256SUMS says; None where all are."""
+    """How the files of a checkpoint differ from its SHA256SUMS; None where they do not."""
     file = checkpoint / SUMS
-    said = {}
+    expected = {}
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         digest, _, name = line.partition("  ")
-        said[name] = digest
-    found = checksums(checkpoint)
+        expected[name] = digest
+    actual = checksums(checkpoint)
     wrong = [
-        f"{name} has the checksum {found.get(name, 'of no file')}, and {SUMS} says {said.get(name, 'nothing of it')}"
-        for name in sorted(said.keys() | found.keys())
-        if said.get(name) != found.get(name)
+        f"{name} has the checksum {actual.get(name, 'of no file')}, and {SUMS} says "
+        f"{expected.get(name, 'nothing of it')}"
+        for name in sorted(expected.keys() | actual.keys())
+        if expected.get(name) != actual.get(name)
     ]
-    return "; ".join(wrong) or (None if said else f"it has no {SUMS}")
+    return "; ".join(wrong) or (None if expected else f"it has no {SUMS}")
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but SHA256SUMS."""
-    found = {}
+    """The SHA-256 of every file but SHA256SUMS, by the file's name."""
+    digests = {}
     for path in sorted(folder.iterdir()):
         if path.name != SUMS:
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             heartbeat()
-    return found
+    return digests
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
@@ -118,30 +129,57 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not value.isfinite().all()]
 
 
+def run_bytes(config: TrainConfig, engine: Engine) -> int:
+    """The most that a run's checkpoints and policies take on the disk at a time, in bytes."""
+    saves = (config.total_steps - 1) // config.save_every  # none after the last step
+    checkpoints = min(KEPT + 1, max(1, saves))  # old ones go when a new one is complete
+    return checkpoint_bytes(config, engine) * checkpoints + policy_bytes(engine.policy) * config.exports
+
+
+def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
+    """The size of a checkpoint: trained weights, their moments, and with `patience` the best weights too."""
+    trained = sum(p.numel() for p in engine.parameters.values())
+    moment = 1 if config.optimizer.eight_bit else FLOAT32_BYTES
+    best = 0 if config.patience is None else FLOAT32_BYTES
+    return trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment + best)
+
+
+def policy_bytes(policy: PreTrainedModel) -> int:
+    """The size of an exported policy, whose weights are float32 also where those in training are quantized."""
+    weights = sum(p.numel() * (WEIGHTS_PER_BYTE if p.element_size() == 1 else 1) for p in policy.parameters())
+    return weights * FLOAT32_BYTES
+
+
 def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError where the disk below the run in `folder` has less room than `needed` bytes for all that it will
-    hold at a time, of which some may be there."""
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Raise UserError where the disk has no room for the run in `folder`.
+
+    `needed` is the most that the run holds at a time, in bytes. What an interrupted run has written is part of it.
+    """
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
-    if needed - there > free:
+    if needed - written > free:
         raise UserError(
-            f"{folder} needs about {gib(needed - there)} more for checkpoints and policies, and {gib(free)} are free "
+            f"{folder} needs about {gib(needed - written)} more for checkpoints and policies, and {gib(free)} are free "
             "there. Make room, set runs_dir to another disk, or ask for fewer exports."
         )
 
 
 def gib(size: float) -> str:
+    """`size` bytes in words."""
     return f"{size / 2**30:.3g} GiB"
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `save_checkpoint` was given: (tensors, meta with "step")."""
+    """(tensors, meta) as `save_checkpoint` took them; meta has "step" too."""
     tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     return tensors, json.loads((path / "meta.json").read_text())
 
 
 def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write what `AutoModelForCausalLM.from_pretrained(target)` and `AutoTokenizer` load."""
+    """Write policy and tokenizer into folder `target`, as transformers' `from_pretrained` loads them.
+
+    Raises UserError where a weight is not finite.
+    """
     aside = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     if bad := not_finite(dict(policy.named_parameters())):

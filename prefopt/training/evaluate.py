@@ -20,7 +20,7 @@ from prefopt.models.logprobs import autocast
 from prefopt.models.reference import ROUNDING, SIDES
 from prefopt.objectives.base import PairInputs
 from prefopt.training.guards import explain_oom
-from prefopt.training.metrics import reliability, step_metrics
+from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
 from prefopt.training.step import forward_pairs, step_inputs
 from prefopt.utils.console import progress, say
@@ -33,21 +33,36 @@ from prefopt.utils.stats import mean_and_error
 STEP0_TOLERANCE = 1e-3
 
 
-def evaluate_on_main(job: TrainState, step: int) -> dict[str, Any]:
-    """`evaluate` by the first process, while the others wait."""
-    return on_main_process(partial(evaluate, job, step)) or {}
+def evaluate_on_main(train_state: TrainState, step: int) -> dict[str, Any]:
+    """`evaluate` in the main process, while the others wait. Returns {} in the others."""
+    return on_main_process(partial(evaluate, train_state, step)) or {}
 
 
-def evaluate(job: TrainState, step: int) -> dict[str, Any]:
-    """Held-out pairs and, with an oracle, samples to the held-out prompts; says the main figures."""
+def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
+    """Evaluate after `step` steps: the held-out pairs and, with an oracle, samples to the held-out prompts.
+
+    Says the main figures, and returns all metrics. Raises UserError as `check_step0` does.
+    """
+    config = train_state.config
     metrics: dict[str, Any] = {}
-    if job.heldout_pairs:
-        metrics |= evaluate_pairs(job, step, job.heldout_pairs)
-    elif step == 0:  # for its check alone
-        first = step_indices(len(job.train_pairs), job.config.seed, 0, job.config.batch_size)
-        evaluate_pairs(job, 0, [job.train_pairs[i] for i in first])
-    if job.oracle:
-        metrics |= initial_sample_metrics(job) if step == 0 else sample_metrics(job, step)
+    if train_state.heldout_pairs:
+        metrics |= evaluate_pairs(train_state, step, train_state.heldout_pairs)
+    elif step == 0:  # no figures without held-out pairs, but the check of step 0 needs some pairs
+        indices = step_indices(len(train_state.train_pairs), config.seed, 0, config.batch_size)
+        evaluate_pairs(train_state, 0, [train_state.train_pairs[i] for i in indices])
+    if train_state.oracle:
+        metrics |= initial_sample_metrics(train_state) if step == 0 else sample_metrics(train_state, step)
+
+    say(f"  step {step}/{config.total_steps}: {format_evaluation(metrics)}")
+    if step == config.total_steps:
+        for row in metrics.get("reliability", []):
+            say(f"    {format_reliability(row)}")
+    warn_of_squeezing(metrics, config.squeeze_alarm)
+    return metrics
+
+
+def format_evaluation(metrics: dict[str, Any]) -> str:
+    """The main figures of an evaluation in one line."""
     parts = []
     if "accuracy" in metrics:
         parts.append(f"held-out accuracy {metrics['accuracy']:.3f} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
@@ -59,94 +74,108 @@ def evaluate(job: TrainState, step: int) -> dict[str, Any]:
         parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
         parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
         parts.append(f"length {metrics['sample_length']:.1f}")
-    say(f"  step {step}/{job.config.total_steps}: {', '.join(parts) or 'nothing to evaluate'}")
-    for row in metrics.get("reliability", []) if step == job.config.total_steps else []:
-        found = f"{row['confidence']:.3f} on average, right {row['accuracy']:.3f} (n {row['n']})"
-        say(f"    confidence {row['low']:.1f} to {row['high']:.1f}: {found}")
-    fall, limit = -metrics.get("chosen_logratio_per_token", 0.0), job.config.squeeze_alarm
-    if limit is not None and fall > limit:
+    return ", ".join(parts) or "nothing to evaluate"
+
+
+def format_reliability(row: dict[str, Any]) -> str:
+    """One bin of `metrics.calibration`."""
+    accuracy = f"{row['confidence']:.3f} on average, right {row['accuracy']:.3f} (n {row['n']})"
+    return f"confidence {row['low']:.1f} to {row['high']:.1f}: {accuracy}"
+
+
+def warn_of_squeezing(metrics: dict[str, Any], limit: float | None) -> None:
+    """Say so where the held-out chosen completions have lost more than `limit` nats per token. None: never."""
+    loss_per_token = -metrics.get("chosen_logratio_per_token", 0.0)
+    if limit is not None and loss_per_token > limit:
         say(
-            f"  squeezing: the held-out chosen completions have lost {fall:.2f} nats per token since the start, more "
-            f"than squeeze_alarm={limit:g} (the rejected ones {-metrics.get('rejected_logratio_per_token', 0):.2f}). "
+            f"  squeezing: the held-out chosen completions have lost {loss_per_token:.2f} nats per token since the "
+            f"start, more than squeeze_alarm={limit:g} (the rejected ones "
+            f"{-metrics.get('rejected_logratio_per_token', 0):.2f}). "
             "Lower optimizer.lr, or hold the chosen ones up with objective.nll_weight."
         )
-    return metrics
 
 
 @torch.no_grad()
-def evaluate_pairs(job: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """The pair metrics over `pairs`, the same in every call. At step 0 also the check that policy and reference agree.
+def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """The metrics of `pairs`. At step 0 also the check that policy and reference agree.
 
-    An objective whose scope is the step sees all pairs at once, with its state as it stands.
+    An objective whose scope is the step gets all pairs at once, with its present state.
     """
-    micro_batches = job.micro_batches(pairs)
-    known = job.reference is not None and job.objective.completions == SIDES
-    show = job.config.logger.progress
-    with explain_oom(job, f"evaluation after step {step}", micro_batches):
-        parts = [forward_pairs(job, part, reference=known) for part in progress(micro_batches, "held-out pairs", show)]
-    if job.objective.scope == "step":
-        parts = [step_inputs(job, 0, parts)]
-    scored = [(inputs, job.objective(inputs)) for inputs in parts]
-    metrics = step_metrics(job.objective, scored)
-    if job.objective.model_kind == "reward_model":
+    objective = train_state.objective
+    micro_batches = train_state.micro_batches(pairs)
+    # Log-ratios are metrics also of objectives that do not read the reference.
+    has_reference = train_state.reference is not None and objective.completions == SIDES
+    show = train_state.config.logger.progress
+    with explain_oom(train_state, f"evaluation after step {step}", micro_batches):
+        inputs = [
+            forward_pairs(train_state, micro_batch, reference=has_reference)
+            for micro_batch in progress(micro_batches, "held-out pairs", show)
+        ]
+    if objective.scope == "step":
+        inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
+    scored = [(part, objective(part)) for part in inputs]
+
+    metrics = step_metrics(objective, scored)
+    if objective.model_kind == "reward_model":
         margins = [output.chosen_scores - output.rejected_scores for _, output in scored]  # type: ignore[operator]
-        metrics |= reliability(torch.cat(margins))
+        metrics |= calibration(torch.cat(margins))
     if step == 0:
-        check_step0(job, [inputs for inputs, _ in scored], metrics["loss"])
+        check_step0(train_state, inputs, metrics["loss"])
     return metrics
 
 
-def check_step0(job: TrainState, scored: Sequence[PairInputs], loss: float) -> None:
-    """Before the first step policy and reference are the same: every log-ratio is 0 and the loss is known.
+def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: float) -> None:
+    """Check that before the first step policy and reference agree: every log-ratio is 0, and the loss is known.
 
-    Where the reference was scored in other batches than the policy, in bfloat16, on hardware whose products depend on
-    the batch, log-ratios may be as large as that rounding. Raises UserError beyond; says so if all is well.
+    A reference scored in other micro-batches than the policy may differ by rounding, in bfloat16 or on hardware whose
+    products depend on the batch. Says so if all is well. Raises UserError for larger differences.
     """
-    if job.config.reference_model:
-        return  # they need not be the same
-    found, exact = [], True
-    sides = [(x, side) for x in scored for side in job.objective.completions if x.has_reference]
+    if train_state.config.reference_model:
+        return  # another model than the policy
+    agreed, exact = [], True
+    sides = [(part, side) for part in inputs for side in train_state.objective.completions if part.has_reference]
     if sides:
-        logratios = torch.cat([getattr(x, f"{side}_logratios") for x, side in sides]).abs()
-        lengths = torch.cat([getattr(x, f"{side}_lengths") for x, side in sides])
+        logratios = torch.cat([getattr(part, f"{side}_logratios") for part, side in sides]).abs()
+        lengths = torch.cat([getattr(part, f"{side}_lengths") for part, side in sides])
         largest = logratios.max().item()
         exact = largest <= STEP0_TOLERANCE
-        if not exact and not (logratios <= ROUNDING[job.config.precision] * lengths).all():
+        # Written as `not all(<=)`, which NaN fails.
+        if not exact and not (logratios <= ROUNDING[train_state.config.precision] * lengths).all():
             raise UserError(
                 f"before the first step the policy differs from the reference: largest |log-ratio| {largest:.3g} "
                 "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
                 "model whose forward pass is random."
             )
-        found.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
-    expected = job.objective.step0_loss
+        agreed.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
+    expected = train_state.objective.step0_loss
     if expected is not None and exact:
         if not abs(loss - expected) <= STEP0_TOLERANCE * max(1.0, abs(expected)):
             raise UserError(f"before the first step the loss is {loss:.6f}; it must be {expected:.6f} there")
-        found.append(f"loss {loss:.6f} = {expected:.6f}")
-    if found:
-        say(f"  step 0: {', '.join(found)}")
+        agreed.append(f"loss {loss:.6f} = {expected:.6f}")
+    if agreed:
+        say(f"  step 0: {', '.join(agreed)}")
 
 
-def initial_sample_metrics(job: TrainState) -> dict[str, Any]:
-    """`sample_metrics` of the initial policy, which all the runs of a sweep share: drawn once, then read from the
-    user's cache under everything that decides them."""
-    config = job.config
+def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
+    """`sample_metrics` of the initial policy, which all runs of a sweep share: computed once, then read from the user's
+    cache. The key holds everything that decides the samples."""
+    config = train_state.config
     if config.reference_model:
-        return sample_metrics(job, 0)  # the KL is to another model
-    decides = [
-        job.run.record["initial_weights"],
-        resolved_config(job.engine.policy),
-        job.run.record["versions"],
-        [encode_prompt(job.tokenizer, prompt) for prompt in job.prompts],
-        repr(job.oracle),
+        return sample_metrics(train_state, 0)  # the KL is to another model
+    decisive = [
+        train_state.run.record["initial_weights"],
+        resolved_config(train_state.engine.policy),
+        train_state.run.record["versions"],
+        [encode_prompt(train_state.tokenizer, prompt) for prompt in train_state.prompts],
+        repr(train_state.oracle),
         config.sampling,
         [config.seed, config.precision, config.device, torch.get_num_threads()],
     ]
-    key = fingerprint(decides, prefopt.generation.sampler, prefopt.models.logprobs, type(job.oracle))
+    key = fingerprint(decisive, prefopt.generation.sampler, prefopt.models.logprobs, type(train_state.oracle))
     cached = cache_dir() / "initial_samples" / key[:16]
-    samples_file = samples_path(job, 0)
+    samples_file = samples_path(train_state, 0)
     if not (cached / "metrics.json").is_file():
-        metrics = sample_metrics(job, 0)
+        metrics = sample_metrics(train_state, 0)
         atomic_write(cached / "samples.jsonl", samples_file.read_text())
         atomic_write(cached / "metrics.json", json.dumps(metrics))
     atomic_write(samples_file, (cached / "samples.jsonl").read_text())
@@ -154,25 +183,33 @@ def initial_sample_metrics(job: TrainState) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample_metrics(job: TrainState, step: int) -> dict[str, Any]:
+def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
     """Draw one response to each held-out prompt and score it; write the texts to samples/.
 
     `kl` estimates KL(policy || reference) in nats per response: the mean log-ratio over the policy's own samples,
     unbiased at temperature 1.
     """
-    assert job.oracle is not None
-    show = job.config.logger.progress
-    with autocast(job.engine.device, job.config.precision):
-        drawn = sample(job.engine.policy, job.tokenizer, job.prompts, job.config.sampling, job.config.seed, 1, show)
+    assert train_state.oracle is not None
+    show = train_state.config.logger.progress
+    with autocast(train_state.engine.device, train_state.config.precision):
+        drawn = sample(
+            train_state.engine.policy,
+            train_state.tokenizer,
+            train_state.prompts,
+            train_state.config.sampling,
+            train_state.config.seed,
+            1,
+            show,
+        )
     samples = [responses[0] for responses in drawn]
-    logratios = sample_logratios(job, samples)
-    rewards = [job.oracle(prompt, s.text) for prompt, s in zip(job.prompts, samples, strict=True)]
+    logratios = sample_logratios(train_state, samples)
+    rewards = [train_state.oracle(prompt, s.text) for prompt, s in zip(train_state.prompts, samples, strict=True)]
     lines = [
         {"prompt": prompt, "response": s.text, "finished": s.finished, "reward": reward, "logratio": logratio}
-        for prompt, s, reward, logratio in zip(job.prompts, samples, rewards, logratios, strict=True)
+        for prompt, s, reward, logratio in zip(train_state.prompts, samples, rewards, logratios, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic_write(samples_path(job, step), text)
+    atomic_write(samples_path(train_state, step), text)
     reward, reward_se = mean_and_error(rewards)
     kl, kl_se = mean_and_error(logratios)
     return {
@@ -186,28 +223,32 @@ def sample_metrics(job: TrainState, step: int) -> dict[str, Any]:
     }
 
 
-def samples_path(job: TrainState, step: int) -> Path:
-    """Its folder is there afterwards. Raises FileNotFoundError where the run's own is gone, with its file system."""
-    folder = job.run.folder / "samples"
-    folder.mkdir(exist_ok=True)
+def samples_path(train_state: TrainState, step: int) -> Path:
+    """The file of the samples drawn after `step` steps. Makes its folder.
+
+    Raises FileNotFoundError where the run's folder is gone, as when its file system is.
+    """
+    folder = train_state.run.folder / "samples"
+    folder.mkdir(exist_ok=True)  # without parents, for that error
     return folder / f"step_{step:07d}.jsonl"
 
 
-def sample_logratios(job: TrainState, samples: Sequence[Sample]) -> list[float]:
-    """log pi - log pi_ref of each sample, nats."""
-    assert job.reference is not None
-    # As pairs without a rejected side, which the layouts know how to cut into micro-batches.
+def sample_logratios(train_state: TrainState, samples: Sequence[Sample]) -> list[float]:
+    """log pi - log pi_ref of each sample, in nats."""
+    assert train_state.reference is not None
+    # The layouts cut pairs into micro-batches, so each sample becomes a pair without a rejected side.
     pairs = [TokenizedPair(str(i), s.prompt_tokens, s.tokens, []) for i, s in enumerate(samples)]
-    parts = job.layout.micro_batches(pairs, job.config.micro_batch_tokens, None, ("chosen",))
+    parts = train_state.layout.micro_batches(pairs, train_state.config.micro_batch_tokens, None, ("chosen",))
 
-    def scored(model: PreTrainedModel, what: str) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for part in progress(parts, f"KL of samples: {what}", job.config.logger.progress):
-            found = job.score(model, job.layout.collate(part, ("chosen",)).to(job.engine.device)).sums
-            sums |= dict(zip((p.id for p in part), found.tolist(), strict=True))
-        return sums
+    def score(model: PreTrainedModel, what: str) -> dict[str, float]:
+        logps: dict[str, float] = {}
+        for part in progress(parts, f"KL of samples: {what}", train_state.config.logger.progress):
+            batch = train_state.layout.collate(part, ("chosen",)).to(train_state.engine.device)
+            sums = train_state.score(model, batch).sums
+            logps |= dict(zip((p.id for p in part), sums.tolist(), strict=True))
+        return logps
 
-    policy = scored(job.engine.policy, "policy")
-    with job.reference.model() as model:
-        reference = scored(model, "reference")
+    policy = score(train_state.engine.policy, "policy")
+    with train_state.reference.model() as model:
+        reference = score(model, "reference")
     return [policy[p.id] - reference[p.id] for p in pairs]

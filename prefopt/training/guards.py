@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefopt.errors import UserError
-from prefopt.training.checkpoint import not_finite
+from prefopt.training.checkpoint import complete_checkpoints, gib, not_finite
 from prefopt.training.loggers import read_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.console import say
@@ -20,17 +20,22 @@ if TYPE_CHECKING:
     from prefopt.tracking.run import Run
 
 
-def handle_nonfinite_step(job: TrainState, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]) -> None:
-    """Write what there is to know about a step that was refused to nonfinite/ in the run's folder; say so, or raise
-    UserError where the run is to stop, or every step would be refused since the weights are not finite."""
-    config, run = job.config, job.run
+def handle_nonfinite_step(
+    train_state: TrainState, step: int, bad: list[str], ids: list[str], metrics: dict[str, Any]
+) -> None:
+    """Record a refused step in nonfinite/ of the run's folder, and go on or stop as the config asks.
+
+    Raises UserError with nonfinite=stop, and with weights that are not finite, since every later step would be refused.
+    """
+    config, run = train_state.config, train_state.run
     file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
-    weights = not_finite({name: p.detach() for name, p in job.engine.parameters.items()})
+    weights = not_finite({name: p.detach() for name, p in train_state.engine.parameters.items()})
     if is_main_process():
         before = [row for row in read_metrics(run) if row["step"] <= step]
-        shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        told = {"step": step + 1, "not_finite": bad, "weights_not_finite": weights, "pairs": ids, "metrics": shown}
-        write_json(file, told | {"metrics_before": before[-1:]})
+        # JSON has no NaN and no infinity.
+        as_json = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+        report = {"step": step + 1, "not_finite": bad, "weights_not_finite": weights, "pairs": ids, "metrics": as_json}
+        write_json(file, report | {"metrics_before": before[-1:]})
     message = (
         f"step {step + 1}: {' and '.join(bad)} not finite; the step was refused and the weights are unchanged. Its "
         f"{len(ids)} pairs and the metrics are in {file}."
@@ -48,29 +53,29 @@ def handle_nonfinite_step(job: TrainState, step: int, bad: list[str], ids: list[
 
 
 @contextlib.contextmanager
-def explain_oom(job: TrainState, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
-    """Where the memory does not suffice: UserError with the largest micro-batch, and with what makes it smaller."""
+def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """Convert an out-of-memory error into a UserError that names the largest micro-batch and what makes it smaller."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter, and so is a CPU's
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        config = job.config
+        config = train_state.config
         largest = max(micro_batches, key=lambda m: m.batch.input_ids.numel())
         rows, tokens = largest.batch.input_ids.shape
-        ways = []
+        remedies = []
         if len(largest.pairs) > 1:
-            ways.append(f"micro_batch_tokens={rows * tokens // 2}")
+            remedies.append(f"micro_batch_tokens={rows * tokens // 2}")
         if not config.gradient_checkpointing:
-            ways.append("gradient_checkpointing=true")
+            remedies.append("gradient_checkpointing=true")
         raise UserError(
             f"{where}: out of memory on {config.device}. The largest of its {len(micro_batches)} micro-batches has "
             f"{len(largest.pairs)} pairs in {rows} rows of {tokens} tokens (micro_batch_tokens="
             f"{config.micro_batch_tokens}). "
             + (
-                f"Give {' or '.join(ways)}: a step stays one of {config.batch_size} pairs, and the run the same, which "
-                "goes on from its last checkpoint. "
-                if ways
+                f"Give {' or '.join(remedies)}: a step stays one of {config.batch_size} pairs, and the run the same, "
+                "which goes on from its last checkpoint. "
+                if remedies
                 else "It is one pair already: use peft=lora_attention, engine=zero2 on more GPUs, or a smaller model. "
             )
             + f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
@@ -78,10 +83,9 @@ def explain_oom(job: TrainState, where: str, micro_batches: Sequence[MicroBatch]
 
 
 @contextlib.contextmanager
-def explain_os_errors(run: "Run") -> "Iterator[None]":
-    """A full disk, a folder that cannot be written, a file system that is gone: UserError that says what is kept."""
-    from prefopt.training.checkpoint import complete_checkpoints, gib
-
+def explain_os_errors(run: "Run") -> Iterator[None]:
+    """Convert OSError (disk full, no permission, file system gone) into a UserError that names the checkpoint to resume
+    from."""
     try:
         yield
     except OSError as error:
@@ -90,8 +94,8 @@ def explain_os_errors(run: "Run") -> "Iterator[None]":
         kept, room = "the first step", ""
         with contextlib.suppress(OSError):
             room = f" ({gib(shutil.disk_usage(run.folder).free)} are free there)"
-            if found := complete_checkpoints(run.checkpoints):
-                kept = f"its last checkpoint, {max(found).name}, which is kept"
+            if checkpoints := complete_checkpoints(run.checkpoints):
+                kept = f"its last checkpoint, {max(checkpoints).name}, which is kept"
         raise UserError(
             f"{run.folder}: {error}. Make room there{room}, or bring the disk or the rights back; the same command "
             f"then goes on from {kept}."

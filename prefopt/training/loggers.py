@@ -15,7 +15,7 @@ from prefopt.utils.files import read_lines_reversed
 
 
 def check_logger(config: LoggerConfig) -> None:
-    """Raise UserError if the logger needs a package that is not there."""
+    """Raise UserError where the logger's package is missing."""
     if config.wandb:
         try:
             import wandb  # noqa: F401
@@ -24,20 +24,22 @@ def check_logger(config: LoggerConfig) -> None:
 
 
 class Loggers:
-    """Rows {"step", "split", metric: value}. Made anew for a run that goes on from step `start`, it forgets the rows
-    that will come again. Of several processes only the first one writes."""
+    """Writes rows {"step", "split", metric: value}; only in the main process.
+
+    A run that resumes from step `start` computes the rows after it again, so they are cut off here.
+    """
 
     def __init__(self, run: Run, config: LoggerConfig, start: int):
         self.wandb: Any = None
         if not is_main_process():
-            self.file = Path(os.devnull).open("a")  # noqa: SIM115
+            self.file = Path(os.devnull).open("a")  # noqa: SIM115  # `close` closes it
             return
         self.file = run.metrics_file.open("a")
         self.file.truncate(_end(run.metrics_file, start) if start else 0)
         if config.wandb:
             import wandb
 
-            # One id for all the sittings of a run, so that a continued run goes on in the same place.
+            # One id for all attempts of a run: a resumed run adds to the same wandb run.
             self.wandb = wandb.init(
                 project=config.wandb.project,
                 mode=config.wandb.mode,  # type: ignore[arg-type]  # checked with the config
@@ -63,7 +65,7 @@ class Loggers:
 
 
 def read_metrics(run: Run) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a killed process left half-written is passed over."""
+    """The rows of metrics.jsonl, without a last line that a killed process left half-written."""
     if not run.metrics_file.is_file():
         return
     with run.metrics_file.open() as file:
@@ -75,12 +77,14 @@ def read_metrics(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _end(file: Path, step: int) -> int:
-    """The length of the file up to the last row that is not from after `step`: rows come in the order of their steps,
-    and a half-written one is the last."""
+    """The length of the file, in bytes, up to and with the last row of `step` or before.
+
+    It is read from its end: rows are in the order of their steps, and only the last one can be half-written.
+    """
     lines = read_lines_reversed(file)
-    next(lines, None)  # what follows the last line's end
-    for place, line in lines:
+    next(lines, None)  # the empty or half-written rest after the last newline
+    for offset, line in lines:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                return place + len(line) + 1
+                return offset + len(line) + 1
     return 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefopt.errors import Interrupted
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from prefopt.training.config import TrainConfig
 from prefopt.training.evaluate import evaluate_on_main
 from prefopt.training.loggers import Loggers, read_metrics
 from prefopt.training.state import MicroBatch, TrainState
@@ -20,85 +21,121 @@ from prefopt.utils.console import Bar, say
 from prefopt.utils.distributed import all_gather_object, heartbeat, is_main_process, on_main_process
 
 
-def train_loop(job: TrainState) -> list[dict[str, Any]]:
-    """Run from the last checkpoint, or from the start, to the end. Returns the rows of all evaluations, up to that of
-    the weights which the policy ends with.
+def train_loop(train_state: TrainState) -> list[dict[str, Any]]:
+    """Train from the last checkpoint, or from the start, to the end.
 
-    The order of pairs, the learning rate and what dropout draws are functions of the step, so weights, moments, the
-    objective's state and the step are all there is: a run that goes on is bit for bit the run that was never
-    interrupted.
+    Order of pairs, learning rate and dropout are functions of the step. So a checkpoint of weights, moments, the
+    objective's state and the step is complete: a resumed run is bit for bit the run that was never interrupted.
+
+    Returns:
+        The rows of all held-out evaluations, up to that of the weights which the policy ends with.
+
+    Raises:
+        Interrupted: stopped by a signal, after a checkpoint.
+        UserError: out of memory, or a step that is not finite.
     """
-    config, run, engine = job.config, job.run, job.engine
-    steps = config.total_steps
-    exports = {round(k * steps / config.exports) for k in range(1, config.exports)}
-    start = 0
-    early_stopping = EarlyStopping()
-    # The first process chooses, since it may put a damaged one aside.
-    checkpoint = all_gather_object(latest_checkpoint(run.checkpoints) if is_main_process() else None)[0]
-    if checkpoint:
-        tensors, meta = load_checkpoint(checkpoint)
-        engine.load_state(tensors)
-        job.state = tensors["objective"]
-        start = meta["step"]
-        if config.patience is not None:
-            early_stopping = EarlyStopping(tensors.get("best", {}), **meta.get("best", {}))
-        say(f"  going on from step {start} of {steps} ({checkpoint})")
+    config, run = train_state.config, train_state.run
+    steps, exports = config.total_steps, export_steps(config)
+    start, early_stopping = resume(train_state)
     logger = Loggers(run, config.logger, start)
     try:
         if start == 0:
-            metrics = evaluate_on_main(job, 0)
+            metrics = evaluate_on_main(train_state, 0)
             logger.log("heldout", 0, metrics)
-            early_stopping.update(job, 0, metrics)
+            early_stopping.update(train_state, 0, metrics)
+
         with Bar("training", steps, config.logger.progress, done=start) as bar:
-            for step, micro_batches in prefetch_batches(job, start):
-                metrics = train_step(job, step, micro_batches)
+            for step, micro_batches in prefetch_batches(train_state, start):
+                metrics = train_step(train_state, step, micro_batches)
                 heartbeat()
                 done = step + 1
                 logger.log("train", done, metrics)
+
                 if done % config.eval_every == 0 or done == steps:
-                    found = evaluate_on_main(job, done)
-                    logger.log("heldout", done, found)
-                    early_stopping.update(job, done, found)
-                over = done == steps or early_stopping.evaluations_since == config.patience
-                leave = not over and signals.stop_requested()
-                # Before the checkpoint: a run that goes on from there would not come by here again.
-                if job.export and done in exports and not over:
-                    on_main_process(partial(job.export, run.folder / "policies" / f"step_{done:07d}"))
-                if (done % config.save_every == 0 and not over) or leave:
-                    state = engine.state() | {"objective": job.state} | early_stopping.state()
-                    on_main_process(partial(save_checkpoint, run.checkpoints, done, state, early_stopping.meta()))
-                if leave:
+                    heldout_metrics = evaluate_on_main(train_state, done)
+                    logger.log("heldout", done, heldout_metrics)
+                    early_stopping.update(train_state, done, heldout_metrics)
+
+                last = done == steps or early_stopping.should_stop(config.patience)
+                interrupted = not last and signals.stop_requested()
+
+                # Before the checkpoint: a run that resumes from it does not come by this step again.
+                if done in exports and not last and train_state.export:
+                    folder = run.folder / "policies" / f"step_{done:07d}"
+                    on_main_process(partial(train_state.export, folder))
+                # The last step needs no checkpoint: the policy is exported next.
+                if interrupted or (done % config.save_every == 0 and not last):
+                    save(train_state, early_stopping, done)
+                if interrupted:
                     raise Interrupted(f"saved after step {done} of {steps}")
+
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
-                if over:
+                if last:
                     break
     finally:
         logger.close()
-    early_stopping.restore(job)
-    last = steps if config.patience is None else early_stopping.step
-    return [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= last]
+
+    early_stopping.restore(train_state)
+    final_step = steps if config.patience is None else early_stopping.step
+    return [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= final_step]
+
+
+def export_steps(config: TrainConfig) -> set[int]:
+    """The steps after which the policy is exported: `exports` - 1 of them, evenly spaced. The final export is extra."""
+    return {round(k * config.total_steps / config.exports) for k in range(1, config.exports)}
+
+
+def resume(train_state: TrainState) -> tuple[int, "EarlyStopping"]:
+    """Load the last checkpoint, if there is one, into `train_state`. Returns (steps done, early stopping).
+
+    Raises UserError where all checkpoints are damaged.
+    """
+    config, run = train_state.config, train_state.run
+    # The main process chooses for all, since it may put a damaged checkpoint aside.
+    checkpoint = all_gather_object(latest_checkpoint(run.checkpoints) if is_main_process() else None)[0]
+    if not checkpoint:
+        return 0, EarlyStopping()
+    tensors, meta = load_checkpoint(checkpoint)
+    train_state.engine.load_state(tensors)
+    train_state.objective_state = tensors["objective"]
+    say(f"  going on from step {meta['step']} of {config.total_steps} ({checkpoint})")
+    if config.patience is None:
+        return meta["step"], EarlyStopping()
+    return meta["step"], EarlyStopping(tensors.get("best", {}), **meta.get("best", {}))
+
+
+def save(train_state: TrainState, early_stopping: "EarlyStopping", done: int) -> None:
+    """Write a checkpoint after `done` steps. All processes gather the tensors, the main one writes them."""
+    tensors = train_state.engine.state() | {"objective": train_state.objective_state} | early_stopping.state()
+    write = partial(save_checkpoint, train_state.run.checkpoints, done, tensors, early_stopping.meta())
+    on_main_process(write)
 
 
 @dataclass
 class EarlyStopping:
-    """Where `patience` is set: the weights at the evaluation with the lowest held-out loss, on the CPU, its step and
-    its loss, and how many evaluations have come since. The checkpoints carry it along."""
+    """The evaluation with the lowest held-out loss: its weights (on the CPU), step and loss, and how many evaluations
+    came after it. Nothing is kept unless `patience` is set. Checkpoints contain it."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     loss: float = math.inf
     evaluations_since: int = 0
 
-    def update(self, job: TrainState, step: int, metrics: dict[str, Any]) -> None:
-        """`metrics` are the first process's; the others learn the loss from it."""
-        if job.config.patience is None:
+    def update(self, train_state: TrainState, step: int, metrics: dict[str, Any]) -> None:
+        """Take note of an evaluation after `step` steps. `metrics` are those of the main process, which tells the
+        other processes the loss."""
+        if train_state.config.patience is None:
             return
         loss = all_gather_object(metrics.get("loss"))[0]
         if loss < self.loss:
-            weights = {name: w.cpu().clone() for name, w in job.engine.state()["weights"].items()}
+            weights = {name: w.cpu().clone() for name, w in train_state.engine.state()["weights"].items()}
             self.weights, self.step, self.loss, self.evaluations_since = weights, step, loss, 0
         else:
             self.evaluations_since += 1
+
+    def should_stop(self, patience: int | None) -> bool:
+        """Whether the loss has not fallen for `patience` evaluations. None: never."""
+        return patience is not None and self.evaluations_since >= patience
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"best": self.weights} if self.weights else {}
@@ -107,19 +144,19 @@ class EarlyStopping:
         kept = {"step": self.step, "loss": self.loss, "evaluations_since": self.evaluations_since}
         return {"best": kept} if self.weights else {}
 
-    def restore(self, job: TrainState) -> None:
+    def restore(self, train_state: TrainState) -> None:
         """Give the policy its best weights back."""
         if self.evaluations_since and self.weights:
             say(f"  patience: the held-out loss was lowest after step {self.step}, {self.loss:.4f}; back to it")
-            job.engine.load_state({"weights": self.weights, "moments": {}})
+            train_state.engine.load_state({"weights": self.weights, "moments": {}})
 
 
-def prefetch_batches(job: TrainState, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """(step, its micro-batches); those of the next step are collated while this one computes."""
+def prefetch_batches(train_state: TrainState, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """Yield (step, its micro-batches) from step `start` on. A thread collates the next step during this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(job.step, start)
-        for step in range(start, job.config.total_steps):
-            micro_batches = coming.result()
-            if step + 1 < job.config.total_steps:
-                coming = pool.submit(job.step, step + 1)
+        upcoming = pool.submit(train_state.step_micro_batches, start)
+        for step in range(start, train_state.config.total_steps):
+            micro_batches = upcoming.result()
+            if step + 1 < train_state.config.total_steps:
+                upcoming = pool.submit(train_state.step_micro_batches, step + 1)
             yield step, micro_batches

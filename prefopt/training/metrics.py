@@ -37,15 +37,18 @@ class Means:
 def step_metrics(
     objective: Objective, scored: Sequence[tuple[PairInputs, ObjectiveOutput]], **others: Tensor
 ) -> dict[str, Any]:
-    """Loss, pair metrics, `n` pairs, the objective's diagnostics under its name, over all parts of a step, and `others`
-    (0-dim). All of it leaves the device together: a transfer for each would stop a GPU as often."""
+    """The metrics over all parts of a step: loss, pair metrics, `n` pairs, and the objective's diagnostics under its
+    name. `others` (0-dim) are added as they are.
+
+    All values leave the device in one transfer: each transfer would make the host wait for the GPU.
+    """
     means = Means()
     for name, value in others.items():
         means.add_ratio(name, value, 1)
     for inputs, output in scored:
         pairs = output.losses.numel()
-        per = inputs.chosen_lengths.sum() if objective.normalize_by == "chosen_token" else pairs
-        means.add_ratio("loss", output.losses.sum(dtype=torch.float64), per)
+        denominator = inputs.chosen_lengths.sum() if objective.normalize_by == "chosen_token" else pairs
+        means.add_ratio("loss", output.losses.sum(dtype=torch.float64), denominator)
         means.add(pair_metrics(inputs, output))
     for name in scored[0][1].diagnostics:
         parts = [output.diagnostics[name].detach() for _, output in scored]
@@ -55,8 +58,8 @@ def step_metrics(
 
 
 def _summary(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """As `ObjectiveOutput` says: a share, a mean with quantiles, or a statistic of the step. 0-dim each."""
-    if parts[0].ndim == 0:
+    """0-dim values of a diagnostic: of booleans their share, of numbers mean and quantiles, of a statistic its mean."""
+    if parts[0].ndim == 0:  # a statistic of the whole step
         return {name: torch.stack(list(parts)).double().mean()}
     values = torch.cat(list(parts))
     mean = {name: values.double().mean()}
@@ -66,10 +69,10 @@ def _summary(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tensor]:
-    """Per pair, `(B,)` each, where there is something to compute them from. Log-probs and log-ratios in nats,
-    `_per_token` divided by the completion's length.
+    """The metrics of each pair, `(B,)`, as far as scores, log-probs and reference are there to compute them.
 
-    A tie counts neither as right nor is it hidden: `tie_rate` stands beside `accuracy`.
+    Log-probs and log-ratios are in nats; `_per_token` is divided by the completion's length. A tie is not right, and
+    counts in `tie_rate`.
     """
     metrics = {}
     if output.chosen_scores is not None and output.rejected_scores is not None:
@@ -93,20 +96,27 @@ def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tenso
     return metrics
 
 
-def reliability(margins: Tensor, bins: int = 5) -> dict[str, Any]:
-    """Does a reward model mean its probabilities? `margins`: (B,) r_w - r_l, the log-odds it gives the chosen side.
+def calibration(margins: Tensor, bins: int = 5) -> dict[str, Any]:
+    """Whether a reward model is right as often as its probabilities say.
 
-    It prefers one side with confidence sigma(|margin|), and is right where that is the chosen one. `reliability`: per
-    bin of confidence between 0.5 and 1 that is not empty its mean, the share that is right, and n; a tie is half right.
-    `calibration_error`: the mean distance of the two, weighted by n (expected calibration error; Guo et al. 2017, arXiv
-    1706.04599, Eq. 3).
+    It prefers one side with confidence sigma(|margin|), and is right where that is the chosen side. A tie is half
+    right.
+
+    Args:
+        margins: `(B,)` r_w - r_l, the log-odds of the chosen side.
+        bins: of equal width, over confidences from 0.5 to 1.
+
+    Returns:
+        `reliability`: for each bin that is not empty its bounds, mean confidence, share that is right, and n.
+        `calibration_error`: the mean of |confidence - accuracy|, weighted by n (expected calibration error; Guo et al.
+        2017, arXiv 1706.04599, Eq. 3).
     """
     confidence = margins.double().abs().sigmoid()
     right = (margins > 0).double() + 0.5 * (margins == 0).double()
-    places = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)  # confidence 1 belongs to the last bin
     rows = []
     for i in range(bins):
-        inside = places == i
+        inside = bin_of == i
         if n := int(inside.sum()):
             rows.append(
                 {

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
-    """The prompts, each once, in `n` parts whose sizes differ by one at most. Which part a prompt is in depends on the
-    prompts alone, not on their order.
+    """Split the distinct prompts into `n` parts whose sizes differ by one at most. The order of the prompts does not
+    matter.
 
     Raises UserError where there are fewer prompts than parts.
     """
@@ -37,7 +37,7 @@ def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Me
 
 
 def stage_config(config: OnlineConfig, folder: Path, policy: Path | None) -> TrainConfig:
-    """What `prefopt.train` is asked for in the stage in `folder`, which begins from `policy` (None: the first one)."""
+    """The training config of the stage in `folder`. `policy` is that of the stage before, None in the first stage."""
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     values["dataset"] = dataclasses.replace(config.dataset, train=str(folder / "scored.jsonl.gz"))
     values["runs_dir"] = str(folder)
@@ -57,36 +57,52 @@ def run_stage(
     prompts: list[list[Message]],
     folder: Path,
     policy: Path | None,
-    told: dict[str, str],
+    facts: dict[str, str],
 ) -> "Run":
-    """Sample, score and train, as far as that is not done; the finished run."""
-    from prefopt.generation.responses import generate_resumable
-    from prefopt.rewards.rows import score_rows
+    """Sample, score and train, as far as that is not done yet. Returns the finished run.
+
+    `policy` is the one that the stage begins from (None: the initial one), and `facts` go into the run's record.
+    """
     from prefopt.training.setup import prepare_run, run
-    from prefopt.utils.stats import mean_and_error
 
     training = stage_config(config, folder, policy)
     samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
-    where, show = (config.backend, config.device, config.precision), config.logger.progress
     if not samples.is_file():
-        partial = folder / "samples.partial"
-        say(f"{folder}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
-        n = config.samples_per_prompt
-        drawn, _ = generate_resumable(
-            training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show
-        )
-        write_rows(samples, [{"prompt": p, **row} for p, row in zip(prompts, drawn, strict=True)])
-        partial.unlink()
+        sample_responses(config, training.model, prompts, samples)
     if not scored.is_file():
-        rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
-        # The objective reads `rewards`: as they are, or on [0, 1] where it wants them there.
-        wanted = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
-        write_rows(scored, [row | {"rewards": row[wanted], "raw_rewards": row["rewards"]} for row in rows])
-        mean, error = mean_and_error([r for row in rows for r in row["rewards"]])
-        say(f"{folder}: mean reward {mean:.3f} ± {error:.3f}")
+        score_responses(config, objective, scorer, samples, scored)
     planned = prepare_run(training)
-    run(planned, **told)
+    run(planned, **facts)
     return planned.run
+
+
+def sample_responses(config: OnlineConfig, model: ModelConfig, prompts: list[list[Message]], target: Path) -> None:
+    """Write rows {"prompt", "responses", ...} to `target`. Interrupted, it goes on from its partial file."""
+    from prefopt.generation.responses import generate_resumable
+
+    partial = target.parent / "samples.partial"
+    n, show = config.samples_per_prompt, config.logger.progress
+    say(f"{target.parent}: {n} responses to each of {len(prompts)} prompts")
+    where = (config.backend, config.device, config.precision)
+    responses, _ = generate_resumable(model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
+    write_rows(target, [{"prompt": prompt, **row} for prompt, row in zip(prompts, responses, strict=True)])
+    partial.unlink()
+
+
+def score_responses(
+    config: OnlineConfig, objective: "Objective", scorer: RewardScorer, samples: Path, target: Path
+) -> None:
+    """Write the rows of `samples` to `target`, each response with its reward."""
+    from prefopt.rewards.rows import score_rows
+    from prefopt.utils.stats import mean_and_error
+
+    show = config.logger.progress
+    rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
+    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there.
+    key = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
+    write_rows(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
+    mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
+    say(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
 
 
 def check_format(config: OnlineConfig) -> None:
@@ -103,11 +119,13 @@ def check_format(config: OnlineConfig) -> None:
 
 
 def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list[list[list[Message]]]]":
-    """The objective, the scorer, and each stage's prompts; `config` is one that `check_online` has passed and whose
-    hardware is resolved. Raises UserError for what cannot be run."""
+    """Build the objective, the scorer, and the prompts of each stage.
+
+    `check_online` has passed `config`, and its hardware is resolved. Raises UserError for what cannot be run.
+    """
     from prefopt.generation.responses import read_prompts
     from prefopt.objectives.base import Objective
-    from prefopt.training.setup import build_components as train_parts
+    from prefopt.training.setup import build_components
 
     objective = build(config.objective, Objective, "objective")
     scorer = build(config.scorer, RewardScorer, "scorer")
@@ -115,16 +133,18 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
         raise UserError(
             f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
         )
-    train_parts(stage_config(config, Path(config.runs_dir), None))
+    # What a stage would refuse later is refused now, before anything is sampled.
+    build_components(stage_config(config, Path(config.runs_dir), None))
     check_format(config)
     _, prompts = read_prompts(config.prompts, config.prompts_split)
     return objective, scorer, split_prompts(prompts, config.stages)
 
 
-def run_pending(config: OnlineConfig, **told: str) -> None:
-    """All stages that are not finished yet; `told` goes into their records and that of the whole.
+def run_pending(config: OnlineConfig, **facts: str) -> None:
+    """Run all stages that are not finished yet. `facts` go into their records and that of the whole.
 
-    Raises UserError, and stop.Interrupted with everything saved."""
+    Raises UserError, and Interrupted with everything saved.
+    """
     from prefopt.errors import Interrupted
     from prefopt.tracking.run import Run
 
@@ -132,32 +152,27 @@ def run_pending(config: OnlineConfig, **told: str) -> None:
         raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
     check_online(config)
     resolve(config)
-    objective, scorer, stages = prepare_online(config)
-    places = {"prompts": (config.prompts, config.prompts_split or "train"),
-              "heldout": (config.dataset.heldout, config.dataset.heldout_split)}  # fmt: skip
-    run = Run(
-        dataclasses.asdict(config),
-        f"online-{objective.name}",
-        {k: digest(path, split) for k, (path, split) in places.items() if path},
-    )
+    objective, scorer, stage_prompts = prepare_online(config)
+    run = Run(dataclasses.asdict(config), f"online-{objective.name}", data_digests(config))
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
+
     began = time.monotonic()
-    run.start(stages=[], **told)
+    run.start(stages=[], **facts)
     evaluations: list[dict[str, Any]] = []
     steps = 0
     policy: Path | None = None
     try:
-        for n, part in enumerate(stages, start=1):
-            done = run_stage(config, objective, scorer, part, run.folder / f"stage_{n}", policy, told)
-            policy = done.policy_folder
-            # The first evaluation of a later stage is the last of the one before.
-            found = done.record["evaluations"][bool(evaluations) :]
-            evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in found]
-            steps += done.record["config"]["steps"]
-            stage = {"stage": n, "prompts": len(part), "run": str(done.folder), "policy": str(policy)}
-            stage |= {key: done.record[key] for key in ("data", "initial_weights", "final_weights")}
+        for n, prompts in enumerate(stage_prompts, start=1):
+            stage_run = run_stage(config, objective, scorer, prompts, run.folder / f"stage_{n}", policy, facts)
+            policy, record = stage_run.policy_folder, stage_run.record
+            # The first evaluation of a later stage is the last one of the stage before.
+            stage_evaluations = record["evaluations"][1:] if evaluations else record["evaluations"]
+            evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in stage_evaluations]
+            steps += record["config"]["steps"]
+            stage = {"stage": n, "prompts": len(prompts), "run": str(stage_run.folder), "policy": str(policy)}
+            stage |= {key: record[key] for key in ("data", "initial_weights", "final_weights")}
             run.update(stages=[*run.record["stages"], stage])
     except (Interrupted, KeyboardInterrupt) as error:
         run.interrupt(str(error) or "Ctrl-C")
@@ -167,12 +182,24 @@ def run_pending(config: OnlineConfig, **told: str) -> None:
         raise
     finally:
         release_lock(run.folder)
-    done = run.record["stages"]
-    ends = {"initial_weights": done[0]["initial_weights"], "final_weights": done[-1]["final_weights"]}
-    pairs = sum(stage["data"]["train"]["items"] for stage in done)
+
     assert policy is not None  # there is at least one stage
     if not run.policy_folder.exists():  # where the jobs that evaluate a run look for it
         run.policy_folder.symlink_to(policy.relative_to(run.folder))
-    data = {"train": {"items": pairs}}
-    run.finish(evaluations=evaluations, data=data, **ends, seconds=time.monotonic() - began)
+    stages = run.record["stages"]
+    run.finish(
+        evaluations=evaluations,
+        data={"train": {"items": sum(stage["data"]["train"]["items"] for stage in stages)}},
+        initial_weights=stages[0]["initial_weights"],
+        final_weights=stages[-1]["final_weights"],
+        seconds=time.monotonic() - began,
+    )
     say(f"{run.folder}: finished; the policy is in {run.policy_folder}")
+
+
+def data_digests(config: OnlineConfig) -> dict[str, str]:
+    """The digests of the files that decide the result: the prompts, and the held-out rows where there are any."""
+    digests = {"prompts": digest(config.prompts, config.prompts_split or "train")}
+    if config.dataset.heldout:
+        digests["heldout"] = digest(config.dataset.heldout, config.dataset.heldout_split)
+    return digests

@@ -15,19 +15,19 @@ from prefopt.objectives.base import require
 
 
 class Schedule(ABC):
-    """A frozen dataclass; a YAML names it with `_target_`."""
+    """A learning-rate schedule: a frozen dataclass that a YAML names with `_target_`."""
 
     @abstractmethod
     def __call__(self, step: int, steps: int) -> float:
-        """The share of the peak learning rate at optimizer step `step` (0 .. steps - 1)."""
+        """The learning rate at optimizer step `step` (0 .. steps - 1), as a share of the peak."""
 
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Rises linearly over the first round(warmup * steps) steps, or, from 1 on, the first `warmup` steps; then falls to
-    `final` along half a cosine.
+    """Linear warm-up to the peak, then half a cosine down to `final`.
 
-    Step 0 already moves: with w warm-up steps it has 1 / w of the peak, and step w - 1 reaches the peak.
+    `warmup` below 1 is a share of all steps, from 1 on a number of steps. With w warm-up steps, step 0 has 1 / w of the
+    peak, and step w - 1 reaches it.
     """
 
     warmup: float
@@ -50,7 +50,7 @@ class Cosine(Schedule):
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Raise UserError where the package is missing that the optimizer needs."""
+    """Raise UserError where the optimizer's package is missing."""
     if config.eight_bit and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("optimizer=adamw_8bit needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
 

@@ -25,8 +25,11 @@ from prefopt.utils.distributed import rank, world_size
 
 @dataclass
 class TrainState:
-    """Everything one run needs. `reference` is None where a reward model is trained; `prompts` are the held-out ones;
-    `export` writes the policy as it is into a folder; `state` is the objective's."""
+    """Everything one run needs.
+
+    `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
+    it is into a folder, and `objective_state` is what the objective carries from step to step.
+    """
 
     config: TrainConfig
     run: Run
@@ -41,33 +44,41 @@ class TrainState:
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
     export: Callable[[Path], Any] | None = None
-    state: dict[str, Tensor] = field(init=False)
+    objective_state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.state = self.objective.initial_state()
+        self.objective_state = self.objective.initial_state()
         self.score = LogprobComputer(self.config.precision, self.config.logits == "tiled")
 
-    def step(self, step: int) -> list["MicroBatch"]:
-        """The pairs of optimizer step `step`, or this process's share of them: of pairs from long to short every n-th,
-        of an objective's own micro-batches likewise. All processes get the same number of micro-batches, since each
-        backward pass is one of all of them; where the pairs do not suffice, one without pairs follows."""
+    def step_micro_batches(self, step: int) -> list["MicroBatch"]:
+        """The micro-batches of optimizer step `step`, or this process's share of them.
+
+        Of n processes each takes every n-th pair, from long to short; of an objective's own micro-batches every n-th.
+        All processes get equally many micro-batches, since a backward pass is one of all processes; a process with
+        too few pairs gets micro-batches without pairs.
+        """
         indices = step_indices(len(self.train_pairs), self.config.seed, step, self.config.batch_size)
-        pairs, n = [self.train_pairs[i] for i in indices], world_size()
-        parts = self.split_micro_batches(pairs)
+        parts = self.split_micro_batches([self.train_pairs[i] for i in indices])
+        n = world_size()
         if n == 1:
             return self.collate(parts)
-        if self.objective.scope == "micro_batch":
+
+        if self.objective.scope == "micro_batch":  # the loss depends on which pairs lie together: never cut them
             shares = [parts[r::n] for r in range(n)]
         else:
-            ordered = [p for part in parts for p in part]
+            ordered = [pair for part in parts for pair in part]
             shares = [self.split_micro_batches(ordered[r::n]) for r in range(n)]
-        own, rounds = shares[rank()], max(map(len, shares))
-        lacking = rounds - len(own)
-        stand_in = [m._replace(pairs=[]) for m in self.collate([parts[-1][-1:]])] if lacking else []
-        return self.collate(own) + stand_in * lacking
+        share = shares[rank()]
+
+        lacking = max(map(len, shares)) - len(share)
+        if lacking == 0:
+            return self.collate(share)
+        # A backward pass needs some input: one pair stands in, and its gradient is multiplied by zero.
+        (stand_in,) = self.collate([parts[-1][-1:]])
+        return self.collate(share) + [stand_in._replace(pairs=[])] * lacking
 
     def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
-        """What is computed at a time, collated on the CPU; the same for the same pairs."""
+        """`pairs` as the micro-batches that are computed at a time, collated on the CPU; a function of `pairs`."""
         return self.collate(self.split_micro_batches(pairs))
 
     def split_micro_batches(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
@@ -76,13 +87,13 @@ class TrainState:
 
     def collate(self, parts: Sequence[list[TokenizedPair]]) -> list["MicroBatch"]:
         batches = [self.layout.collate(part, self.objective.completions) for part in parts]
-        if self.engine.device.type == "cuda":
+        if self.engine.device.type == "cuda":  # pinned memory is copied to the GPU while it computes
             batches = [batch.pin() for batch in batches]
         return [MicroBatch(part, batch) for part, batch in zip(parts, batches, strict=True)]
 
 
 class MicroBatch(NamedTuple):
-    """Without `pairs` its batch holds a stand-in, whose gradient is to count nothing."""
+    """Pairs and their collated batch. Without `pairs` the batch holds a stand-in, whose gradient must count nothing."""
 
     pairs: list[TokenizedPair]
     batch: Batch

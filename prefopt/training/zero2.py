@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node=8 -m prefopt.train engine=zero2 objective=dpo
 
-Every process holds all weights, in float32, and computes its share of each step's pairs. What DeepSpeed would decide by
-itself is decided here: the denominator is the caller's, gradients add up in float32 until `step`, nothing is scaled,
-and no communication overlaps with the computation (older versions computed wrong gradients so). State is handed out and
-taken back whole, so that a checkpoint knows nothing of the number of processes.
+Every process holds all weights, in float32, and computes its share of each step's pairs. Some of DeepSpeed's defaults
+are switched off: the caller owns the denominator, gradients add up in float32 until `step`, no loss is scaled, and
+communication does not overlap with computation (older versions computed wrong gradients then). Checkpoints hold the
+whole state, not shards, so a run can resume with another number of processes.
 """
 
 import os
@@ -23,8 +23,10 @@ from prefopt.utils.distributed import world_size
 
 
 class _Pass(nn.Module):
-    """What DeepSpeed takes for the model. It hangs its hooks on the output of a forward pass, and the loop calls
-    the policy itself."""
+    """The model as DeepSpeed sees it: it passes the loss through.
+
+    DeepSpeed hooks into the output of its model's forward pass, but the loop calls the policy directly.
+    """
 
     def __init__(self, policy: PreTrainedModel):
         super().__init__()
@@ -35,13 +37,13 @@ class _Pass(nn.Module):
 
 
 class Zero2(Engine):
-    """An `Engine` whose every method is collective: all processes call it, as often as each other."""
+    """An `Engine` over several processes. Its methods are collective: all processes must call them equally often."""
 
     def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool):
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; one process alone has none
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it; a process without torchrun has none
         import deepspeed
 
-        # Every process would print it at the first step; DeepSpeed calls the old name.
+        # DeepSpeed calls a deprecated function, and every process would print the warning.
         warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
         self.policy = policy
         self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -53,7 +55,7 @@ class Zero2(Engine):
             optimizer=adamw(policy, config),
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": 1,  # it has no bearing on anything here
+                "train_micro_batch_size_per_gpu": 1,  # required, and not used: the loop makes the micro-batches
                 "gradient_clipping": config.max_grad_norm,
                 "managed_gradient_accumulation": False,
                 "data_types": {"grad_accum_dtype": "fp32"},
@@ -69,7 +71,7 @@ class Zero2(Engine):
         self.zero: Any = self.deepspeed.optimizer
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed takes the mean over processes, and the loss is a share of one sum.
+        # DeepSpeed averages over processes. Here the losses of all processes add up to the step's loss.
         self.deepspeed.backward(self.deepspeed(loss * world_size()), scale_wrt_gas=False)
 
     def without_gradient(self) -> list[str]:
@@ -78,10 +80,10 @@ class Zero2(Engine):
     def clip_gradients(self) -> Tensor:
         self.zero.finalize_gradient_accumulation_boundary()
         norm = torch.as_tensor(self.zero.scaled_global_norm())
-        return torch.where(norm < 0, torch.nan, norm)  # its sign for a norm that is not finite
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for a norm that is not finite
 
     def step(self, lr: float) -> None:
-        """Clips by itself."""
+        """As in `Engine`; DeepSpeed clips in here."""
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.zero.step()
@@ -89,7 +91,7 @@ class Zero2(Engine):
         self._reached.clear()
 
     def discard(self) -> None:
-        """What DeepSpeed does by itself where gradients are not finite."""
+        """As in `Engine`. DeepSpeed has no such call; these are the steps of its handling of an overflow."""
         from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
         self.zero.micro_step_id = INITIAL_MICRO_STEP_ID
@@ -108,7 +110,7 @@ class Zero2(Engine):
 
         weights = {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
         moments = {}
-        if self.zero.optimizer.state:  # there has been a step
+        if self.zero.optimizer.state:  # empty before the first step
             self._link()
             step = next(iter(self.zero.optimizer.state.values()))["step"]
             for name, p in self.parameters.items():
@@ -139,7 +141,7 @@ class Zero2(Engine):
                 safe_set_full_optimizer_state(p, moments[f"{name}/{key}"].to(self.device), key)
 
     def _link(self) -> None:
-        """Let DeepSpeed find each parameter's moments. It does so itself within the first step, between the first
-        parameter group and the second, which has none then."""
+        """Link each parameter to its moments again. DeepSpeed does it once, within the first step, when the second
+        parameter group has no moments yet."""
         self.zero._hp_optimizer_states_linked = False
         self.zero._lazy_init_hp_params_optimizer_state()

@@ -37,7 +37,7 @@ from prefopt.objectives.dpo import DPO
 from prefopt.objectives.madpo import MADPO
 from prefopt.objectives.mappo import MaPPO
 from prefopt.rewards.oracle import Vader
-from prefopt.training.setup import check_rewards
+from prefopt.training.build import check_rewards
 from tests.helpers.tiny import ROOT, write_pairs
 
 

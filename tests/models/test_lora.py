@@ -24,7 +24,7 @@ from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
 from prefopt.training.step import accumulate_gradients, forward_policy, train_step
 from tests.helpers.tiny import records, run_program, save_tiny, tiny_model
-from tests.training.test_loop import job
+from tests.training.test_loop import make_train_state
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 
@@ -34,28 +34,28 @@ def lora(dropout: float = 0.0, **changes) -> PeftConfig:
 
 
 def with_lora(objective, tmp_path, dropout: float = 0.0, **changes):
-    j = job(objective, tmp_path, **changes)
-    j.layout = LAYOUTS["packed"]
-    for model in (j.engine.policy, *([j.reference.frozen] if j.reference else [])):
+    train_state = make_train_state(objective, tmp_path, **changes)
+    train_state.layout = LAYOUTS["packed"]
+    for model in (train_state.engine.policy, *([train_state.reference.frozen] if train_state.reference else [])):
         enable_packed_attention(model)
-    add_adapter(j.engine.policy, lora(dropout), seed=0)
-    j.engine = Engine(j.engine.policy, j.config.optimizer)
-    return j
+    add_adapter(train_state.engine.policy, lora(dropout), seed=0)
+    train_state.engine = Engine(train_state.engine.policy, train_state.config.optimizer)
+    return train_state
 
 
-def steps(j, first: int, last: int) -> list[float]:
-    return [train_step(j, n, j.step(n))["loss"] for n in range(first, last)]
+def steps(train_state, first: int, last: int) -> list[float]:
+    return [train_step(train_state, n, train_state.step_micro_batches(n))["loss"] for n in range(first, last)]
 
 
 def test_only_the_adapter_is_trained_in_float32_and_it_starts_as_the_reference(tmp_path):
-    j = with_lora(DPO(0.5), tmp_path, dropout=0.5)
-    before = {n: p.detach().clone() for n, p in j.engine.policy.named_parameters()}
-    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in j.engine.parameters.items())
-    assert evaluate_pairs(j, 0, j.heldout_pairs)["chosen_logratio"] == 0
-    steps(j, 0, 2)
-    changed = {n for n, p in j.engine.policy.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == set(j.engine.parameters)
-    assert set(j.engine.state()["weights"]) == changed
+    train_state = with_lora(DPO(0.5), tmp_path, dropout=0.5)
+    before = {n: p.detach().clone() for n, p in train_state.engine.policy.named_parameters()}
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in train_state.engine.parameters.items())
+    assert evaluate_pairs(train_state, 0, train_state.heldout_pairs)["chosen_logratio"] == 0
+    steps(train_state, 0, 2)
+    changed = {n for n, p in train_state.engine.policy.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(train_state.engine.parameters)
+    assert set(train_state.engine.state()["weights"]) == changed
     first, other = (tiny_model(50) for _ in range(2))
     add_adapter(first, lora(), seed=1)
     add_adapter(other, lora(), seed=2)
@@ -65,11 +65,11 @@ def test_only_the_adapter_is_trained_in_float32_and_it_starts_as_the_reference(t
 
 
 def test_a_checkpoint_that_lacks_an_adapter_tensor_is_refused(tmp_path):
-    j = with_lora(DPO(0.5), tmp_path)
-    state = j.engine.state()
+    train_state = with_lora(DPO(0.5), tmp_path)
+    state = train_state.engine.state()
     state["weights"] = dict(list(state["weights"].items())[1:])
     with pytest.raises(KeyError, match="lora_A"):
-        j.engine.load_state(state)
+        train_state.engine.load_state(state)
 
 
 @pytest.mark.parametrize("objective", [DPO(0.5), BetaDPO(0.5)], ids=["pair", "step"])
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_draws_the_dropout_it_would_have_drawn(objective, tmp
     assert steps(first, 0, 2) == losses[:2]
     second = with_lora(objective, tmp_path, dropout=0.5)
     second.engine.load_state(first.engine.state())
-    second.state = first.state
+    second.objective_state = first.objective_state
     torch.manual_seed(123)  # another process's generator stands anywhere
     assert steps(second, 2, 4) == losses[2:]
     for name, p in whole.engine.parameters.items():
@@ -88,20 +88,22 @@ def test_a_run_that_goes_on_draws_the_dropout_it_would_have_drawn(objective, tmp
 
 
 def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_path, monkeypatch):
-    j = with_lora(BetaDPO(0.5), tmp_path, dropout=0.5)
-    steps(j, 0, 2)  # so that the adapter does something
-    assert evaluate_pairs(j, 1, j.heldout_pairs) == evaluate_pairs(j, 1, j.heldout_pairs)
+    train_state = with_lora(BetaDPO(0.5), tmp_path, dropout=0.5)
+    steps(train_state, 0, 2)  # so that the adapter does something
+    assert evaluate_pairs(train_state, 1, train_state.heldout_pairs) == evaluate_pairs(
+        train_state, 1, train_state.heldout_pairs
+    )
     seen = []
     original = forward_policy
     monkeypatch.setattr(step, "forward_policy", lambda *a: (seen.append(found := original(*a)), found)[1])
-    micro_batches = j.step(2)
+    micro_batches = train_state.step_micro_batches(2)
     n = len(micro_batches)
     assert n > 1
-    with train_mode(j.engine.policy):
-        accumulate_gradients(j, 2, micro_batches)
-    accumulate_gradients(j, 2, micro_batches)  # as it is evaluated: no dropout
-    with train_mode(j.engine.policy):
-        accumulate_gradients(j, 3, micro_batches)
+    with train_mode(train_state.engine.policy):
+        accumulate_gradients(train_state, 2, micro_batches)
+    accumulate_gradients(train_state, 2, micro_batches)  # as it is evaluated: no dropout
+    with train_mode(train_state.engine.policy):
+        accumulate_gradients(train_state, 3, micro_batches)
     logps = [tensors["policy_chosen_logps"].detach() for tensors in seen]
     first, second, still, _, other, _ = (logps[i : i + n] for i in range(0, 6 * n, n))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -114,52 +116,54 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
 def test_gradient_checkpointing_changes_no_gradient(layout, dropout, tmp_path):
     found = []
     for on in (False, True):
-        j = job(DPO(0.5), tmp_path) if dropout is None else with_lora(DPO(0.5), tmp_path, dropout)
-        policy = j.engine.policy
+        train_state = (
+            make_train_state(DPO(0.5), tmp_path) if dropout is None else with_lora(DPO(0.5), tmp_path, dropout)
+        )
+        policy = train_state.engine.policy
         with torch.no_grad():  # B is zero in a fresh adapter: A would have no gradient, and dropout no effect
-            for name, p in j.engine.parameters.items():
+            for name, p in train_state.engine.parameters.items():
                 if "lora_B" in name:
                     p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        j.layout = LAYOUTS[layout]
-        for model in (policy, j.reference.frozen):
+        train_state.layout = LAYOUTS[layout]
+        for model in (policy, train_state.reference.frozen):
             enable_packed_attention(model)
         if on:
             checkpoint_activations(policy)
         calls = []
         policy.base_model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        micro_batches = j.step(0)
+        micro_batches = train_state.step_micro_batches(0)
         with train_mode(policy):
-            accumulate_gradients(j, 0, micro_batches)
+            accumulate_gradients(train_state, 0, micro_batches)
         assert len(calls) == len(micro_batches) * (2 if on else 1)
-        assert not j.engine.without_gradient()
-        found.append({n: p.grad for n, p in j.engine.parameters.items()})
+        assert not train_state.engine.without_gradient()
+        found.append({n: p.grad for n, p in train_state.engine.parameters.items()})
     for name, expected in found[0].items():
         assert torch.allclose(found[1][name], expected, atol=1e-6, rtol=1e-5), name
         assert expected.abs().max() > 0
 
 
 def test_a_trainable_tensor_without_gradient_stops_a_checkpointed_run(tmp_path):
-    j = with_lora(DPO(0.5), tmp_path, gradient_checkpointing=True)
-    steps(j, 0, 1)
-    j.engine.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
+    train_state = with_lora(DPO(0.5), tmp_path, gradient_checkpointing=True)
+    steps(train_state, 0, 1)
+    train_state.engine.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"got no gradient: \['unused'\]"):
-        steps(j, 1, 2)
+        steps(train_state, 1, 2)
 
 
 def test_a_reward_models_head_is_trained_beside_the_adapter(tmp_path):
-    j = with_lora(Reward(), tmp_path)
-    assert "score.weight" in j.engine.parameters
-    losses = steps(j, 0, 3)
+    train_state = with_lora(Reward(), tmp_path)
+    assert "score.weight" in train_state.engine.parameters
+    losses = steps(train_state, 0, 3)
     assert losses[-1] < losses[0]
-    save_adapter(j.engine.policy, tmp_path / "adapter")
-    merge(j.engine.policy)
-    assert not [n for n, _ in j.engine.policy.named_parameters() if "lora" in n]
+    save_adapter(train_state.engine.policy, tmp_path / "adapter")
+    merge(train_state.engine.policy)
+    assert not [n for n, _ in train_state.engine.policy.named_parameters() if "lora" in n]
     # The saved adapter holds the head too: peft makes the same reward model of it.
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    for pair in j.heldout_pairs:
+    for pair in train_state.heldout_pairs:
         row = torch.tensor([pair.prompt + pair.chosen])
-        ours = completion_rewards(j.engine.policy, LAYOUTS["padded"].collate([pair], ("chosen",)))
+        ours = completion_rewards(train_state.engine.policy, LAYOUTS["padded"].collate([pair], ("chosen",)))
         assert loaded(row).logits.item() == pytest.approx(ours.item(), abs=1e-5)
         assert ours.item() != 0
 
@@ -174,24 +178,24 @@ def test_layers_that_cannot_take_an_adapter_are_named(modules, message):
 
 
 def test_merging_computes_the_same(tmp_path):
-    j = with_lora(DPO(0.5), tmp_path)
-    policy = j.engine.policy
-    for p in j.engine.parameters.values():
+    train_state = with_lora(DPO(0.5), tmp_path)
+    policy = train_state.engine.policy
+    for p in train_state.engine.parameters.values():
         torch.nn.init.normal_(p, std=0.1)
-    batch = j.layout.collate(j.train_pairs[:4])
+    batch = train_state.layout.collate(train_state.train_pairs[:4])
     with torch.no_grad():
         expected = LogprobComputer("float32")(policy, batch).sums
-        names = {n for n, _ in tiny_model(len(j.tokenizer)).named_parameters()}
+        names = {n for n, _ in tiny_model(len(train_state.tokenizer)).named_parameters()}
         merge(policy)
         assert {n for n, _ in policy.named_parameters()} == names
         found = LogprobComputer("float32")(policy, batch).sums
     assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, j.reference.logps([], batch), atol=1e-2)
+    assert not torch.allclose(found, train_state.reference.logps([], batch), atol=1e-2)
 
 
-def logps(model, j) -> torch.Tensor:
+def logps(model, train_state) -> torch.Tensor:
     with torch.no_grad():
-        return LogprobComputer("float32")(model.eval(), LAYOUTS["padded"].collate(j.train_pairs)).sums
+        return LogprobComputer("float32")(model.eval(), LAYOUTS["padded"].collate(train_state.train_pairs)).sums
 
 
 def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tiny_folder, tmp_path):
@@ -205,13 +209,13 @@ def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tin
     run = tmp_path / "runs" / record["name"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     final = [row for row in rows if row["split"] == "heldout"][-1]
-    j = job(DPO(0.1), tmp_path)
+    train_state = make_train_state(DPO(0.1), tmp_path)
     base = load_model(ModelConfig("tiny", str(tiny_folder / "model")), "cpu")
-    before = logps(base, j)
+    before = logps(base, train_state)
     policy = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32)
     base.load_adapter(str(run / "adapter"))
-    assert torch.allclose(logps(policy, j), logps(base, j), atol=1e-4)
-    assert not torch.allclose(logps(policy, j), before, atol=1e-2)
+    assert torch.allclose(logps(policy, train_state), logps(base, train_state), atol=1e-4)
+    assert not torch.allclose(logps(policy, train_state), before, atol=1e-2)
 
     again = run_program(*common, f"peft.path={run / 'adapter'}", env=environment)
     assert again.returncode == 0, again.stderr
@@ -284,15 +288,25 @@ def test_an_adapter_on_weights_of_4_bits_is_one_on_the_rounded_weights(quantized
     """Also after an evaluation, in which bitsandbytes would pack the weights anew."""
     losses, digests = [], []
     for policy in quantized:
-        j = job(DPO(0.5), tmp_path)
-        j.layout = LAYOUTS["packed"]
+        train_state = make_train_state(DPO(0.5), tmp_path)
+        train_state.layout = LAYOUTS["packed"]
         enable_packed_attention(policy)
         digests.append(weights_digest(policy))
         add_adapter(policy, lora(), seed=0)
-        j.engine, j.reference = Engine(policy, j.config.optimizer), AdapterOff(policy, LogprobComputer("float32"))
-        assert evaluate_pairs(j, 0, j.heldout_pairs)["chosen_logratio"] == 0
+        train_state.engine, train_state.reference = (
+            Engine(policy, train_state.config.optimizer),
+            AdapterOff(policy, LogprobComputer("float32")),
+        )
+        assert evaluate_pairs(train_state, 0, train_state.heldout_pairs)["chosen_logratio"] == 0
         losses.append(
-            [loss for n in range(3) for loss in (*steps(j, n, n + 1), evaluate_pairs(j, 1, j.heldout_pairs)["loss"])]
+            [
+                loss
+                for n in range(3)
+                for loss in (
+                    *steps(train_state, n, n + 1),
+                    evaluate_pairs(train_state, 1, train_state.heldout_pairs)["loss"],
+                )
+            ]
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]

@@ -18,7 +18,7 @@ from prefopt.rewards.oracle import Vader
 from prefopt.rewards.reward_model import CustomRewardModel, RewardModel
 from prefopt.rewards.rows import requests_of, score_rows
 from prefopt.rewards.scorers import Columns, OracleScorer, RewardScorer
-from prefopt.training.metrics import reliability
+from prefopt.training.metrics import calibration
 from prefopt.utils import tensor_store
 from prefopt.utils.files import atomic_write
 from tests.helpers.tiny import records, run_program, save_tiny, write_pairs
@@ -235,7 +235,7 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypat
 def test_the_reliability_table():
     """Log-odds 2 (0.88), right three times of four; 0.1 (0.525), right once of two; a tie."""
     margins = torch.tensor([2.0, 2.0, 2.0, -2.0, 0.1, -0.1, 0.0])
-    found = reliability(margins)
+    found = calibration(margins)
     low, high = found["reliability"]
     assert (low["n"], high["n"]) == (3, 4)
     assert low["accuracy"] == 0.5
@@ -244,7 +244,7 @@ def test_the_reliability_table():
     assert high["confidence"] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-6)
     expected = (3 * abs(low["confidence"] - 0.5) + 4 * abs(high["confidence"] - 0.75)) / 7
     assert found["calibration_error"] == pytest.approx(expected)
-    assert reliability(torch.tensor([1e4, 1e4]))["calibration_error"] == 0
+    assert calibration(torch.tensor([1e4, 1e4]))["calibration_error"] == 0
 
 
 def test_from_a_reward_model_to_mappo_on_the_command_line(overrides, tiny_folder, tmp_path):

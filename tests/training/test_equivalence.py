@@ -20,37 +20,41 @@ from prefopt.objectives.dpo import DPO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
 from prefopt.training.step import accumulate_gradients, train_step
-from tests.training.test_loop import job
+from tests.training.test_loop import make_train_state
 
 
-def with_adapter(j):
-    """LoRA on `j`'s policy, whose trainable weights it replaces; not zero, so that policy and reference differ."""
+def with_adapter(train_state):
+    """LoRA on the policy, whose trainable weights it replaces; not zero, so that policy and reference differ."""
     torch.manual_seed(1)
-    j.engine.policy.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    j.engine.parameters = {n: p for n, p in j.engine.policy.named_parameters() if p.requires_grad}
-    return j
+    train_state.engine.policy.add_adapter(
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    train_state.engine.parameters = {n: p for n, p in train_state.engine.policy.named_parameters() if p.requires_grad}
+    return train_state
 
 
 def one_step(objective, tmp_path, layout: str, logits: str, mode: str, tokens: int) -> dict[str, torch.Tensor]:
     """Everything that a step computes, by name; log-probs in the order of the pairs' ids."""
-    j = job(objective, tmp_path, logits=logits, micro_batch_tokens=tokens)
-    j.layout, policy = LAYOUTS[layout], j.engine.policy
+    train_state = make_train_state(objective, tmp_path, logits=logits, micro_batch_tokens=tokens)
+    train_state.layout, policy = LAYOUTS[layout], train_state.engine.policy
     if layout == "packed":
         enable_packed_attention(policy)
     score = LogprobComputer("float32", logits == "tiled")
     if mode == "resident":
-        j.reference = Resident.copy_of(policy, score)
+        train_state.reference = Resident.copy_of(policy, score)
     elif mode == "cached" and objective.completions == ("chosen", "rejected"):
-        j.reference = cached(policy, layout, j.train_pairs, j.layout, 200, score, lambda: policy, show=False)
-    with_adapter(j)
+        train_state.reference = cached(
+            policy, layout, train_state.train_pairs, train_state.layout, 200, score, lambda: policy, show=False
+        )
+    with_adapter(train_state)
     if mode == "adapter_off":
-        j.reference = AdapterOff(policy, score)
-    micro_batches = j.micro_batches(j.train_pairs[:7])
+        train_state.reference = AdapterOff(policy, score)
+    micro_batches = train_state.micro_batches(train_state.train_pairs[:7])
     assert (len(micro_batches) == 1) == (tokens > 1000)
-    scored = accumulate_gradients(j, 0, micro_batches)
+    scored = accumulate_gradients(train_state, 0, micro_batches)
     order = [p.id for m in micro_batches for p in m.pairs]
     places = torch.tensor(sorted(range(7), key=lambda i: order[i]))
-    result = {n: p.grad for n, p in j.engine.parameters.items()}
+    result = {n: p.grad for n, p in train_state.engine.parameters.items()}
     for name in scored[0][0].tensors():
         result[name] = torch.cat([getattr(inputs, name) for inputs, _ in scored])[places]
     result["losses"] = torch.cat([output.losses.detach() for _, output in scored])[places]
@@ -100,15 +104,15 @@ class Waits(TorchDispatchMode):
 def test_nothing_waits_for_the_device_inside_a_step(name, layout, tmp_path):
     """On a GPU each of these would stop the queue of kernels. The metrics leave as one tensor, after the gradients. (In
     padded rows transformers looks at the mask's values.)"""
-    j = job(OBJECTIVES[name], tmp_path)
-    j.layout = LAYOUTS[layout]
-    for model in (j.engine.policy, j.reference.frozen):
+    train_state = make_train_state(OBJECTIVES[name], tmp_path)
+    train_state.layout = LAYOUTS[layout]
+    for model in (train_state.engine.policy, train_state.reference.frozen):
         enable_packed_attention(model)
-    micro_batches = j.step(0)
+    micro_batches = train_state.step_micro_batches(0)
     assert len(micro_batches) > 1
     with Waits() as waits:
-        accumulate_gradients(j, 0, micro_batches)
-        j.engine.clip_gradients()
+        accumulate_gradients(train_state, 0, micro_batches)
+        train_state.engine.clip_gradients()
     assert waits.calls == []
     with Waits() as all_waits:
         assert torch.ones(1).item() == 1  # they are seen
@@ -120,15 +124,17 @@ def test_a_whole_step_is_the_same_in_every_layout(tmp_path):
     results = []
     for layout in LAYOUTS:
         # Adam divides by the gradient's size; without a large eps, one that is nearly zero would move by its rounding.
-        j = job(DPO(0.5), tmp_path, optimizer=OptimizerConfig(1e-2, [0.9, 0.999], 1e-2, 0.0, 1.0))
-        before = j.engine.policy.get_input_embeddings().weight.detach().clone()
-        j.layout = LAYOUTS[layout]
-        for model in (j.engine.policy, j.reference.frozen):
+        train_state = make_train_state(
+            DPO(0.5), tmp_path, optimizer=OptimizerConfig(1e-2, [0.9, 0.999], 1e-2, 0.0, 1.0)
+        )
+        before = train_state.engine.policy.get_input_embeddings().weight.detach().clone()
+        train_state.layout = LAYOUTS[layout]
+        for model in (train_state.engine.policy, train_state.reference.frozen):
             enable_packed_attention(model)
         for step in range(3):
-            train_step(j, step, j.step(step))
-        assert (j.engine.policy.get_input_embeddings().weight - before).abs().max() > 1e-3
-        results.append({n: p.detach() for n, p in j.engine.policy.named_parameters()})
+            train_step(train_state, step, train_state.step_micro_batches(step))
+        assert (train_state.engine.policy.get_input_embeddings().weight - before).abs().max() > 1e-3
+        results.append({n: p.detach() for n, p in train_state.engine.policy.named_parameters()})
     for other in results[1:]:
         for n, p in results[0].items():
             assert torch.allclose(p, other[n], atol=1e-5), n

@@ -40,7 +40,7 @@ from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pair
 TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
-def job(objective, tmp_path, **changes) -> TrainState:
+def make_train_state(objective, tmp_path, **changes) -> TrainState:
     config = TrainConfig(
         **{"steps": 4, "exports": 1, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
         | {"logits": "tiled", "precision": "float32", "gradient_checkpointing": False}
@@ -66,20 +66,22 @@ def job(objective, tmp_path, **changes) -> TrainState:
     )  # fmt: skip
 
 
-def step(job: TrainState, n: int) -> dict:
-    return train_step(job, n, job.step(n))
+def step(train_state: TrainState, n: int) -> dict:
+    return train_step(train_state, n, train_state.step_micro_batches(n))
 
 
-def gradients(job: TrainState) -> dict[str, torch.Tensor]:
+def gradients(train_state: TrainState) -> dict[str, torch.Tensor]:
     """The gradient of one step, taken where the loop would hand it to the optimizer."""
     seen = {}
-    job.engine.step = lambda lr: seen.update({n: p.grad.clone() for n, p in job.engine.parameters.items()})  # type: ignore[method-assign,union-attr]
-    step(job, 0)
+    train_state.engine.step = lambda lr: seen.update(
+        {n: p.grad.clone() for n, p in train_state.engine.parameters.items()}
+    )  # type: ignore[method-assign,union-attr]
+    step(train_state, 0)
     return seen
 
 
 def test_step_0_of_dpo_is_log_2_with_zero_margin(tmp_path):
-    metrics = step(job(DPO(0.1), tmp_path), 0)
+    metrics = step(make_train_state(DPO(0.1), tmp_path), 0)
     assert metrics["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert metrics["chosen_logratio"] == metrics["rejected_logratio"] == metrics["margin"] == metrics["accuracy"] == 0
     assert metrics["tie_rate"] == 1
@@ -102,15 +104,15 @@ def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
     differ and running moments have moved."""
     results, counts = [], []
     for tokens in (1, 150, 300, 600, 10_000):
-        j = job(objective, tmp_path, micro_batch_tokens=10_000)
-        step(j, 0)
-        j.config.micro_batch_tokens = tokens
-        micro_batches = j.micro_batches(j.train_pairs[:7])
+        train_state = make_train_state(objective, tmp_path, micro_batch_tokens=10_000)
+        step(train_state, 0)
+        train_state.config.micro_batch_tokens = tokens
+        micro_batches = train_state.micro_batches(train_state.train_pairs[:7])
         counts.append(len(micro_batches))
-        scored = accumulate_gradients(j, 1, micro_batches)
+        scored = accumulate_gradients(train_state, 1, micro_batches)
         assert sum(output.losses.numel() for _, output in scored) == 7
         state = scored[-1][1].state
-        results.append({name: p.grad.clone() for name, p in j.engine.parameters.items()} | state)
+        results.append({name: p.grad.clone() for name, p in train_state.engine.parameters.items()} | state)
     assert counts[0] == 7
     assert counts[-1] == 1
     assert len(set(counts)) >= 4
@@ -124,13 +126,13 @@ def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
 @pytest.mark.parametrize("objective", [DPO(0.1), MMPO(0.1, micro_batch_size=2)], ids=["pair", "micro_batch"])
 @pytest.mark.parametrize(("batch_size", "n"), [(8, 2), (8, 3), (2, 3)])
 def test_the_pairs_of_a_step_are_dealt_out_whole_and_in_equal_rounds(objective, batch_size, n, tmp_path, monkeypatch):
-    j = job(objective, tmp_path, batch_size=batch_size)
-    alone = [[p.id for p in micro_batch.pairs] for micro_batch in j.step(1)]
+    train_state = make_train_state(objective, tmp_path, batch_size=batch_size)
+    alone = [[p.id for p in micro_batch.pairs] for micro_batch in train_state.step_micro_batches(1)]
     monkeypatch.setenv("WORLD_SIZE", str(n))
     shares = []
     for r in range(n):
         monkeypatch.setenv("RANK", str(r))
-        shares.append([[p.id for p in micro_batch.pairs] for micro_batch in j.step(1)])
+        shares.append([[p.id for p in micro_batch.pairs] for micro_batch in train_state.step_micro_batches(1)])
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for part in share for i in part) == sorted(i for part in alone for i in part)
     if objective.scope == "micro_batch":
@@ -142,7 +144,7 @@ def test_the_pairs_of_a_step_are_dealt_out_whole_and_in_equal_rounds(objective, 
 def test_mmpo_normalization_depends_on_the_micro_batch_as_its_scope_says(tmp_path):
     objective = MMPO(5.0, margin=0.1, length_normalize=True, auxiliary_weight=0.0)
     a, b, c = (
-        gradients(job(replace(objective, micro_batch_size=size), tmp_path, micro_batch_tokens=tokens))
+        gradients(make_train_state(replace(objective, micro_batch_size=size), tmp_path, micro_batch_tokens=tokens))
         for size, tokens in ((1, 10_000), (4, 10_000), (4, 100))
     )
     assert all(torch.equal(b[name], c[name]) for name in b)
@@ -150,69 +152,69 @@ def test_mmpo_normalization_depends_on_the_micro_batch_as_its_scope_says(tmp_pat
 
 
 def test_the_state_of_an_objective_moves_with_each_step_and_not_with_evaluations(tmp_path):
-    j = job(BetaDPO(0.5), tmp_path)
-    assert j.state == {"mean": 0.0, "scale": 1.0}
-    step(j, 0)
-    after_one = dict(j.state)
+    train_state = make_train_state(BetaDPO(0.5), tmp_path)
+    assert train_state.objective_state == {"mean": 0.0, "scale": 1.0}
+    step(train_state, 0)
+    after_one = dict(train_state.objective_state)
     assert after_one["scale"] == pytest.approx(0.9)  # policy = reference: all gaps are 0
-    evaluate_pairs(j, 1, j.heldout_pairs)
-    assert j.state == after_one
-    metrics = step(j, 1)
-    assert j.state["mean"] != after_one["mean"]
+    evaluate_pairs(train_state, 1, train_state.heldout_pairs)
+    assert train_state.objective_state == after_one
+    metrics = step(train_state, 1)
+    assert train_state.objective_state["mean"] != after_one["mean"]
     assert metrics["beta_dpo/kept"] == 6 / 8
-    assert metrics["beta_dpo/running_mean"] == pytest.approx(j.state["mean"].item())
+    assert metrics["beta_dpo/running_mean"] == pytest.approx(train_state.objective_state["mean"].item())
 
 
 def test_sft_is_the_mean_over_tokens(tmp_path):
-    j = job(SFT(), tmp_path, micro_batch_tokens=300)
-    pairs = [j.train_pairs[i] for i in step_indices(16, 0, 0, 8)]
+    train_state = make_train_state(SFT(), tmp_path, micro_batch_tokens=300)
+    pairs = [train_state.train_pairs[i] for i in step_indices(16, 0, 0, 8)]
     assert len({len(p.chosen) for p in pairs}) > 1
     logits = [
-        j.engine.policy(torch.tensor([p.prompt + p.chosen])).logits[0, len(p.prompt) - 1 : -1].log_softmax(-1)
+        train_state.engine.policy(torch.tensor([p.prompt + p.chosen])).logits[0, len(p.prompt) - 1 : -1].log_softmax(-1)
         for p in pairs
     ]
     logps = [log[range(len(p.chosen)), p.chosen] for log, p in zip(logits, pairs, strict=True)]
-    metrics = step(j, 0)
+    metrics = step(train_state, 0)
     assert metrics["loss"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-6)
     assert "accuracy" not in metrics
     assert "rejected_logps" not in metrics
 
 
 def test_sft_on_chats_counts_every_assistant_turn_and_nothing_else(tmp_path):
-    j = job(SFT(), tmp_path, micro_batch_tokens=300, batch_size=3)
+    train_state = make_train_state(SFT(), tmp_path, micro_batch_tokens=300, batch_size=3)
     turns = ["Hello", "Hi.", "A river?", "Long and loud.", "Soup?", "Good."]
     chats = [
         Chat(str(n), [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns[:n])])
         for n in (2, 4, 6)
     ]
-    j.train_pairs, drops, _ = tokenize(j.tokenizer, chats, 100, 100)
+    train_state.train_pairs, drops, _ = tokenize(train_state.tokenizer, chats, 100, 100)
     assert not drops
     expected = []
     for chat in chats:
         ids, counted = [], []  # turn by turn, as the template writes them
         for message in chat.messages:
-            opening = encode(j.tokenizer, [f"<|im_start|>{message['role']}\n"])[0]
-            said = encode(j.tokenizer, [message["content"] + "<|im_end|>"])[0]
-            after = encode(j.tokenizer, ["\n"])[0]
+            opening = encode(train_state.tokenizer, [f"<|im_start|>{message['role']}\n"])[0]
+            said = encode(train_state.tokenizer, [message["content"] + "<|im_end|>"])[0]
+            after = encode(train_state.tokenizer, ["\n"])[0]
             ids += opening + said + after
             counted += [False] * len(opening) + [message["role"] == "assistant"] * len(said) + [False] * len(after)
-        logits = j.engine.policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logits = train_state.engine.policy(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected += [logits[i - 1, ids[i]].item() for i in range(len(ids)) if counted[i]]
-    assert sum(p.num_loss_tokens for p in j.train_pairs) == len(expected)
-    metrics = step(j, 0)
+    assert sum(p.num_loss_tokens for p in train_state.train_pairs) == len(expected)
+    metrics = step(train_state, 0)
     assert metrics["loss"] == pytest.approx(-sum(expected) / len(expected), rel=1e-5)
     assert metrics["chosen_length"] == pytest.approx(len(expected) / 3)
 
 
 def test_diagnostics_are_logged_under_the_objectives_name(tmp_path):
-    metrics = step(job(MADPO(0.1), tmp_path), 0)
+    metrics = step(make_train_state(MADPO(0.1), tmp_path), 0)
     assert metrics["madpo/saturation"] == 0
     for key in ("madpo/weight", "madpo/weight_p10", "madpo/weight_p50", "madpo/weight_p90"):
         assert metrics[key] == pytest.approx(MADPO(0.1).weights(torch.tensor(0.7)).item())  # all rows: 0.9 - 0.2
-    metrics = step(job(MaPPO(DPO(0.1)), tmp_path), 0)
+    metrics = step(make_train_state(MaPPO(DPO(0.1)), tmp_path), 0)
     assert metrics["mappo_dpo/delta_r_p50"] == pytest.approx(0.7)
     assert "mappo_dpo/saturation" in metrics
-    assert "mmpo/chosen_reward_p90" in step(job(MMPO(0.1), tmp_path), 0)
+    assert "mmpo/chosen_reward_p90" in step(make_train_state(MMPO(0.1), tmp_path), 0)
 
 
 def test_the_squeezing_alarm(tmp_path, capsys):
@@ -223,77 +225,77 @@ def test_the_squeezing_alarm(tmp_path, capsys):
         def losses(self, inputs, chosen, rejected):
             return chosen + 2 * rejected
 
-    j = job(Squeeze(1.0, nll_weight=0.0), tmp_path, squeeze_alarm=0.05)
-    evaluate(j, 1)
+    train_state = make_train_state(Squeeze(1.0, nll_weight=0.0), tmp_path, squeeze_alarm=0.05)
+    evaluate(train_state, 1)
     assert "squeezing" not in capsys.readouterr().err
     for n in range(4):
-        step(j, n)
-    evaluate(j, 4)
+        step(train_state, n)
+    evaluate(train_state, 4)
     assert "have lost" in (said := capsys.readouterr().err)
     assert "squeeze_alarm=0.05" in said
-    j.config.squeeze_alarm = None
-    evaluate(j, 4)
+    train_state.config.squeeze_alarm = None
+    evaluate(train_state, 4)
     assert "squeezing" not in capsys.readouterr().err
 
 
 def test_the_reference_never_changes(tmp_path):
-    j = job(DPO(0.5), tmp_path)
-    before = [p.clone() for p in j.reference.frozen.parameters()]
-    policy = [p.detach().clone() for p in j.engine.policy.parameters()]
-    step(j, 0)
-    assert all(torch.equal(a, b) for a, b in zip(before, j.reference.frozen.parameters(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(policy, j.engine.policy.parameters(), strict=True))
-    assert not j.reference.frozen.training
+    train_state = make_train_state(DPO(0.5), tmp_path)
+    before = [p.clone() for p in train_state.reference.frozen.parameters()]
+    policy = [p.detach().clone() for p in train_state.engine.policy.parameters()]
+    step(train_state, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, train_state.reference.frozen.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(policy, train_state.engine.policy.parameters(), strict=True))
+    assert not train_state.reference.frozen.training
 
 
 def test_training_lowers_the_loss(tmp_path):
-    j = job(DPO(0.5), tmp_path, steps=20)
-    losses = [step(j, n)["loss"] for n in range(20)]
+    train_state = make_train_state(DPO(0.5), tmp_path, steps=20)
+    losses = [step(train_state, n)["loss"] for n in range(20)]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_non_finite_step_is_refused_with_the_ids_of_its_pairs(tmp_path):
-    j = job(DPO(0.5), tmp_path, batch_size=2)
-    j.run = SimpleNamespace(folder=tmp_path, metrics_file=tmp_path / "metrics.jsonl")
+    train_state = make_train_state(DPO(0.5), tmp_path, batch_size=2)
+    train_state.run = SimpleNamespace(folder=tmp_path, metrics_file=tmp_path / "metrics.jsonl")
     with torch.no_grad():
-        j.engine.policy.get_output_embeddings().weight[0, 0] = float("nan")
-    before = [p.detach().clone() for p in j.engine.policy.parameters()]
+        train_state.engine.policy.get_output_embeddings().weight[0, 0] = float("nan")
+    before = [p.detach().clone() for p in train_state.engine.policy.parameters()]
     with pytest.raises(UserError, match="step 1: loss and gradient_norm not finite") as error:
-        step(j, 0)
+        step(train_state, 0)
     for i in step_indices(16, 0, 0, 2):
-        assert j.train_pairs[i].id in str(error.value)
-    after = list(j.engine.policy.parameters())
+        assert train_state.train_pairs[i].id in str(error.value)
+    after = list(train_state.engine.policy.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
 
 
 def test_evaluation_is_the_mean_over_pairs_also_with_an_uneven_last_batch(tmp_path):
-    j = job(SimPO(2.0, 0.5), tmp_path)
-    assert len(j.heldout_pairs) == 5
-    uneven = evaluate_pairs(j, 0, j.heldout_pairs)
-    j.config.micro_batch_tokens = 10_000
-    whole = evaluate_pairs(j, 0, j.heldout_pairs)
+    train_state = make_train_state(SimPO(2.0, 0.5), tmp_path)
+    assert len(train_state.heldout_pairs) == 5
+    uneven = evaluate_pairs(train_state, 0, train_state.heldout_pairs)
+    train_state.config.micro_batch_tokens = 10_000
+    whole = evaluate_pairs(train_state, 0, train_state.heldout_pairs)
     assert uneven == pytest.approx(whole, rel=1e-5)
     assert uneven["n"] == 5
 
 
 def test_a_policy_that_is_not_the_reference_stops_the_run(tmp_path):
-    j = job(DPO(0.1), tmp_path)
+    train_state = make_train_state(DPO(0.1), tmp_path)
     with torch.no_grad():
-        j.engine.policy.get_output_embeddings().weight.mul_(1.01)
+        train_state.engine.policy.get_output_embeddings().weight.mul_(1.01)
     with pytest.raises(UserError, match="differs from the reference"):
-        evaluate_pairs(j, 0, j.heldout_pairs)
+        evaluate_pairs(train_state, 0, train_state.heldout_pairs)
 
 
 def test_a_loss_that_is_not_its_constant_stops_the_run():
     zero, lost = torch.zeros(2), torch.tensor([0.0, float("nan")])
     ones = torch.ones(2)
     same = [PairInputs(zero, zero, ones, ones, reference_chosen_logps=zero, reference_rejected_logps=zero)]
-    j = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32", reference_model=None))
-    check_step0(j, same, 0.693147)
+    train_state = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32", reference_model=None))
+    check_step0(train_state, same, 0.693147)
     with pytest.raises(UserError, match=r"loss is 0\.700000; it must be 0\.693147"):
-        check_step0(j, same, 0.7)
+        check_step0(train_state, same, 0.7)
     with pytest.raises(UserError, match="differs from the reference"):
-        check_step0(j, [replace(same[0], policy_chosen_logps=lost)], 0.693147)
+        check_step0(train_state, [replace(same[0], policy_chosen_logps=lost)], 0.693147)
 
 
 def test_means_are_over_all_values_whatever_their_portions():
@@ -309,43 +311,43 @@ def test_mean_and_error():
 
 
 def test_step_0_is_checked_on_training_pairs_where_none_are_held_out(tmp_path, capsys):
-    j = job(DPO(0.1), tmp_path)
-    j.heldout_pairs = []
-    assert evaluate(j, 0) == {}
+    train_state = make_train_state(DPO(0.1), tmp_path)
+    train_state.heldout_pairs = []
+    assert evaluate(train_state, 0) == {}
     assert "policy = reference" in capsys.readouterr().err
     with torch.no_grad():
-        j.engine.policy.get_output_embeddings().weight.mul_(1.01)
-    j.heldout_reference = []
+        train_state.engine.policy.get_output_embeddings().weight.mul_(1.01)
+    train_state.heldout_reference = []
     with pytest.raises(UserError, match="differs from the reference"):
-        evaluate(j, 0)
+        evaluate(train_state, 0)
 
 
 def test_the_weights_with_the_lowest_held_out_loss_come_back(tmp_path):
     """Also from a checkpoint in between."""
-    j = job(DPO(0.5), tmp_path, patience=2)
+    train_state = make_train_state(DPO(0.5), tmp_path, patience=2)
     early_stopping, losses, weights = EarlyStopping(), [0.7, 0.5, 0.6, float("nan")], []
     for n, loss in enumerate(losses):
-        weights.append([p.detach().clone() for p in j.engine.policy.parameters()])
-        early_stopping.update(j, n, {"loss": loss})
+        weights.append([p.detach().clone() for p in train_state.engine.policy.parameters()])
+        early_stopping.update(train_state, n, {"loss": loss})
         if n == 2:
             save_checkpoint(
-                tmp_path / "checkpoints", n, j.engine.state() | early_stopping.state(), early_stopping.meta()
+                tmp_path / "checkpoints", n, train_state.engine.state() | early_stopping.state(), early_stopping.meta()
             )
             tensors, meta = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
             early_stopping = EarlyStopping(tensors["best"], **meta["best"])
-        step(j, n)
+        step(train_state, n)
     assert (early_stopping.step, early_stopping.loss, early_stopping.evaluations_since) == (1, 0.5, 2)
-    early_stopping.restore(j)
-    assert all(torch.equal(a, b) for a, b in zip(weights[1], j.engine.policy.parameters(), strict=True))
+    early_stopping.restore(train_state)
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], train_state.engine.policy.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(weights[1], weights[2], strict=True))
 
 
 def test_without_patience_nothing_is_kept(tmp_path):
-    j, early_stopping = job(DPO(0.5), tmp_path), EarlyStopping()
-    early_stopping.update(j, 0, {"loss": 1.0})
-    early_stopping.update(j, 1, {"loss": 2.0})
+    train_state, early_stopping = make_train_state(DPO(0.5), tmp_path), EarlyStopping()
+    early_stopping.update(train_state, 0, {"loss": 1.0})
+    early_stopping.update(train_state, 1, {"loss": 2.0})
     assert not early_stopping.weights
     assert early_stopping.state() == early_stopping.meta() == {}
-    before = [p.detach().clone() for p in j.engine.policy.parameters()]
-    early_stopping.restore(j)
-    assert all(torch.equal(a, b) for a, b in zip(before, j.engine.policy.parameters(), strict=True))
+    before = [p.detach().clone() for p in train_state.engine.policy.parameters()]
+    early_stopping.restore(train_state)
+    assert all(torch.equal(a, b) for a, b in zip(before, train_state.engine.policy.parameters(), strict=True))

@@ -19,7 +19,7 @@ from prefopt.objectives.simpo import SimPO
 from prefopt.training.state import TrainState
 from prefopt.training.step import train_step
 from tests.helpers.tiny import tiny_tokenizer
-from tests.training.test_loop import job
+from tests.training.test_loop import make_train_state
 
 # TRL 1.16 asks transformers for a name that is going to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -37,8 +37,8 @@ CHATML_ENDING_WITH_TERMINATOR = (
 )
 
 
-def trl_trainer(method: str, settings: dict[str, Any], job: TrainState, indices: list[int], folder: Path):
-    """TRL's trainer for the steps of `job`, from the same weights, on the pairs `indices` of pairs.jsonl."""
+def trl_trainer(method: str, settings: dict[str, Any], train_state: TrainState, indices: list[int], folder: Path):
+    """TRL's trainer for the steps of `train_state`, from the same weights, on the pairs `indices` of pairs.jsonl."""
     # Imported here because it takes seconds.
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -55,7 +55,7 @@ def trl_trainer(method: str, settings: dict[str, Any], job: TrainState, indices:
     ]
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML_ENDING_WITH_TERMINATOR
-    config, optimizer = job.config, job.config.optimizer
+    config, optimizer = train_state.config, train_state.config.optimizer
     settings = settings | {
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
@@ -79,17 +79,19 @@ def trl_trainer(method: str, settings: dict[str, Any], job: TrainState, indices:
         "disable_tqdm": True,
     }
     arguments = {
-        "model": copy.deepcopy(job.reference.frozen).requires_grad_(True),
+        "model": copy.deepcopy(train_state.reference.frozen).requires_grad_(True),
         "train_dataset": Dataset.from_list(rows),
         "processing_class": tokenizer,
     }
     if method == "dpo":
-        trainer = DPOTrainer(args=DPOConfig(**settings), ref_model=copy.deepcopy(job.reference.frozen), **arguments)
+        trainer = DPOTrainer(
+            args=DPOConfig(**settings), ref_model=copy.deepcopy(train_state.reference.frozen), **arguments
+        )
     else:
         trainer = CPOTrainer(args=CPOConfig(**settings), **arguments)
     # TRL's own AdamW, but our schedule: at step s of a warm-up of w steps transformers has s / w of the peak, so its
     # first step moves nothing, where `Cosine` has (s + 1) / w. After the warm-up both are the same.
-    trainer.lr_scheduler = LambdaLR(trainer.create_optimizer(), lambda step: job.schedule(step, config.steps))
+    trainer.lr_scheduler = LambdaLR(trainer.create_optimizer(), lambda step: train_state.schedule(step, config.steps))
     return trainer
 
 
@@ -116,15 +118,19 @@ def token_ids(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
 )
 def test_the_loss_curve_is_that_of_trl(objective, method, settings, tmp_path):
     sizes = {"steps": STEPS, "batch_size": BATCH_SIZE}
-    j = job(objective, tmp_path, optimizer=OPTIMIZER, **sizes)
-    indices = [i for step in range(STEPS) for i in step_indices(len(j.train_pairs), j.config.seed, step, BATCH_SIZE)]
-    trainer = trl_trainer(method, settings, j, indices, tmp_path)
-    ordered = [j.train_pairs[i] for i in indices]
+    train_state = make_train_state(objective, tmp_path, optimizer=OPTIMIZER, **sizes)
+    indices = [
+        i
+        for step in range(STEPS)
+        for i in step_indices(len(train_state.train_pairs), train_state.config.seed, step, BATCH_SIZE)
+    ]
+    trainer = trl_trainer(method, settings, train_state, indices, tmp_path)
+    ordered = [train_state.train_pairs[i] for i in indices]
     assert [token_ids(row) for row in trainer.train_dataset] == [(p.prompt, p.chosen, p.rejected) for p in ordered]
 
     trainer.train()
     theirs = [row for row in trainer.state.log_history if "loss" in row]
-    ours = [train_step(j, step, j.step(step)) for step in range(STEPS)]
+    ours = [train_step(train_state, step, train_state.step_micro_batches(step)) for step in range(STEPS)]
 
     assert [row["learning_rate"] for row in theirs] == pytest.approx([row["lr"] for row in ours])
     assert [row["loss"] for row in theirs] == pytest.approx([row["loss"] for row in ours], rel=0, abs=1e-5)

@@ -1,0 +1,183 @@
+"""The parts of a run, made from its config: tokenized data, policy, layout, reference, engine."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import prefopt.models.reference
+from prefopt.config.schema import ModelConfig
+from prefopt.data import cache
+from prefopt.data.collate import Layout
+from prefopt.data.sampler import run_indices
+from prefopt.data.tokenize import TokenizedPair
+from prefopt.errors import UserError
+from prefopt.models import layout_check, load
+from prefopt.models.logprobs import LogprobComputer
+from prefopt.models.lora import adapter_layers, add_adapter, checkpoint_activations, merge_adapter
+from prefopt.models.packed_attention import enable_packed_attention
+from prefopt.models.reference import SIDES, AdapterOff, Cached, Reference, Resident
+from prefopt.objectives.base import Objective
+from prefopt.training.config import TrainConfig
+from prefopt.training.engine import Engine
+from prefopt.utils.distributed import main_process_first
+from prefopt.utils.memory import keep_freed_memory
+
+LAYOUT_CHECK_PAIRS = 256  # the layout is checked against the model on pairs from these
+
+
+def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTokenizerBase, dict[str, cache.Prepared]]:
+    """The policy's tokenizer, and the tokenized splits by name ("train", and "heldout" where there is one).
+
+    Reads no weights. Raises UserError for a model that cannot be found, and for rows that model or objective cannot
+    take.
+    """
+    max_positions = load.check_model(config.model)
+    if other := reference_model(config):
+        load.check_model(other, "reference_model")
+    tokenizer = load.load_tokenizer(config.model)
+    with main_process_first():
+        data = cache.prepare_dataset(
+            config.dataset,
+            tokenizer,
+            cache.Limits(config.max_prompt_tokens, config.max_completion_tokens),
+            functools.partial(check_rewards, objective),
+            config.logger.progress,
+        )
+
+    longest = max(split.longest for split in data.values())
+    if max_positions is not None and longest > max_positions:
+        raise UserError(
+            f"the longest row has {longest} tokens, and {config.model.path} was made for {max_positions} "
+            f"(max_position_embeddings). Lower max_prompt_tokens={config.max_prompt_tokens} and "
+            f"max_completion_tokens={config.max_completion_tokens}, or take another model."
+        )
+    if data["train"].counts["kind"] == "chats" and "rejected" in objective.completions:
+        raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
+    return tokenizer, data
+
+
+def check_rewards(objective: Objective, split: str, rewards: dict[str, Any]) -> None:
+    """Raise UserError where the objective needs other prior rewards than the split has (`Split.rewards`)."""
+    if "rewards" not in objective.needs:
+        return
+    if rewards["lacking"]:
+        raise UserError(
+            f"objective {objective.name} needs the prior rewards of both completions, and {rewards['lacking']} of "
+            f"{rewards['items']} {split} items have none. Give chosen_reward and rejected_reward in the rows (other "
+            "names: dataset.columns), or responses with rewards (dataset.format ScoredResponses)."
+        )
+    low, high = objective.reward_range or (-math.inf, math.inf)
+    for reward, item in (rewards["low"], rewards["high"]):
+        if not low <= reward <= high:
+            raise UserError(
+                f"objective {objective.name} needs rewards in [{low:g}, {high:g}]; {item} of the {split} split has "
+                f"{reward:g}. For scores with known ends set dataset.reward_scale=[lowest,highest]. Beside a reward "
+                "model's raw outputs prefopt.score writes them on [0, 1]: +dataset.columns.rewards=rewards_01, or of "
+                "pairs +dataset.columns.chosen_reward=chosen_reward_01 and "
+                "+dataset.columns.rejected_reward=rejected_reward_01."
+            )
+
+
+def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The policy, or the reward model, with the weights that training begins from, without its new adapter.
+
+    Raises UserError for a model that cannot be loaded, or that tokenizer or adapter do not fit.
+    """
+    if config.device == "cpu":
+        keep_freed_memory()
+    if objective.model_kind == "reward_model":
+        policy = load.load_reward_model(config.model, config.device)
+    else:
+        policy = load.load_model(config.model, config.device, config.precision if config.peft.quantize else None)
+    if config.compile:
+        load.compile_layers(policy)
+    load.check_vocabulary(policy, tokenizer)
+    if config.peft.path:
+        merge_adapter(policy, config.peft.path)
+    if config.peft.target_modules:
+        adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
+    return policy
+
+
+def build_layout(config: TrainConfig, policy: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
+    """The configured layout, checked against the model on some of `pairs`."""
+    return layout_check.choose_layout(config.layout, policy, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
+
+
+def build_reference(
+    config: TrainConfig,
+    objective: Objective,
+    policy: PreTrainedModel,
+    digest: str,
+    layout: Layout,
+    train_pairs: Sequence[TokenizedPair],
+    heldout_pairs: Sequence[TokenizedPair],
+) -> Reference | None:
+    """The configured reference. `policy` has not been trained yet, and `digest` is that of its weights.
+
+    Returns None for a reward model. Raises UserError for a reference model that cannot be loaded.
+    """
+    if objective.model_kind == "reward_model":
+        return None
+    score = LogprobComputer(config.precision, config.logits == "tiled")
+    model = policy
+    if config.reference_model:
+        model = load_initial(config, layout)
+        digest = load.weights_digest(model)
+        if model.config.vocab_size != policy.config.vocab_size:
+            raise UserError(
+                f"reference_model={config.reference_model} has another vocabulary than the policy: give a model of the "
+                "same family."
+            )
+    if config.reference == "resident":
+        return Resident.copy_of(policy, score) if model is policy else Resident(model.requires_grad_(False), score)
+    if config.reference == "adapter_off":
+        return AdapterOff(policy, score)
+
+    load_again = functools.partial(load_initial, config, layout)
+    if objective.completions != SIDES:
+        # Such an objective compares no pairs. The reference scores samples only, and is loaded for that.
+        return Cached(load_again)
+    indices: Sequence[int] = []
+    if "reference" in objective.needs:  # otherwise for evaluations only
+        indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
+    # Read one by one from the disk: all of them may be more than the memory holds.
+    parts: list[Any] = [heldout_pairs, Subset(train_pairs, indices)]  # type: ignore[arg-type]  # any sequence will do
+    pairs: Any = ConcatDataset(parts)
+    return prefopt.models.reference.cached(
+        model, digest, pairs, layout, config.micro_batch_tokens, score, load_again, config.logger.progress
+    )
+
+
+def reference_model(config: TrainConfig) -> ModelConfig | None:
+    """The model that `reference_model` names; None where the reference is the initial policy."""
+    return ModelConfig(config.reference_model, config.reference_model, None) if config.reference_model else None
+
+
+def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
+    """Load the reference's model: `reference_model`, or the policy as it is before its first step."""
+    other = reference_model(config)
+    quantize = config.precision if config.peft.quantize and not other else None
+    model = load.load_model(other or config.model, config.device, quantize)
+    if config.peft.path and not other:
+        merge_adapter(model, config.peft.path)
+    if layout.name == "packed":
+        enable_packed_attention(model)
+    return model
+
+
+def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
+    """Make `policy` trainable, with its new adapter and activation checkpointing, and give it an optimizer."""
+    if config.peft.target_modules:
+        add_adapter(policy, config.peft, config.seed)
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+    if config.engine.name == "single":
+        return Engine(policy, config.optimizer)
+    from prefopt.training.zero2 import Zero2
+
+    return Zero2(policy, config.optimizer, config.engine.offload_optimizer)

@@ -1,0 +1,140 @@
+"""What the nodes of a config refuse by themselves, and how `parse` names it."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from prefopt.config.parse import parse
+from prefopt.config.schema import EngineConfig, OptimizerConfig, PeftConfig, SamplingConfig, WandbConfig
+from prefopt.errors import UserError
+from prefopt.training.config import OnlineConfig, TrainConfig
+
+GOOD = {
+    OptimizerConfig: {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0},
+    PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "path": None, "quantize": False},
+    EngineConfig: {"name": "single", "offload_optimizer": False, "hang_s": 60.0},
+    WandbConfig: {"project": "p", "mode": "offline"},
+    SamplingConfig: {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "batch_size": 4},
+}
+BAD = [
+    (OptimizerConfig, {"lr": 0.0}, "lr must be positive, is 0.0"),
+    (OptimizerConfig, {"betas": [0.9]}, "betas must be two numbers"),
+    (OptimizerConfig, {"betas": [0.9, 1.0]}, "betas must be two numbers"),
+    (OptimizerConfig, {"eps": 0.0}, "eps must be positive"),
+    (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay must not be negative"),
+    (OptimizerConfig, {"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
+    (PeftConfig, {"r": 0}, "r must be at least 1"),
+    (PeftConfig, {"alpha": 0}, "alpha must be at least 1"),
+    (PeftConfig, {"dropout": 1.0}, "dropout must be in"),
+    (PeftConfig, {"quantize": True, "target_modules": []}, "quantize freezes the weights"),
+    (PeftConfig, {"quantize": True, "path": "adapter"}, "quantize and peft.path do not go together"),
+    (EngineConfig, {"name": "fsdp"}, "name must be single or zero2, is 'fsdp'"),
+    (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
+    (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),
+    (WandbConfig, {"mode": "disabled"}, "mode must be offline or online, is 'disabled'"),
+    (SamplingConfig, {"temperature": -1.0}, "temperature must not be negative"),
+    (SamplingConfig, {"top_p": 0.0}, "top_p must be above 0"),
+    (SamplingConfig, {"top_p": 1.1}, "top_p must be above 0"),
+    (SamplingConfig, {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    (SamplingConfig, {"batch_size": 0}, "batch_size must be at least 1"),
+]
+TRAIN = {
+    "model": {"name": "m", "path": "m"},
+    "dataset": {"name": "d"},
+    "objective": {},
+    "schedule": {},
+    "launcher": {},
+    "engine": GOOD[EngineConfig],
+    "peft": GOOD[PeftConfig],
+    "optimizer": GOOD[OptimizerConfig],
+    "sampling": GOOD[SamplingConfig],
+    "logger": {"progress": False, "wandb": GOOD[WandbConfig]},
+    "steps": 4,
+    "layout": "packed",
+    "logits": "tiled",
+    "reference": "cached",
+    "nonfinite": "stop",
+    "precision": "float32",
+    "device": "cpu",
+    "runs_dir": "runs",
+    "compile": False,
+    "gradient_checkpointing": False,
+    "micro_batch_tokens": 0,
+    "seed": 0,
+} | dict.fromkeys(
+    ("batch_size", "eval_every", "save_every", "exports", "max_prompt_tokens", "max_completion_tokens"), 1
+)
+ONLINE = TRAIN | {
+    "scorer": {},
+    "prompts": "prompts.jsonl",
+    "stages": 2,
+    "samples_per_prompt": 2,
+    "stage_sampling": GOOD[SamplingConfig],
+    "backend": "transformers",
+    "stage_reference": "initial",
+}
+
+
+@pytest.mark.parametrize("schema", GOOD)
+def test_good_values_are_accepted(schema):
+    schema(**GOOD[schema])
+
+
+@pytest.mark.parametrize(("schema", "changes", "message"), BAD)
+def test_a_node_refuses_a_bad_value(schema, changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        schema(**GOOD[schema] | changes)
+
+
+def test_a_node_names_all_its_bad_values():
+    with pytest.raises(ValueError, match="lr must be") as error:
+        OptimizerConfig(**GOOD[OptimizerConfig] | {"lr": 0.0, "eps": 0.0})
+    assert [line.split()[0] for line in str(error.value).splitlines()] == ["lr", "eps"]
+
+
+def test_a_node_with_values_still_missing_is_not_judged():
+    OptimizerConfig(lr=-1.0)
+    OmegaConf.structured(TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 0) for key in ("batch_size", "eval_every", "save_every", "exports", "max_prompt_tokens")),
+        *((key, 0) for key in ("max_completion_tokens", "heldout_pairs", "patience", "steps", "epochs")),
+        *((key, -1) for key in ("micro_batch_tokens", "seed", "squeeze_alarm")),
+        *((key, "nonsense") for key in ("layout", "logits", "reference", "nonfinite")),
+        ("seed", 2**32),
+    ],
+)
+def test_a_run_refuses_a_bad_value(key, value):
+    assert parse(OmegaConf.create(TRAIN), TrainConfig).total_steps == 4
+    with pytest.raises(UserError, match=f"^{key} must "):
+        parse(OmegaConf.create(TRAIN | {key: value}), TrainConfig)
+
+
+@pytest.mark.parametrize(("key", "value"), [("stages", 0), ("samples_per_prompt", 1), ("stage_reference", "x")])
+def test_an_online_run_refuses_a_bad_value(key, value):
+    assert parse(OmegaConf.create(ONLINE), OnlineConfig).stages == 2
+    with pytest.raises(UserError, match=f"^{key} must "):
+        parse(OmegaConf.create(ONLINE | {key: value}), OnlineConfig)
+
+
+def test_bad_values_of_all_nodes_are_named_at_once_by_their_whole_keys():
+    changes = {
+        "stages": 0,
+        "steps": 0,
+        "optimizer": {"lr": 0.0, "eps": 0.0},
+        "stage_sampling": {"top_p": 2.0},
+        "logger": {"wandb": {"mode": "x"}},
+    }
+    with pytest.raises(UserError) as error:
+        parse(OmegaConf.merge(ONLINE, changes), OnlineConfig)
+    keys = [line.split()[0] for line in str(error.value).splitlines()]
+    assert sorted(keys) == [
+        "logger.wandb.mode",
+        "optimizer.eps",
+        "optimizer.lr",
+        "stage_sampling.top_p",
+        "stages",
+        "steps",
+    ]

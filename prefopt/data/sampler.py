@@ -5,11 +5,13 @@ import functools
 import torch
 from torch import Tensor
 
+from prefopt.utils.seed import mix_seed
+
 
 @functools.lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
     """`(n,)`: the order of `n` pairs in one epoch; another seed or epoch gives another order."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
     return torch.randperm(n, generator=generator)
 
 

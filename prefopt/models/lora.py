@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.utils.files import write_json
+from prefopt.utils.seed import mix_seed
 
 
 def merge_adapter(model: PreTrainedModel, path: str) -> None:
@@ -141,7 +142,4 @@ def train_mode(model: PreTrainedModel) -> Iterator[None]:
 def seed_dropout(*numbers: int) -> None:
     """What is drawn from now on is a function of `numbers`: a run that goes on draws what it would have drawn, and two
     passes over a micro-batch see the same model."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number) % 2**63
-    torch.manual_seed(seed)
+    torch.manual_seed(mix_seed(*numbers))

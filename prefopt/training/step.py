@@ -17,6 +17,7 @@ from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.distributed import all_gather_object, is_main_process, rank, world_size
+from prefopt.utils.seed import mix_seed
 
 
 def train_step(job: TrainState, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def step_inputs(job: TrainState, step: int, parts: Sequence[PairInputs]) -> Pair
     """All pairs of a step, with what only objectives of that scope may read: the state, and noise drawn for it."""
     inputs = concatenate(parts)
     n = len(inputs.chosen_lengths)
-    generator = torch.Generator().manual_seed(job.config.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(mix_seed(job.config.seed, step))
     noise = torch.rand(n, generator=generator).to(inputs.chosen_lengths.device)
     return replace(inputs, noise=noise, state=job.state)
 

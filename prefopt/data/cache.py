@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
         "rejected": pa.list_(pa.int32()),
         "chosen_reward": pa.float64(),
         "rejected_reward": pa.float64(),
-        "chosen_mask": pa.list_(pa.bool_()),
+        "loss_mask": pa.list_(pa.bool_()),
         "source": pa.string(),
     }
 )

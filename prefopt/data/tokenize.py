@@ -21,7 +21,7 @@ from prefopt.utils.console import say
 class TokenizedPair:
     """Token ids of one pair; both completions follow the same prompt ids. Completions hold at least one token.
 
-    Of a chat, `chosen` is all that follows its first prompt, `rejected` is empty, and `chosen_mask` says which tokens
+    Of a chat, `chosen` is all that follows its first prompt, `rejected` is empty, and `loss_mask` says which tokens
     of `chosen` the assistant wrote.
     """
 
@@ -31,13 +31,13 @@ class TokenizedPair:
     rejected: list[int]
     chosen_reward: float | None = None
     rejected_reward: float | None = None
-    chosen_mask: list[bool] | None = None
+    loss_mask: list[bool] | None = None
     source: str = ""
 
     @property
     def mask(self) -> list[bool]:
         """Which tokens of `chosen` count: of a pair, all."""
-        return [True] * len(self.chosen) if self.chosen_mask is None else self.chosen_mask
+        return [True] * len(self.chosen) if self.loss_mask is None else self.loss_mask
 
     @property
     def num_loss_tokens(self) -> int:
@@ -158,7 +158,7 @@ def _chat(
         return "prompt_too_long"
     changes["cut_completions"] += end > prompt_limit + limit
     end = min(end, prompt_limit + limit)
-    made = TokenizedPair(item.id, whole[:first], whole[first:end], [], chosen_mask=mask[first:end], source=item.source)
+    made = TokenizedPair(item.id, whole[:first], whole[first:end], [], loss_mask=mask[first:end], source=item.source)
     return made if made.num_loss_tokens else "empty_completion"
 
 

@@ -67,7 +67,7 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
     A head that is not a plain linear layer (one with an adapter on it, say) is computed whole.
     """
     head, cap = cast(torch.nn.Module, model.get_output_embeddings()), logit_cap(model)
-    hidden = _hidden(model, batch)[batch.sources]
+    hidden = _hidden(model, batch)[batch.predictor_index]
     found: Tensor | None  # (N,) entropies
     if tiled and type(head) is torch.nn.Linear:
         chosen, found = chunked_logps(hidden, head, batch.labels, entropies, cap)
@@ -93,7 +93,7 @@ def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """`(C, hidden)`: the backbone's output on the last token of every completion."""
-    return _hidden(model, batch)[batch.ends]
+    return _hidden(model, batch)[batch.last_token_index]
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import relu
 Need = Literal["reference", "rewards", "entropies", "noise"]
 Scope = Literal["pair", "micro_batch", "step"]
 Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 # The default of tensors that only some objectives need. Not typed as optional: an objective that declares a need may
 # rely on it, and one that does not must not touch it (None would fail at once).
 _ABSENT: Any = None
@@ -126,7 +127,7 @@ class Objective(ABC):
     scope: ClassVar[Scope] = "pair"
     micro_batch_size: ClassVar[int | None] = None
     step0_loss: ClassVar[float | None] = None
-    completions: ClassVar[tuple[Side, ...]] = ("chosen", "rejected")
+    completions: ClassVar[tuple[Side, ...]] = SIDES
     model_kind: ClassVar[Literal["policy", "reward_model"]] = "policy"
     normalize_by: ClassVar[Literal["pair", "chosen_token"]] = "pair"
     reward_range: ClassVar[tuple[float, float] | None] = None

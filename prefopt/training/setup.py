@@ -337,7 +337,8 @@ def make_reference(
     from prefopt.data.sampler import run_indices
     from prefopt.models.load import weights_digest
     from prefopt.models.logprobs import LogprobComputer
-    from prefopt.models.reference import SIDES, AdapterOff, Cached, Resident, cached
+    from prefopt.models.reference import AdapterOff, Cached, Resident, cached
+    from prefopt.objectives.base import SIDES
 
     if objective.model_kind == "reward_model":
         return None

@@ -1,8 +1,8 @@
 """Attention over packed rows, segment by segment, through transformers' attention registry.
 
-A packed row holds whole groups one behind the other, each a prompt and the completions that follow it. A completion
-sees its prompt and itself and nothing else, so a row needs no mask of its size: every segment is a dense causal
-attention of its own, and what else is in the row does not enter into its numbers.
+A packed row holds whole groups one behind the other: a prompt, then its completions. A completion sees its prompt and
+itself and nothing else. So a row needs no mask of its size: every segment is a dense causal attention by itself, and
+the other segments of the row do not enter into its numbers.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from prefopt.data.collate import PackedSegments
 
 NAME = "prefopt_segments"
-# Up to so many scores per head, plain products are faster on a CPU than its fused kernel, whose backward pass is slow
-# (on 2 cores with AVX-512: 4 ms instead of 8 for 280 x 280, forward and backward); beyond, they cost memory.
+# Up to this many scores per head, plain products are faster on a CPU than the fused kernel, whose backward pass is slow
+# (on 2 cores with AVX-512: 4 ms instead of 8 for 280 x 280, forward and backward). Beyond it they cost memory.
 DENSE = 2**18
 
 
@@ -45,59 +45,85 @@ def segment_attention(
     segments: PackedSegments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, T, d), key and value (1, key heads, T, d) -> (1, T, heads, d), as transformers calls it.
+    """The attention function as transformers calls it: query (1, heads, T, d), key and value (1, key heads, T, d) ->
+    (1, T, heads, d).
 
-    Without `segments` (sampling) it is sdpa with transformers' own mask. Raises ValueError for what it cannot compute.
+    Without `segments` (sampling, and layouts other than packed) the batch may have any size, and `attention_mask` is
+    transformers' own. Raises ValueError for an attention with dropout, sinks, position biases or no causal order.
     """
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise ValueError(f"its attention has {', '.join(unknown) or 'dropout or no causal order'}")
     if torch.is_autocast_enabled(query.device.type):  # once here instead of once a segment
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
+
+    if segments is None and softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     if segments is None:
-        if softcap is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-        mask = attention_mask
-        if mask is None:  # transformers leaves out the mask of a plain causal batch
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            mask = mask.tril(key.shape[2] - query.shape[2])
-        # Finite, because left padding sees nothing at all, and must not become NaN.
-        lowest = torch.finfo(query.dtype).min
-        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
-        return _dense(query, key, value, added, scaling, softcap).transpose(1, 2), None
+        output = _softcapped(query, key, value, attention_mask, scaling, softcap)
+        return output.transpose(1, 2), None
+    # The kernel for variable lengths knows neither soft-capping nor float32.
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
+    return _by_segment(query, key, value, segments, scaling, sliding_window, softcap).transpose(1, 2), None
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """(batch, heads, queries, d) of an ordinary batch. `mask`: (batch, 1, queries, keys) bool, True where a query may
+    look. sdpa cannot soft-cap, so this is computed by plain products."""
+    if mask is None:  # transformers leaves out the mask of a plain causal batch
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - query.shape[2])
+    # A finite number instead of -inf: a query on left padding sees no key, and its softmax must not become NaN.
+    lowest = torch.finfo(query.dtype).min
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+    return _dense(query, key, value, bias, scaling, softcap)
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: PackedSegments,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """(1, heads, T, d) of a packed row: one causal attention for each completion, over its prompt and itself."""
     # Split, not slices: the backward pass of a slice fills a gradient of the row's size with zeros.
     queries = iter(query.split(segments.query_lengths, 2))
     keys, values = iter(key.split(segments.key_lengths, 2)), iter(value.split(segments.key_lengths, 2))
+
     outputs = []
     for _, completions in segments.groups:
         prompt_key, prompt_value = next(keys), next(values)
         for _ in completions:
             q = next(queries)
             k, v = torch.cat([prompt_key, next(keys)], 2), torch.cat([prompt_value, next(values)], 2)
-            n, seen = q.shape[2], k.shape[2]
-            causal = n == seen and (sliding_window is None or seen <= sliding_window)
-            fused = softcap is None and (n * seen > DENSE or q.is_cuda)
-            if fused and causal:
-                outputs.append(_fused(q, k, v, None, scaling))
-                continue
-            mask = segments.mask(q, n, seen, sliding_window)
-            outputs.append(_fused(q, k, v, mask, scaling) if fused else _dense(q, k, v, mask, scaling, softcap))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+            num_queries, num_keys = q.shape[2], k.shape[2]
+            if softcap is not None or (num_queries * num_keys <= DENSE and not q.is_cuda):
+                mask = segments.mask(q, num_queries, num_keys, window)
+                outputs.append(_dense(q, k, v, mask, scaling, softcap))
+            elif num_queries == num_keys and (window is None or num_keys <= window):
+                outputs.append(_fused(q, k, v, None, scaling))  # plainly causal: the kernel needs no mask
+            else:
+                outputs.append(_fused(q, k, v, segments.mask(q, num_queries, num_keys, window), scaling))
+    return torch.cat(outputs, 2)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """(batch, heads, queries, d). No mask: causal."""
+    """(batch, heads, queries, d), by scaled_dot_product_attention. Without `mask`: causal."""
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """(batch, heads, queries, d)."""
+    """(batch, heads, queries, d), by two products with the softmax between them; `mask` is added to the scores."""
     batch, heads, n, d = q.shape
-    # The heads that share a key head are rows of one product.
+    # The heads that share a key head are rows of one product, so keys and values need not be repeated.
     rows = q.reshape(batch, k.shape[1], -1, d)
     scores = (rows @ k.transpose(2, 3)).view(batch, heads, n, -1) * (d**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -109,15 +135,16 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None,
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments, scaling: float | None, window: int | None
 ) -> Tensor:
-    """All segments in one flash attention call; its causal order is that of the last positions, as `mask`'s."""
+    """(1, T, heads, d): all segments in one call of flash attention. As in `PackedSegments.mask`, the queries of a
+    segment are the last positions of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    places, query_ends, key_ends, longest_query, longest_key = segments.cu_seqlens(query.device)
+    key_positions, query_ends, key_ends, longest_query, longest_key = segments.cu_seqlens(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
     output = varlen_attn(
         q,
-        k[places],
-        v[places],
+        k[key_positions],
+        v[key_positions],
         query_ends,
         key_ends,
         longest_query,

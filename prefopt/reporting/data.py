@@ -62,7 +62,7 @@ def token_counts(table: pa.Table, column: str) -> np.ndarray:
 
 def learnt_counts(table: pa.Table) -> np.ndarray:
     """(rows,) numbers of tokens of each chat that the assistant wrote."""
-    chunks = table["chosen_mask"].chunks
+    chunks = table["loss_mask"].chunks
     return np.concatenate(
         [np.bincount(pc.list_parent_indices(c).filter(pc.list_flatten(c)), minlength=len(c)) for c in chunks]
     )

@@ -17,6 +17,7 @@ from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.distributed import all_gather_object, is_main_process, rank, world_size
+from prefopt.utils.seed import mix_seed
 
 Scored = list[tuple[PairInputs, ObjectiveOutput]]
 
@@ -182,7 +183,7 @@ def step_inputs(train_state: TrainState, step: int, parts: Sequence[PairInputs])
     """All pairs of a step as one, with what an objective over the step may read besides: its state, and `(B,)` noise
     from [0, 1) that is a function of seed and step."""
     inputs = concatenate(parts)
-    generator = torch.Generator().manual_seed(train_state.config.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(mix_seed(train_state.config.seed, step))
     noise = torch.rand(len(inputs.chosen_lengths), generator=generator).to(inputs.chosen_lengths.device)
     return replace(inputs, noise=noise, state=train_state.objective_state)
 

@@ -266,7 +266,7 @@ def test_real_pairs_survive_tokenization_to_the_last_character(prepared):
                 assert eos not in side
                 cut += 1
         assert (made.chosen_reward, made.rejected_reward) == (pair.chosen_reward, pair.rejected_reward)
-        assert made.chosen_mask is None
+        assert made.loss_mask is None
     assert prepared.counts["kept"]["cut_completions"] >= cut > 20
     assert len(pairs) == 400 - len(prepared.pairs)  # what is left was dropped
 

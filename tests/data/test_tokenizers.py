@@ -433,7 +433,7 @@ def test_padding_never_changes_a_length(kind, drawn, extra):
         assert batch.input_ids[r, :n].tolist() == prompt + side
         # Also on the terminators of earlier turns, which are pad tokens of smollm2 and tiny.
         assert batch.attention_mask[r].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
-        places = batch.sources[batch.completions == r] - r * batch.input_ids.shape[1]
+        places = batch.predictor_index[batch.completions == r] - r * batch.input_ids.shape[1]
         assert places.tolist() == list(range(len(prompt) - 1, n - 1))
     alone = [LAYOUTS["padded"].collate([p]) for p in pairs]
     assert batch.lengths.tolist() == [a.lengths[s].item() for s in (0, 1) for a in alone]
@@ -468,7 +468,7 @@ def test_chats_learn_each_turn_of_the_assistant_and_nothing_else(kind, drawn):
     text = rendered(tokenizer, messages)
     whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert isinstance(result, TokenizedPair)
-    ids_, mask = result.prompt + result.chosen, [False] * len(result.prompt) + list(result.chosen_mask)
+    ids_, mask = result.prompt + result.chosen, [False] * len(result.prompt) + list(result.loss_mask)
     assert ids_ == whole["input_ids"][: len(ids_)]
     eos, answers, seams = tokenizer.eos_token, set(), set()
     for i, m in enumerate(messages):
@@ -507,8 +507,8 @@ def test_a_chat_over_its_budget_loses_its_end(kind):
     for over in range(1, 4):
         cut = one(tokenizer, chat, len(whole.prompt), size - len(whole.prompt) - over)
         assert cut.chosen == whole.chosen[:-over]
-        assert cut.chosen_mask == whole.chosen_mask[:-over]
-        assert not (cut.chosen_mask[-1] and cut.chosen[-1] == tokenizer.eos_token_id)
+        assert cut.loss_mask == whole.loss_mask[:-over]
+        assert not (cut.loss_mask[-1] and cut.chosen[-1] == tokenizer.eos_token_id)
 
 
 def test_changes_are_counted_of_what_is_kept_alone():
@@ -543,7 +543,7 @@ def test_a_think_block_in_finished_turns_belongs_to_the_completion(kind, prompt,
     assert result.prompt + result.chosen == expected == encode_completion(tokenizer, prompt, answer, True)
     assert tokenizer.decode(result.chosen).endswith("<think>\n\n</think>\n\n" + answer + tokenizer.eos_token)
     chat = one(tokenizer, Chat("id", [*prompt, message("assistant", answer)]))
-    learnt = [t for t, counts in zip(chat.chosen, chat.chosen_mask, strict=True) if counts]
+    learnt = [t for t, counts in zip(chat.chosen, chat.loss_mask, strict=True) if counts]
     turns = [m["content"] for m in prompt if m["role"] == "assistant"] + [answer]
     assert (
         tokenizer.decode(learnt).count("<think>\n\n</think>\n\n") == len(turns) == learnt.count(tokenizer.eos_token_id)

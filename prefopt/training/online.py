@@ -60,21 +60,28 @@ def run_stage(
     told: dict[str, str],
 ) -> "Run":
     """Sample, score and train, as far as that is not done; the finished run."""
-    from prefopt.generation.responses import generate_resumable
+    from prefopt.generation.responses import GenerationRequest, generate_resumable
     from prefopt.rewards.rows import score_rows
     from prefopt.training.setup import prepare_run, run
     from prefopt.utils.stats import mean_and_error
 
     training = stage_config(config, folder, policy)
     samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
-    where, show = (config.backend, config.device, config.precision), config.logger.progress
+    show = config.logger.progress
     if not samples.is_file():
         partial = folder / "samples.partial"
         say(f"{folder}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
-        n = config.samples_per_prompt
-        drawn, _ = generate_resumable(
-            training.model, prompts, config.stage_sampling, n, config.seed, *where, partial, show
+        request = GenerationRequest(
+            model=training.model,
+            prompts=prompts,
+            sampling=config.stage_sampling,
+            samples_per_prompt=config.samples_per_prompt,
+            seed=config.seed,
+            backend=config.backend,
+            device=config.device,
+            precision=config.precision,
         )
+        drawn, _ = generate_resumable(request, partial, show)
         write_rows(samples, [{"prompt": p, **row} for p, row in zip(prompts, drawn, strict=True)])
         partial.unlink()
     if not scored.is_file():

@@ -390,13 +390,25 @@ def trl_trainer(
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     assert longest <= MAX_LENGTH, "TRL would cut"
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
-    arguments: dict[str, Any] = {
+    trainer = Trainer(
+        model=model,
+        args=DPOConfig(**trl_arguments(len(steps), len(steps[0])) | settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    return trainer
+
+
+def trl_arguments(steps: int, batch_size: int) -> dict[str, Any]:
+    """The arguments of DPOConfig for the training that prefopt does, without logging and saving."""
+    return {
         "beta": BETA,
         "max_length": MAX_LENGTH,
-        "max_steps": len(steps),
+        "max_steps": steps,
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": MICRO_BATCH_PAIRS,
-        "gradient_accumulation_steps": len(steps[0]) // MICRO_BATCH_PAIRS,
+        "gradient_accumulation_steps": batch_size // MICRO_BATCH_PAIRS,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
@@ -408,14 +420,6 @@ def trl_trainer(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    trainer = Trainer(
-        model=model,
-        args=DPOConfig(**arguments | settings),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-    )
-    return trainer
 
 
 def shortened(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:

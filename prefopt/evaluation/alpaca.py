@@ -280,39 +280,34 @@ def evaluate_checkpoint(
     ours = answer_questions(policy, checkpoint.path, questions.items, config)
     theirs = reference()
     names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}")
+    comparisons = _pair_answers(questions.items, theirs, ours)
     # Preferences are kept beside the comparisons, not inside: another checkpoint may give some of the same answers.
-    annotations = judge.annotate(
-        _pair_answers(questions.items, theirs, ours),
-        names,
-        comparisons_folder / "preferences",
-        config.max_cost,
-        config.device,
-        config.precision,
-    )
+    kept = comparisons_folder / "preferences"
+    annotations = judge.annotate(comparisons, names, kept, config.max_cost, config.device, config.precision)
     figures = summarize(annotations, questions.is_alpaca_eval)
 
-    # The record comes last: where it exists, the folder is complete.
-    write_json(folder / "annotations.json", [to_jsonable(row) for row in annotations])
-    write_json(
-        folder / "record.json",
-        {
-            "checkpoint": checkpoint.name,
-            "step": checkpoint.step,
-            "model": names.model,
-            "path": checkpoint.path,
-            "weights": ours.weights,
-            "baseline": {"name": name, "path": config.baseline, "weights": theirs.weights},
-            "judge": judge.describe(),
-            "figures": figures,
-            "why_not_length_controlled": _why_not_length_controlled(questions, figures),
-            "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
-            "settings": settings,
-            "seconds": time.monotonic() - start,
-            **provenance(),
-            **extra,
-        },
-    )
+    record = {
+        "checkpoint": checkpoint.name,
+        "step": checkpoint.step,
+        "model": names.model,
+        "path": checkpoint.path,
+        "weights": ours.weights,
+        "baseline": {"name": name, "path": config.baseline, "weights": theirs.weights},
+        "judge": judge.describe(),
+        "figures": figures,
+        "why_not_length_controlled": _why_not_length_controlled(questions, figures),
+        "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
+        "settings": settings,
+        "seconds": time.monotonic() - start,
+    }
+    write_result(folder, annotations, record | provenance() | extra)
     return folder
+
+
+def write_result(folder: Path, annotations: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    """Write annotations.json, and then record.json: where the record exists, the result is complete."""
+    write_json(folder / "annotations.json", [to_jsonable(row) for row in annotations])
+    write_json(folder / "record.json", record)
 
 
 def comparison_settings(config: AlpacaConfig, judge: Judge, questions: Questions) -> dict[str, Any]:

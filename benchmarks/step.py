@@ -1,10 +1,11 @@
-"""One measurement in a process of its own, so that its peak memory is its own: prefopt's step, TRL's, or the floor.
+"""Measure one variant of a training step: prefopt's, TRL's, or the floor.
 
     python -m benchmarks.step SPEC RESULT
 
-`benchmarks.steps` calls it; SPEC is `Spec` as JSON, RESULT the JSON file to write. Every variant reads the same file
-of token ids, computes in what `precision=auto` means here over float32 weights, and sees the same pairs in every step.
-Nothing here has run on a GPU yet.
+`benchmarks.steps` starts it once per measurement, so that the peak memory of a process belongs to one variant. SPEC is
+`Spec` as JSON, RESULT the JSON file to write. Every variant reads the same file of token ids, sees the same pairs in
+every step, and computes with float32 weights in the precision that `precision=auto` means on this machine. Nothing here
+has run on a GPU yet.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from prefopt.utils.files import ROOT
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# SmolLM2's vocabulary: special tokens come first, and the second of them ends a turn.
+# SmolLM2's vocabulary: the special tokens come first, and token 2 ends a turn.
 SPECIAL_TOKENS, VOCABULARY, EOS = 17, 49152, 2
 # TRL's and the floor's pairs per forward and backward pass, and the most tokens that TRL may keep of a sequence.
 MICRO_BATCH_PAIRS, MAX_LENGTH = 2, 2048
@@ -40,7 +41,7 @@ BETA, LEARNING_RATE = 0.1, 1e-6
 
 @dataclass(frozen=True)
 class Profile:
-    """Shortest and longest prompts and completions, in tokens, and pairs per optimizer step."""
+    """Shortest and longest prompt and completion in tokens, and the pairs per optimizer step."""
 
     prompt: tuple[int, int]
     completion: tuple[int, int]
@@ -52,26 +53,25 @@ PROFILES = {"chat": Profile((80, 200), (80, 200), 8), "long_prompts": Profile((6
 
 @dataclass
 class Spec:
-    """What one process does. `data` is the file of `write_pairs`; of `steps` optimizer steps of `batch_size` pairs the
-    first `warmup` are not counted. `overrides` are Hydra's, on top of the bench's own; `trl` goes into DPOConfig."""
+    """The task of one process."""
 
-    variant: str
-    folder: str
-    data: str = ""
-    batch_size: int = 1
+    variant: str  # a key of MEASUREMENTS
+    folder: str  # for everything that the process writes
+    data: str = ""  # a file of `write_pairs`
+    batch_size: int = 1  # pairs per optimizer step
     steps: int = 1
-    warmup: int = 1
+    warmup: int = 1  # the first steps, which are not counted
     device: str = "auto"
-    overrides: list[str] = field(default_factory=list)
-    trl: dict[str, Any] = field(default_factory=dict)
-    started: float = 0.0  # time.time() when the process was made
+    overrides: list[str] = field(default_factory=list)  # Hydra's, after those of `overrides(spec)`
+    trl: dict[str, Any] = field(default_factory=dict)  # arguments of TRL's DPOConfig
+    started: float = 0.0  # time.time() when the process was started
     save: bool = False  # TRL: write the policy at the end, as a run of prefopt does
-    trace: str = ""  # prefopt: write a trace of the last step here
+    trace: str = ""  # prefopt: the file for a trace of the last step
 
 
 def make_pairs(profile: Profile, n: int, seed: int = 0) -> list[TokenizedPair]:
-    """Pairs of random ordinary tokens with lengths drawn evenly from the profile's; completions end with eos, which
-    counts. A function of its arguments alone, on every machine."""
+    """`n` pairs of random tokens that are not special, with uniform lengths within the profile's. A completion ends
+    with eos, which is part of its length. The same arguments give the same pairs on every machine."""
     draw = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -87,7 +87,7 @@ def make_pairs(profile: Profile, n: int, seed: int = 0) -> list[TokenizedPair]:
 
 
 def write_pairs(file: Path, pairs: Sequence[TokenizedPair]) -> None:
-    """As a data set whose texts are token ids in decimal."""
+    """Write a data set whose texts are token ids in decimal."""
 
     def text(ids: list[int]) -> str:
         return " ".join(map(str, ids))
@@ -99,7 +99,7 @@ def write_pairs(file: Path, pairs: Sequence[TokenizedPair]) -> None:
 
 
 def read_pairs(file: Path) -> list[TokenizedPair]:
-    """What `write_pairs` wrote."""
+    """Read a file of `write_pairs`."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [TokenizedPair(row["id"], ids(row["prompt"]), ids(row["chosen"]), ids(row["rejected"])) for row in rows]
 
@@ -109,14 +109,14 @@ def ids(text: str) -> list[int]:
 
 
 def in_order(pairs: Sequence[TokenizedPair], seed: int, steps: int, batch_size: int) -> list[list[TokenizedPair]]:
-    """The pairs of each optimizer step, as prefopt's loop takes them."""
+    """The pairs of each optimizer step, in the order of prefopt's loop."""
     from prefopt.data.sampler import step_indices
 
     return [[pairs[i] for i in step_indices(len(pairs), seed, step, batch_size)] for step in range(steps)]
 
 
 def digest(pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> str:
-    """Of the (prompt, chosen, rejected) ids of a step, in their order."""
+    """A digest of the (prompt, chosen, rejected) ids of a step. It depends on their order."""
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
@@ -125,7 +125,8 @@ def digests(steps: Sequence[Sequence[TokenizedPair]]) -> list[str]:
 
 
 def overrides(spec: Spec) -> list[str]:
-    """A training run as it ships, on the bench's data. A constant learning rate, because TRL's schedules are others."""
+    """The arguments of a training run with prefopt's defaults on the bench's data. The learning rate is constant,
+    because TRL's schedules differ from prefopt's."""
     return [
         "dataset=jsonl",
         f"dataset.train={spec.data}",
@@ -155,7 +156,7 @@ def compose(spec: Spec) -> Any:
 
 
 def resolved(spec: Spec) -> TrainConfig:
-    """The config of that run, with device and precision as they are on this machine."""
+    """The config of that run, with the device and the precision of this machine."""
     config = parse(compose(spec), TrainConfig)
     check(config)
     resolve(config)
@@ -163,8 +164,8 @@ def resolved(spec: Spec) -> TrainConfig:
 
 
 def texts_are_ids(tokenizer: Any, items: Sequence[Any], prompt_limit: int, limit: int, *_: Any) -> Any:
-    """In the place of `prefopt.data.tokenize.tokenize`: only reads what `write_pairs` wrote. All else is the real
-    thing: the cache of tokenized data, its files, and what is keyed by them."""
+    """A replacement of `prefopt.data.tokenize.tokenize` that reads the ids of `write_pairs`. Everything else stays
+    real: the cache of tokenized data, its files, and the caches that are keyed by them."""
     from prefopt.data.tokenize import Tokenized
 
     pairs = [TokenizedPair(i.id, ids(i.prompt[0]["content"]), ids(i.chosen), ids(i.rejected)) for i in items]
@@ -176,16 +177,17 @@ def texts_are_ids(tokenizer: Any, items: Sequence[Any], prompt_limit: int, limit
 
 @contextmanager
 def token_ids() -> Iterator[None]:
+    """Inside, prefopt takes texts for token ids."""
     with mock.patch("prefopt.data.cache.tokenize", texts_are_ids):
         yield
 
 
 def measure_prefopt(spec: Spec) -> dict[str, Any]:
     """A real training run, from its config to its loop, without evaluations and export. A step lasts from the end of
-    the one before to its own, as TRL's do, so that what happens between steps counts."""
-    ends: list[float] = []
+    the step before to its own end, so that work between steps counts. TRL's steps are timed the same way."""
+    ends: list[float] = []  # the start of the first step, then the end of each
     losses: list[float] = []
-    seen: list[str] = []
+    seen: list[str] = []  # digests of the pairs
 
     def watched(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def call(train_state: Any, *args: Any) -> dict[str, Any]:
@@ -198,6 +200,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
             pairs = in_order(train_state.train_pairs, train_state.config.seed, len(losses), spec.batch_size)[-1]
             for side in ("chosen", "rejected"):
                 tokens = sum(len(getattr(p, side)) for p in pairs)
+                # The loop reports mean lengths: they show that it took the pairs that are expected here.
                 assert round(metrics[f"{side}_length"] * metrics["n"]) == tokens, "other pairs than expected"
             seen.append(digest([(p.prompt, p.chosen, p.rejected) for p in pairs]))
             return metrics
@@ -227,7 +230,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
 
 @contextmanager
 def profiled(trace: str) -> Iterator[None]:
-    """Write a trace of what happens inside, for chrome://tracing or ui.perfetto.dev."""
+    """Write a trace of the block to the file `trace`, for ui.perfetto.dev or chrome://tracing; nothing for ""."""
     if not trace:
         yield
         return
@@ -239,7 +242,7 @@ def profiled(trace: str) -> Iterator[None]:
     profiler.export_chrome_trace(trace)
 
 
-# What is timed of a run: a stage, and the functions in which it happens. None of them calls another.
+# The stages of a run, and the functions that are timed for each. None of them calls another, so no time counts twice.
 STAGES = {
     "tokenizer": ["prefopt.models.load:load_tokenizer"],
     "data": ["prefopt.data.cache:prepare_dataset"],
@@ -278,11 +281,12 @@ def stopwatch() -> Iterator[list[dict[str, Any]]]:
 
 
 def run_program(spec: Spec) -> dict[str, Any]:
-    """`python -m prefopt.train` with a stopwatch; `events` begin with what comes before. The jobs of a sweep are
-    processes of their own, which no stopwatch sees and which find their data tokenized already."""
+    """`python -m prefopt.train` with a stopwatch. The first of the `events` is the time from the start of the process
+    to here. The jobs of a sweep are further processes: the stopwatch does not see them, and `token_ids` does not reach
+    them, but they read the tokens from the cache."""
     import prefopt.train
 
-    # argparse wants options before what is none.
+    # Hydra's argparse wants options before positional arguments.
     arguments = ["prefopt.train", *sorted(overrides(spec), key=lambda argument: not argument.startswith("-"))]
     with token_ids(), stopwatch() as events, mock.patch.object(sys, "argv", arguments):
         imported = time.time()
@@ -297,7 +301,7 @@ def run_program(spec: Spec) -> dict[str, Any]:
 
 
 def sample_tokens(spec: Spec) -> dict[str, Any]:
-    """Tokens per second of `prefopt.generation.sampler.sample` at two batch sizes: those that it returns, up to eos."""
+    """Tokens per second of `prefopt.generation.sampler.sample` at two batch sizes, counting the returned tokens."""
     from prefopt.config.schema import SamplingConfig
     from prefopt.generation.sampler import sample
     from prefopt.models.load import load_model, load_tokenizer
@@ -309,21 +313,24 @@ def sample_tokens(spec: Spec) -> dict[str, Any]:
         keep_freed_memory()
     model, tokenizer = load_model(config.model, config.device), load_tokenizer(config.model)
     prompts = [[{"role": "user", "content": f"Tell me a long story about the number {n}."}] for n in range(64)]
-    found = {}
+    by_size = {}
     for size in (16, 64):
         with autocast(model.device, config.precision):
-            sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 1.0, 4, size), 0)
+            sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 1.0, 4, size), 0)  # warm-up
             began = time.perf_counter()
             drawn = sample(model, tokenizer, prompts[:size], SamplingConfig(1.0, 1.0, 64, size), 0)
             seconds = time.perf_counter() - began
         tokens = sum(len(s.tokens) for samples in drawn for s in samples)
-        found[str(size)] = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-    return {"sampling": found}
+        by_size[str(size)] = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return {"sampling": by_size}
 
 
 def patch_fused_head() -> None:
-    """Make TRL's fused head score completion positions alone on a CPU too, as it does on GPUs: there it asks whether
-    the device runs Triton, and so does this answer for it. Its kernels ask by another name, and stay in plain torch."""
+    """Make TRL's fused head compute completion positions only on a CPU too, as it does on GPUs.
+
+    TRL decides that by asking `_use_triton`, whether the device runs Triton. This answers yes. TRL's kernels ask a
+    function of another name, so they stay in plain torch.
+    """
     import trl.trainer.utils
 
     assert hasattr(trl.trainer.utils, "_use_triton"), "this patch is for TRL 1.16"
@@ -333,9 +340,12 @@ def patch_fused_head() -> None:
 def trl_trainer(
     model: "PreTrainedModel", tokenizer: Any, steps: Sequence[Sequence[TokenizedPair]], settings: dict[str, Any]
 ) -> Any:
-    """TRL's DPOTrainer on exactly these pairs in this order. It has no entry for token ids, so the method that would
-    tokenize is told that this is done. `.seen` holds the batches that the loss was computed on, `.losses` theirs,
-    `.times` the end of every optimizer step, `.reference_seconds` the time of the precomputation."""
+    """TRL's DPOTrainer on exactly these pairs in this order.
+
+    TRL takes no token ids, so the method that tokenizes is replaced. `.seen` holds the batches on which the loss was
+    computed, `.losses` their losses, `.times` the start of training and the end of every optimizer step,
+    `.reference_seconds` the time of the precomputation of the reference.
+    """
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -354,9 +364,9 @@ def trl_trainer(
 
         def _precompute_ref_logps(self, *args: Any) -> Any:
             began = time.perf_counter()
-            found = super()._precompute_ref_logps(*args)
+            logps = super()._precompute_ref_logps(*args)
             self.reference_seconds += time.perf_counter() - began
-            return found
+            return logps
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -380,13 +390,25 @@ def trl_trainer(
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     assert longest <= MAX_LENGTH, "TRL would cut"
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
-    arguments: dict[str, Any] = {
+    trainer = Trainer(
+        model=model,
+        args=DPOConfig(**trl_arguments(len(steps), len(steps[0])) | settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    return trainer
+
+
+def trl_arguments(steps: int, batch_size: int) -> dict[str, Any]:
+    """The arguments of DPOConfig for the training that prefopt does, without logging and saving."""
+    return {
         "beta": BETA,
         "max_length": MAX_LENGTH,
-        "max_steps": len(steps),
+        "max_steps": steps,
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": MICRO_BATCH_PAIRS,
-        "gradient_accumulation_steps": len(steps[0]) // MICRO_BATCH_PAIRS,
+        "gradient_accumulation_steps": batch_size // MICRO_BATCH_PAIRS,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
@@ -398,19 +420,11 @@ def trl_trainer(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    trainer = Trainer(
-        model=model,
-        args=DPOConfig(**arguments | settings),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-    )
-    return trainer
 
 
 def shortened(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """The last quarter of each text. TRL's warm-up steps are made of these, because they take a third of the bench's
-    time: TRL keeps no memory from step to step that a longer one would have had to take."""
+    """The pairs with the last quarter of each text, for TRL's warm-up steps: full ones take a third of the bench's
+    time. Shorter ones do as well, because TRL keeps no memory from step to step that they would fail to allocate."""
 
     def quarter(tokens: list[int]) -> list[int]:
         return tokens[-(len(tokens) // 4 or 1) :]
@@ -419,7 +433,8 @@ def shortened(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
 
 
 def batch_pairs(batch: dict[str, Any]) -> list[tuple[list[int], list[int], list[int]]]:
-    """The (prompt, chosen, rejected) ids of a batch as TRL's collator made it: first all chosen, then all rejected."""
+    """The (prompt, chosen, rejected) ids of a batch of TRL's collator, whose rows are first all chosen, then all
+    rejected."""
     sides = []
     for row, real, completion in zip(
         *(batch[k].tolist() for k in ("input_ids", "attention_mask", "completion_mask")), strict=True
@@ -433,6 +448,8 @@ def batch_pairs(batch: dict[str, Any]) -> list[tuple[list[int], list[int], list[
 
 
 def measure_trl(spec: Spec) -> dict[str, Any]:
+    """TRL's DPOTrainer: as it comes (trl_default), with its reference precomputed (trl_precomputed), and with a head
+    that computes completion positions only as well (trl_patched)."""
     from prefopt.models.load import load_model, load_tokenizer
 
     config = resolved(spec)
@@ -443,7 +460,7 @@ def measure_trl(spec: Spec) -> dict[str, Any]:
     if spec.variant != "trl_default":
         settings["precompute_ref_log_probs"] = True
     model = load_model(config.model, config.device)
-    if cuda:  # the best that is installed
+    if cuda:  # TRL gets the fastest kernels that are installed
         model.set_attn_implementation("flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa")
         settings["use_liger_kernel"] = importlib.util.find_spec("liger_kernel") is not None
     steps = in_order(read_pairs(Path(spec.data)), config.seed, spec.steps, spec.batch_size)
@@ -466,9 +483,12 @@ def measure_trl(spec: Spec) -> dict[str, Any]:
 
 
 def rectangles(pairs: Sequence[TokenizedPair], passes: int) -> list[tuple[int, int, int]]:
-    """(rows, columns, predicted positions) of `passes` micro-batches that hold, together, as many tokens as prompt,
-    chosen and rejected of a step, as evenly as can be (one fewer at most: two rows are equally long), and as many
-    predictions as chosen and rejected have tokens."""
+    """(rows, columns, predicted positions) of each of `passes` micro-batches without padding.
+
+    Together they have as many tokens as the prompts, chosen and rejected completions of a step, spread evenly. They may
+    have up to `rows` - 1 tokens fewer, because the rows of a rectangle are equally long. Together they predict as many
+    positions as the completions have tokens.
+    """
     rows = len(pairs) // passes
     tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) // rows
     predicted = sum(len(p.chosen) + len(p.rejected) for p in pairs)
@@ -480,9 +500,11 @@ def rectangles(pairs: Sequence[TokenizedPair], passes: int) -> list[tuple[int, i
 
 
 def measure_floor(spec: Spec) -> dict[str, Any]:
-    """Forward and backward over the step's tokens, prompts once, in rectangles: the same model object under the same
-    autocast with transformers' own attention, cross-entropy on ordinary logits, no optimizer and no reference. It
-    keeps freed memory as prefopt does. Over as many positions as there are completion tokens; `all_tokens`: over all.
+    """A bare forward and backward pass over as many tokens as a step has with each prompt once, in rectangles.
+
+    The model and the autocast are prefopt's. Attention is that of transformers, the loss is cross-entropy on ordinary
+    logits, and there is no optimizer and no reference. The loss is over as many positions as there are completion
+    tokens; under `all_tokens`, over all positions. Freed memory is kept as prefopt keeps it.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -518,22 +540,22 @@ def measure_floor(spec: Spec) -> dict[str, Any]:
         model.zero_grad()
         return seconds, total
 
-    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    by_loss: dict[bool, list[tuple[float, float]]] = {False: [], True: []}  # (seconds, loss) of each step
     tokens = []
     for pairs in in_order(read_pairs(Path(spec.data)), config.seed, spec.steps, spec.batch_size):
         shapes = rectangles(pairs, passes)
         tokens.append(sum(rows * columns for rows, columns, _ in shapes))
-        for all_tokens, results in found.items():
+        for all_tokens, results in by_loss.items():
             results.append(forward_and_backward(shapes, all_tokens))
 
     def result(all_tokens: bool) -> dict[str, Any]:
-        seconds, losses = zip(*found[all_tokens], strict=True)
+        seconds, losses = zip(*by_loss[all_tokens], strict=True)
         return {"seconds": seconds[spec.warmup :], "losses": losses}
 
     return result(False) | {"all_tokens": result(True), "tokens": tokens[spec.warmup :]}
 
 
-VARIANTS: dict[str, Callable[[Spec], dict[str, Any]]] = {
+MEASUREMENTS: dict[str, Callable[[Spec], dict[str, Any]]] = {
     "prefopt": measure_prefopt,
     "trl_default": measure_trl,
     "trl_precomputed": measure_trl,
@@ -546,7 +568,7 @@ VARIANTS: dict[str, Callable[[Spec], dict[str, Any]]] = {
 
 def main() -> None:
     spec = Spec(**json.loads(sys.argv[1]))
-    result = VARIANTS[spec.variant](spec)
+    result = MEASUREMENTS[spec.variant](spec)
 
     import torch
 
@@ -557,7 +579,7 @@ def main() -> None:
     result |= {
         "peak_memory_gib": peak_memory_gib(device),
         "threads": torch.get_num_threads(),
-        # A step that hands memory back and takes it again spends its time in the kernel.
+        # Time in the kernel shows a step that returns memory to the system and allocates it again.
         "user_seconds": used.ru_utime,
         "system_seconds": used.ru_stime,
     }

@@ -1,8 +1,9 @@
-"""Write the parts of the pages that come from the code: configuration.md, and the table of objectives.md.
+"""Write the parts of the documentation that come from the code: configuration.md, and the table of objectives.md.
 
-    python docs/generate.py        # `make docs` does it before it builds the pages
+    python docs/generate.py        # `make docs` runs it before mkdocs
 
-configuration.md lists every key of conf/**/*.yaml with its default and its comment, and the policies of a data set.
+configuration.md lists every key of conf/**/*.yaml with its default and its comment, and the policies of a data set. The
+YAML files are read as text with marks, because a YAML loader drops comments.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from prefopt.objectives.__main__ import markdown
 
 DOCS = Path(__file__).parent
 CONF = DOCS.parent / "conf"
-INCLUDED = {"common", "_self_"}  # of a file's defaults, what gives no key that a user sets
+INCLUDED = {"common", "_self_"}  # entries of `defaults` that give no key which a user sets
 INTRODUCTION = """\
 # Configuration
 
@@ -32,7 +33,7 @@ that a file does not list yet by a plus (`+dataset.columns.prompt=question`). Un
 
 
 class Key(NamedTuple):
-    """A key of a YAML file by its path below the file, with its default and its comment as they are written."""
+    """A key of a YAML file: its dotted path, its default, and its comment, as they are written in the file."""
 
     path: str
     default: str
@@ -40,7 +41,7 @@ class Key(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What a YAML file says: the lines of its header, its `defaults`, and its keys."""
+    """The content of a YAML file: the comment lines at its head, its `defaults`, and its keys."""
 
     name: str
     header: list[str]
@@ -69,6 +70,7 @@ def _source(node: yaml.Node, lines: list[str]) -> str:
 
 
 def _keys(node: yaml.MappingNode, lines: list[str], prefix: str = "") -> Iterator[Key]:
+    """The leaves of a mapping. A mapping in block style is no leaf; it is listed only where it has a comment."""
     for key, value in node.value:
         path = f"{prefix}{key.value}"
         if path in ("defaults", "hydra"):
@@ -83,11 +85,12 @@ def _keys(node: yaml.MappingNode, lines: list[str], prefix: str = "") -> Iterato
 
 
 def _comment(lines: list[str], mark: yaml.Mark) -> str:
-    """What stands behind `mark` on its line as a comment."""
+    """The comment behind `mark` on its line, or ""."""
     return lines[mark.line][mark.column :].partition("# ")[2].strip()
 
 
 def table(keys: list[Key], heads: tuple[str, ...] = ("key", "default", "what it is")) -> str:
+    """A Markdown table of keys."""
     rows = [(_code(key.path), _code(key.default), _text(key.comment)) for key in keys]
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ("---",) * len(heads), *rows])
 
@@ -101,16 +104,16 @@ def _text(comment: str) -> str:
 
 
 def program(config: Config) -> str:
-    """A section for a file of conf/ itself: a program's, or one that several programs include."""
+    """The section of a file directly in conf/: that of a program, or one that several programs include."""
     commands = [line for line in config.header if line.startswith("python -m")]
     notes = [line for line in config.header if line not in commands]
     groups = [f"`{d.removeprefix('override ')}`" for d in config.defaults if "=" in d and "hydra/" not in d]
     includes = [f"`conf/{d}.yaml`" for d in config.defaults if "=" not in d and "schema" not in d and d not in INCLUDED]
-    own = any(f"prefopt.{config.name} " in line for line in commands)
-    parts = [f"## {'prefopt ' if own else 'conf/'}{config.name}{'' if own else '.yaml'}"]
+    is_program = any(f"prefopt.{config.name} " in line for line in commands)
+    parts = [f"## prefopt {config.name}" if is_program else f"## conf/{config.name}.yaml"]
     if notes:
         parts.append(_text("\n".join(notes)))
-    if own:
+    if is_program:
         parts.append("\n".join(["```", *commands, "```"]))
     if includes:
         parts.append(f"Includes the keys of {', '.join(includes)}.")
@@ -122,7 +125,7 @@ def program(config: Config) -> str:
 
 
 def group(name: str, configs: list[Config]) -> str:
-    """A section for a folder of conf/: what several of its choices have in common once, then each by itself."""
+    """The section of a folder of conf/: the keys that several of its choices share, then the keys of every choice."""
     counts = Counter(key for config in configs for key in config.keys if key.comment)
     shared = [key for key, n in counts.items() if n > 1]
     parts = [f"## {name}=…"]
@@ -147,6 +150,7 @@ def group(name: str, configs: list[Config]) -> str:
 
 
 def _choices(key: Key, configs: list[Config]) -> str:
+    """The choices that have this key, as a short list: "all but" where most have it."""
     having = [f"`{config.name}`" for config in configs if key in config.keys]
     lacking = [f"`{config.name}`" for config in configs if key not in config.keys]
     if len(lacking) < len(having):
@@ -155,7 +159,7 @@ def _choices(key: Key, configs: list[Config]) -> str:
 
 
 def policies() -> str:
-    """The defects of a row and what is done about each, as the fields of the schema say it."""
+    """The section of the policies for defective rows, from the fields of PoliciesConfig and their comments."""
     comments = dict(re.findall(r"^    (\w+): str = .*?# (.*)$", inspect.getsource(PoliciesConfig), re.MULTILINE))
     fields = dataclasses.fields(PoliciesConfig)
     keys = [Key(f"dataset.policies.{f.name}", str(f.default), comments.get(f.name, "")) for f in fields]
@@ -163,6 +167,7 @@ def policies() -> str:
 
 
 def configuration() -> str:
+    """The text of configuration.md. The training programs come first."""
     files = sorted(CONF.glob("*.yaml"), key=lambda file: (not file.stem.startswith("train"), file.stem))
     programs = [program(read(file)) for file in files if file.stem not in INCLUDED]
     folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
@@ -171,7 +176,7 @@ def configuration() -> str:
 
 
 def objectives(page: str) -> str:
-    """`page` with its table of objectives as `python -m prefopt.objectives --markdown` prints it now."""
+    """`page` with the current table of `python -m prefopt.objectives --markdown` between its two marks."""
     return re.sub(r"(?<=<!-- table -->\n\n).*?(?=\n\n<!-- end -->)", lambda _: markdown(), page, flags=re.DOTALL)
 
 

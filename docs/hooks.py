@@ -1,7 +1,7 @@
-"""For mkdocs: links that lead out of docs/ work in the site as they do on a code host.
+"""Hooks for mkdocs: links out of docs/ work in the site as they do on a code host.
 
-Files outside docs/ that a page links to become files of the site, under their path in the repository. The site's root
-is docs/, so the link ../results/demo/table.md of docs/training.md is results/demo/table.md there: one .. less.
+Files outside docs/ to which a page links become files of the site, under their path in the repository. The root of the
+site is docs/, so the link ../results/demo/table.md of docs/training.md becomes results/demo/table.md: one .. less.
 """
 
 import re
@@ -13,10 +13,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(([^)#\s:]+)")
-IN_NAV = ["CONTRIBUTING.md", "SECURITY.md"]
+IN_NAV = ["CONTRIBUTING.md", "SECURITY.md"]  # pages of the site that are not in docs/
 
 
 def on_files(files: Files, config: Any) -> Files:
+    """Add the linked files outside docs/, and the pages of IN_NAV."""
     paths = set(IN_NAV)
     for file in files.documentation_pages():
         targets = LINK.findall(file.content_string)
@@ -28,6 +29,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """`markdown` with its links as the site's paths want them."""
+    # A page of IN_NAV moves from the repository's root to the site's, which is docs/.
     if not Path(page.file.abs_src_path).is_relative_to(ROOT / "docs"):
         return markdown.replace("](docs/", "](")
     up = "../" * page.file.src_uri.count("/")

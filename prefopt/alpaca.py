@@ -1,15 +1,14 @@
-"""AlpacaEval on what a run has trained: its answers against a baseline's, judged, as win rate and length-controlled
-win rate.
+"""AlpacaEval of a run's policies against a baseline: the win rate and the length-controlled win rate.
 
     python -m prefopt.alpaca run=runs/RUN judge=gpt4o_mini                        # against the model it began from
     python -m prefopt.alpaca run=runs/RUN judge=claude_haiku baseline=runs/SFT checkpoints=all
     python -m prefopt.alpaca -m run=runs/A,runs/B judge=gpt4o_mini,claude_haiku
     python -m prefopt.alpaca run=runs/RUN judge=reward_model instructions=questions.jsonl   # costs nothing
 
-The preferences are asked for by alpaca-eval's own `evaluate`, and the length-controlled win rate is its own GLM, which
-needs all 805 questions of AlpacaEval 2 and a preference for each. Answers are kept in the user's cache by weights and
-settings, preferences in RUN/alpaca by judge and texts, so what was stopped goes on and nothing is paid for twice; the
-result of a comparison is a folder there with record.json and annotations.json.
+Preferences and win rates come from the package alpaca-eval. Its length-controlled win rate needs all 805 questions of
+AlpacaEval 2 and a preference for each. Answers are kept in the user's cache by weights and settings, preferences in
+RUN/alpaca by judge and texts: a stopped evaluation goes on, and no preference is paid for twice. The result of a
+comparison is a folder in RUN/alpaca with record.json and annotations.json.
 """
 
 from pathlib import Path
@@ -29,11 +28,11 @@ from prefopt.tracking.policies import exported_policies
 
 
 def plan_job(point: Point, label: str, config: AlpacaConfig, _: Launcher, folder: Path) -> SweepJob:
-    """Raises UserError for what cannot be evaluated."""
+    """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_alpaca(config)
     build(config.judge, Judge, "judge").check()
-    found = exported_policies(config.run, config.checkpoints)
-    model = ModelConfig(found[-1].name, found[-1].path, None)
+    policies = exported_policies(config.run, config.checkpoints)
+    model = ModelConfig(policies[-1].name, policies[-1].path, None)
     return SweepJob(point.overrides, label, config, model, folder)
 
 

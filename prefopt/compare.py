@@ -33,10 +33,10 @@ def compare(cfg: DictConfig) -> None:
         if not data["heldout"]:
             raise UserError(f"{config.run} has no held-out rows of one file: name the questions by instructions=FILE")
         config.instructions, config.split = data["heldout"], data["heldout_split"]
-    judge, questions, all_ = prepare_comparison(config)
+    judge, questions = prepare_comparison(config)
     (checkpoint,) = exported_policies(config.run, "final")
     folder = evaluate_checkpoint(
-        config, judge, checkpoint, questions, all_, lambda: answers_of_baseline(config, questions), {}
+        config, judge, checkpoint, questions, lambda: answers_of_baseline(config, questions), {}
     )
     record = json.loads((folder / "record.json").read_text())
     output = folder / "page.html"

@@ -1,13 +1,13 @@
-"""LM-Harness on what a run has trained, or on any model: one JSON record per checkpoint and task.
+"""Evaluate a run's policies, or any model, on tasks of LM-Harness: one JSON record per checkpoint and task.
 
     python -m prefopt.harness run=runs/RUN tasks=mmpo                  # the final policy
     python -m prefopt.harness run=runs/RUN tasks=[arc_easy,piqa] checkpoints=all
     python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo
     python -m prefopt.harness model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct output=results/qwen tasks=mappo
 
-A checkpoint is loaded once for all tasks; a task is asked by itself, so its figures do not depend on which others are
-asked for, and are those of `lm-eval run` with the same arguments. What is recorded is not computed again: the records
-lie in RUN/harness (or `output`), named by checkpoint, task and settings.
+A checkpoint is loaded once for all tasks. Each task is evaluated by itself, so its figures do not depend on the other
+tasks; they are those of `lm-eval run` with the same arguments. The records are in RUN/harness (or `output`), named by
+checkpoint, task and settings. An evaluation that has a record is not computed again.
 """
 
 from pathlib import Path
@@ -26,11 +26,11 @@ from prefopt.launch.sweep import Sweep
 
 
 def plan_job(point: Point, label: str, config: HarnessConfig, _: Launcher, folder: Path) -> SweepJob:
-    """Raises UserError for what cannot be evaluated."""
+    """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_harness(config)
     task_names(config.tasks)
-    found = checkpoints(config)[0]
-    model = ModelConfig(found[-1].name, found[-1].path, found[-1].revision)
+    policies = checkpoints(config)[0]
+    model = ModelConfig(policies[-1].name, policies[-1].path, policies[-1].revision)
     return SweepJob(point.overrides, label, config, model, folder)
 
 

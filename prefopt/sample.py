@@ -1,12 +1,12 @@
-"""Draw n responses per prompt from a policy, and write one JSON row per prompt.
+"""Sample responses from a policy: one JSON row per prompt, with `samples_per_prompt` responses.
 
     python -m prefopt.sample prompts=prompts.jsonl output=samples.jsonl.gz samples_per_prompt=8
 
-A prompt row needs the field `prompt` (text or messages); its other fields are carried over. The row that comes out also
-holds `responses` (texts) and `finished` (did the response end by itself?); `prefopt.score` adds `rewards`.
+An input row needs the field `prompt` (a text or messages). The output row has all fields of the input row, and the
+lists `responses` (texts) and `finished` (false where the token limit cut the response off). `prefopt.score` adds
+`rewards`.
 
-What is drawn is kept in OUTPUT.partial as it comes, so the same command goes on where a stopped one was, and ends with
-the same file.
+Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file.
 """
 
 from omegaconf import DictConfig
@@ -16,7 +16,7 @@ from prefopt.config.hardware import resolve_hardware
 from prefopt.config.parse import parse
 from prefopt.data.sources import write_rows
 from prefopt.generation.config import SampleConfig, check_sample
-from prefopt.generation.responses import generate_resumable, read_prompts
+from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
 from prefopt.utils.console import say
 from prefopt.utils.files import check_output
 
@@ -30,11 +30,20 @@ def main(cfg: DictConfig) -> None:
     rows, prompts = read_prompts(config.prompts, config.split)
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
     partial = output.with_name(f"{output.name}.partial")
-    n, where = config.samples_per_prompt, (config.backend, config.device, config.precision)
-    drawn, _ = generate_resumable(config.model, prompts, config.sampling, n, config.seed, *where, partial)
-    write_rows(output, [row | samples for row, samples in zip(rows, drawn, strict=True)])
+    request = GenerationRequest(
+        model=config.model,
+        prompts=prompts,
+        sampling=config.sampling,
+        samples_per_prompt=config.samples_per_prompt,
+        seed=config.seed,
+        backend=config.backend,
+        device=config.device,
+        precision=config.precision,
+    )
+    responses, _ = generate_resumable(request, partial)
+    write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
     partial.unlink()
-    say(f"wrote {len(rows)} rows of {n} responses to {output}")
+    say(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
 
 
 if __name__ == "__main__":

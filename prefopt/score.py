@@ -1,11 +1,11 @@
-"""Write rewards beside the rows of a file.
+"""Add rewards to the rows of a file.
 
     python -m prefopt.score input=samples.jsonl.gz output=scored.jsonl.gz scorer=vader
     python -m prefopt.score input=pairs.jsonl output=scored.jsonl scorer=reward_model scorer.path=runs/RUN/policy
 
-A row with `responses` (prefopt.sample's) gets the lists `rewards` and `rewards_01`; a pair gets `chosen_reward`,
-`rejected_reward`, `chosen_reward_01` and `rejected_reward_01`: the reward r, and the same on [0, 1] (sigma(r), where
-r is not there already). All other fields are carried over.
+A row with `responses`, as prefopt.sample writes it, gets the lists `rewards` and `rewards_01`. A pair gets
+`chosen_reward`, `rejected_reward`, `chosen_reward_01` and `rejected_reward_01`. The fields with _01 hold the reward on
+[0, 1]: sigma(r), or r itself where the scorer's rewards are on [0, 1] already. All other fields are carried over.
 """
 
 from omegaconf import DictConfig

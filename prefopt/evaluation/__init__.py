@@ -1,1 +1,1 @@
-"""A policy becomes a JSON record: LM-Harness, AlpacaEval."""
+"""Evaluations of finished policies, which write JSON records: LM-Harness, AlpacaEval."""

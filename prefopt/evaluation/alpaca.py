@@ -1,4 +1,4 @@
-"""AlpacaEval over the policies of a run: answers, judgments, win rates."""
+"""AlpacaEval over the policies of a run: answers, preferences, win rates. One record per policy and judge."""
 
 import functools
 import hashlib
@@ -23,9 +23,11 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
+from prefopt.evaluation.clients import alpaca_eval
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
-from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, alpaca_eval
+from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge
 from prefopt.evaluation.results import two_judges
+from prefopt.generation.responses import GenerationRequest, generate_resumable
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
@@ -33,21 +35,32 @@ from prefopt.utils.console import console, say
 from prefopt.utils.files import cache_dir, write_json
 
 REPOSITORY = "tatsu-lab/alpaca_eval"  # a data set on the hub
-QUESTIONS = "alpaca_eval_gpt4_baseline.json"  # the 805 questions, with the answers of AlpacaEval 2's own baseline
-GAMED = "df_gamed.csv"  # what the GLM of the length-controlled win rate is regularized by
+QUESTIONS = "alpaca_eval_gpt4_baseline.json"  # the 805 questions, with the answers of AlpacaEval 2's baseline
+GAMED = "df_gamed.csv"  # the data that regularize the GLM of the length-controlled win rate
 SHA256 = {
     QUESTIONS: "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
     GAMED: "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d",
 }
-N = 805
-RESAMPLES = 10_000
-PACKAGES = ("alpaca_eval", "scikit-learn", "torch", "transformers")
+N = 805  # questions of AlpacaEval
+RESAMPLES = 10_000  # of the bootstrap
+PACKAGES = ("alpaca_eval", "scikit-learn", "torch", "transformers")  # their versions are part of a record
 
 
 @dataclass(frozen=True)
 class Question:
+    """A question as messages for a policy, and as the one text that judges read."""
+
     prompt: list[Message]
     instruction: str
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Different questions in the order of their rows. `is_alpaca_eval`: they are AlpacaEval's 805, so that a
+    length-controlled win rate can be computed."""
+
+    items: list[Question]
+    is_alpaca_eval: bool
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,13 @@ class Answers:
 
     name: str
     texts: list[str]
-    finished: list[bool]
-    weights: str | None  # the digest of the weights that gave them; None: they came in a file
+    finished: list[bool]  # False where the token limit cut the answer off
+    weights: str | None  # the digest of the model's weights; None: the answers come from a file
 
 
 def hub_file(name: str) -> Path:
-    """A file of AlpacaEval's, from the hub's cache or the hub. Raises UserError where it cannot be had, or is not what
-    it was when its digest was published."""
+    """The path of an AlpacaEval file in the hub's cache, downloaded if need be. Raises UserError where it cannot be
+    downloaded, or where its digest is not the one in SHA256."""
     try:
         file = Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
     except Exception as error:  # the hub's clients raise a dozen kinds
@@ -80,8 +93,9 @@ def hub_file(name: str) -> Path:
     return file
 
 
-def read_questions(path: str | None, split: str | None) -> tuple[list[Question], bool]:
-    """The questions, each once, and whether they are AlpacaEval's 805. Raises UserError for a row without one."""
+def read_questions(path: str | None, split: str | None) -> Questions:
+    """The questions of a file, or AlpacaEval's where `path` is None. A repeated question is left out. Raises UserError
+    for a row without a question."""
     file = path or str(hub_file(QUESTIONS))
     questions: dict[str, Question] = {}
     repeated = 0
@@ -93,105 +107,119 @@ def read_questions(path: str | None, split: str | None) -> tuple[list[Question],
             raise UserError(f"{where} has neither a field 'instruction' nor 'prompt' (its fields: {fields}).") from None
         except ValueError as error:
             raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-        single = len(prompt) == 1
-        text = prompt[0]["content"] if single else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        repeated += text in questions
+        if len(prompt) == 1:
+            text = prompt[0]["content"]
+        else:
+            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        if text in questions:
+            repeated += 1
         questions[text] = Question(prompt, text)
+
     if repeated:
         say(f"{file}: {repeated} rows ask what another row asks, and are left out")
-    return list(questions.values()), file.endswith(SUFFIXES) and digest(file) == SHA256[QUESTIONS]
+    is_alpaca_eval = file.endswith(SUFFIXES) and digest(file) == SHA256[QUESTIONS]
+    return Questions(list(questions.values()), is_alpaca_eval)
 
 
 def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
-    """Draw one answer to each question; those that this model gave before are in the user's cache."""
-    from prefopt.generation.responses import generate_resumable
-
+    """Sample one answer per question. Answers of the same weights and settings come from the user's cache."""
     say(f"{name}: answers to {len(questions)} questions")
     folder = cache_dir() / "responses"
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = [q.prompt for q in questions]
-    where = (config.backend, config.device, config.precision)
-    rows, weights = generate_resumable(model, prompts, config.sampling, 1, config.seed, *where, folder)
+    request = GenerationRequest(
+        model=model,
+        prompts=[question.prompt for question in questions],
+        sampling=config.sampling,
+        samples_per_prompt=1,
+        seed=config.seed,
+        backend=config.backend,
+        device=config.device,
+        precision=config.precision,
+    )
+    rows, weights = generate_resumable(request, folder)
     return Answers(name, [row["responses"][0] for row in rows], [row["finished"][0] for row in rows], weights)
 
 
 def baseline_of(config: AlpacaConfig) -> tuple[str, ModelConfig | None]:
-    """What the baseline is called, and its model; None: it is a file. Raises UserError where it is not there."""
-    given = config.baseline
-    if given.endswith(SUFFIXES):
-        return Path(given).name.partition(".")[0], None
-    if given == "initial":
+    """The baseline's name, and its model; None: its answers are in a file. Raises UserError where there is no such
+    baseline."""
+    baseline = config.baseline
+    if baseline.endswith(SUFFIXES):
+        return Path(baseline).name.partition(".")[0], None
+    if baseline == "initial":
         trained = record_of(config.run)["config"]
         if (trained.get("peft") or {}).get("path"):
             raise UserError("the run began from a model with an adapter: say baseline=FOLDER, with the two merged")
         return f"{trained['model']['name']}-initial", ModelConfig(**trained["model"])
-    if (Path(given) / "record.json").is_file():
-        (policy,) = exported_policies(given, "final")
-        return Path(given).name, ModelConfig(given, policy.path, None)
-    return Path(given).name, ModelConfig(given, given, None)
+    if (Path(baseline) / "record.json").is_file():
+        (policy,) = exported_policies(baseline, "final")
+        return Path(baseline).name, ModelConfig(baseline, policy.path, None)
+    return Path(baseline).name, ModelConfig(baseline, baseline, None)
 
 
 def load_answers(path: str, name: str, questions: Sequence[Question]) -> Answers:
-    """The answers that a file holds. Raises UserError for a question without one."""
-    found = {}
+    """The answers in a file. Raises UserError for a question without an answer."""
+    answers = {}
     for where, row in read_rows(path, None):
         if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
             raise UserError(f"{where} needs the texts `instruction` and `output` (its fields: {', '.join(row)}).")
-        found[row["instruction"]] = row["output"]
-    if lacking := [i for i, q in enumerate(questions) if q.instruction not in found]:
+        answers[row["instruction"]] = row["output"]
+    if lacking := [i for i, question in enumerate(questions) if question.instruction not in answers]:
         raise UserError(
             f"{path} has no answer to {len(lacking)} of {len(questions)} questions (rows {str(lacking[:10])[1:-1]}), "
             "and must answer them all."
         )
-    return Answers(name, [found[q.instruction] for q in questions], [True] * len(questions), None)
+    return Answers(name, [answers[q.instruction] for q in questions], [True] * len(questions), None)
 
 
 def summarize(annotations: list[dict[str, Any]], length_controlled: bool) -> dict[str, Any]:
-    """What alpaca-eval makes of complete annotations, in percent, and 95 % intervals of the bootstrap over questions.
+    """alpaca-eval's figures of complete annotations, in percent, with 95 % intervals of a bootstrap over questions.
 
-    The length-controlled ones need all of AlpacaEval's questions, joined with their difficulty by `index`. Their
-    standard error and interval take the GLM as it was fitted.
+    `length_controlled` needs all of AlpacaEval's questions: `index` joins them with their difficulty. The standard
+    error and the interval of that win rate take the fitted GLM as fixed.
     """
     import pandas as pd
 
     frame = pd.DataFrame(annotations)
     preferences = frame["preference"].astype(float)
     lengths = {side: frame[f"output_{k}"].str.len() for side, k in (("baseline", 1), ("model", 2))}
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "n": len(frame),
         "mean_length": {side: float(values.mean()) for side, values in lengths.items()},
         "equal_outputs": int((frame["output_1"] == frame["output_2"]).sum()),
         "letter_missing": sum(_letter_missing(row) for row in annotations),
     }
     with alpaca_eval() as package, TemporaryDirectory() as scratch:
-        # Without a difference in length there is nothing to control for, and the GLM's feature is 0 / 0. A baseline
-        # against itself is 50 by definition.
-        itself = (frame["generator_1"] == frame["generator_2"]).all()
-        if length_controlled and (itself or (lengths["model"] - lengths["baseline"]).std() > 0):
+        # Where no answer differs in length the GLM's length feature is 0 / 0, and there is nothing to control for. A
+        # baseline against itself is allowed: alpaca-eval gives 50 by definition.
+        against_itself = (frame["generator_1"] == frame["generator_2"]).all()
+        if length_controlled and (against_itself or (lengths["model"] - lengths["baseline"]).std() > 0):
             frame = frame[["index", "preference", "output_1", "output_2", "generator_1", "generator_2"]]
-            told = package.metrics.get_length_controlled_winrate(frame, save_weights_dir=scratch)
+            # alpaca-eval adds the column glm_preference to `frame`, and writes the GLM's weights as a CSV.
+            results = package.metrics.get_length_controlled_winrate(frame, save_weights_dir=scratch)
             (file,) = Path(scratch).rglob("*.csv")
-            found |= {
-                "length_controlled_win_rate": float(told["length_controlled_winrate"]),
-                "lc_standard_error": float(told["lc_standard_error"]),
-                "lc_interval": bootstrap(100 * frame["glm_preference"].to_numpy(dtype=float)),
-                "glm": {k: float(v) for k, v in pd.read_csv(file, index_col=0).iloc[0].items()},
-            }
+            figures["length_controlled_win_rate"] = float(results["length_controlled_winrate"])
+            figures["lc_standard_error"] = float(results["lc_standard_error"])
+            figures["lc_interval"] = bootstrap(100 * frame["glm_preference"].to_numpy(dtype=float))
+            figures["glm"] = {k: float(v) for k, v in pd.read_csv(file, index_col=0).iloc[0].items()}
         else:
-            told = package.metrics.get_winrate(frame)
-    found |= {k: float(told[k]) for k in ("win_rate", "standard_error", "discrete_win_rate")}
-    return found | {"interval": bootstrap(100 * (preferences.to_numpy() - 1))}
+            results = package.metrics.get_winrate(frame)
+    for key in ("win_rate", "standard_error", "discrete_win_rate"):
+        figures[key] = float(results[key])
+    figures["interval"] = bootstrap(100 * (preferences.to_numpy() - 1))
+    return figures
 
 
 def bootstrap(values: np.ndarray) -> list[float]:
-    """The 95 % percentile interval of the mean: whole questions are drawn again, each with both of its answers."""
+    """The 95 % percentile interval of the mean, [low, high]. A resample draws questions, each with both answers."""
     generator = np.random.default_rng(0)
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
 def _letter_missing(row: dict[str, Any]) -> bool:
-    """Whether one of the letters m and M was not among the judge's alternatives, so that the other one has all."""
+    """Whether the judge's log-probs hold only one of the letters m and M. alpaca-eval then gives that letter all
+    of the probability."""
     completion: Any = row.get("preference_raw_completion")
     if not isinstance(completion, dict) or not completion.get("logprobs"):
         return False
@@ -199,30 +227,29 @@ def _letter_missing(row: dict[str, Any]) -> bool:
 
 
 def format_results(record: dict[str, Any]) -> Table:
-    """Everything that a win rate must be read with."""
-    f, judge = record["figures"], record["judge"]["name"]
+    """The table of one comparison: win rates, and the figures to read them with."""
+    figures, judge = record["figures"], record["judge"]["name"]
 
     def percent(value: str, error: str, interval: str) -> str:
-        low, high = f[interval]
-        return f"{f[value]:.2f} ± {f[error]:.2f}   [{low:.2f}, {high:.2f}]"
+        low, high = figures[interval]
+        return f"{figures[value]:.2f} ± {figures[error]:.2f}   [{low:.2f}, {high:.2f}]"
 
-    table = Table(
-        "", "%, ± standard error, [95 % interval]", title=f"{record['model']} against {record['baseline']['name']}"
-    )
+    title = f"{record['model']} against {record['baseline']['name']}"
+    table = Table("", "%, ± standard error, [95 % interval]", title=title)
     table.add_row(f"win rate ({judge})", percent("win_rate", "standard_error", "interval"))
     controlled = record["why_not_length_controlled"] or percent(
         "length_controlled_win_rate", "lc_standard_error", "lc_interval"
     )
     table.add_row(f"length-controlled win rate ({judge})", controlled)
-    for name, weight in f.get("glm", {}).items():
+    for name, weight in figures.get("glm", {}).items():
         table.add_row(f"  weight of {name}", f"{weight:.4f}")
-    lengths, n = f["mean_length"], f["n"]
+
+    lengths, unfinished = figures["mean_length"], record["unfinished"]
     table.add_row("mean length, characters", f"{lengths['model']:.0f} against {lengths['baseline']:.0f}")
-    cut = record["unfinished"]
-    table.add_row("answers cut off", f"{cut['model']} against {cut['baseline']}")
-    table.add_row("questions", f"{n}, of which {f['equal_outputs']} with equal answers")
-    if f["letter_missing"]:
-        table.add_row("one letter without log-prob", str(f["letter_missing"]))
+    table.add_row("answers cut off", f"{unfinished['model']} against {unfinished['baseline']}")
+    table.add_row("questions", f"{figures['n']}, of which {figures['equal_outputs']} with equal answers")
+    if figures["letter_missing"]:
+        table.add_row("one letter without log-prob", str(figures["letter_missing"]))
     return table
 
 
@@ -230,81 +257,118 @@ def evaluate_checkpoint(
     config: AlpacaConfig,
     judge: Judge,
     checkpoint: Checkpoint,
-    questions: list[Question],
-    all_: bool,
+    questions: Questions,
     reference: Callable[[], Answers],
-    told: dict[str, str],
+    extra: dict[str, str],
 ) -> Path:
-    """Answer, judge and record, as far as that is not done; the comparison's folder. `reference` gives the baseline's
-    answers, which are asked for only where there is something to do."""
-    name, model = baseline_of(config)
-    settings = {
-        "baseline": model.path if model else config.baseline,
-        "revision": model.revision if model else digest(config.baseline),
-        "judge": judge.describe(),
-        "instructions": hashlib.sha256(json.dumps([q.prompt for q in questions]).encode()).hexdigest(),
-        "sampling": asdict(config.sampling),
-        **{key: getattr(config, key) for key in ("backend", "seed", "precision", "device")},
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-    }
+    """Compare a checkpoint's answers with the baseline's, and return the folder with record.json and annotations.json.
+    Nothing is computed where the record exists.
+
+    `reference` returns the baseline's answers. It is called only when they are needed. `extra` goes into the record.
+    Raises UserError where the judge does.
+    """
+    name, _ = baseline_of(config)
+    settings = comparison_settings(config, judge, questions)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    home = Path(config.run) / "alpaca"
-    folder = home / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
+    comparisons_folder = Path(config.run) / "alpaca"
+    folder = comparisons_folder / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
     if (folder / "record.json").is_file():
         return folder
-    began = time.monotonic()
-    ours = answer_questions(ModelConfig(checkpoint.name, checkpoint.path, None), checkpoint.path, questions, config)
+
+    start = time.monotonic()
+    policy = ModelConfig(checkpoint.name, checkpoint.path, None)
+    ours = answer_questions(policy, checkpoint.path, questions.items, config)
     theirs = reference()
-    duels = [
-        Comparison(i, q.prompt, q.instruction, theirs.texts[i], ours.texts[i], (theirs.finished[i], ours.finished[i]))
-        for i, q in enumerate(questions)
-    ]
     names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}")
-    found = judge.annotate(duels, names, home / "preferences", config.max_cost, config.device, config.precision)
-    result = summarize(found, all_)
-    why = None if all_ else f"none: it needs AlpacaEval's {N} questions"
-    if all_ and "length_controlled_win_rate" not in result:
-        why = "none: the answers do not differ in length"
-    write_json(folder / "annotations.json", [to_jsonable(row) for row in found])
-    write_json(
-        folder / "record.json",
-        {
-            "checkpoint": checkpoint.name,
-            "step": checkpoint.step,
-            "model": names.model,
-            "path": checkpoint.path,
-            "weights": ours.weights,
-            "baseline": {"name": name, "path": config.baseline, "weights": theirs.weights},
-            "judge": judge.describe(),
-            "figures": result,
-            "why_not_length_controlled": why,
-            "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
-            "settings": settings,
-            "seconds": time.monotonic() - began,
-            **provenance(),
-            **told,
-        },
-    )
+    comparisons = _pair_answers(questions.items, theirs, ours)
+    # Preferences are kept beside the comparisons, not inside: another checkpoint may give some of the same answers.
+    kept = comparisons_folder / "preferences"
+    annotations = judge.annotate(comparisons, names, kept, config.max_cost, config.device, config.precision)
+    figures = summarize(annotations, questions.is_alpaca_eval)
+
+    record = {
+        "checkpoint": checkpoint.name,
+        "step": checkpoint.step,
+        "model": names.model,
+        "path": checkpoint.path,
+        "weights": ours.weights,
+        "baseline": {"name": name, "path": config.baseline, "weights": theirs.weights},
+        "judge": judge.describe(),
+        "figures": figures,
+        "why_not_length_controlled": _why_not_length_controlled(questions, figures),
+        "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
+        "settings": settings,
+        "seconds": time.monotonic() - start,
+    }
+    write_result(folder, annotations, record | provenance() | extra)
     return folder
 
 
+def write_result(folder: Path, annotations: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    """Write annotations.json, and then record.json: where the record exists, the result is complete."""
+    write_json(folder / "annotations.json", [to_jsonable(row) for row in annotations])
+    write_json(folder / "record.json", record)
+
+
+def comparison_settings(config: AlpacaConfig, judge: Judge, questions: Questions) -> dict[str, Any]:
+    """Everything besides the checkpoint that decides the figures. The digest of it is in the folder's name."""
+    _, model = baseline_of(config)
+    prompts = [question.prompt for question in questions.items]
+    return {
+        "baseline": model.path if model else config.baseline,
+        "revision": model.revision if model else digest(config.baseline),
+        "judge": judge.describe(),
+        "instructions": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "sampling": asdict(config.sampling),
+        **{key: getattr(config, key) for key in ("backend", "seed", "precision", "device")},
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def _pair_answers(questions: Sequence[Question], reference: Answers, model: Answers) -> list[Comparison]:
+    return [
+        Comparison(
+            index=i,
+            prompt=question.prompt,
+            instruction=question.instruction,
+            reference=reference.texts[i],
+            model=model.texts[i],
+            finished=(reference.finished[i], model.finished[i]),
+        )
+        for i, question in enumerate(questions)
+    ]
+
+
+def _why_not_length_controlled(questions: Questions, figures: dict[str, Any]) -> str | None:
+    if not questions.is_alpaca_eval:
+        return f"none: it needs AlpacaEval's {N} questions"
+    if "length_controlled_win_rate" not in figures:
+        return "none: the answers do not differ in length"
+    return None
+
+
 def to_jsonable(row: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it: null for the NaN of what a judge did not say, plain numbers for numpy's."""
+    """`row` with null for NaN, and Python's numbers for numpy's."""
     plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in plain.items()}
 
 
-def answers_of_baseline(config: AlpacaConfig, questions: list[Question]) -> Answers:
+def answers_of_baseline(config: AlpacaConfig, questions: Questions) -> Answers:
+    """The baseline's answers, from its file or from its model."""
     name, model = baseline_of(config)
-    return answer_questions(model, name, questions, config) if model else load_answers(config.baseline, name, questions)
+    if model is None:
+        return load_answers(config.baseline, name, questions.items)
+    return answer_questions(model, name, questions.items, config)
 
 
-def prepare_comparison(config: AlpacaConfig) -> tuple[Judge, list[Question], bool]:
-    """The judge, the questions, and whether these are all of AlpacaEval's. Raises UserError for whatever is missing,
-    before a model is loaded or a judge asked."""
+def prepare_comparison(config: AlpacaConfig) -> tuple[Judge, Questions]:
+    """The judge and the questions. Resolves `config`'s baseline, device and precision in place.
+
+    Raises UserError for everything that is missing, before a model is loaded or a judge asked.
+    """
     from prefopt.models.load import check_model
 
-    if config.baseline == "gpt4_turbo":  # AlpacaEval 2's own
+    if config.baseline == "gpt4_turbo":  # the baseline of AlpacaEval 2, whose answers come with the questions
         config.baseline = str(hub_file(QUESTIONS))
     check_alpaca(config)
     resolve_hardware(config)
@@ -312,30 +376,32 @@ def prepare_comparison(config: AlpacaConfig) -> tuple[Judge, list[Question], boo
     judge.check()
     record_of(config.run)
     name, model = baseline_of(config)
-    questions, all_ = read_questions(config.instructions, config.split)
+    questions = read_questions(config.instructions, config.split)
     if model:
         check_model(model, "baseline")
     else:
-        load_answers(config.baseline, name, questions)
-    if all_:
+        load_answers(config.baseline, name, questions.items)
+    if questions.is_alpaca_eval:
         hub_file(GAMED)
-    return judge, questions, all_
+    return judge, questions
 
 
-def run_pending(config: AlpacaConfig, **told: str) -> None:
-    """Every comparison that is not recorded yet, and what came of each; `told` goes into the records."""
-    judge, questions, all_ = prepare_comparison(config)
-    reference = functools.cache(lambda: answers_of_baseline(config, questions))  # one model load for all checkpoints
+def run_pending(config: AlpacaConfig, **extra: str) -> None:
+    """Make every comparison that has no record yet, and print the table of all. `extra` goes into the records."""
+    judge, questions = prepare_comparison(config)
+    reference = functools.cache(lambda: answers_of_baseline(config, questions))  # loads the model at most once
     for checkpoint in exported_policies(config.run, config.checkpoints):
-        folder = evaluate_checkpoint(config, judge, checkpoint, questions, all_, reference, told)
+        folder = evaluate_checkpoint(config, judge, checkpoint, questions, reference, extra)
         record = json.loads((folder / "record.json").read_text())
         console().print(format_results(record))
-        others = [json.loads(f.read_text()) for f in folder.parent.glob("*/record.json")]
-        same = [r for r in others if _but_judge(r) == _but_judge(record)]
+
+        siblings = [json.loads(file.read_text()) for file in folder.parent.glob("*/record.json")]
+        same = [r for r in siblings if _without_judge(r) == _without_judge(record)]
         for key, value in two_judges(same).items():
             print(f"mean of the MMPO paper's two judges, {key.replace('_', ' ')}: {value:.2f} %")
         print(folder)
 
 
-def _but_judge(record: dict[str, Any]) -> list[Any]:
+def _without_judge(record: dict[str, Any]) -> list[Any]:
+    """Everything that two records share if they differ in their judges only."""
     return [record["weights"], record["baseline"], {k: v for k, v in record["settings"].items() if k != "judge"}]

@@ -1,4 +1,4 @@
-"""The fields of the jobs that evaluate a policy, and their rules."""
+"""The configurations of the jobs that evaluate a policy, and their checks."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from prefopt.generation.config import sampler_problems
 
 @dataclass
 class HarnessConfig:
-    """What `python -m prefopt.harness` reads (conf/harness.yaml)."""
+    """The keys of `python -m prefopt.harness`. conf/harness.yaml has their defaults and explains them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     launcher: Any = MISSING
@@ -33,7 +33,7 @@ class HarnessConfig:
 
 @dataclass
 class AlpacaConfig:
-    """What `python -m prefopt.alpaca` reads (conf/alpaca.yaml)."""
+    """The keys of `python -m prefopt.alpaca`. conf/alpaca.yaml has their defaults and explains them."""
 
     judge: Any = MISSING
     launcher: Any = MISSING
@@ -51,9 +51,10 @@ class AlpacaConfig:
 
 
 def check_harness(config: HarnessConfig) -> None:
-    """The same for `prefopt.harness`, with the package that it needs."""
+    """Raise one UserError with everything that is wrong in a harness job's configuration, or where lm-eval is not
+    installed."""
     problems = hardware_problems(config) + file_name_problems({"model.name": config.model.name})
-    # lm-eval takes the path of a YAML too, which may name Python code to run.
+    # lm-eval also takes the path of a YAML, which may name Python code to run. So only names are allowed.
     for task in [config.tasks] if isinstance(config.tasks, str) else config.tasks:
         problems += file_name_problems({"tasks": str(task)})
     if config.checkpoints not in ("final", "all", "initial"):
@@ -71,7 +72,8 @@ def check_harness(config: HarnessConfig) -> None:
 
 
 def check_alpaca(config: AlpacaConfig) -> None:
-    """The same for `prefopt.alpaca`."""
+    """Raise one UserError with everything that is wrong in an AlpacaEval job's configuration, or where alpaca-eval is
+    not installed."""
     problems = hardware_problems(config) + sampler_problems(1, config.backend)
     if config.checkpoints not in ("final", "all"):
         problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")

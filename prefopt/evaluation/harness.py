@@ -1,4 +1,4 @@
-"""LM Evaluation Harness over the policies of a run: one record a policy and task."""
+"""LM Evaluation Harness over the policies of a run. One JSON record per policy and task."""
 
 import hashlib
 import importlib.metadata
@@ -27,30 +27,31 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-PACKAGES = ("lm_eval", "torch", "transformers", "datasets")
+PACKAGES = ("lm_eval", "torch", "transformers", "datasets")  # their versions are part of a record
 
 
 def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
-    """What is to be evaluated, and the folder for its records. Raises UserError where it is not there."""
+    """The models to evaluate, and the folder for their records. Raises UserError where there is no such model."""
     from prefopt.models.load import checkpoint_path
 
     if config.output:
         check_folder("output", config.output)
     if config.run is None:
-        assert config.output  # checked with the config
-        return [Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)], Path(
-            config.output
-        )
+        assert config.output  # check_harness wants a run or an output
+        model = Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)
+        return [model], Path(config.output)
+
     if config.checkpoints == "initial":
-        model = ModelConfig(**record_of(config.run)["config"]["model"])
-        found = [Checkpoint("initial", checkpoint_path(model), 0, model.revision)]
+        initial = ModelConfig(**record_of(config.run)["config"]["model"])
+        policies = [Checkpoint("initial", checkpoint_path(initial), 0, initial.revision)]
     else:
-        found = exported_policies(config.run, config.checkpoints)
-    return found, Path(config.output) if config.output else Path(config.run) / "harness"
+        policies = exported_policies(config.run, config.checkpoints)
+    return policies, Path(config.output) if config.output else Path(config.run) / "harness"
 
 
 def preflight(names: list[str]) -> "TaskManager":
-    """Raises UserError that names every task that does not exist or whose data are missing."""
+    """Load all tasks with their data, and return lm-eval's task manager. Raises one UserError that names every task
+    which does not exist or lacks its data."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -74,7 +75,7 @@ def preflight(names: list[str]) -> "TaskManager":
 
 
 def task_settings(config: HarnessConfig) -> dict[str, Any]:
-    """What decides a task's figures besides the weights."""
+    """Everything besides the weights that decides a task's figures."""
     return {
         "chat_template": config.chat_template,
         "num_fewshot": config.num_fewshot,
@@ -87,19 +88,20 @@ def task_settings(config: HarnessConfig) -> dict[str, Any]:
 
 
 def record_file(config: HarnessConfig, folder: Path, checkpoint: Checkpoint, task: str, how: dict[str, Any]) -> Path:
-    """Named by all that decides the figures: in a run's own folder its policies are known by their names, and in
-    `output` models of one name may meet."""
-    which = how if config.output is None else how | {"path": checkpoint.path, "revision": checkpoint.revision}
-    digest = hashlib.sha256(json.dumps(which, sort_keys=True).encode()).hexdigest()[:8]
+    """The file of a record. Its name holds the checkpoint, the task, and a digest of the settings `how`."""
+    identity = how
+    if config.output is not None:  # several models of one name may have their records in this folder
+        identity = how | {"path": checkpoint.path, "revision": checkpoint.revision}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return folder / f"{checkpoint.name}-{task}-{digest}.json"
 
 
 def run_task(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
-    """The figures of one task, its subtasks' beside them."""
+    """Evaluate one task: its metrics, those of its subtasks, and how they were computed."""
     from lm_eval import simple_evaluate
 
-    began = time.monotonic()
-    found = simple_evaluate(
+    start = time.monotonic()
+    results = simple_evaluate(
         model=lm,
         tasks=[task],
         task_manager=manager,
@@ -110,39 +112,40 @@ def run_task(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfi
         fewshot_as_multiturn=config.chat_template,
         log_samples=True,
     )
-    assert found is not None
-    samples = found["samples"]
+    assert results is not None  # it is None on ranks above 0 only
+    samples = results["samples"]
     return {
         "task": task,
-        "metrics": metrics(found["results"][task]),
-        "subtasks": {name: metrics(values) for name, values in found["results"].items() if name != task},
-        "n": sum(found["n-samples"][name]["effective"] for name in samples),
-        "task_versions": found["versions"],
-        "fewshot": {name: found["n-shot"][name] for name in samples},
+        "metrics": metrics(results["results"][task]),
+        "subtasks": {name: metrics(values) for name, values in results["results"].items() if name != task},
+        "n": sum(results["n-samples"][name]["effective"] for name in samples),
+        "task_versions": results["versions"],
+        "fewshot": {name: results["n-shot"][name] for name in samples},
         "fewshot_as_multiturn": config.chat_template,
-        "task_hashes": found.get("task_hashes"),
+        "task_hashes": results.get("task_hashes"),
         "first_request": first_request(lm, next(iter(samples.values()))[0]),
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - start,
     }
 
 
 def metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """{"acc": {"value", "stderr"}} from lm-eval's "acc,none" and "acc_stderr,none"; a filter other than none stays in
-    the name ("exact_match,strict-match")."""
-    found: dict[str, dict[str, float | None]] = {}
+    """{"acc": {"value", "stderr"}} from lm-eval's {"acc,none", "acc_stderr,none"}. A filter other than none stays in
+    the name: "exact_match,strict-match". `stderr` is None where lm-eval has none."""
+    by_name: dict[str, dict[str, float | None]] = {}
     for key, value in values.items():
         name, _, filter_ = key.partition(",")
-        if not filter_ or name.endswith("_stderr"):
+        if not filter_ or name.endswith("_stderr"):  # not a metric: the task's alias, or an error, which is read below
             continue
         error = values.get(f"{name}_stderr,{filter_}")
-        known = isinstance(error, int | float) and not math.isnan(error)  # "N/A" where there is none
+        known = isinstance(error, int | float) and not math.isnan(error)  # lm-eval writes "N/A" for none
         stderr = float(error) if known else None  # type: ignore[arg-type]
-        found[name if filter_ == "none" else key] = {"value": value, "stderr": stderr}
-    return found
+        by_name[name if filter_ == "none" else key] = {"value": value, "stderr": stderr}
+    return by_name
 
 
 def first_request(lm: "HFLM", sample: dict[str, Any]) -> dict[str, Any]:
-    """The token ids that the model is given for the first sample: context and, of a loglikelihood, continuation."""
+    """The token ids of a sample as the model reads them: the context, and for a loglikelihood the continuation. In a
+    record they show how chat template and special tokens were applied."""
     context, continuation = sample["arguments"][0][:2]
     if isinstance(continuation, str):
         context_ids, continuation_ids = lm._encode_pair(context, continuation)
@@ -151,6 +154,7 @@ def first_request(lm: "HFLM", sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
+    """lm-eval's model of a checkpoint. It runs no code that comes with a model, and reads no pickles."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
@@ -165,43 +169,46 @@ def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
 
 
 def weights_of(lm: "HFLM") -> str:
-    """The digest of the weights in the precision in which they are evaluated; in float32 that of the run's record."""
+    """The digest of the weights in the precision of the evaluation. In float32 it is the one in the run's record."""
     from prefopt.models.load import weights_digest
 
     return weights_digest(lm.model)
 
 
 def format_results(records: list[dict[str, Any]], names: list[str]) -> Table:
-    """A row per checkpoint: every task's first metric, and the means."""
+    """A row per checkpoint: the first metric of every task, and the means over tasks."""
     table = Table("checkpoint", *names, "mean acc", "mean acc_norm")
     for name in dict.fromkeys(r["checkpoint"] for r in records):
-        own = {r["task"]: r for r in records if r["checkpoint"] == name}
+        by_task = {r["task"]: r for r in records if r["checkpoint"] == name}
         cells = []
         for task in names:
-            metric, numbers = next(iter(own[task]["metrics"].items()))
+            metric, numbers = next(iter(by_task[task]["metrics"].items()))
             error = "" if numbers["stderr"] is None else f" ± {100 * numbers['stderr']:.1f}"
             cells.append(f"{100 * numbers['value']:.1f}{error} ({metric})")
-        means = lm_accuracy(list(own.values()))
+        means = lm_accuracy(list(by_task.values()))
         cells += [f"{100 * means[key]:.1f}" if means else "–" for key in ("mean acc", "mean acc_norm")]
         table.add_row(name, *cells)
     return table
 
 
-def run_pending(config: HarnessConfig, **told: str) -> None:
-    """Everything that is not recorded yet, and the table; `told` goes into the records."""
+def run_pending(config: HarnessConfig, **extra: str) -> None:
+    """Evaluate every checkpoint and task that has no record yet, and print the table of all. `extra` goes into the
+    records. Raises UserError for what is missing, before a model is loaded."""
     check_harness(config)
     resolve_hardware(config)
     names, how = task_names(config.tasks), task_settings(config)
-    found, folder = checkpoints(config)
-    todo = {c: [t for t in names if not record_file(config, folder, c, t, how).is_file()] for c in found}
-    if any(todo.values()):
+    policies, folder = checkpoints(config)
+    pending = {c: [t for t in names if not record_file(config, folder, c, t, how).is_file()] for c in policies}
+    if any(pending.values()):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = preflight(sorted({task for tasks in todo.values() for task in tasks}))
-    for checkpoint, tasks in todo.items():
+        manager = preflight(sorted({task for tasks in pending.values() for task in tasks}))
+
+    for checkpoint, tasks in pending.items():
         if not tasks:
             continue
         lm = load(checkpoint, config)
         weights = weights_of(lm)
+        # One call per task: its figures must not depend on which other tasks were asked for.
         for task in tasks:
             say(f"{checkpoint.path}: {task}")
             facts = {
@@ -211,9 +218,10 @@ def run_pending(config: HarnessConfig, **told: str) -> None:
                 "weights": weights,
                 "settings": how,
                 **provenance(),
-                **told,
+                **extra,
             }
             write_json(record_file(config, folder, checkpoint, task, how), run_task(lm, manager, task, config) | facts)
-    records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in found for t in names]
+
+    records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in policies for t in names]
     console().print(format_results(records, names))
     print(folder)

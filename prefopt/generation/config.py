@@ -1,4 +1,4 @@
-"""The fields of sampling, and their rules."""
+"""The configuration of sampling, and its checks."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from prefopt.errors import UserError
 
 @dataclass
 class SampleConfig:
-    """What `python -m prefopt.sample` reads (conf/sample.yaml)."""
+    """The keys of `python -m prefopt.sample`. conf/sample.yaml has their defaults and explains them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -27,13 +27,14 @@ class SampleConfig:
 
 
 def check_sample(config: SampleConfig) -> None:
-    """The same for `prefopt.sample`."""
+    """Raise one UserError with everything that is wrong in the configuration."""
     problems = hardware_problems(config) + sampler_problems(config.samples_per_prompt, config.backend)
     if problems:
         raise UserError("\n".join(problems))
 
 
 def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
+    """Messages about the backend and the number of samples; empty where all is well."""
     problems = ["samples_per_prompt must be at least 1"] if samples_per_prompt < 1 else []
     if backend not in ("transformers", "vllm"):
         problems.append(f"backend must be transformers or vllm, is {backend!r}")

@@ -1,10 +1,12 @@
-"""Responses to many prompts, resumable at every batch."""
+"""Responses to many prompts. An interrupted call goes on at the batch where it stopped."""
 
 import contextlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message, as_prompt
@@ -15,9 +17,61 @@ from prefopt.utils.console import Bar, say
 from prefopt.utils.files import with_filename
 from prefopt.utils.fingerprint import fingerprint
 
+if TYPE_CHECKING:
+    from prefopt.generation.sampler import Sample, Sampler
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """`samples_per_prompt` responses of `model` to each of `prompts`. `device` and `precision` may not be auto."""
+
+    model: ModelConfig
+    prompts: Sequence[list[Message]]
+    sampling: SamplingConfig
+    samples_per_prompt: int
+    seed: int
+    backend: str  # transformers or vllm
+    device: str
+    precision: str
+
+
+class PartialFile:
+    """The responses that have been sampled so far, as JSON lines.
+
+    The first line is {"settings": digest}. Each other line is {"prompt": number, "responses", "finished"}. `rows` holds
+    them by prompt number. The last line may be torn, where a process was killed while it wrote; then it is dropped.
+    """
+
+    def __init__(self, path: Path, digest: str):
+        """Read the file, if there is one. Raises UserError where its settings have another digest."""
+        self.path = path
+        self.header = json.dumps({"settings": digest}).encode() + b"\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        complete = [line for line in lines if line.endswith(b"\n")]
+        if complete and complete[0] != self.header:
+            raise UserError(
+                f"{path} was begun with other settings, prompts or weights. Repeat that command to finish it, or "
+                "remove the file to begin again."
+            )
+        if len(complete) < len(lines):
+            path.write_bytes(b"".join(complete))
+        rows = [json.loads(line) for line in complete[1:]]
+        self.rows: dict[int, Row] = {row.pop("prompt"): row for row in rows}
+
+    def append(self, rows: dict[int, Row]) -> None:
+        """Add the rows of further prompts. Raises OSError with the file's name where there is no room."""
+        lines = [json.dumps({"prompt": i, **row}, ensure_ascii=False).encode() + b"\n" for i, row in rows.items()]
+        with with_filename(self.path), self.path.open("ab") as file:
+            if file.tell() == 0:
+                lines.insert(0, self.header)
+            file.writelines(lines)
+        self.rows |= rows
+
 
 def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Message]]]:
-    """The rows, and the prompt of each. Raises UserError for a row without one."""
+    """The rows of a file, and the prompt of each. Raises UserError for a row without a prompt."""
     rows, prompts = [], []
     for where, row in read_rows(path, split):
         try:
@@ -30,24 +84,22 @@ def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Mes
     return rows, prompts
 
 
-def generate_resumable(
-    model_config: ModelConfig,
-    prompts: Sequence[list[Message]],
-    sampling: SamplingConfig,
-    n: int,
-    seed: int,
-    backend: str,
-    device: str,
-    precision: str,
-    partial: Path,
-    show: bool = True,
-) -> tuple[list[Row], str]:
-    """{"responses", "finished"} of each prompt, and the digest of the weights that gave them. `partial`: the file that
-    keeps them as they come, which the caller removes once they are safe; or a folder where they stay, named by all that
-    decides them, for whoever asks for the same.
+def generate_resumable(request: GenerationRequest, partial: Path, show: bool = True) -> tuple[list[Row], str]:
+    """Sample responses, and keep them on disk as they come.
 
-    Raises UserError where that file was begun with other settings, prompts or weights, and stop.Interrupted between
-    two prompts after SIGTERM or SIGUSR2.
+    Args:
+        request: The model, the prompts and the settings.
+        partial: The file that keeps the responses; the caller removes it once they are stored elsewhere. Or a folder
+            that serves as a cache: the file in it is named by the digest of everything that decides the responses, and
+            it stays there for the next caller with the same request.
+        show: Show progress.
+
+    Returns:
+        {"responses", "finished"} of each prompt, two lists of `samples_per_prompt`, and the digest of the weights.
+
+    Raises:
+        UserError: `partial` was begun with other settings, prompts or weights.
+        Interrupted: after SIGTERM or SIGUSR2, between two batches.
     """
     # Imported here, so that bad input is refused before transformers is loaded.
     from prefopt.data.tokenize import encode_prompt
@@ -57,62 +109,56 @@ def generate_resumable(
     from prefopt.utils.tensor_store import locked
 
     signals.install_handlers()
-    tokenizer = load_tokenizer(model_config)
-    make = vllm_sampler if backend == "vllm" else transformers_sampler
-    sampler, weights, architecture = make(model_config, tokenizer, device, precision)
+    sampling, n, prompts = request.sampling, request.samples_per_prompt, request.prompts
+    tokenizer = load_tokenizer(request.model)
+    make = vllm_sampler if request.backend == "vllm" else transformers_sampler
+    sampler, weights, architecture = make(request.model, tokenizer, request.device, request.precision)
+
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
-    decides = [sampling, n, seed, backend, precision, device, weights, architecture, encoded, versions]
-    digest = fingerprint(decides, sampler_module)
+    versions = [importlib.metadata.version(package) for package in ("torch", "transformers")]
+    where = [request.backend, request.precision, request.device]
+    digest = fingerprint([sampling, n, request.seed, *where, weights, architecture, encoded, versions], sampler_module)
+
     with contextlib.ExitStack() as stack:
         if partial.is_dir():
             partial = partial / f"{digest[:24]}.jsonl"
             stack.enter_context(locked(partial.with_suffix(".lock"), "responses"))
-        found = _read_partial(partial, digest)
-        if found:
-            say(f"  going on after {len(found)} of {len(prompts)} prompts ({partial})")
-        # Of similar length together; which prompts share a batch does not depend on where an earlier sitting ended.
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        size = max(1, sampling.batch_size // n)
-        chunks = [order[i : i + size] for i in range(0, len(order), size)]
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            with_filename(partial),
-            partial.open("a") as file,
-            Bar("sampling", len(prompts), show, done=len(found)) as bar,
-        ):
-            if not partial.stat().st_size:
-                file.write(json.dumps({"settings": digest}) + "\n")
-            for chunk in chunks:
-                missing = [i for i in chunk if i not in found]
-                if not missing:
-                    continue
-                if signals.stop_requested():
-                    raise Interrupted(f"{len(found)} of {len(prompts)} prompts have their responses")
-                # The whole chunk, where a part of it is there: what is drawn together is the same in every sitting.
-                drawn = dict(zip(chunk, sampler([prompts[i] for i in chunk], sampling, seed, n), strict=True))
-                for i in missing:
-                    found[i] = {"responses": [s.text for s in drawn[i]], "finished": [s.finished for s in drawn[i]]}
-                    file.write(json.dumps({"prompt": i, **found[i]}, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.advance(by=len(missing))
-        return [found[i] for i in range(len(prompts))], weights
+        file = PartialFile(partial, digest)
+        if file.rows:
+            say(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
+
+        sample_missing(request, sampler, encoded, file, show)
+        return [file.rows[i] for i in range(len(prompts))], weights
 
 
-def _read_partial(partial: Path, digest: str) -> dict[int, Row]:
-    if not partial.is_file():
-        return {}
-    lines = partial.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if not whole:
-        partial.unlink()
-        return {}
-    if whole[0] != json.dumps({"settings": digest}).encode() + b"\n":
-        raise UserError(
-            f"{partial} was begun with other settings, prompts or weights. Repeat that command to finish it, or remove "
-            "the file to begin again."
-        )
-    if len(whole) < len(lines):  # what a killed process left of a line
-        partial.write_bytes(b"".join(whole))
-    rows = [json.loads(line) for line in whole[1:]]
-    return {row.pop("prompt"): row for row in rows}
+def sample_missing(
+    request: GenerationRequest, sampler: "Sampler", encoded: Sequence[list[int]], file: PartialFile, show: bool
+) -> None:
+    """Sample the responses that `file` lacks, and append them batch by batch. `encoded` are the token ids of the
+    prompts. Raises Interrupted between two batches after SIGTERM or SIGUSR2."""
+    prompts, n = request.prompts, request.samples_per_prompt
+
+    # Prompts of similar length share a batch, which saves padding. The batches are those of all prompts, whatever is
+    # known already, so that a resumed call makes the same batches as an uninterrupted one.
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    size = max(1, request.sampling.batch_size // n)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+
+    with Bar("sampling", len(prompts), show, done=len(file.rows)) as bar:
+        for batch in batches:
+            missing = [i for i in batch if i not in file.rows]
+            if not missing:
+                continue
+            if signals.stop_requested():
+                raise Interrupted(f"{len(file.rows)} of {len(prompts)} prompts have their responses")
+
+            # A batch of which a part is known is sampled whole: the numbers may depend on what is in the batch.
+            drawn = sampler([prompts[i] for i in batch], request.sampling, request.seed, n)
+            samples = dict(zip(batch, drawn, strict=True))
+            rows = {i: _as_row(samples[i]) for i in missing}
+            file.append(rows)
+            bar.advance(by=len(rows))
+
+
+def _as_row(samples: "Sequence[Sample]") -> Row:
+    return {"responses": [s.text for s in samples], "finished": [s.finished for s in samples]}

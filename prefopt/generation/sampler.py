@@ -1,4 +1,4 @@
-"""Sampling from a policy with transformers' own generate, or with vLLM where that is installed."""
+"""Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from prefopt.utils.console import Bar
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. `tokens` hold the terminator if `finished`; otherwise the token budget cut it off."""
+    """One response. `tokens` end with the terminator if `finished`; otherwise `max_new_tokens` cut the response off."""
 
     prompt_tokens: list[int]
     tokens: list[int]
@@ -32,10 +32,11 @@ class Sample:
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
+    """Turn greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
 
-    Every row has a generator of its own, so a response depends on its seed and not on its neighbours in the batch.
-    Below `top_p` = 1 the tokens outside of the nucleus are left out first. At temperature 0 decoding stays greedy.
+    Every row has its own random generator, so a response depends on its seed and not on the other rows of the batch;
+    `generate` itself would draw all rows from one stream. With `top_p` below 1 the tokens outside of the nucleus are
+    removed first. At temperature 0 decoding stays greedy.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], device: torch.device, bar: Bar):
@@ -53,7 +54,7 @@ class _GumbelNoise(LogitsProcessor):
         noise = torch.empty_like(scores)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
-        return scores - noise.log()  # minus the log of an Exp(1) draw is a Gumbel draw
+        return scores - noise.log()  # for E from Exp(1), -log(E) has the Gumbel distribution
 
 
 @torch.no_grad()
@@ -66,12 +67,14 @@ def sample(
     samples_per_prompt: int = 1,
     show_progress: bool = False,
 ) -> list[list[Sample]]:
-    """Draw `samples_per_prompt` responses to each prompt from softmax(logits / temperature), without top-k; below
-    `top_p` = 1 from its nucleus. At temperature 0 the most likely token is taken.
+    """Sample `samples_per_prompt` responses to each prompt: one list per prompt, in the order of `prompts`.
 
-    Each response has its own random stream, seeded by (seed, prompt, its number).
+    Tokens come from softmax(logits / temperature), without top-k, and with `top_p` below 1 from its nucleus. At
+    temperature 0 the most likely token is taken. Each response has its own random stream, seeded by `seed`, the
+    prompt's token ids and the number of the response.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    # Prompts of similar length share a batch, which saves padding.
     jobs = [
         (p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)
     ]
@@ -81,7 +84,7 @@ def sample(
     with Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar:  # counts token positions
         for n, batch in enumerate(batches, start=1):
             width = max(len(encoded[p]) for p, _ in batch)
-            # Left padding, as generate() wants it; the mask says which positions are real.
+            # generate() wants padding on the left. The value there does not matter, because the mask hides it.
             ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
             mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
             seeds = [_seed(seed, encoded[p], k) for p, k in batch]
@@ -101,18 +104,19 @@ def sample(
                 tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
                 text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
                 results[p, k] = Sample(encoded[p], tokens, text, finished)
-            bar.advance(by=n * sampling.max_new_tokens - bar.done)  # a batch may end early
+            # A batch that ends early has fewer steps than the bar counts for it.
+            bar.advance(by=n * sampling.max_new_tokens - bar.done)
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
 
 
-# (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt
+# A function (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt.
 Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[list[Sample]]]
 
 
 def transformers_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
 ) -> tuple[Sampler, str, dict[str, Any]]:
-    """`sample` with this model, a digest of its weights, and its resolved configuration."""
+    """(`sample` with this model, the digest of its weights, its resolved configuration)."""
     from prefopt.models.load import load_model, resolved_config, weights_digest
     from prefopt.models.logprobs import autocast
     from prefopt.utils.memory import keep_freed_memory
@@ -131,8 +135,8 @@ def transformers_sampler(
 def vllm_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
 ) -> tuple[Sampler, str, dict[str, Any]]:
-    """The same with vLLM, which decides itself what it computes together: a response is not promised to be the same in
-    another version, or with other prompts beside it. Has not been run by its authors, who had no GPU."""
+    """The same with vLLM. It forms its own batches, so a response may change with the version of vLLM and with the
+    other prompts of a call. Weights are named by path and revision, not by a digest. Not yet run: it needs a GPU."""
     from vllm import LLM, SamplingParams
 
     from prefopt.models.load import checkpoint_path
@@ -167,4 +171,5 @@ def vllm_sampler(
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:
+    """A seed below 2**56 for response `k` to the prompt with these token ids."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}/{k}".encode()).digest()[:7], "big")

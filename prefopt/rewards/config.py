@@ -1,4 +1,4 @@
-"""The fields of scoring."""
+"""The configuration of `prefopt.score`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 @dataclass
 class ScoreConfig:
-    """What `python -m prefopt.score` reads (conf/score.yaml)."""
+    """The keys of `python -m prefopt.score`. conf/score.yaml has their defaults and explains them."""
 
     scorer: Any = MISSING
     input: str = MISSING

@@ -1,4 +1,4 @@
-"""Oracles: functions from (prompt, response) to a reward in [0, 1] that stand for the preferences themselves."""
+"""Oracles: functions (prompt, response) -> reward in [0, 1], which stand for the true preferences."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -10,7 +10,8 @@ from prefopt.errors import UserError
 
 
 class Oracle(ABC):
-    """A frozen dataclass; a data set's YAML names it with `_target_` under `oracle`."""
+    """The base class of oracles. One is a frozen dataclass, which a data set's YAML names by `_target_` under
+    `oracle`."""
 
     @abstractmethod
     def __call__(self, prompt: list[Message], response: str) -> float:
@@ -19,13 +20,13 @@ class Oracle(ABC):
 
 @dataclass(frozen=True)
 class Vader(Oracle):
-    """VADER's compound sentiment (Hutto & Gilbert 2014), mapped from [-1, 1] to [0, 1]. Looks at the response only.
+    """VADER's compound sentiment (Hutto & Gilbert 2014) of the response alone, mapped from [-1, 1] to [0, 1].
 
-    Raises UserError, when made, if the package vaderSentiment is missing.
+    Building it raises UserError where the package vaderSentiment is missing.
     """
 
     def __post_init__(self) -> None:
-        _analyzer()
+        _analyzer()  # fails now rather than at the first response
 
     def __call__(self, prompt: list[Message], response: str) -> float:
         return (_analyzer().polarity_scores(response)["compound"] + 1) / 2

@@ -1,4 +1,4 @@
-"""Reward models as scorers."""
+"""Scorers that compute rewards with a reward model."""
 
 import importlib.metadata
 import math
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardModel(RewardScorer):
-    """A sequence-classification head of one output, on the last token of the conversation as the reward model's own
-    tokenizer and template write it. `ends_with` says which token that is: the response's `terminator`, as in the reward
-    models that prefopt trains, or the last one that the `template` writes, as in most on the hub.
+    """A reward model whose head has one output, read at the last token of the conversation.
 
-    Scores are kept in the user's cache by weights and tokens.
+    The conversation is written with the tokenizer and the chat template of the reward model. `ends_with` chooses its
+    last token: "terminator", the end of the response, as in the reward models that prefopt trains; or "template", the
+    last token of the chat template, as in most reward models on the hub.
+
+    Rewards are kept in the user's cache, by the digests of the weights and of the tokens.
     """
 
     path: str
@@ -42,16 +44,17 @@ class RewardModel(RewardScorer):
 
     @property
     def label(self) -> str:
-        return self.path + f"@{self.revision}" * bool(self.revision)
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         from prefopt.models.load import check_vocabulary, load_tokenizer
         from prefopt.utils.console import Bar, say
 
         tokenizer = load_tokenizer(self._model)
-        texts = [self._encode(tokenizer, r) for r in requests]
+        texts = [self._encode(tokenizer, request) for request in requests]
         keys = [tensor_store.hash_tokens(tokens) for tokens in texts]
-        wanted = dict(zip(keys, texts, strict=True))
+        by_key = dict(zip(keys, texts, strict=True))  # equal texts are computed once
+
         model = self._load(device)
         check_vocabulary(model, tokenizer)
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -61,17 +64,18 @@ class RewardModel(RewardScorer):
                     f"{request.where}: response {request.key} and its prompt have {len(tokens)} tokens, and the reward "
                     f"model {self.path} reads {limit}. Leave the row out, or take another reward model."
                 )
+
         layout = self._layout(model, texts, precision)
-        known = tensor_store.TensorCache(self._cache_folder(model, precision), 1)
-        with known.locked("rewards"):
-            # From long to short, so that what is computed together is of similar length.
-            missing = sorted((k for k in wanted if k not in known), key=lambda k: len(wanted[k]), reverse=True)
+        cache = tensor_store.TensorCache(self._cache_folder(model, precision), 1)
+        with cache.locked("rewards"):
+            # From long to short, so that the texts of a micro-batch have similar lengths.
+            missing = sorted((k for k in by_key if k not in cache), key=lambda k: len(by_key[k]), reverse=True)
             with Bar("rewards", len(missing), show and bool(missing)) as bar:
                 for start in range(0, len(missing), tensor_store.SHARD_ROWS):
                     shard = missing[start : start + tensor_store.SHARD_ROWS]
-                    known.add(shard, self._compute(model, [wanted[k] for k in shard], precision, bar, layout))
-        say(f"  rewards: {len(wanted) - len(missing)} of {len(wanted)} from the cache, {len(missing)} computed")
-        return known.get(keys)[:, 0].tolist()
+                    cache.add(shard, self._compute(model, [by_key[k] for k in shard], precision, bar, layout))
+        say(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
+        return cache.get(keys)[:, 0].tolist()
 
     @property
     def _model(self) -> ModelConfig:
@@ -83,15 +87,16 @@ class RewardModel(RewardScorer):
         return load_trained_reward_model(self._model, device)
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> list[int]:
+        """The token ids of prompt and response."""
         from prefopt.data.tokenize import encode, encode_completion, render
 
         if self.ends_with == "terminator":
             return encode_completion(tokenizer, request.prompt, request.response, request.finished)
-        answered = [*request.prompt, {"role": "assistant", "content": request.response}]
-        return encode(tokenizer, [render(tokenizer, answered, False)])[0]
+        conversation = [*request.prompt, {"role": "assistant", "content": request.response}]
+        return encode(tokenizer, [render(tokenizer, conversation, False)])[0]
 
     def _layout(self, model: "PreTrainedModel", texts: list[list[int]], precision: str) -> "Layout | None":
-        """The fastest one that gives the model's own numbers."""
+        """The fastest layout that gives the same numbers as one text at a time; None where `_compute` needs none."""
         from prefopt.models.layout_check import choose_layout
 
         return choose_layout("packed", model, _as_pairs(texts), precision)
@@ -99,23 +104,24 @@ class RewardModel(RewardScorer):
     def _compute(
         self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any, layout: "Layout | None"
     ) -> "Tensor":
-        """(len(texts), 1)."""
+        """The rewards of texts of token ids: `(len(texts), 1)`, float32, on the CPU."""
         import torch
 
         from prefopt.models.logprobs import autocast, completion_rewards
 
         assert layout is not None
         pairs = _as_pairs(texts)
-        found = torch.empty(len(texts), 1)
+        rewards = torch.empty(len(texts), 1)
         with torch.no_grad(), autocast(model.device, precision):
-            for part in layout.micro_batches(pairs, micro_batch_tokens(model.device.type), None, ("chosen",)):
-                rewards = completion_rewards(model, layout.collate(part, ("chosen",)).to(model.device))
-                found[[int(p.id) for p in part], 0] = rewards.float().cpu()
-                bar.advance(by=len(part))
-        return found
+            for micro_batch in layout.micro_batches(pairs, micro_batch_tokens(model.device.type), None, ("chosen",)):
+                batch = layout.collate(micro_batch, ("chosen",)).to(model.device)
+                # Micro-batches may reorder the pairs. The id of a pair is its row.
+                rewards[[int(p.id) for p in micro_batch], 0] = completion_rewards(model, batch).float().cpu()
+                bar.advance(by=len(micro_batch))
+        return rewards
 
     def _cache_folder(self, model: "PreTrainedModel", precision: str) -> Path:
-        """Named by all that decides a score besides the tokens."""
+        """The cache's folder. Its name is a digest of everything besides the tokens that decides a reward."""
         from prefopt.data import collate
         from prefopt.models import logprobs, packed_attention
         from prefopt.models.load import resolved_config, weights_digest
@@ -128,8 +134,8 @@ class RewardModel(RewardScorer):
 
 @dataclass(frozen=True)
 class CustomRewardModel(RewardModel):
-    """A reward model whose forward pass is code that comes with it, and whose output has the reward of each row as
-    `score` (ArmoRM). One response is computed at a time, so that no padding can matter."""
+    """A reward model that comes with the code of its forward pass, whose output holds the reward as `score` (ArmoRM).
+    One response is computed at a time, because that code may not handle padding."""
 
     ends_with: str = "template"
     trust_remote_code: bool = False
@@ -148,7 +154,7 @@ class CustomRewardModel(RewardModel):
         return load_custom_reward_model(self._model, device)
 
     def _layout(self, model: "PreTrainedModel", texts: list[list[int]], precision: str) -> None:
-        return None  # its forward pass is its own
+        return None
 
     def _compute(
         self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any, layout: "Layout | None"
@@ -157,20 +163,21 @@ class CustomRewardModel(RewardModel):
 
         from prefopt.models.logprobs import autocast
 
-        found = torch.empty(len(texts), 1)
+        rewards = torch.empty(len(texts), 1)
         with torch.no_grad(), autocast(model.device, precision):
             for i, tokens in enumerate(texts):
                 row = torch.tensor([tokens], device=model.device)
-                score = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
-                if score is None or score.numel() != 1:
+                reward = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
+                if reward is None or reward.numel() != 1:
                     raise UserError(f"the output of {self.path} has no `score` of one number. It is no such model.")
-                found[i, 0] = score.float().cpu().view(())
+                rewards[i, 0] = reward.float().cpu().view(())
                 bar.advance()
-        return found
+        return rewards
 
 
 def _as_pairs(texts: list[list[int]]) -> "list[TokenizedPair]":
-    """Without a rejected side; what counts as prompt is of no account."""
+    """The texts as chosen sides of pairs, as collating wants them."""
     from prefopt.data.tokenize import TokenizedPair
 
+    # Where the prompt ends does not matter: the reward is read at the last token.
     return [TokenizedPair(str(i), tokens[:1], tokens[1:], []) for i, tokens in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""Rewards for the responses in rows."""
+"""Add the rewards of their responses to rows."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ from prefopt.rewards.scorers import Request, RewardScorer
 
 
 def requests_of(where: str, row: Row) -> list[Request]:
-    """What there is to score in a row. Raises UserError for a row that holds no responses."""
+    """The responses of a row that get a reward: those of `responses`, or `chosen` and `rejected`. `where` names the row
+    in messages. Raises UserError for a row without responses."""
     try:
         if "responses" in row:
             prompt, (responses, finished) = as_messages(row["prompt"]), responses_of(row)
@@ -17,15 +18,16 @@ def requests_of(where: str, row: Row) -> list[Request]:
                 Request(row, i, prompt, response, done, where)
                 for i, (response, done) in enumerate(zip(responses, finished, strict=True))
             ]
-        found = []
+
+        requests = []
         for side in ("chosen", "rejected"):
-            if isinstance(row[side], list) and len(row[side]) > 1:  # a whole conversation
+            if isinstance(row[side], list) and len(row[side]) > 1:  # a whole conversation, with the prompt in it
                 *prompt, answer = messages(row[side], side)
                 text = answer["content"]
             else:
                 prompt, text = as_messages(row["prompt"]), completion(row, side)
-            found.append(Request(row, side, prompt, text, True, where))
-        return found
+            requests.append(Request(row, side, prompt, text, True, where))
+        return requests
     except KeyError as error:
         raise UserError(
             f"{where} has no field {error} (its fields: {', '.join(row)}). A row to score has prompt and responses, or "
@@ -43,17 +45,23 @@ def score_rows(
     name: str = "rewards",
     show: bool = True,
 ) -> list[Row]:
-    """The rows (given with what to call them in a message) with their rewards; `name` is the field of the rewards of
-    `responses`."""
+    """Copies of the rows with their rewards, and with their rewards on [0, 1].
+
+    `rows` are (name in messages, row). A row with `responses` gets the lists `name` and `name`_01; a pair gets
+    `chosen_reward`, `rejected_reward`, `chosen_reward_01` and `rejected_reward_01`. Raises UserError for a row without
+    responses, and where the scorer does.
+    """
     requests = [requests_of(where, row) for where, row in rows]
-    rewards = iter(scorer.rewards([r for of_row in requests for r in of_row], device, precision, show))
+    # One call for all rows, so that the scorer can batch their responses.
+    rewards = iter(scorer.rewards([request for of_row in requests for request in of_row], device, precision, show))
+
     scored = []
     for (_, row), of_row in zip(rows, requests, strict=True):
-        found = {r.key: next(rewards) for r in of_row}
+        by_key = {request.key: next(rewards) for request in of_row}
         if "responses" in row:
-            values = list(found.values())
+            values = list(by_key.values())
             scored.append(row | {name: values, f"{name}_01": [scorer.probability(v) for v in values]})
         else:
-            raw = {f"{side}_reward": value for side, value in found.items()}
+            raw = {f"{side}_reward": value for side, value in by_key.items()}
             scored.append(row | raw | {f"{key}_01": scorer.probability(value) for key, value in raw.items()})
     return scored

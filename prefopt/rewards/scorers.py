@@ -1,5 +1,9 @@
-"""Where rewards come from: a reward model, an oracle, or columns that the rows already have. One dataclass each, named
-by a YAML in conf/scorer."""
+"""Scorers, which give a reward to a response: an oracle, columns that the rows already have, or a reward model
+(reward_model.py).
+
+Each is a dataclass that a YAML of conf/scorer names by `_target_`. "Reward" is the number, on any scale; `probability`
+maps it to [0, 1].
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,29 +18,32 @@ from prefopt.rewards.oracle import Oracle
 
 @dataclass(frozen=True)
 class Request:
-    """A response to score: `key` says which of its row's it is, "chosen", "rejected" or its number, and `where` what to
-    call the row in a message. A response that is not `finished` was cut off, and gets no terminator."""
+    """A response that is to get a reward."""
 
-    row: dict[str, Any]
-    key: str | int
+    row: dict[str, Any]  # the row that holds the response
+    key: str | int  # which response of the row: "chosen", "rejected", or its number in `responses`
     prompt: list[Message]
     response: str
-    finished: bool
-    where: str
+    finished: bool  # False: the response was cut off, so no terminator belongs behind it
+    where: str  # the row's name in messages
 
 
 class RewardScorer(ABC):
+    """Gives a reward to a response. The higher the better; the scale is the scorer's."""
+
     @property
     @abstractmethod
     def label(self) -> str:
-        """What to call it beside a figure."""
+        """The scorer's name in tables and figures."""
 
     @abstractmethod
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
-        """Raises UserError for what cannot be scored."""
+        """The rewards of the requests, in their order. `show`: show progress. Raises UserError, naming the row, for a
+        response that can have no reward."""
 
     def probability(self, reward: float) -> float:
-        """The same on [0, 1], for objectives that want it there: sigma(r), unless r is there already."""
+        """The reward on [0, 1], for objectives that need it there: sigma(reward), if it is not there already."""
+        # Two forms, because exp of a large positive number overflows.
         return 1 / (1 + math.exp(-reward)) if reward >= 0 else math.exp(reward) / (1 + math.exp(reward))
 
 
@@ -59,8 +66,12 @@ class OracleScorer(RewardScorer):
 
 @dataclass(frozen=True)
 class Columns(RewardScorer):
-    """Numbers that the rows carry in the fields `chosen` and `rejected`, or, one for each response, in the list
-    `responses`; a dot leads into a nested object. `scale`: the lowest and the highest there can be."""
+    """Rewards that the rows already hold.
+
+    `chosen` and `rejected` are the names of the fields for a pair, `responses` that of the list with one reward per
+    response; a dot leads into a nested object. `scale` is [lowest, highest] of the possible rewards, which are then
+    mapped to [0, 1] linearly; None: by sigma.
+    """
 
     chosen: str = "score_chosen"
     rejected: str = "score_rejected"

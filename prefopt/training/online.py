@@ -78,13 +78,21 @@ def run_stage(
 
 def sample_responses(config: OnlineConfig, model: ModelConfig, prompts: list[list[Message]], target: Path) -> None:
     """Write rows {"prompt", "responses", ...} to `target`. Interrupted, it goes on from its partial file."""
-    from prefopt.generation.responses import generate_resumable
+    from prefopt.generation.responses import GenerationRequest, generate_resumable
 
     partial = target.parent / "samples.partial"
-    n, show = config.samples_per_prompt, config.logger.progress
-    say(f"{target.parent}: {n} responses to each of {len(prompts)} prompts")
-    where = (config.backend, config.device, config.precision)
-    responses, _ = generate_resumable(model, prompts, config.stage_sampling, n, config.seed, *where, partial, show)
+    say(f"{target.parent}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
+    request = GenerationRequest(
+        model=model,
+        prompts=prompts,
+        sampling=config.stage_sampling,
+        samples_per_prompt=config.samples_per_prompt,
+        seed=config.seed,
+        backend=config.backend,
+        device=config.device,
+        precision=config.precision,
+    )
+    responses, _ = generate_resumable(request, partial, config.logger.progress)
     write_rows(target, [{"prompt": prompt, **row} for prompt, row in zip(prompts, responses, strict=True)])
     partial.unlink()
 

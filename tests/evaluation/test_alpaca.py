@@ -126,8 +126,8 @@ def test_a_file_that_is_not_the_published_one_is_refused(gamed, monkeypatch):
     with pytest.raises(UserError, match=r"not the df_gamed\.csv that published figures rest on"):
         hub_file(GAMED)
     assert hub_file(QUESTIONS).name == QUESTIONS
-    questions, all_ = read_questions(None, None)
-    assert (len(questions), all_) == (805, True)
+    questions = read_questions(None, None)
+    assert (len(questions.items), questions.is_alpaca_eval) == (805, True)
 
 
 def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
@@ -500,8 +500,8 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, changes, message, t
 def test_a_question_is_asked_once(tmp_path, capsys):
     file = tmp_path / "q.jsonl"
     file.write_text('{"instruction": "a"}\n{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
-    questions, all_ = read_questions(str(file), None)
-    assert ([q.instruction for q in questions], all_) == (["a", "b"], False)
+    questions = read_questions(str(file), None)
+    assert ([q.instruction for q in questions.items], questions.is_alpaca_eval) == (["a", "b"], False)
     assert "1 rows ask what another row asks" in capsys.readouterr().err
 
 

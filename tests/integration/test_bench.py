@@ -11,8 +11,9 @@ import pytest
 import torch
 import trl.trainer.utils
 
-from benchmarks import step, steps
+from benchmarks import step, steps, steps_report
 from benchmarks.step import PROFILES, Profile, Spec
+from benchmarks.variants import FLOORS, PROCESSES, TRL
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 # TRL 1.16 asks transformers for names that are going to be renamed.
@@ -72,24 +73,24 @@ def measured(tiny_vocabulary, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)  # a variant patches it
     common = {"peak_memory_gib": 1.0, "threads": 1, "user_seconds": 3.0, "system_seconds": 1.0}
-    found = {v: step.VARIANTS[v](tiny_spec(v, tmp_path)) | common for v in steps.PROCESSES}
+    found = {v: step.MEASUREMENTS[v](tiny_spec(v, tmp_path)) | common for v in PROCESSES}
     return found | {"floor_all_tokens": found["floor"] | found["floor"]["all_tokens"]}
 
 
 def test_all_variants_see_the_same_tokens(measured, tmp_path):
     pairs = step.read_pairs(tmp_path / "pairs.jsonl")
     expected = step.digests(step.in_order(pairs, 0, 2, TINY.pairs))[1:]
-    assert {v: r["digests"] for v, r in measured.items() if v not in steps.FLOORS} == dict.fromkeys(
-        ["prefopt", *steps.TRL], expected
+    assert {v: r["digests"] for v, r in measured.items() if v not in FLOORS} == dict.fromkeys(
+        ["prefopt", *TRL], expected
     )
-    for variant in ("prefopt", *steps.TRL):
+    for variant in ("prefopt", *TRL):
         assert measured[variant]["losses"][0] == pytest.approx(0.693147, abs=1e-5), variant
         assert len(measured[variant]["losses"]) == 2
         assert len(measured[variant]["seconds"]) == 1
     tokens = steps.tokens_per_step(str(tmp_path / "pairs.jsonl"), TINY.pairs, 1)
     assert 0 <= tokens["prompts_once"] - measured["floor"]["tokens"][0] <= 1
     # Random weights: each token costs about log(vocabulary), which says that the means are over what they should be.
-    for variant in steps.FLOORS:
+    for variant in FLOORS:
         assert measured[variant]["losses"][0] == pytest.approx(math.log(step.VOCABULARY), abs=0.3)
 
 
@@ -241,7 +242,7 @@ def example_results():
 
 def test_the_table_and_the_figure_are_made_of_the_json(tmp_path):
     results = json.loads(json.dumps(example_results()))
-    text = steps.table(results)
+    text = steps_report.table(results)
     assert (
         "| TRL, default | 50.0 [40.0–60.0] | 0.160 [0.133–0.200] | 4.00 [3.00–5.00] | 8.00 [8.00–8.00] | 10 % |" in text
     )
@@ -253,9 +254,9 @@ def test_the_table_and_the_figure_are_made_of_the_json(tmp_path):
     for block in text.split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1, block
-    written = steps.draw(results, tmp_path)
+    written = steps_report.draw(results, tmp_path)
     assert [f.name for f in written] == ["steps.png", "steps.svg", "steps.pdf"]
-    assert steps.table({k: v for k, v in results.items() if k != "grid_vs_trl"}).count("## ") == 4
+    assert steps_report.table({k: v for k, v in results.items() if k != "grid_vs_trl"}).count("## ") == 4
 
 
 def test_a_spec_survives_the_command_line():

@@ -1,5 +1,5 @@
 """What is large costs no more than it must: counted in reads, questions and bytes, since a time would be the machine's.
-`python -m benchmarks.load` measures the same at full size."""
+`python -m benchmarks.scale` measures the same at full size."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import prefopt.launch.sweep
 import prefopt.tracking.status
-from benchmarks import load
+from benchmarks import scale
 from hydra_plugins.prefopt import PointsSweeper
 from prefopt.cli.multirun import Point
 from prefopt.config.parse import register
@@ -369,18 +369,18 @@ def test_the_order_of_an_epoch_takes_eight_bytes_a_pair():
 def test_the_bench_shows_small_and_large_beside_each_other():
     call = {"seconds": 1.0, "peak_mib": 2.0}
     part = {"n": 7, "small": {"megabytes": 1, "x": call}, "large": {"megabytes": 9, "x": call | {"seconds": 3.0}}}
-    text = load.table({"pairs": part, "jobs": part, "lines": part})
+    text = scale.table({"pairs": part, "jobs": part, "lines": part})
     assert "| 1 and 7 jobs | x | seconds | 1.0 | 3.0 |" in text
-    assert load.own_memory(process_info()["pid"]) > 10
-    assert load.own_memory(2**30) == 0
+    assert scale.own_memory(process_info()["pid"]) > 10
+    assert scale.own_memory(2**30) == 0
 
 
 @pytest.mark.slow
 def test_the_bench_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "FEW", {"pairs": 200, "jobs": 1, "lines": 10})
-    monkeypatch.setattr(load, "STEPS", 4)
-    monkeypatch.setattr("sys.argv", ["load", "--pairs=400", "--jobs=8", "--lines=1000", f"--output={tmp_path}"])
-    load.main()
-    results = json.loads((tmp_path / "load.json").read_text())
+    monkeypatch.setattr(scale, "FEW", {"pairs": 200, "jobs": 1, "lines": 10})
+    monkeypatch.setattr(scale, "STEPS", 4)
+    monkeypatch.setattr("sys.argv", ["scale", "--pairs=400", "--jobs=8", "--lines=1000", f"--output={tmp_path}"])
+    scale.main()
+    results = json.loads((tmp_path / "scale.json").read_text())
     assert results["jobs"]["large"]["planned"]["seconds"] > 0
     assert results["pairs"]["large"]["again"]["peak_mib"] > 0

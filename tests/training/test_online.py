@@ -276,7 +276,8 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
 
     def drawing(temperature: float = 1.0):
         sampling = SamplingConfig(temperature, 1.0, 6, 6)
-        return responses.generate_resumable(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32", partial)
+        request = responses.GenerationRequest(model, prompts, sampling, 2, 0, "transformers", "cpu", "float32")
+        return responses.generate_resumable(request, partial)
 
     expected = drawing()
     lines = partial.read_bytes().splitlines(keepends=True)

@@ -1,11 +1,11 @@
-"""Large inputs: a run over a million pairs, a sweep of a thousand jobs, a metrics file of a million lines.
+"""Measure large inputs: a run over a million pairs, a sweep of a thousand jobs, a metrics file of a million lines.
 
-    python -m benchmarks.load
-    python -m benchmarks.load --pairs 10000 --jobs 50 --lines 10000
+    python -m benchmarks.scale
+    python -m benchmarks.scale --pairs 10000 --jobs 50 --lines 10000
 
-Every measurement is a process of its own, the program as people call it, and stands beside the same on a small input:
-what grows with the input is seen as the difference. Memory is what a process has to itself (RssAnon): pages of the
-memory-mapped tokens are the system's, which takes them back when it wants to. Writes results/bench/load.json.
+Every measurement runs a program of prefopt in a separate process, on a small and on a large input: the difference shows
+what grows with the input. Memory is RssAnon, which leaves out the memory-mapped tokens: the system takes those pages
+back when it needs them. Writes results/bench/scale.json.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from prefopt.tracking.provenance import git, machine, version
 from prefopt.utils.console import say
 from prefopt.utils.files import write_json
 
-FEW = {"pairs": 10_000, "jobs": 1, "lines": 10}
+FEW = {"pairs": 10_000, "jobs": 1, "lines": 10}  # the small inputs
 STEPS, BATCH = 150, 16
-POLL_S = 0.1
+POLL_S = 0.1  # between two readings of a process's memory
 
 
 def make_model(folder: Path) -> None:
-    """A random Llama of two narrow layers, with SmolLM2's vocabulary."""
+    """Write a random Llama of two narrow layers with SmolLM2's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from prefopt.models.load import load_tokenizer
@@ -47,7 +47,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_pairs(file: Path, n: int) -> Path:
-    """Short ones, no two alike."""
+    """Write `n` different short pairs."""
     with file.open("w") as lines:
         for i in range(n):
             row = {"prompt": f"Review number {i}.", "chosen": f"It was good {i}.", "rejected": f"Terrible, {i}."}
@@ -56,11 +56,14 @@ def make_pairs(file: Path, n: int) -> Path:
 
 
 class Bench:
+    """Runs programs of prefopt on the files of one folder."""
+
     def __init__(self, folder: Path):
         self.folder, self.model = folder, folder / "model"
         make_model(self.model)
 
     def training(self, pairs: Path, runs: Path, *more: str) -> list[str]:
+        """The arguments of a short training run of the random model on the CPU."""
         changes = {
             "model": "hub", "model.path": self.model, "dataset": "jsonl", "dataset.train": pairs,
             "runs_dir": runs, "logger": "quiet", "precision": "float32", "device": "cpu", "steps": STEPS,
@@ -69,50 +72,56 @@ class Bench:
         return [*(f"{key}={value}" for key, value in changes.items()), *more]
 
     def call(self, program: str, *arguments: str, metrics: Path | None = None) -> dict[str, Any]:
-        """Seconds and peak memory of a program; with the run folders' parent `metrics`, also the memory at its first
-        training step and its highest after that."""
+        """Seconds and peak memory (MiB) of a program.
+
+        With `metrics`, the folder that holds the run's folder, also its memory early in training and the growth from
+        there. Raises RuntimeError with the end of the output where the program fails.
+        """
         environment = os.environ | {"PREFOPT_CACHE": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", f"prefopt.{program}", *arguments]
-        seen: list[tuple[bool, float]] = []
+        readings: list[tuple[bool, float]] = []  # (has a training step ended?, MiB)
         began = time.monotonic()
-        with (self.folder / "said.txt").open("w+") as said:
-            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        with (self.folder / "log.txt").open("w+") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             ended = threading.Event()
 
             def watch() -> None:
                 while not ended.wait(POLL_S):
                     stepping = metrics is not None and any(f.stat().st_size for f in metrics.glob("*/metrics.jsonl"))
                     if memory := own_memory(process.pid):
-                        seen.append((stepping, memory))
+                        readings.append((stepping, memory))
 
             watcher = threading.Thread(target=watch)
             watcher.start()
             code = process.wait()
             ended.set()
             watcher.join()
-            said.seek(0)
+            log.seek(0)
             if code:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-4000:]}")
-        found = {"seconds": time.monotonic() - began, "peak_mib": max(memory for _, memory in seen)}
+                raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()[-4000:]}")
+
+        results = {"seconds": time.monotonic() - began, "peak_mib": max(memory for _, memory in readings)}
         if metrics:
-            later = [memory for stepping, memory in seen if stepping]
-            # The first steps allocate the optimizer's moments and the largest activations: a tenth of them is start-up.
-            settled = later[len(later) // 10 :]
-            found |= {"settled_mib": settled[0], "growth_mib": max(settled) - settled[0]}
-        return found
+            training = [memory for stepping, memory in readings if stepping]
+            # The first steps allocate the optimizer's moments and the largest activations, so a tenth is left out.
+            settled = training[len(training) // 10 :]
+            results["settled_mib"] = settled[0]
+            results["growth_mib"] = max(settled) - settled[0]
+        return results
 
     def run(self, n: int) -> dict[str, Any]:
-        """A run over `n` pairs; the first time they are tokenized, the second time they are there."""
+        """A run over `n` pairs: first with tokenizing, then with the tokens in the cache."""
         say(f"a run over {n:,} pairs")
         pairs = make_pairs(self.folder / f"pairs_{n}.jsonl", n)
-        found: dict[str, Any] = {"megabytes": round(pairs.stat().st_size / 1e6)}
+        results: dict[str, Any] = {"megabytes": round(pairs.stat().st_size / 1e6)}
         for name, seed in (("first", 0), ("again", 1)):
             runs = self.folder / f"runs_{n}_{name}"
-            found[name] = self.call("train", *self.training(pairs, runs, f"seed={seed}"), metrics=runs)
-        return found
+            results[name] = self.call("train", *self.training(pairs, runs, f"seed={seed}"), metrics=runs)
+        return results
 
     def sweep(self, n: int) -> dict[str, Any]:
-        """`n` jobs are planned; then as many finished runs are listed, and reported."""
+        """Plan `n` jobs; then list `n` finished runs, and make their report. The finished runs are copies of the record
+        of `run` with other settings and made-up evaluations."""
         say(f"a sweep of {n:,} jobs")
         pairs = self.folder / f"pairs_{FEW['pairs']}.jsonl"
         grid = [
@@ -120,6 +129,7 @@ class Bench:
             f"objective={'dpo,ipo,simpo,cpo' if n > 1 else 'dpo'}",
         ]
         planned = self.call("train", "-m", *self.training(pairs, self.folder / "none"), *grid, "--dry-run")
+
         (record,) = (json.loads(f.read_text()) for f in self.folder.glob(f"runs_{FEW['pairs']}_first/*/record.json"))
         runs = self.folder / f"sweep_{n}"
         for i in range(n):
@@ -134,18 +144,20 @@ class Bench:
                 "oracle_reward_se": 0.01,
                 "kl": i / n,
                 "kl_se": 0.1,
+                "n": 16,
+                "samples": 16,
+                "sample_length": 9.0,
             }
-            figures |= {"n": 16, "samples": 16, "sample_length": 9.0}
             evaluations = [{"step": step, "split": "heldout", **figures} for step in (0, STEPS)]
-            told = record | {"name": name, "id": f"{i:08x}", "config": config, "evaluations": evaluations}
-            write_json(runs / name / "record.json", told)
+            changes = {"name": name, "id": f"{i:08x}", "config": config, "evaluations": evaluations}
+            write_json(runs / name / "record.json", record | changes)
             (runs / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))
         listed = self.call("runs", f"runs_dir={runs}")
         reported = self.call("report", f"runs_dir={runs}", f"output={self.folder / 'report'}")
         return {"planned": planned, "listed": listed, "reported": reported}
 
     def metrics(self, n: int) -> dict[str, Any]:
-        """A run with `n` lines of metrics is listed, and reported."""
+        """List a run with `n` lines of metrics, and make its report."""
         say(f"a metrics file of {n:,} lines")
         (record,) = self.folder.glob(f"runs_{FEW['pairs']}_first/*/record.json")
         runs = self.folder / f"metrics_{n}"
@@ -162,7 +174,7 @@ class Bench:
 
 
 def own_memory(pid: int) -> float:
-    """MiB that the process has to itself; 0 where it has ended."""
+    """The process's anonymous memory in MiB; 0 where it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -171,33 +183,33 @@ def own_memory(pid: int) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was measured, small and large input side by side."""
+    """The results on the small and the large input, side by side, as Markdown."""
     rows = []
-    for part, what in {"pairs": "pairs", "jobs": "jobs", "lines": "lines of metrics"}.items():
+    for part, unit in {"pairs": "pairs", "jobs": "jobs", "lines": "lines of metrics"}.items():
         small, large = results[part]["small"], results[part]["large"]
         for name in [key for key, value in large.items() if isinstance(value, dict)]:
             for key in large[name]:
-                sizes = f"{FEW[part]:,} and {results[part]['n']:,} {what}"
+                sizes = f"{FEW[part]:,} and {results[part]['n']:,} {unit}"
                 rows.append(
                     [sizes, name, key.replace("_mib", ", MiB"), f"{small[name][key]:.1f}", f"{large[name][key]:.1f}"]
                 )
-    return Tabular("load", ["input", "", "", "small", "large"], rows, [], []).markdown()
+    return Tabular("scale", ["input", "", "", "small", "large"], rows, [], []).markdown()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, most in (("pairs", 1_000_000), ("jobs", 1_000), ("lines", 1_000_000)):
-        parser.add_argument(f"--{name}", type=int, default=most)
+    for name, default in (("pairs", 1_000_000), ("jobs", 1_000), ("lines", 1_000_000)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the large input ({default:,})")
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "load_before": os.getloadavg()[0], "git": git()}
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "hydra-core")}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for part, measure in {"pairs": bench.run, "jobs": bench.sweep, "lines": bench.metrics}.items():
-            n = getattr(given, part)
+            n = getattr(options, part)
             results[part] = {"n": n, "small": measure(FEW[part]), "large": measure(n)}
-    write_json(given.output / "load.json", results)
+    write_json(options.output / "scale.json", results)
     say(table(results))
 
 

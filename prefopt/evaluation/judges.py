@@ -24,8 +24,8 @@ from prefopt.errors import UserError
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, with_filename, write_json
+from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
-from prefopt.utils.tensor_store import locked
 
 ATTEMPTS = 3  # passes over the rows that got no preference
 CLIENTS = {"openai": "OpenAI", "anthropic": "Anthropic"}  # the vendors' packages, and what asks in them

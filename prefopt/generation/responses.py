@@ -54,7 +54,7 @@ def generate_resumable(
     from prefopt.generation import sampler as sampler_module
     from prefopt.generation.sampler import transformers_sampler, vllm_sampler
     from prefopt.models.load import load_tokenizer
-    from prefopt.utils.tensor_store import locked
+    from prefopt.utils.locks import locked
 
     signals.install_handlers()
     tokenizer = load_tokenizer(model_config)

@@ -1,7 +1,6 @@
 """Who works on a run, and whether the process that its record names is still there. A record alone cannot say: a killed
 process writes nothing."""
 
-import fcntl
 import getpass
 import os
 import shutil
@@ -9,9 +8,12 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import filelock
 
 from prefopt.errors import UserError
+from prefopt.utils.locks import try_lock
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
 ACTIVE_STATES = ("queued", "running", "requeued")  # and perhaps "unknown"
@@ -49,38 +51,37 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-_locks: dict[Path, IO[str]] = {}
+_locks: dict[Path, filelock.BaseFileLock] = {}  # by the run's folder; a lock is released when nothing refers to it
 
 
 def acquire_lock(folder: Path) -> None:
     """Make this process the only one that works on the run in `folder`, until `release_lock` or its end.
 
-    The system releases the lock of a process that ends, however it ends. May be called again.
+    The lock is of the whole process, whatever its thread. May be called again.
 
     Raises UserError that says who holds it, and OSError where `folder` cannot be written.
     """
     if owns_lock(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f"{folder} is held by {lock.read() or 'another process'}. Wait for it, or stop it.") from None
-    lock.truncate(0)
-    lock.write(describe_owner(process_info()))
-    lock.flush()
+    file = folder / "lock"
+    lock = try_lock(file)
+    if lock is None:
+        owner = file.read_text() or "another process"  # one that has not written its name yet
+        raise UserError(f"{folder} is held by {owner}. Wait for it, or stop it.")
+    file.write_text(describe_owner(process_info()))
     _locks[folder.resolve()] = lock
 
 
 def owns_lock(folder: Path) -> bool:
-    return folder.resolve() in _locks
+    """Whether this process holds it; a forked child of the holder does not."""
+    lock = _locks.get(folder.resolve())
+    return lock is not None and lock.is_locked
 
 
 def release_lock(folder: Path) -> None:
+    """Let other processes work on the run in `folder`. Does nothing where this one does not hold it."""
     if lock := _locks.pop(folder.resolve(), None):
-        lock.close()
+        lock.release()
 
 
 def resolve_status(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:

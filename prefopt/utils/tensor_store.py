@@ -10,14 +10,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from prefopt.errors import UserError
-from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write
+from prefopt.utils.locks import locked
 
 SHARD_ROWS = 1024  # items that are computed before they are written
 
@@ -26,23 +25,6 @@ def hash_tokens(*texts: Sequence[int]) -> bytes:
     """16 bytes that stand for these lists of token ids, whatever they come from."""
     lengths, tokens = array("q", map(len, texts)), array("q", [token for text in texts for token in text])
     return hashlib.blake2b(lengths.tobytes() + tokens.tobytes(), digest_size=16).digest()
-
-
-@contextlib.contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
-    """Inside, no other process has this lock; the system lets go of that of a process that dies. `what` names it to
-    those who wait."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say(f"  {what}: another job computes it; waiting")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class TensorCache:

@@ -135,7 +135,7 @@ def run_pending(config: OnlineConfig, **told: str) -> None:
     objective, scorer, stages = prepare_online(config)
     places = {"prompts": (config.prompts, config.prompts_split or "train"),
               "heldout": (config.dataset.heldout, config.dataset.heldout_split)}  # fmt: skip
-    run = Run(
+    run = Run.open(
         dataclasses.asdict(config),
         f"online-{objective.name}",
         {k: digest(path, split) for k, (path, split) in places.items() if path},

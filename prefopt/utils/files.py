@@ -109,3 +109,9 @@ def with_filename(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def refresh_nfs(folder: Path) -> None:
+    """Make the next read in `folder` see what another machine has renamed: on NFS, listing a folder asks the server."""
+    for _ in folder.iterdir():
+        pass

@@ -1,19 +1,19 @@
-"""What goes wrong in a way that its user can mend, or has asked for."""
+"""Errors that the user can correct, and the one that the user has asked for."""
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do next.
+    """An error that the user can correct. The message says what is wrong, where, and what to do next.
 
-    Programs print it as one message without a traceback and exit with code 2.
+    Programs print the message without a traceback and exit with code 2.
     """
 
 
 class MissingAssetError(UserError):
-    """Why a model or a data set cannot be used on this machine without the hub."""
+    """A model or a data set is not on this machine, or cannot be fetched to it."""
 
 
 class UnsafePathError(UserError):
-    """A data set that would be read from somewhere else than where it is."""
+    """A data set would make the program read a file from outside of its folder."""
 
 
 class Interrupted(Exception):

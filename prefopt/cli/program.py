@@ -7,8 +7,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -36,73 +36,137 @@ Launch = Callable[[list[Point], Path, bool], int]
 def program(
     config_name: str, schema: type, launch: Launch | None = None
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make a command-line program of a function that takes the config that
-    `conf/<config_name>.yaml` composes into `schema`.
+    """Decorator that makes a command-line program of a function of one config, composed from
+    `conf/<config_name>.yaml` and checked against `schema`.
 
-    A UserError, or a command line that Hydra cannot compose, becomes one message on stderr and exit code 2, any other
-    exception a traceback and exit code 1.
+    A UserError, or a command line that Hydra cannot compose, becomes one message on stderr and exit code 2. Any other
+    exception becomes a traceback and exit code 1.
 
-    Of a multirun, where there is `launch`, Hydra only composes all points: launch(points, the sweep's folder, whether
-    --dry-run was given) starts the jobs and returns the exit code. Otherwise the points run one after the other in this
-    process; a failing one does not stop the others, and they are named at the end.
+    In a multirun with `launch`, Hydra composes all points, and `launch(points, folder of the sweep, dry_run)` starts
+    the jobs and returns the exit code. In a multirun without, the points run one after the other in this process. A
+    failing one does not stop the others; the failed ones are named at the end.
     """
 
     def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
         def main() -> None:
-            failures: list[str] = []
-            points: list[Point] = []
-            code = 0
-
-            def run(cfg: DictConfig | list[Point]) -> None:
-                nonlocal code, points
-                if isinstance(cfg, list):
-                    points = cfg
-                    return
-                code = max(code, exit_code(lambda: job(cfg), failures), key=(0, EXIT_CODE, 2, 1).index)
-
-            sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
-            if found := find_secret("\n".join(sys.argv)):
-                _refuse(f"the command line holds {found}. {NO_KEYS}")
-            if wants_help(sys.argv[1:]):
-                sys.exit(show(config_name, sys.argv[1:]))
-            for client in ("httpx", "httpx2"):  # Hydra's root logger would show a line for each request to the hub
-                logging.getLogger(client).setLevel(logging.WARNING)
-            logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it cannot import, it also raises
-            os.environ["HYDRA_FULL_ERROR"] = (
-                "1"  # Hydra raises what it cannot compose, and does not print it in its way
-            )
-            register(schema)
-            if launch and any(argument.lstrip("+~").startswith("hydra/launcher") for argument in sys.argv):
-                _refuse("Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
-            if launch and any(argument.lstrip("+~").startswith("hydra/sweeper") for argument in sys.argv):
-                _refuse("Hydra's own sweepers are not used here; a grid is key=VALUE,VALUE after -m")
-            sweep, dry_run = bool({"-m", "--multirun"} & set(sys.argv)), "--dry-run" in sys.argv
-            if dry_run and not (launch and sweep):
-                _refuse("--dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
-            given = [argument.removeprefix(SWEEP_FOLDER) for argument in sys.argv if argument.startswith(SWEEP_FOLDER)]
-            with tempfile.TemporaryDirectory() as scratch:
-                if sweep:  # Hydra's sweeper writes a file before anything is composed
-                    ours = [a for a in sys.argv if a != "--dry-run" and not a.startswith(SWEEP_FOLDER)]
-                    sys.argv[:] = [*ours, f"{SWEEP_FOLDER}{scratch}"]
-                try:
-                    hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(run)()
-                    if launch and points:
-                        folder = Path(given[-1]) if given else sweep_folder(points[0].cfg)
-                        code = exit_code(lambda: launch(points, folder, dry_run), failures)
-                except KeyboardInterrupt:
-                    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-                    sys.exit(130)
-                except Exception as error:  # of composing: what a job raises does not come this far
-                    print(f"error: {refusal(error, sys.argv[1:])}", file=sys.stderr)
-                    print(f"All groups and keys: python -m prefopt.{config_name} --help", file=sys.stderr)
-                    sys.exit(2)
-            if not points and (len(failures) > 1 or (failures and "-m" in sys.argv)):
-                print("failed:", *failures, sep="\n  ", file=sys.stderr)
-            sys.exit(code)
+            sys.exit(run(config_name, schema, job, launch, sys.argv[1:]))
 
         return main
 
     return decorate
+
+
+def run(
+    config_name: str, schema: type, job: Callable[[DictConfig], None], launch: Launch | None, arguments: list[str]
+) -> int:
+    """Run a program on the command line `arguments`; the exit code. The other parameters are those of `program`."""
+    install_redaction()
+    if secret := find_secret("\n".join(arguments)):  # first of all, so that nothing shows it
+        return _refuse(f"the command line holds {secret}. {NO_KEYS}")
+    if wants_help(arguments):
+        return show(config_name, arguments)
+    try:
+        command_line = parse_multirun_args(arguments, launches=launch is not None)
+    except UserError as error:
+        return _refuse(str(error))
+
+    quiet_libraries()
+    register(schema)
+    task = Task(job)
+    try:
+        compose_points(config_name, command_line, task)
+        if launch and task.points:
+            points, folder = task.points, command_line.folder or sweep_folder(task.points[0].cfg)
+            task.code = exit_code(lambda: launch(points, folder, command_line.dry_run), task.failures)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:  # of composing: `exit_code` lets through nothing that a job raises
+        print(f"error: {refusal(error, command_line.for_hydra)}", file=sys.stderr)
+        print(f"All groups and keys: python -m prefopt.{config_name} --help", file=sys.stderr)
+        return 2
+
+    # A launcher has said itself what became of its jobs; of a single job, its own message is enough.
+    if not task.points and (len(task.failures) > 1 or (task.failures and command_line.multirun)):
+        print("failed:", *task.failures, sep="\n  ", file=sys.stderr)
+    return task.code
+
+
+def install_redaction() -> None:
+    """From now on no secret is printed by this process (`utils.redact`)."""
+    sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """Keep Hydra and the hub's client from printing what `run` says in its own way, or nobody needs."""
+    for client in ("httpx", "httpx2"):  # Hydra's root logger would show a line for each request to the hub
+        logging.getLogger(client).setLevel(logging.WARNING)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it cannot import, it also raises
+    # With it, Hydra raises what it cannot compose; without, it prints that and ends the process.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line asks for: `for_hydra` are the arguments that Hydra reads.
+
+    `multirun`: -m was given; `dry_run`: --dry-run was; `folder`: the sweep's folder, where the user names one.
+    """
+
+    for_hydra: list[str]
+    multirun: bool
+    dry_run: bool
+    folder: Path | None
+
+
+def parse_multirun_args(arguments: list[str], launches: bool) -> CommandLine:
+    """Take apart a command line. `launches` is whether the program starts the jobs of a sweep itself.
+
+    Raises UserError for Hydra's launchers and sweepers where it does, and for --dry-run without a sweep to show.
+    """
+    keys = [argument.lstrip("+~") for argument in arguments]
+    if launches and any(key.startswith("hydra/launcher") for key in keys):
+        raise UserError("Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
+    if launches and any(key.startswith("hydra/sweeper") for key in keys):
+        raise UserError("Hydra's own sweepers are not used here; a grid is key=VALUE,VALUE after -m")
+    multirun, dry_run = "-m" in arguments or "--multirun" in arguments, "--dry-run" in arguments
+    if dry_run and not (launches and multirun):
+        raise UserError("--dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
+
+    folders = [argument.removeprefix(SWEEP_FOLDER) for argument in arguments if argument.startswith(SWEEP_FOLDER)]
+    for_hydra = arguments
+    if (
+        multirun
+    ):  # Hydra would write into the sweep's folder before anything is composed: `compose_points` gives another
+        for_hydra = [a for a in arguments if a != "--dry-run" and not a.startswith(SWEEP_FOLDER)]
+    return CommandLine(for_hydra, multirun, dry_run, Path(folders[-1]) if folders else None)
+
+
+@dataclass
+class Task:
+    """What Hydra calls with what it has composed, and what became of it: the worst exit code, and a line a failure."""
+
+    job: Callable[[DictConfig], None]
+    points: list[Point] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    code: int = 0
+
+    def run(self, composed: DictConfig | list[Point]) -> None:
+        """Run the job with a config; all points of a sweep, which `hydra_plugins` hands in at once, are kept."""
+        if isinstance(composed, list):
+            self.points = composed
+            return
+        code = exit_code(lambda: self.job(composed), self.failures)
+        self.code = max(self.code, code, key=(0, EXIT_CODE, 2, 1).index)  # from the best to the worst
+
+
+def compose_points(config_name: str, command_line: CommandLine, task: Task) -> None:
+    """Have Hydra compose `conf/<config_name>.yaml` and call `task.run`. Raises what Hydra raises for a command line
+    that it cannot compose."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = [f"{SWEEP_FOLDER}{scratch}"] if command_line.multirun else []
+        sys.argv[1:] = [*command_line.for_hydra, *folder]  # hydra.main takes its arguments from nowhere else
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(task.run)()
 
 
 def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
@@ -128,9 +192,10 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         return 1
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(message: str) -> int:
+    """Print why a command line is refused; the exit code."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
 def _describe(error: Exception) -> str:

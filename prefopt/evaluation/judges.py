@@ -24,8 +24,8 @@ from prefopt.evaluation.clients import alpaca_eval
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, write_json
+from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
-from prefopt.utils.tensor_store import locked
 
 ATTEMPTS = 3  # passes over the rows that got no preference
 PACKAGES = {"openai_completions": "openai", "anthropic_completions": "anthropic"}  # by alpaca-eval's fn_completions

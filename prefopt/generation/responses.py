@@ -106,7 +106,7 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
     from prefopt.generation import sampler as sampler_module
     from prefopt.generation.sampler import transformers_sampler, vllm_sampler
     from prefopt.models.load import load_tokenizer
-    from prefopt.utils.tensor_store import locked
+    from prefopt.utils.locks import locked
 
     signals.install_handlers()
     sampling, n, prompts = request.sampling, request.samples_per_prompt, request.prompts

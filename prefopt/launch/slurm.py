@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import string
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,15 @@ from prefopt.training.config import TrainConfig
 from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, write_json
 from prefopt.utils.signals import EXIT_CODE
+
+
+class ScriptTemplate(string.Template):
+    """Text with placeholders %%{NAME}: a script has $, @ and % of its own."""
+
+    delimiter = "%%"
+
+
+SCRIPT = ScriptTemplate(Path(__file__).with_suffix(".sh").read_text())
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,9 @@ class Slurm(Launcher):
                 raise ValueError(f"{name} must be at least {value}, is {getattr(self, name)}")
         if self.at_once is not None and self.at_once < 1:
             raise ValueError(f"at_once must be at least 1, or null, is {self.at_once}")
-        for name, given in {"partition": self.partition, "account": self.account}.items():
-            if given is not None and not re.fullmatch(r"\w[\w.,+@-]*", given):
-                raise ValueError(f"{name} must be of letters, digits and . , _ + @ - alone, is {given!r}")
+        for name, text in {"partition": self.partition, "account": self.account}.items():
+            if text is not None and not re.fullmatch(r"\w[\w.,+@-]*", text):
+                raise ValueError(f"{name} must be of letters, digits and . , _ + @ - alone, is {text!r}")
         for option in self.options:
             if not re.fullmatch(r"--?\w[^\x00-\x1f\x7f]*", option):
                 raise ValueError(f"options must each be one option of sbatch, such as --qos=long, and not {option!r}")
@@ -89,10 +99,8 @@ class Slurm(Launcher):
     def resources(self, job: SweepJob) -> str:
         minutes, memory = self.limits(job)
         where = f"partition {self.partition}" if self.partition else "default partition"
-        return (
-            f"{where}, {self.nodes} node{'s' * (self.nodes > 1)}, {self.gpus} GPU, {self.cpus} CPU, {memory} GiB, "
-            f"{minutes // 60}:{minutes % 60:02d} h"
-        )
+        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+        return f"{where}, {nodes}, {self.gpus} GPU, {self.cpus} CPU, {memory} GiB, {minutes // 60}:{minutes % 60:02d} h"
 
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
         """Submit, and return. Jobs of one size share an array; where there is a cap on jobs at once, an array begins
@@ -122,58 +130,41 @@ class Slurm(Launcher):
         say("waiting for them; Ctrl-C leaves them to Slurm, and `python -m prefopt.runs` shows them")
 
     def script(self, count: int, limits: tuple[int, int], listing: Path, code: Path) -> str:
-        """The job script of an array over the `count` run folders in the file `listing`.
+        """The job script (slurm.sh) of an array over the `count` run folders that the file `listing` names.
 
-        The processes get what torchrun would give them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), but
-        srun starts them, so that each gets Slurm's signals itself. More than one node has never been tried.
+        `limits` are minutes and GiB per node; `code` is the folder whose package the jobs run. A process gets what
+        torchrun would give it (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). srun starts the processes, so
+        that each gets Slurm's signals itself. More than one node has never been tried.
         """
-        minutes, memory = limits
-        cap = f"%{self.at_once}" if self.at_once else ""
-        options = [
-            "--job-name=prefopt",
-            f"--array=0-{count - 1}{cap}",
-            f"--time={minutes}",
-            f"--mem={memory}G",
-            f"--nodes={self.nodes}",
-            f"--ntasks-per-node={self.gpus or 1}",
-            f"--cpus-per-task={self.cpus}",
-            *([f"--gres=gpu:{self.gpus}"] if self.gpus else []),
-            *([f"--partition={self.partition}"] if self.partition else []),
-            *([f"--account={self.account}"] if self.account else []),
-            f"--signal=USR2@{self.signal_s}",
-            "--requeue",
-            "--open-mode=append",
-            f"--output={shlex.quote(str(listing.with_suffix('')))}_%a.out",
-            *self.options,
-        ]
+        minutes, memory_gib = limits
         environment = python_environment(code)
-        path = environment.pop("PYTHONPATH")
+        python_path = environment.pop("PYTHONPATH")
         python = shlex.split(self.python) if self.python else [sys.executable]
-        return "\n".join(
-            [
-                "#!/bin/bash",
-                *(f"#SBATCH {option}" for option in options),
-                f'folder=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(listing))})',
-                'exec >> "$folder/log.txt" 2>&1',
-                "trap : TERM USR2  # they are for the processes below; this shell stays to requeue",
-                *self.setup,
-                f"export PYTHONPATH={shlex.quote(path)} {' '.join(f'{k}={v}' for k, v in environment.items())}",
-                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-                "export PREFOPT_SLURM_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
-                "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-                "srun --cpus-per-task=$SLURM_CPUS_PER_TASK --kill-on-bad-exit=1 bash -c \\",
-                '    \'trap "" TERM USR2  # until Python takes them',
-                '    RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"\' - \\',
-                f'    {shlex.join(python)} -m prefopt.job "$folder"',
-                "code=$?",
-                "# A job that is being cancelled saves and leaves in the same way, and is no longer RUNNING.",
-                f"if [ $code -eq {EXIT_CODE} ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {self.requeues} ] &&",
-                '    [ "$(squeue --noheader --array --jobs=$PREFOPT_SLURM_JOB --format=%T)" = RUNNING ]; then',
-                "    scontrol requeue $PREFOPT_SLURM_JOB",
-                "fi",
-                "exit $code",
-                "",
-            ]
+
+        gres = f"gpu:{self.gpus}" if self.gpus else None
+        wanted = {"gres": gres, "partition": self.partition, "account": self.account}
+        resources = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+
+        return SCRIPT.substitute(
+            last_task=count - 1,
+            at_once=f"%{self.at_once}" if self.at_once else "",
+            minutes=minutes,
+            memory_gib=memory_gib,
+            nodes=self.nodes,
+            tasks_per_node=self.gpus or 1,
+            cpus=self.cpus,
+            # The next two and `setup` are any number of whole lines, none among them.
+            resources="".join(f"#SBATCH {option}\n" for option in resources),
+            options="".join(f"#SBATCH {option}\n" for option in self.options),
+            signal_s=self.signal_s,
+            output=shlex.quote(str(listing.with_suffix(""))),
+            listing=shlex.quote(str(listing)),
+            setup="".join(f"{line}\n" for line in self.setup),
+            python_path=shlex.quote(python_path),
+            environment=" ".join(f"{name}={value}" for name, value in environment.items()),
+            python=shlex.join(python),
+            interrupted=EXIT_CODE,
+            requeues=self.requeues,
         )
 
 

@@ -28,6 +28,7 @@ from prefopt.errors import MissingAssetError, UserError
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import snapshot
 from prefopt.tracking.process import ACTIVE_STATES, process_info
+from prefopt.tracking.record import write_record
 from prefopt.tracking.status import RunStatus, inspect_runs, status_table
 from prefopt.utils.console import console, rows_table, say
 from prefopt.utils.distributed import world_size
@@ -226,14 +227,14 @@ def command_of(program: str, overrides: list[str]) -> str:
 
 
 def write_job_file(job: SweepJob, program: str, code: Path) -> None:
-    """Write job.json, and the record as queued by this process."""
-    told = {"command": command_of(program, job.overrides), "code": str(code)}
-    write_json(job.folder / "job.json", {"program": program, "config": dataclasses.asdict(job.config), **told})
-    facts: dict[str, Any] = {"status": "queued", "error": None, **told, **process_info(), "slurm_job": None}
+    """Write job.json, from which `prefopt.job` runs the job, and a record that it is queued by this process."""
+    origin = {"command": command_of(program, job.overrides), "code": str(code)}
+    write_json(job.folder / "job.json", {"program": program, "config": dataclasses.asdict(job.config), **origin})
+    queued: dict[str, Any] = {"status": "queued", "error": None, **origin, **process_info(), "slurm_job": None}
     if job.run:
-        job.run.update(**facts)
+        job.run.update(**queued)
     else:
-        write_json(job.folder / "record.json", {"name": job.id, **facts})
+        write_record(job.folder, {"name": job.id, **queued})
 
 
 def wait_for_runs(folders: list[Path]) -> list[RunStatus]:

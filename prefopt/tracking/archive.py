@@ -1,5 +1,6 @@
-"""The records of finished runs, with those of the jobs that evaluated their policies: what every table and figure is
-made of. They lie in the runs' folders, or, to be kept and passed on, in one file.
+"""The records of finished runs and of the jobs that evaluated their policies. Every table and figure is made of them.
+
+They lie in the runs' folders, or in one file, the archive, to be kept and passed on.
 """
 
 import json
@@ -13,15 +14,15 @@ from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write
 
 Record = dict[str, Any]
-# Of the machine and the moment: no figure depends on them, and they are nobody else's business.
+# Left out of an archive: no figure depends on them, and they tell of the user's machine.
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
 
 def read_records(*places: Path) -> list[Record]:
-    """Finished runs in these folders and archives (`write_archive`), by objective, beta and name; a run that lies in
-    two of them once. `harness` and `alpaca` of each are the records of its evaluated policies. Says which are left out.
+    """The finished runs in these folders and archives (`write_archive`), sorted by objective, beta and name.
 
-    Raises UserError if there is none.
+    A run that lies in several places comes once. The keys `harness` and `alpaca` of a record are lists: the records of
+    its evaluated policies. Runs that have not finished are named on stderr. Raises UserError if none has.
     """
     records: dict[str, Record] = {}
     for place in places:
@@ -37,19 +38,20 @@ def read_records(*places: Path) -> list[Record]:
 
 
 def _in_folder(place: Path) -> list[Record]:
-    found = []
+    records = []
     for file in sorted(place.glob("*/record.json")):
         record = load_record(file) | {"folder": str(file.parent)}
         for kind, pattern in (("harness", "harness/*.json"), ("alpaca", "alpaca/*/record.json")):
-            own = sorted(file.parent.glob(pattern))
-            record[kind] = [json.loads(each.read_text()) | {"file": str(each)} for each in own]
-        found.append(record)
-    return found
+            results = sorted(file.parent.glob(pattern))
+            record[kind] = [json.loads(result.read_text()) | {"file": str(result)} for result in results]
+        records.append(record)
+    return records
 
 
 def _archived(file: Path) -> list[Record]:
     try:
         records = [json.loads(line) for line in file.read_text().splitlines()]
+        # KeyError for JSON lines that are something else.
         return [record | {"harness": record["harness"], "alpaca": record["alpaca"]} for record in records]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -58,21 +60,25 @@ def _archived(file: Path) -> list[Record]:
 
 
 def write_archive(records: Sequence[Record], file: Path) -> None:
-    """A line per run, which `read_records` reads again: whoever has it can make every table and figure of these runs.
-    Without what is the machine's own; paths below the current folder are relative to it."""
-    here = f"{Path.cwd()}/"
+    """Write a line per run, from which `read_records`, and so every table and figure of these runs, can be made again.
+
+    The MACHINE_KEYS are left out. Paths below the current folder become relative to it.
+    """
+    current_folder = f"{Path.cwd()}/"
     lines = []
     for record in records:
         kept = {key: value for key, value in record.items() if key not in MACHINE_KEYS}
         for kind in ("harness", "alpaca"):
-            kept[kind] = [{k: v for k, v in told.items() if k not in MACHINE_KEYS} for told in record[kind]]
-        lines.append(json.dumps(kept, ensure_ascii=False).replace(here, ""))
+            kept[kind] = [{k: v for k, v in result.items() if k not in MACHINE_KEYS} for result in record[kind]]
+        lines.append(json.dumps(kept, ensure_ascii=False).replace(current_folder, ""))
     atomic_write(file, "\n".join(lines) + "\n")
 
 
 def write_archive_once(records: Sequence[Record], source: str | None, output: Path) -> list[Path]:
-    """`write_archive` into `output`, unless `source`, where they were read from, is an archive already: its path, or
-    none."""
+    """Write the records into `output`/records.jsonl, unless `source`, from which they were read, is an archive itself.
+
+    Returns the files that were written: one or none.
+    """
     if not records or Path(source or "").suffix == ".jsonl":
         return []
     write_archive(records, output / "records.jsonl")
@@ -80,7 +86,7 @@ def write_archive_once(records: Sequence[Record], source: str | None, output: Pa
 
 
 def last_step(record: Record) -> int:
-    """The optimizer steps behind the final policy: of an online run those of all stages."""
+    """The number of optimizer steps of the final policy; of an online run, of all its stages together."""
     step: int = record["evaluations"][-1]["step"] if record["evaluations"] else record["config"]["steps"]
     return step
 

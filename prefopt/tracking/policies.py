@@ -1,4 +1,4 @@
-"""The policies that a run has left, for the jobs that evaluate them."""
+"""The exported policies of a run, for the jobs that evaluate them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from prefopt.tracking.record import record_of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that can be loaded, and what it is called; of a run, after `step` optimizer steps."""
+    """A model that can be loaded, and its name in results. `step`: of a run's policy, its optimizer steps."""
 
     name: str
     path: str
@@ -19,18 +19,21 @@ class Checkpoint:
 
 
 def exported_policies(run: str, which: str) -> list[Checkpoint]:
-    """`final`: the finished policy; `all`: those that `exports` has kept as well, in the order of their steps.
+    """The policies in the folder `run`: with `which`="final" the finished one, with "all" also the earlier ones that
+    `exports` has kept, in the order of their steps.
 
     Raises UserError where there is none.
     """
     record, folder = record_of(run), Path(run)
-    final = [Checkpoint("final", str(folder / "policy"), last_step(record))] * (folder / "policy").is_dir()
-    earlier = [
-        Checkpoint(path.name, str(path), int(path.name.removeprefix("step_")))
-        for path in sorted((folder / "policies").glob("step_*"))
-        if path.suffix != ".tmp"
-    ]
-    found = final if which == "final" else [*earlier, *final]
-    if not found:
+    policies = []
+    if which == "all":
+        policies += [
+            Checkpoint(path.name, str(path), int(path.name.removeprefix("step_")))
+            for path in sorted((folder / "policies").glob("step_*"))
+            if path.suffix != ".tmp"  # what a killed process was writing
+        ]
+    if (folder / "policy").is_dir():
+        policies.append(Checkpoint("final", str(folder / "policy"), last_step(record)))
+    if not policies:
         raise UserError(f"{folder} has no policy yet: it is {record['status']}. Finish it: {record.get('command')}")
-    return found
+    return policies

@@ -1,7 +1,6 @@
-"""Who works on a run, and whether the process that its record names is still there. A record alone cannot say: a killed
-process writes nothing."""
+"""Which process works on a run, and whether it is still alive. The record alone cannot say: a killed process writes
+nothing."""
 
-import fcntl
 import getpass
 import os
 import shutil
@@ -9,9 +8,12 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import filelock
 
 from prefopt.errors import UserError
+from prefopt.utils.locks import try_lock
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
 ACTIVE_STATES = ("queued", "running", "requeued")  # and perhaps "unknown"
@@ -30,9 +32,10 @@ TERMINAL_SLURM_STATES = {
 
 
 def process_info() -> dict[str, Any]:
-    """What a record says of this process, so that `resolve_status` finds it again.
+    """The keys of a record by which `resolve_status` recognizes this process.
 
-    `slurm_job` is JOB_TASK where launcher=slurm started it: a job that a person wrote may outlive what runs in it.
+    `slurm_job` is JOB_TASK where launcher=slurm started it. A Slurm job that a person wrote does not count: it may
+    outlive the process that runs in it.
     """
     job = os.environ.get("PREFOPT_SLURM_JOB")
     born = process_start_time(os.getpid())
@@ -40,80 +43,88 @@ def process_info() -> dict[str, Any]:
 
 
 def describe_owner(record: dict[str, Any]) -> str:
-    """The process that a record names, for people."""
+    """The process that a record names, in words."""
     place = f"Slurm job {record['slurm_job']}" if record.get("slurm_job") else f"process {record['pid']}"
     return f"{place} on {record['host']} since {record['since']}"
 
 
 def utc_now() -> str:
+    """Date and time in UTC, as records have them."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-_locks: dict[Path, IO[str]] = {}
+_locks: dict[Path, filelock.BaseFileLock] = {}  # by the run's folder; a lock is released when nothing refers to it
 
 
 def acquire_lock(folder: Path) -> None:
     """Make this process the only one that works on the run in `folder`, until `release_lock` or its end.
 
-    The system releases the lock of a process that ends, however it ends. May be called again.
+    The lock is of the whole process, whatever its thread. May be called again.
 
     Raises UserError that says who holds it, and OSError where `folder` cannot be written.
     """
     if owns_lock(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f"{folder} is held by {lock.read() or 'another process'}. Wait for it, or stop it.") from None
-    lock.truncate(0)
-    lock.write(describe_owner(process_info()))
-    lock.flush()
+    file = folder / "lock"
+    lock = try_lock(file)
+    if lock is None:
+        owner = file.read_text() or "another process"  # one that has not written its name yet
+        raise UserError(f"{folder} is held by {owner}. Wait for it, or stop it.")
+    file.write_text(describe_owner(process_info()))
     _locks[folder.resolve()] = lock
 
 
 def owns_lock(folder: Path) -> bool:
-    return folder.resolve() in _locks
+    """Whether this process holds it; a forked child of the holder does not."""
+    lock = _locks.get(folder.resolve())
+    return lock is not None and lock.is_locked
 
 
 def release_lock(folder: Path) -> None:
+    """Let other processes work on the run in `folder`. Does nothing where this one does not hold it."""
     if lock := _locks.pop(folder.resolve(), None):
-        lock.close()
+        lock.release()
 
 
 def resolve_status(record: dict[str, Any], queue: dict[str, str] | None = None) -> str:
-    """The record's status, unless its process is gone. `queue` is what Slurm says of this user's jobs (`slurm_queue`).
+    """The state of a run, one of STATES: the status in its record, unless its process is gone.
 
-    new, queued, running, finished, failed as the record says; interrupted: saved and left; requeued: the same, and
-    Slurm will start it again; died: gone without a word; unknown: on a machine that cannot be asked from here.
+    `queue` is that of `slurm_queue`. new, queued, running, finished, failed: as in the record. interrupted: it saved
+    and left. requeued: the same, and Slurm will start it again. died: its process ended without writing so. unknown: it
+    is on a machine that cannot be asked from here.
     """
-    said = record["status"]
-    if said not in ("queued", "running", "interrupted"):
-        return said
-    here_and_gone = record.get("host") == socket.gethostname() and record["pid_born"] != process_start_time(
-        record["pid"]
-    )
+    status = record["status"]
+    if status not in ("queued", "running", "interrupted"):
+        return status
+
+    is_here = record.get("host") == socket.gethostname()
+    # The number of a process that ended may be another's by now: the start time tells them apart.
+    is_gone = is_here and record["pid_born"] != process_start_time(record["pid"])
+
     if record.get("slurm_job"):
         if queue is None:
             return "unknown"
         slurm = queue.get(record["slurm_job"], "gone")
         if slurm == "gone" or slurm in TERMINAL_SLURM_STATES:
-            return said if said == "interrupted" else "died"
-        if said == "interrupted" or (said == "running" and slurm == "PENDING"):
+            return status if status == "interrupted" else "died"
+        # A job that is preempted or loses its node waits again, with no time to write so.
+        if status == "interrupted" or (status == "running" and slurm == "PENDING"):
             return "requeued"
-        return "died" if said == "running" and here_and_gone else said
-    if said == "interrupted":
-        return said
-    if record.get("host") != socket.gethostname():
+        # While it is queued, the record names its submitter, which may have ended.
+        return "died" if status == "running" and is_gone else status
+
+    if status == "interrupted":
+        return status
+    if not is_here:
         return "unknown" if record.get("host") else "died"
-    return "died" if here_and_gone else said
+    return "died" if is_gone else status
 
 
 def slurm_queue() -> dict[str, str] | None:
-    """{"JOB_TASK": state such as PENDING} of this user's jobs, with those that ended a short while ago. None where
-    Slurm is not there or does not answer, which says nothing about the jobs."""
+    """{"JOB_TASK": state such as PENDING} of this user's jobs, with those that ended a short while ago.
+
+    None where Slurm is not installed or does not answer. That tells nothing of the jobs.
+    """
     if not shutil.which("squeue"):
         return None
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%i %T"]
@@ -125,9 +136,14 @@ def slurm_queue() -> dict[str, str] | None:
 
 
 def process_start_time(pid: int) -> str | None:
-    """When a process was started, in the kernel's clock: with its pid, who it is. None for one that has ended."""
+    """When a process was started, in ticks of the kernel's clock; None for one that has ended.
+
+    With the pid it identifies a process, as long as the machine is not started again.
+    """
     try:
+        # The second field, the program's name in parentheses, may have blanks and parentheses in it.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else fields[19]
+    state, start_time = fields[0], fields[19]
+    return None if state == "Z" else start_time  # a zombie has ended, and waits for its parent

@@ -34,8 +34,11 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory in GiB, GPU names; and the threads of a product, by whose number its rounding differs: a
-    sampled token, and with it a run that trains on its own samples, may become another."""
+    """Processor, cores, memory in GiB, GPU names, and the number of threads.
+
+    The threads count because the rounding of a matrix product depends on them. A sampled token may become another, and
+    with it the result of a run that trains on its own samples.
+    """
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -56,26 +59,30 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def git() -> dict[str, Any] | None:
-    """Commit, and whether there were changes, of the code that this process runs: results in the checkout, say, change
-    nothing of it. None outside of a checkout."""
+    """The commit of the code that this process runs, and whether the package has changes that are not committed.
+
+    None outside of a checkout.
+    """
     frozen = PACKAGE.parent / "git.json"
-    if frozen.is_file():  # a copy that a sweep's submitter took: the checkout around it may be another by now
+    if frozen.is_file():  # a snapshot for the jobs of a sweep: the checkout around it may have moved on
         return json.loads(frozen.read_text())
     try:
+        # "." is the package: new results elsewhere in the checkout do not change the code.
         return {"commit": ask_git("rev-parse", "HEAD").strip(), "dirty": bool(ask_git("status", "--porcelain", "."))}
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def ask_git(*args: str) -> str:
-    """Raises OSError or CalledProcessError outside of a checkout of this project."""
-    if INSTALLED:  # a checkout that the environment happens to lie in is another project's
+    """The output of a git command, run in the package. Raises OSError or CalledProcessError outside of a checkout."""
+    if INSTALLED:  # the environment may lie in a checkout, but that is another project's
         raise OSError("prefopt is not run from a checkout")
     command = ["git", "-C", str(PACKAGE), *args]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def version(package: str) -> str | None:
+    """The installed version; None where the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

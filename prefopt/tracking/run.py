@@ -1,7 +1,7 @@
-"""A run: what it is, where it lies, and what became of it.
+"""A run: its identity, its folder and its record.
 
-The folder's name says objective, model and data, and ends in a hash of everything that decides the result: the
-resolved config without the keys in VOLATILE, and the digests of the data files. The same command finds its run again.
+The folder's name has the objective, the model, the data and a hash of everything that decides the result: the resolved
+config without the keys in VOLATILE, and the digests of the data files. So the same command finds its run again.
 """
 
 import contextlib
@@ -12,14 +12,12 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.tracking.process import acquire_lock, owns_lock, process_info, utc_now
 from prefopt.tracking.provenance import PACKAGES, provenance, version
-from prefopt.tracking.record import load_record, read_record, update_record
+from prefopt.tracking.record import load_record, read_record, update_record, write_record
 from prefopt.utils.distributed import is_main_process, world_size
-from prefopt.utils.files import write_json
 from prefopt.utils.fingerprint import fingerprint
 
-# Where things are written and run, how they are shown, how often they are saved, and whether a step that cannot be
-# taken ends the run changes no number. How much is computed at a time changes no more than their rounding, as the
-# number of processes does; a run that ran out of memory goes on with less.
+# Keys of the config that are no part of a run's identity. Those of the first line change no number. Those of the second
+# change the rounding at most, as the number of processes does, so that a run that ran out of memory goes on with less.
 VOLATILE = (
     *("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm", "nonfinite"),
     *("micro_batch_tokens", "gradient_checkpointing"),
@@ -27,12 +25,15 @@ VOLATILE = (
 
 
 class Run:
-    """`folder` holds record.json, metrics.jsonl, samples/, checkpoints/ and, when finished, policy/.
+    """A run's identity, its folder and its record. `Run(...)` reads nothing; `Run.open(...)` reads the record.
 
-    `config` is the resolved configuration of a training run, as mappings.
+    `folder` holds record.json, metrics.jsonl, samples/, checkpoints/ and, when finished, policy/. `attempt` counts from
+    1 how often the run was started.
     """
 
     def __init__(self, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]):
+        """`config` is the resolved configuration of a training run, as mappings. `data_digests` are the digests of its
+        data files, by split."""
         identity = {key: value for key, value in config.items() if key not in VOLATILE}
         self.id = fingerprint([identity, data_digests])[:8]
         self.name = f"{objective_name}-{config['model']['name']}-{config['dataset']['name']}-{self.id}"
@@ -40,35 +41,44 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
         self.policy_folder = self.folder / "policy"
-        self._known = {"name": self.name, "id": self.id, "objective": objective_name}
-        self._asked = {"config": config, "data_digests": data_digests}
-        self._read()
+
+        self._names = {"name": self.name, "id": self.id, "objective": objective_name}
+        self._inputs = {"config": config, "data_digests": data_digests}
+        self.record: dict[str, Any] = self._names | {"status": "new"} | self._inputs
+        self.attempt = 1
+
+    @classmethod
+    def open(cls, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]) -> "Run":
+        """The run with what record.json in its folder says, if there is one. Raises UserError for a damaged one."""
+        run = cls(config, objective_name, data_digests)
+        run._read_record()
+        return run
+
+    def _read_record(self) -> None:
+        if (self.folder / "record.json").is_file():
+            self.record = load_record(self.folder / "record.json")
+        # VOLATILE keys may have changed since; a finished run keeps those that it was finished with.
+        if not self.finished:
+            self.record |= self._inputs
         self.attempt = self.record.get("attempt", 0) + 1
 
     @property
     def finished(self) -> bool:
         return self.record["status"] == "finished"
 
-    def _read(self) -> None:
-        self.record: dict[str, Any] = self._known | {"status": "new"}
-        file = self.folder / "record.json"
-        if file.is_file():
-            self.record = load_record(file)
-        self.record |= {} if self.finished else self._asked
-
     def hold(self) -> None:
-        """Keep other processes off this run (`liveness.hold`). Only the first process does.
+        """Keep other processes off this run (`process.acquire_lock`). Only the main process does; may be called again.
 
-        Raises UserError where another one holds it, or has finished it meanwhile.
+        Raises UserError where another process holds it, or has finished it meanwhile.
         """
         if is_main_process() and not owns_lock(self.folder):
             acquire_lock(self.folder)
-            self._read()  # what another process did with it since this one looked
+            self._read_record()  # another process may have worked on it since this one looked
             if self.finished:
                 raise UserError(f"{self.folder} has been finished meanwhile by another process; nothing is left to do.")
 
     def start(self, **facts: Any) -> None:
-        """Mark the run as running here and now, and write down under which circumstances. May be called again."""
+        """Mark the run as running in this process, and record code, versions and machine. May be called again."""
         self.hold()
         circumstances = {
             "status": "running",
@@ -81,10 +91,10 @@ class Run:
         self.update(**circumstances | process_info() | facts)
 
     def update(self, **facts: Any) -> None:
-        """Merge `facts` into the record and replace record.json in one step. Only the first process does."""
+        """Merge `facts` into the record; the main process also writes it."""
         self.record |= facts
         if is_main_process():
-            write_json(self.folder / "record.json", self.record)
+            write_record(self.folder, self.record)
 
     def finish(self, **facts: Any) -> None:
         self.update(status="finished", finished=utc_now(), **facts)
@@ -94,9 +104,13 @@ class Run:
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
+        """Record `error`, a traceback, on disk. Does nothing for a run that has not begun, or that another process has.
+
+        Any process of a group may call it: the first one to fail is the one that knows why.
+        """
         if not (self.folder / "record.json").is_file() or (is_main_process() and not owns_lock(self.folder)):
-            return  # it has not begun, or it is another process's
-        # Any process may be the one that failed first; those that were waiting for it fail after it.
-        with contextlib.suppress(OSError):  # nothing can be written: that may be what the error is
+            return
+        with contextlib.suppress(OSError):  # that nothing can be written may be what the error is
+            # The other processes fail after the first, with an error that says only that it has gone: keep the first.
             if world_size() == 1 or read_record(self.folder)["status"] != "failed":
                 update_record(self.folder, status="failed", finished=utc_now(), error=error)

@@ -1,4 +1,4 @@
-"""What there is to see of runs: status, last metrics, why they ended."""
+"""The state of runs as `prefopt runs` shows it: status, last metrics, why they ended."""
 
 import itertools
 import json
@@ -28,12 +28,12 @@ class RunsConfig:
     best: str | None = None
 
 
-HELDOUT = b'"split": "heldout"'  # as json.dumps writes it; what lacks it is not parsed
+HELDOUT = b'"split": "heldout"'  # as json.dumps writes it: lines without it need not be parsed
 
 
 @dataclass
 class RunStatus:
-    """What there is to see of a run at a moment; `slurm` is the state of its Slurm job, where it has one."""
+    """A run at a moment. `state` is one of `process.STATES`; `slurm` is Slurm's word for its job, if it has one."""
 
     folder: Path
     record: dict[str, Any]
@@ -46,31 +46,32 @@ class RunStatus:
 
     @property
     def why(self) -> str:
-        """One line on how it came to this: an error's last line, or what is left of a run that died."""
+        """Why it ended, in one line: the last line of the error, or of the log of a run that died; else ""."""
         if self.state in ("failed", "interrupted", "requeued"):
             return ((self.record.get("error") or "").strip().splitlines() or [""])[-1]
         if self.state == "died":
-            said = (line.decode(errors="replace").rstrip() for _, line in read_lines_reversed(self.log))
-            last = next((line for line in said if line), "empty")
-            error = next((line for line in itertools.chain([last], said) if "error" in line.lower()), last)
+            lines = (line.decode(errors="replace").rstrip() for _, line in read_lines_reversed(self.log))
+            last = next((line for line in lines if line), "empty")
+            # The reason is often above the last line, which may be a launcher's.
+            error = next((line for line in itertools.chain([last], lines) if "error" in line.lower()), last)
             slurm = f" (Slurm: {self.slurm or 'job gone'})" if self.record.get("slurm_job") else ""
             return f"ended without a word{slurm}; its log: {error}"
         return "cannot be asked from here" if self.state == "unknown" else ""
 
     def metrics(self) -> dict[str, Any]:
-        """The last step, and the last evaluation's main figures, read from the end of metrics.jsonl."""
-        found: dict[str, Any] = {}
+        """The last evaluation in metrics.jsonl, with the last step as `step`; {} before the first step."""
+        last_step: dict[str, Any] = {}
         for _, line in read_lines_reversed(self.folder / "metrics.jsonl"):
-            if found and HELDOUT not in line:
+            if last_step and HELDOUT not in line:
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # the line that is being written
                 continue
-            found.setdefault("step", row["step"])
+            last_step = last_step or {"step": row["step"]}
             if row["split"] == "heldout":
-                return {**row, **found}
-        return found
+                return row | last_step
+        return last_step
 
     @property
     def age_s(self) -> float:
@@ -80,7 +81,7 @@ class RunStatus:
 
 
 def inspect_runs(folders: list[Path]) -> list[RunStatus]:
-    """Asks Slurm once, if any of the runs is one of its jobs."""
+    """The state of the runs in `folders`, in their order. Slurm is asked once, and only if one of them is its job."""
     records = [read_record(folder) for folder in folders]
     queue = slurm_queue() if any(r.get("slurm_job") for r in records) else None
     return [
@@ -89,55 +90,61 @@ def inspect_runs(folders: list[Path]) -> list[RunStatus]:
     ]
 
 
-def status_table(looks: list[RunStatus]) -> Group:
+def status_table(runs: list[RunStatus]) -> Group:
+    """A row per run, and below the table why runs ended."""
     headings = ("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age")
     rows = []
-    for each in looks:
-        metrics, record = each.metrics(), each.record
+    for run in runs:
+        metrics, record = run.metrics(), run.record
         figures = [f"{metrics[key]:.3f}" if key in metrics else "–" for key in ("accuracy", "oracle_reward", "kl")]
         where = record.get("slurm_job") and f"{record.get('host') or 'Slurm'} {record['slurm_job']}"
         rows.append(
             [
-                each.folder.name,
-                each.state,
+                run.folder.name,
+                run.state,
                 f"{metrics.get('step', '–')}/{record['config']['steps'] or '?'}",
                 *figures,
                 where or record.get("host") or "–",
-                age(each.age_s),
+                age(run.age_s),
             ]
         )
-    reasons = [f"{each.folder.name}: {each.why}" for each in looks if each.why]
+    reasons = [f"{run.folder.name}: {run.why}" for run in runs if run.why]
     return rows_table(headings, rows, caption="\n".join(reasons))
 
 
 def age(seconds: float) -> str:
+    """A length of time in its largest unit: 3 d, 5 h, 7 min, 9 s."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
 
 
-def best(looks: list[RunStatus], key: str) -> Any:
-    """The value of `key` in the run that ended with the highest oracle reward. Raises UserError where none has both, or
-    some runs have not finished: the choice among the others would be another one later."""
-    if unfinished := [each.folder.name for each in looks if each.state != "finished"]:
+def best(runs: list[RunStatus], key: str) -> Any:
+    """The value of the config's `key` (with dots) in the run that ended with the highest oracle reward.
+
+    Raises UserError where there is no run, one lacks the key or the reward, or one has not finished: with that one the
+    choice might be another.
+    """
+    if unfinished := [run.folder.name for run in runs if run.state != "finished"]:
         raise UserError(f"best={key}: these runs have not finished: {', '.join(unfinished)}")
-    found = []
-    for each in looks:
-        value: Any = each.record["config"]
+    candidates = []
+    for run in runs:
+        value: Any = run.record["config"]
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        rewards = [row["oracle_reward"] for row in each.record["evaluations"] if "oracle_reward" in row]
+        rewards = [row["oracle_reward"] for row in run.record["evaluations"] if "oracle_reward" in row]
         if value is None or not rewards:
-            raise UserError(f"best={key}: {each.folder} has no {key}, or was not evaluated by an oracle.")
-        found.append((rewards[-1], value))
-    if not found:
+            raise UserError(f"best={key}: {run.folder} has no {key}, or was not evaluated by an oracle.")
+        candidates.append((rewards[-1], value))
+    if not candidates:
         raise UserError(f"best={key}: there are no such runs. Choose others by runs_dir, name and status.")
-    return max(found, key=lambda pair: pair[0])[1]
+    return max(candidates, key=lambda pair: pair[0])[1]
 
 
 def select(config: RunsConfig) -> list[RunStatus]:
+    """The runs that the config asks for by `runs_dir`, `name` (with *) and `status`, sorted by name."""
     if config.name in ("", "..") or "/" in config.name:
         raise UserError(f"name={config.name} must be the name of a run's folder in runs_dir; * stands for anything")
     folders = sorted(file.parent for file in Path(config.runs_dir).glob(f"{config.name}/record.json"))
-    return [each for each in inspect_runs(folders) if not config.status or each.state in config.status]
+    return [run for run in inspect_runs(folders) if not config.status or run.state in config.status]

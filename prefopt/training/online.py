@@ -161,7 +161,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     check_online(config)
     resolve(config)
     objective, scorer, stage_prompts = prepare_online(config)
-    run = Run(dataclasses.asdict(config), f"online-{objective.name}", data_digests(config))
+    run = Run.open(dataclasses.asdict(config), f"online-{objective.name}", data_digests(config))
     if run.finished:
         say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return

@@ -108,7 +108,9 @@ def prepare_run(config: TrainConfig) -> RunPlan:
     objective, schedule, oracle = build_components(config)
     start_watchdog(config.engine.hang_s)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
-    run = Run(dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names})
+    run = Run.open(
+        dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names}
+    )
     return RunPlan(config, objective, schedule, oracle, run)
 
 

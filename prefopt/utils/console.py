@@ -1,4 +1,4 @@
-"""What a person sees while something runs: bars on a terminal, a line now and then elsewhere, and plain messages."""
+"""The terminal: messages and progress on stderr, tables on stdout."""
 
 import os
 import sys
@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -16,66 +24,89 @@ from prefopt.utils.distributed import heartbeat, is_main_process
 T = TypeVar("T")
 
 LINE_EVERY_S = 10.0
-SHORT_CELL, SHORT_WORD = 10, 24  # characters up to which a table's cell, and one word in it, is never broken
+PIPE_WIDTH = 240  # characters: no table of ours is wider
+SHORT_CELL, SHORT_WORD = 10, 24  # characters up to which a cell of a table, and one of a single word, is not folded
+
+
+class LiveDisplay:
+    """The one live display that a terminal has room for. Bars may be nested: the open ones share it."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.open_bars = 0
+
+    def open_bar(self, description: str, total: int, done: int) -> TaskID:
+        if self.progress is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.progress = Progress(*columns, *left, console=Console(stderr=True), transient=True)
+            self.progress.start()
+        self.open_bars += 1
+        return self.progress.add_task(description, total=total, completed=done, note="")
+
+    def update_bar(self, task: TaskID, done: int, note: str) -> None:
+        if self.progress:
+            self.progress.update(task, completed=done, note=note)
+
+    def close_bar(self, task: TaskID) -> None:
+        if self.progress:
+            self.progress.remove_task(task)
+            self.open_bars -= 1
+            if self.open_bars == 0:
+                self.progress.stop()
+                self.progress = None
+
+
+live = LiveDisplay()
 
 
 def say(message: str) -> None:
-    """Print a message on stderr, above the bars where there are any; of several processes only the first one does."""
+    """Print a message on stderr, above the bars where there are any. Only the main process does."""
     if not is_main_process():
         return
-    console = _Live.progress.console if _Live.progress else Console(stderr=True)
+    # Through the display's console: it moves the bars out of the way.
+    console = live.progress.console if live.progress else Console(stderr=True)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Live:
-    """Bars may nest, but a terminal has room for one live display: the open bars share it."""
-
-    progress: Progress | None = None
-    open_bars = 0
-
-
 class Bar:
-    """`total` steps of one piece of work. Use it as a context manager and call `advance` after every `by` of them."""
+    """The progress of one piece of work of `total` steps, of which `done` are done already.
+
+    Use it as a context manager, and call `advance` after every `by` steps. On a terminal it is a bar. Elsewhere it is a
+    line every LINE_EVERY_S seconds. With show=False it is nothing, but the watchdog still gets its heartbeats.
+    """
 
     def __init__(self, description: str, total: int, show: bool = True, done: int = 0):
-        self.description, self.total, self.done, self.first = description, total, done, done
+        self.description, self.total, self.done = description, total, done
+        self.done_before = done
         self.start = self.last_line = time.monotonic()
-        self.live = show and sys.stderr.isatty() and is_main_process()
-        self.lines = show and not self.live
+        self.is_live = show and sys.stderr.isatty() and is_main_process()
+        self.prints_lines = show and not self.is_live
 
     def __enter__(self) -> "Bar":
-        if self.live:
-            if _Live.progress is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-                left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-                _Live.progress = Progress(*columns, *left, console=Console(stderr=True), transient=True)
-                _Live.progress.start()
-            _Live.open_bars += 1
-            self.task = _Live.progress.add_task(self.description, total=self.total, completed=self.done, note="")
+        if self.is_live:
+            self.task = live.open_bar(self.description, self.total, self.done)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live and _Live.progress:
-            _Live.progress.remove_task(self.task)
-            _Live.open_bars -= 1
-            if _Live.open_bars == 0:
-                _Live.progress.stop()
-                _Live.progress = None
+        if self.is_live:
+            live.close_bar(self.task)
 
     def advance(self, note: str = "", by: int = 1) -> None:
         heartbeat()
         self.done += by
         now = time.monotonic()
-        if self.live and _Live.progress:
-            _Live.progress.update(self.task, completed=self.done, note=note)
-        elif self.lines and now - self.last_line >= LINE_EVERY_S:
+        if self.is_live:
+            live.update_bar(self.task, self.done, note)
+        elif self.prints_lines and now - self.last_line >= LINE_EVERY_S:
             self.last_line = now
-            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            say(f"  {self.description} {self.done}/{self.total}, {left:.0f} s left  {note}".rstrip())
+            # What was done before this process began tells nothing of its speed.
+            left_s = (now - self.start) / (self.done - self.done_before) * (self.total - self.done)
+            say(f"  {self.description} {self.done}/{self.total}, {left_s:.0f} s left  {note}".rstrip())
 
 
 def progress(items: Sequence[T], description: str, show: bool = True) -> Iterator[T]:
-    """Iterate with a bar."""
+    """Iterate over `items` with a `Bar`."""
     with Bar(description, len(items), show) as bar:
         for item in items:
             yield item
@@ -83,65 +114,76 @@ def progress(items: Sequence[T], description: str, show: bool = True) -> Iterato
 
 
 def console() -> Console:
-    """As wide as the terminal, or as COLUMNS says; where the output is neither, wide enough for a whole table."""
-    return Console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else 240)
+    """The console for tables on stdout: as wide as COLUMNS or the terminal, and in a pipe or a file wide enough for a
+    whole table."""
+    return Console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
 
 
 def rows_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", caption: str = "") -> Group:
-    """A table under a heading; a column that is the same in all rows stands in the heading, an empty one nowhere.
+    """A table under a heading. A column with one value in all rows is named in the heading, an empty one left out.
 
-    Where the table is wider than the console, the parts that names have in common (objective-MODEL-DATA-id) stand there
-    too. What still does not fit goes on in the next line of its cell.
+    Where the table is wider than the console, the parts that all names of a column share (objective-MODEL-DATA-id) go
+    into the heading too. What still does not fit goes on in the next line of its cell.
     """
-    columns = [[row[i] for row in rows] for i in range(len(headings))]
-    kept: list[tuple[str, list[str]]] = []
-    above = [title] if title else []
-    for heading, cells in zip(headings, columns, strict=True):
+    heading_lines = [title] if title else []
+    columns: list[tuple[str, list[str]]] = []  # heading, cells
+    for i, heading in enumerate(headings):
+        cells = [row[i] for row in rows]
         if len(rows) > 1 and len(set(cells)) == 1:
             if cells[0] not in ("", "–"):
-                above.append(f"{heading}: {cells[0]}")
+                heading_lines.append(f"{heading}: {cells[0]}")
         elif not rows or set(cells) != {""}:
-            kept.append((heading, cells))
-    if _width(kept) > console().width:
-        if len(rows) == 1:  # which row it is
-            heading, cells = kept.pop(0)
-            above.append(f"{heading}: {cells[0]}")
-        for i, (heading, cells) in enumerate(kept):
-            shorter, common = without_common(cells)
+            columns.append((heading, cells))
+
+    width = console().width
+    if _table_width(columns) > width:
+        if len(rows) == 1:  # the first column is the name of the row
+            heading, cells = columns.pop(0)
+            heading_lines.append(f"{heading}: {cells[0]}")
+        for i, (heading, cells) in enumerate(columns):
+            shortened, common = without_common(cells)
             if common:
-                kept[i] = (heading, shorter)
-                above.append(f"{heading}: … is {common}")
-    whole = [_stays_whole(heading, cells) for heading, cells in kept]
-    least = _width(
-        [column if is_whole else ("", " " * SHORT_WORD) for column, is_whole in zip(kept, whole, strict=True)]
-    )
+                columns[i] = (heading, shortened)
+                heading_lines.append(f"{heading}: … is {common}")
+
+    # Short columns are not folded, as long as SHORT_WORD characters are left for each of the others.
+    unfolded = [_stays_whole(heading, cells) for heading, cells in columns]
+    least = [column if whole else ("", " " * SHORT_WORD) for column, whole in zip(columns, unfolded, strict=True)]
+    fits = _table_width(least) <= width
     table = Table()
-    for (heading, _), is_whole in zip(kept, whole, strict=True):  # where there is no room for that, all are broken
-        table.add_column(heading, overflow="fold", no_wrap=is_whole and least <= console().width)
-    for row in zip(*(cells for _, cells in kept), strict=True):
+    for (heading, _), whole in zip(columns, unfolded, strict=True):
+        table.add_column(heading, overflow="fold", no_wrap=whole and fits)
+    for row in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*map(Text, row))
-    return Group(*map(Text, above), table, *([Text(caption)] if caption else []))
+    return Group(*map(Text, heading_lines), table, *([Text(caption)] if caption else []))
 
 
 def without_common(names: Sequence[str]) -> tuple[list[str], str]:
-    """The names with … for the parts between hyphens that all of them have at the same place, counted from the last;
-    and these parts. The names themselves and "" where there are none, or a blank is in one."""
+    """Replace by … the parts between hyphens that all names have at the same place, counted from the last.
+
+    Returns the shortened names and the common parts. Where there are none, or a name has a blank, the names as they are
+    and "".
+    """
     parts = [name.split("-") for name in names]
-    least = min(map(len, parts), default=0)
-    same = [i for i in range(2, least + 1) if len({each[-i] for each in parts}) == 1]
-    run = [i for i in same if all(j in same for j in range(same[0], i))]
-    if len(names) < 2 or not run or any(" " in name for name in names):
+    shortest = min(map(len, parts), default=0)
+    # Places from the end: the last part, an id, stays, since it tells the names apart.
+    common_places = [i for i in range(2, shortest + 1) if len({name[-i] for name in parts}) == 1]
+    # Of several stretches of common parts, the one nearest to the end.
+    stretch = [i for i in common_places if all(j in common_places for j in range(common_places[0], i))]
+    if len(names) < 2 or not stretch or any(" " in name for name in names):
         return list(names), ""
-    first, last = -run[-1], -run[0]
+    first, last = -stretch[-1], -stretch[0]
     common = "-".join(parts[0][first : last + 1])
-    return ["-".join([*each[:first], "…", *each[last + 1 :]]) for each in parts], common
+    return ["-".join([*name[:first], "…", *name[last + 1 :]]) for name in parts], common
 
 
 def _stays_whole(heading: str, cells: Sequence[str]) -> bool:
-    longest = max(map(len, [heading, *cells]))
-    return longest <= SHORT_CELL or (longest <= SHORT_WORD and not any(" " in text for text in [heading, *cells]))
+    """Whether a column is so short that none of its cells is to be folded."""
+    texts = [heading, *cells]
+    longest = max(map(len, texts))
+    return longest <= SHORT_CELL or (longest <= SHORT_WORD and not any(" " in text for text in texts))
 
 
-def _width(columns: Sequence[tuple[str, Sequence[str]]]) -> int:
-    """Of a table with nothing broken into lines."""
-    return sum(max(map(len, [heading, *cells])) + 3 for heading, cells in columns) + 1
+def _table_width(columns: Sequence[tuple[str, Sequence[str]]]) -> int:
+    """The characters in a line of a table with these (heading, cells) in which no cell is folded."""
+    return sum(max(map(len, [heading, *cells])) + 3 for heading, cells in columns) + 1  # two blanks and a rule each

@@ -1,7 +1,7 @@
-"""The processes that train one policy together, as torchrun and the Slurm script start them. Alone, all of it is free.
+"""The processes that train one policy together, as torchrun or the Slurm script starts them.
 
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in the environment. Rank 0 writes and talks, the others do
-neither.
+They read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment. Only rank 0, the main process,
+writes files and messages. For a single process all of this does nothing.
 """
 
 import contextlib
@@ -18,15 +18,17 @@ from prefopt.errors import UserError
 
 T = TypeVar("T")
 
-# What one process may do while the others wait: making the reference cache, drawing samples, converting a model.
+# The others wait this long for what one process does alone: making the reference cache, sampling, converting a model.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 
 
 def rank() -> int:
+    """The number of this process, from 0. Raises UserError where RANK is not a number."""
     return _environment_number("RANK", 0)
 
 
 def world_size() -> int:
+    """How many processes there are. Raises UserError where WORLD_SIZE is not a number."""
     return _environment_number("WORLD_SIZE", 1)
 
 
@@ -45,20 +47,25 @@ def is_main_process() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: str, always: bool = False) -> Iterator[None]:
-    """Inside, the processes can reach each other. One alone needs it only where `always` is set."""
+    """Inside, torch's process group exists. A single process gets one only with `always` (an engine may need it).
+
+    `device`: cpu, cuda or cuda:N. With cuda, LOCAL_RANK chooses the GPU of this process.
+    """
     from torch import distributed
 
     if world_size() == 1 and not always:
         yield
         return
+
     backend = "gloo"
     if device.startswith("cuda"):
         import torch
 
         backend = "nccl"
-        if device == "cuda":  # from now on the one of this process
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if world_size() == 1:  # nobody else will call
+    if world_size() == 1:
+        # The default store needs MASTER_ADDR and MASTER_PORT, which are not set for a single process.
         distributed.init_process_group(
             backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
         )
@@ -71,57 +78,78 @@ def process_group(device: str, always: bool = False) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Until all are here. The others may wait for what the first one does as long as that gets on, which is watched in
-    itself; nobody lets the first one wait."""
+    """Wait until all processes are here.
+
+    The watchdog does not count while a process waits for the main one, which may work for hours and has its own
+    watchdog. The main process goes on being watched: it waits for the others only when they hang.
+    """
     if world_size() > 1:
         from torch import distributed
 
         if not is_main_process():
-            faulthandler.cancel_dump_traceback_later()
+            watchdog.pause()
         distributed.barrier()
-        _reset_watchdog()
+        watchdog.reset()
 
 
-_timeout_s: float | None = None
-_last_heartbeat = 0.0
+class Watchdog:
+    """Ends this process with a traceback on stderr if it makes no progress, so that its launcher stops the others.
 
-
-def start_watchdog(limit_s: float | None) -> None:
-    """Start a watchdog: if `heartbeat()` is not called within `limit_s` seconds, dump the traceback and exit, so that
-    the launcher stops the other ranks. None disables it; so does a single process.
-
-    What hangs is mostly one process, and all the others wait for it without an error; each says where it is.
+    What hangs is mostly one process of a group, for which the others wait without an error. The timer is a thread of
+    faulthandler in C: it fires even where Python itself is stuck in a collective.
     """
-    global _timeout_s
-    _timeout_s = limit_s if world_size() > 1 else None
-    _reset_watchdog()
+
+    def __init__(self) -> None:
+        self.timeout_s: float | None = None  # None: off
+        self.last_reset = 0.0
+
+    def start(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s if world_size() > 1 else None
+        self.reset()
+
+    def heartbeat(self) -> None:
+        # A reset starts a thread: too slow for every token, and a hundredth of the limit is exact enough.
+        if self.timeout_s is not None and time.monotonic() - self.last_reset > self.timeout_s / 100:
+            self.reset()
+
+    def reset(self) -> None:
+        """Count from now on."""
+        self.last_reset = time.monotonic()
+        if self.timeout_s is None:
+            self.pause()
+        else:
+            # faulthandler writes to a file descriptor, which a stream put in place of sys.stderr may not have.
+            faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=sys.__stderr__ or sys.stderr)
+
+    def pause(self) -> None:
+        """Do not count until the next reset."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+watchdog = Watchdog()  # a process has one, since faulthandler has one timer
+
+
+def start_watchdog(timeout_s: float | None) -> None:
+    """Start a watchdog: if `heartbeat()` is not called within `timeout_s` seconds, dump the traceback and exit, so that
+    the launcher stops the other ranks. None switches it off. A single process has none."""
+    watchdog.start(timeout_s)
 
 
 def heartbeat() -> None:
-    """This process has got on. Cheap enough for every token."""
-    if _timeout_s is not None and time.monotonic() - _last_heartbeat > _timeout_s / 100:
-        _reset_watchdog()
-
-
-def _reset_watchdog() -> None:
-    global _last_heartbeat
-    _last_heartbeat = time.monotonic()
-    if _timeout_s is None:
-        faulthandler.cancel_dump_traceback_later()
-    else:
-        faulthandler.dump_traceback_later(_timeout_s, exit=True, file=sys.__stderr__ or sys.stderr)
+    """Tell the watchdog that this process makes progress. Cheap enough to be called for every token."""
+    watchdog.heartbeat()
 
 
 def on_main_process(work: Callable[[], T]) -> T | None:
-    """What `work` gives in the first process, while the others wait; None in those."""
-    found = work() if is_main_process() else None
+    """Call `work` on the main process only, while the others wait. Its result there; None on the others."""
+    result = work() if is_main_process() else None
     barrier()
-    return found
+    return result
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process goes through it before the others, who then find on disk what it has made."""
+    """The main process runs the block before the others do, who then find on disk what it has made."""
     if not is_main_process():
         barrier()
     yield
@@ -130,15 +158,17 @@ def main_process_first() -> Iterator[None]:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """`value` of every process, in their order, with its tensors on the CPU. Alone: `value` itself."""
+    """The `value` of every process, in the order of their ranks, with its tensors on the CPU. A single process gets
+    `value` itself, with its tensors where they are."""
     if world_size() == 1:
         return [value]
     import torch
     from torch import distributed
 
+    # torch.save and not pickle alone, so that map_location can bring tensors of another process's GPU to the CPU.
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    found: list[Any] = [None] * world_size()
-    distributed.all_gather_object(found, buffer.getvalue())
-    # Only processes of this run are in the group.
-    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=False) for data in found]
+    gathered: list[Any] = [None] * world_size()
+    distributed.all_gather_object(gathered, buffer.getvalue())
+    # Full unpickling runs code, but only processes of this run are in the group.
+    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=False) for data in gathered]

@@ -1,4 +1,4 @@
-"""Where things lie: files inside installed packages, the user's cache folder, and how a file comes to be."""
+"""Paths, checks of them, and files that are written whole or not at all."""
 
 import contextlib
 import importlib.util
@@ -13,12 +13,15 @@ from prefopt.errors import UserError
 from prefopt.utils.redact import redact
 
 PACKAGE = Path(str(files("prefopt")))
-INSTALLED = (PACKAGE / "conf").is_dir()  # from a wheel, and not in a checkout
+INSTALLED = (PACKAGE / "conf").is_dir()  # a wheel has conf/ inside of the package, a checkout beside it
 ROOT = PACKAGE if INSTALLED else PACKAGE.parent  # the folder that conf/ and sweeps/ are in
 
 
 def resolve_path(path: str) -> Path:
-    """`package://PACKAGE/FILE` -> the file inside that installed package; anything else -> itself."""
+    """`package://PACKAGE/FILE` is a file inside of that installed package. Any other path stays; ~ is expanded.
+
+    Raises UserError where the package is not installed, or the file would lie outside of it.
+    """
     if not path.startswith("package://"):
         return Path(path).expanduser()
     package, _, name = path.removeprefix("package://").partition("/")
@@ -34,7 +37,7 @@ def resolve_path(path: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """$PREFOPT_CACHE, or prefopt/ in the user's cache folder."""
+    """$PREFOPT_CACHE, or prefopt/ in the user's cache folder. Raises UserError where $PREFOPT_CACHE is a file."""
     if "PREFOPT_CACHE" in os.environ:
         check_folder("PREFOPT_CACHE", os.environ["PREFOPT_CACHE"])
         return Path(os.environ["PREFOPT_CACHE"])
@@ -42,8 +45,10 @@ def cache_dir() -> Path:
 
 
 def read_lines_reversed(path: Path, block: int = 2**16) -> Iterator[tuple[int, bytes]]:
-    """(where it begins, line) of a file's lines from the last to the first, without their ends; only the blocks that
-    are needed are read, however long the file is. Nothing where there is no file, or an empty one."""
+    """The lines of a file from the last to the first, without their ends, each with its offset in bytes.
+
+    The file is read from its end in blocks of `block` bytes, as far as lines are taken. Without a file there are none.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -53,25 +58,26 @@ def read_lines_reversed(path: Path, block: int = 2**16) -> Iterator[tuple[int, b
             size = min(block, start)
             start -= size
             file.seek(start)
+            # `rest` is a line whose beginning is in the block before.
             rest, *lines = (file.read(size) + rest).split(b"\n")
-            place = start + len(rest) + sum(len(line) + 1 for line in lines) + 1
+            offset = start + len(rest) + sum(len(line) + 1 for line in lines) + 1
             for line in reversed(lines):
-                place -= len(line) + 1
-                yield place, line
-            if not start:
+                offset -= len(line) + 1
+                yield offset, line
+            if start == 0:
                 yield 0, rest
 
 
 def check_folder(key: str, folder: str | Path) -> None:
-    """Raise UserError where `folder`, which the user gave as `key`, neither is one nor can become one."""
+    """Raise UserError where `folder`, the value of the user's `key`, is a file or lies below one."""
     path = Path(folder)
-    there = next(each for each in (path, *path.parents) if each.exists())
-    if not there.is_dir():
-        raise UserError(f"{key}={folder}: {there} is a file, and no folder. Give another {key}.")
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{key}={folder}: {existing} is a file, and no folder. Give another {key}.")
 
 
 def check_output(output: str, *inputs: str) -> Path:
-    """The file `output`. Raises UserError where it cannot be written, or would replace what it is made from."""
+    """The path of the file `output`. Raises UserError where it is no file of JSON lines, or one of `inputs`."""
     path = Path(output)
     check_folder("output", path.parent)
     if path.is_dir() or not output.endswith((".jsonl", ".jsonl.gz")):
@@ -82,12 +88,12 @@ def check_output(output: str, *inputs: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The one form in which records, jobs and results are written; without keys, which an error may bring along."""
+    """Write a record, job or result. Secrets are redacted: the text of an error may hold one."""
     atomic_write(path, redact(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all; its folder is made if need be."""
+    """Write a file so that readers see it whole or not at all. Makes its folder. Raises OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with with_filename(path):
@@ -96,16 +102,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             aside.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)  # what there is of it may be what fills the disk
+                aside.unlink(missing_ok=True)  # the half that was written may be what fills the disk
             raise
 
 
 @contextlib.contextmanager
 def with_filename(path: Path) -> Iterator[None]:
-    """The system's error of a full disk names no file: here it names `path`."""
+    """Name `path` in an OSError from inside that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def refresh_nfs(folder: Path) -> None:
+    """Make the next read in `folder` see what another machine has renamed: on NFS, listing a folder asks the server."""
+    for _ in folder.iterdir():
+        pass

@@ -1,7 +1,7 @@
-"""A digest of what a run is, or a cached result is made of: of values, and of the source that decides the result.
+"""A digest of all that decides a result, values and source code: the identity of a run, the key of a cache.
 
-A class of prefopt stands for itself by its name, wherever in the package it lives: moving it changes no identity. A
-class of the user's own is known by its full path.
+A class of prefopt enters by its name without its module, so that moving it changes no identity. A class of the user's
+enters by its full path.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import Any
 def fingerprint(values: Any, *code: Any) -> str:
     """SHA-256 (64 hex digits) of `values` and of the source files of `code`: modules, classes or functions.
 
-    `values` is anything that JSON can write, with dataclasses among it; mappings count without their order. Raises
-    TypeError for other values, and OSError where a source file cannot be read.
+    `values` is anything that JSON can write, and dataclasses. The order of a mapping does not count. Raises TypeError
+    for other values, and OSError where a source file cannot be read.
     """
     files = sorted({inspect.getfile(inspect.unwrap(item) if callable(item) else item) for item in code})
     sources = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
@@ -36,5 +36,5 @@ def class_names(node: Any) -> Any:
 
 
 def _class_name(target: Any) -> Any:
-    own = isinstance(target, str) and target.startswith("prefopt.")
-    return target.rpartition(".")[2] if own else target
+    is_ours = isinstance(target, str) and target.startswith("prefopt.")
+    return target.rpartition(".")[2] if is_ours else target

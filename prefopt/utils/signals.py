@@ -1,34 +1,48 @@
-"""Being asked to stop. SIGUSR2 (Slurm, ahead of a time limit or a preemption) and SIGTERM set a flag; the loop looks at
-it between two steps, saves, and leaves by `Interrupted`, for which a program's exit code is EXIT_CODE.
+"""A request to stop. SIGUSR2 (from Slurm, ahead of a time limit or a preemption) and SIGTERM only set a flag.
 
-A handler that saved by itself would do so in the middle of a step, and with several processes in only some of them.
+The loop looks at the flag between two steps, saves, and leaves by `Interrupted`, for which a program's exit code is
+EXIT_CODE. A handler that saved by itself would do so in the middle of a step, and of several processes in only some.
 """
 
 import signal
 from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL: come again
-_stop_requested = False
+
+
+class StopFlag:
+    """Whether this process was asked to stop.
+
+    No threading.Event: its `set` takes a lock, which a second signal would find taken by the handler of the first.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def handle_signal(self, *_: Any) -> None:
+        self.is_set = True
+
+
+stop_flag = StopFlag()
 
 
 def install_handlers() -> None:
     """From now on the two signals set the flag. Only the main thread may call it."""
     for signal_ in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(signal_, _handle_signal)
+        signal.signal(signal_, stop_flag.handle_signal)
 
 
 def stop_requested() -> bool:
-    """Whether this process, or any other that trains the same policy, was asked to stop: the same answer in all."""
+    """Whether any process of the group was asked to stop, or this one where there is no group.
+
+    A collective: every process of the group has to call it, and gets the same answer.
+    """
     import torch
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
-        return _stop_requested
-    flag = torch.tensor(float(_stop_requested), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+        return stop_flag.is_set
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # NCCL reduces nothing that lies on the CPU
+    flag = torch.tensor(float(stop_flag.is_set), device=device)
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
     return bool(flag.item())
-
-
-def _handle_signal(*_: Any) -> None:
-    global _stop_requested
-    _stop_requested = True

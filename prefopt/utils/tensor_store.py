@@ -1,7 +1,7 @@
-"""Numbers that were expensive to compute, on disk, each under the digest of what it belongs to.
+"""Rows of numbers that were expensive to compute, on disk, by the digest of the tokens that they belong to.
 
-A store is a folder of shards that are never changed: each is named by its content, so a damaged one is seen, and is
-written whole, so what was computed before a failure is kept.
+A store is a folder of shards, which are never changed. A shard is named by the digest of its content, so that a damaged
+one is noticed, and written in one step, so that a failure loses only the shard at hand.
 """
 
 import contextlib
@@ -10,43 +10,25 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from prefopt.errors import UserError
-from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write
+from prefopt.utils.locks import locked
 
-SHARD_ROWS = 1024  # items that are computed before they are written
+SHARD_ROWS = 1024  # rows that are computed before they are written
 
 
 def hash_tokens(*texts: Sequence[int]) -> bytes:
-    """16 bytes that stand for these lists of token ids, whatever they come from."""
+    """A digest of 16 bytes of these lists of token ids. The lengths count too: [1], [2] and [1, 2], [] differ."""
     lengths, tokens = array("q", map(len, texts)), array("q", [token for text in texts for token in text])
     return hashlib.blake2b(lengths.tobytes() + tokens.tobytes(), digest_size=16).digest()
 
 
-@contextlib.contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
-    """Inside, no other process has this lock; the system lets go of that of a process that dies. `what` names it to
-    those who wait."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say(f"  {what}: another job computes it; waiting")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class TensorCache:
-    """A row of `width` float32 numbers by a key of 16 bytes. Without a folder it is empty, and stays so."""
+    """Rows of `width` float32 numbers, by keys of 16 bytes. Without a folder it is empty, and nothing can be added."""
 
     def __init__(self, folder: Path | None = None, width: int = 1):
         self.folder = folder
@@ -57,15 +39,14 @@ class TensorCache:
         return key in self.rows
 
     def get(self, keys: Sequence[bytes]) -> Tensor:
-        """`(len(keys), width)`. Raises KeyError for a key that is not there."""
+        """The rows of `keys`, `(len(keys), width)`. Raises KeyError for a key that is not in the cache."""
         return self.values[[self.rows[key] for key in keys]]
 
     @contextlib.contextmanager
     def locked(self, what: str) -> Iterator[None]:
-        """Inside, no other process has this store, and all that is on disk has been read. `what` names it to those who
-        wait.
+        """Inside, no other process changes the store, and all shards have been read. `what` names it to those who wait.
 
-        Raises UserError for a damaged file.
+        Raises UserError for a damaged shard.
         """
         assert self.folder is not None
         with locked(self.folder / "lock", what):
@@ -73,7 +54,7 @@ class TensorCache:
             yield
 
     def add(self, keys: Sequence[bytes], values: Tensor) -> None:
-        """Write a shard. `values`: `(len(keys), width)`. Only inside of `locked`."""
+        """Write a shard of rows. `values` is `(len(keys), width)`. To be called only inside of `locked`."""
         assert self.folder is not None
         data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
                      "values": values.float().contiguous()})  # fmt: skip

@@ -295,7 +295,7 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
     assert partial.read_bytes() == b"".join(lines)
     with pytest.raises(UserError, match="was begun with other settings"):
         drawing(0.5)
-    monkeypatch.setattr(signals, "_stop_requested", True)
+    monkeypatch.setattr(signals.stop_flag, "is_set", True)
     partial.unlink()
     with pytest.raises(Interrupted, match="0 of 12 prompts"):
         drawing()

@@ -1,0 +1,47 @@
+"""Locks between processes, as files.
+
+The kernel holds a lock for a process (flock), and releases it when the process ends, however it ends. A child does not
+hold its parent's lock on: an executed program does not inherit the file, and filelock closes it in a forked child.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from prefopt.utils.console import say
+
+
+def open_lock(file: Path) -> filelock.BaseFileLock:
+    """The lock in `file`, not acquired yet; it belongs to the whole process, and not to a thread. Makes its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Where a file system has no flock, an error: filelock's substitute outlives a process that is killed.
+    return filelock.FileLock(file, thread_local=False, fallback_to_soft=False)
+
+
+def try_lock(file: Path) -> filelock.BaseFileLock | None:
+    """The lock in `file`, acquired; None where another process has it. Raises OSError where it cannot be written."""
+    lock = open_lock(file)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return None
+    return lock
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Inside, no other process has the lock in `file`. Waits for it; `what` names it to those who wait.
+
+    Raises OSError where the file cannot be written.
+    """
+    lock = try_lock(file)
+    if lock is None:
+        say(f"  {what}: another job computes it; waiting")
+        lock = open_lock(file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,8 +1,9 @@
 """Tokenized data on disk: memory-mapped Arrow files, made once and shared by all runs on this machine.
 
-The key covers everything that decides the tokens: the data's digests, how rows are read, the tokenizer and its
-template, the length policy, and the code of reading and tokenizing itself. A set of files is written aside and renamed,
-so it is there whole or not at all; two processes that make the same one at once make it twice, and one of them wins.
+The key covers everything that decides the tokens: the content of the data, how rows are read, the tokenizer and its
+template, the length policy, and the code that reads and tokenizes. The files of a key are written to another folder,
+which is then renamed, so no reader sees half of them. Two processes that need the same files at once both make them,
+and one result is kept.
 """
 
 import itertools
@@ -48,7 +49,7 @@ CHUNK = 1000  # items tokenized at a time
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
-    """The rows of an Arrow file, read from the memory map when they are asked for."""
+    """The rows of an Arrow file. A row is read from the memory map when it is indexed."""
 
     def __init__(self, file: Path):
         self.table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -71,15 +72,13 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
 @dataclass(frozen=True)
 class Prepared:
-    """One split, ready to be batched. `prompts` are the held-out ones as messages (of the training split: none);
-    `counts` goes into the run's record; `rewards` says what rewards its items have; `longest` is the longest prompt
-    with its completion, in tokens."""
+    """One split, ready to be batched."""
 
     pairs: Sequence[TokenizedPair]
-    prompts: list[list[Message]]
-    counts: dict[str, Any]
-    rewards: dict[str, Any]
-    longest: int
+    prompts: list[list[Message]]  # of the held-out split, as messages; of the training split: none
+    counts: dict[str, Any]  # items, kind, sources, dropped and kept, for the run's record
+    rewards: dict[str, Any]  # as `Split.rewards`
+    longest: int  # tokens of the longest prompt with its longer completion
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,18 @@ class Limits:
     completion: int
 
 
-Check = Callable[[str, dict[str, Any]], None]
+Check = Callable[[str, dict[str, Any]], None]  # (split, rewards) -> None, or raises UserError
 
 
 def prepare_dataset(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, check: Check, show: bool = True
 ) -> dict[str, Prepared]:
-    """The splits "train" and, where there is one, "heldout"; from the cache, or read, tokenized and cached.
+    """The splits "train" and, where the data have one, "heldout"; from the cache, or read, tokenized and cached.
 
-    `check(split, rewards)` may refuse the data before they are tokenized; `rewards` are those of `Split`. Raises
+    `check(split, rewards)` may raise UserError before the data are tokenized; `rewards` are those of `Split`. Raises
     UserError where a split has no item left.
     """
+    # Held out first: training items are checked against its prompts.
     names = ["heldout", "train"] if has_heldout(dataset) else ["train"]
     folder = cache_dir() / "tokenized" / cache_key(dataset, tokenizer, limits, names)
     if not folder.is_dir():
@@ -126,11 +126,14 @@ def format_counts(counts: dict[str, Any]) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what decides its tokens: vocabulary and merges, special tokens, chat template."""
+    """A digest of what decides the tokenizer's output: vocabulary and merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if backend is not None:
-        rules |= {"padding": None, "truncation": None}  # settings of its last use
+    rules: Any
+    if backend is None:  # a tokenizer in Python
+        rules = sorted(tokenizer.get_vocab().items())
+    else:
+        # Padding and truncation are left over from the tokenizer's last call, and `encode` uses neither.
+        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     state = [
         type(tokenizer).__name__,
         rules,
@@ -141,6 +144,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, names: list[str]) -> str:
+    """24 hexadecimal digits: the name of the folder of the splits `names`."""
     digests = {name: split_digest(dataset, name) for name in names}
     readers = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
     decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
@@ -156,11 +160,16 @@ def build_cache(
     check: Check,
     show: bool,
 ) -> None:
+    """Read and tokenize the splits `names` (held out first), and write them into `folder`.
+
+    Raises UserError where `check` does, and where a split has no item left.
+    """
     splits: dict[str, Split] = {}
     policies = {name: source.policies for name, source in sources(dataset).items()}
     for name in names:
         splits[name] = load_split(dataset, name, map(prompt_of, splits.get("heldout", ())))
         check(name, splits[name].rewards)
+
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -170,8 +179,8 @@ def build_cache(
             counts, longest = write_split(file, name, split, tokenizer, limits, policies, show)
             prompts = []
             if name == "heldout":
-                there = set(TokenizedPairs(file).table["id"].to_pylist())
-                prompts = [prompt_of(item) for item in split if item.id in there]
+                kept_ids = set(TokenizedPairs(file).table["id"].to_pylist())  # tokenizing drops some items
+                prompts = [prompt_of(item) for item in split if item.id in kept_ids]
             meta = {"prompts": prompts, "counts": counts, "rewards": split.rewards, "longest": longest}
             (aside / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
         try:
@@ -192,7 +201,11 @@ def write_split(
     policies: dict[str, PoliciesConfig],
     show: bool,
 ) -> tuple[dict[str, Any], int]:
-    """Tokenize a split chunk by chunk into `file`; returns its counts, and the tokens of its longest item."""
+    """Tokenize a split chunk by chunk into `file`, so that it never lies in memory as a whole.
+
+    Returns its counts, and the most tokens of a prompt with its longer completion. Raises UserError where no item is
+    left.
+    """
     dropped, kept, counted, longest = Counter(split.drops), Counter(split.kept), Counter[str](), 0
     with (
         pa.OSFile(str(file), "wb") as sink,
@@ -200,18 +213,19 @@ def write_split(
         Bar(f"tokenizing {name}", len(split), show) as bar,
     ):
         for source, items in chunk_by_source(split):
-            done = tokenize(tokenizer, items, limits.prompt, limits.completion, policies[source])
-            writer.write_batch(pa.RecordBatch.from_pylist([vars(p) for p in done.pairs], schema=SCHEMA))
-            dropped += done.dropped
-            kept += done.noted
-            counted[source] += len(done.pairs)
-            longest = max([longest, *(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in done.pairs)])
+            chunk = tokenize(tokenizer, items, limits.prompt, limits.completion, policies[source])
+            writer.write_batch(pa.RecordBatch.from_pylist([vars(p) for p in chunk.pairs], schema=SCHEMA))
+            dropped += chunk.dropped
+            kept += chunk.noted
+            counted[source] += len(chunk.pairs)
+            longest = max([longest, *(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in chunk.pairs)])
             bar.advance(by=len(items))
+
     if not counted.total():
-        said = ", ".join(f"{reason} {k}" for reason, k in dropped.items()) or "none"
+        reasons = ", ".join(f"{reason} {k}" for reason, k in dropped.items()) or "none"
         raise UserError(
-            f"nothing is left of the {name} split (dropped: {said}). Raise max_prompt_tokens={limits.prompt}, or look "
-            "at the data."
+            f"nothing is left of the {name} split (dropped: {reasons}). Raise max_prompt_tokens={limits.prompt}, or "
+            "look at the data."
         )
     counts = {
         "items": counted.total(),
@@ -224,7 +238,7 @@ def write_split(
 
 
 def chunk_by_source(items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
-    """(source, up to CHUNK items of it)."""
+    """(source, up to CHUNK of its items), in the order of `items`."""
     for source, group in itertools.groupby(items, key=lambda item: item.source):
         while chunk := list(itertools.islice(group, CHUNK)):
             yield source, chunk

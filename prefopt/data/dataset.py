@@ -15,24 +15,25 @@ from prefopt.data.formats import Chat, Dropped, Format, Item, Message, Pair, con
 from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError
 
+# Defects of rows that nothing can be trained on; see `PoliciesConfig` for all of them.
 CANNOT_BE_KEPT = ("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long", "identical_after_truncation")
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split that has been read to its end once: how many items came from each source, what was dropped (or kept in
-    spite of it) and why, and what rewards there are.
+    """The items of one split, and counts from a first pass over them.
 
-    Its items, in the order of the sources, are read from the files again each time they are iterated: a file may be
-    larger than the memory.
+    Iterating reads the files again, source by source, because they may be larger than the memory.
     """
 
     read: Callable[[], Iterator[Item]]
     kind: str  # pairs or chats
-    drops: Counter[str]
-    kept: Counter[str]
-    sources: Counter[str]
-    rewards: dict[str, Any]  # {"items", "lacking" a reward, "low": [reward, id], "high": the same}, both None of none
+    drops: Counter[str]  # rows that are not used, by defect
+    kept: Counter[str]  # defects of items that are used nevertheless
+    sources: Counter[str]  # items of each source
+    # {"items": their number, "lacking": how many have no rewards, "low": [lowest reward, id], "high": the highest};
+    # low and high are None where no item has rewards.
+    rewards: dict[str, Any]
 
     def __iter__(self) -> Iterator[Item]:
         return self.read()
@@ -42,20 +43,24 @@ class Split:
 
     @functools.cached_property
     def pairs(self) -> list[Pair]:
-        """All of them, held in memory from now on."""
+        """All pairs in a list, which stays in memory."""
         return [item for item in self if isinstance(item, Pair)]
 
 
 def check_policies(policies: PoliciesConfig, where: str = "dataset") -> None:
-    """Raise UserError for a policy that does not exist, or not for that defect."""
+    """Raise UserError for a policy that does not exist, or that a defect cannot have. `where`: the key for messages."""
     for reason, policy in asdict(policies).items():
-        allowed = ["drop", "fail"] + ["keep"] * (reason not in CANNOT_BE_KEPT) + ["cut"] * (reason == "prompt_too_long")
+        allowed = ["drop", "fail"]
+        if reason not in CANNOT_BE_KEPT:
+            allowed.append("keep")
+        if reason == "prompt_too_long":
+            allowed.append("cut")
         if policy not in allowed:
             raise UserError(f"{where}.policies.{reason} must be one of {', '.join(allowed)}, is {policy!r}.")
 
 
 def sources(config: DatasetConfig) -> dict[str, DatasetConfig]:
-    """The sources of a mixture by name; a data set that is none is its own only source.
+    """The sources of a mixture by name. A data set that is no mixture is its only source.
 
     Raises UserError for a source with an unknown key or without rows to read, and for a mixture with rows of its own.
     """
@@ -67,13 +72,13 @@ def sources(config: DatasetConfig) -> dict[str, DatasetConfig]:
         raise UserError("a data set has either train (and heldout) or sources, not both.")
     if config.policies != PoliciesConfig():
         raise UserError("the policies of a mixture are those of its sources: dataset.sources.NAME.policies.REASON=...")
-    found = {}
+    parsed = {}
     for name, node in config.sources.items():
         source = parse(OmegaConf.create(node), DatasetConfig, f"dataset.sources.{name}.")
         if source.sources or not source.train:
             raise UserError(f"dataset.sources.{name} needs rows of its own: dataset.sources.{name}.train=VALUE")
-        found[name] = source
-    return found
+        parsed[name] = source
+    return parsed
 
 
 def check_dataset(config: DatasetConfig) -> None:
@@ -98,66 +103,72 @@ def check_dataset(config: DatasetConfig) -> None:
 
 
 def has_heldout(config: DatasetConfig) -> bool:
+    """Whether any source has held-out rows."""
     return any(source.heldout for source in sources(config).values())
 
 
 def split_digest(config: DatasetConfig, split: str) -> str:
-    """Of the files that the split is read from."""
-    digests = [digest(*place) for source in sources(config).values() if (place := split_location(source, split))]
+    """A digest (hexadecimal) of the content of the files that the split is read from."""
+    locations = [split_location(source, split) for source in sources(config).values()]
+    digests = [digest(*location) for location in locations if location is not None]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list[Message]] = ()) -> Split:
-    """Read split "train" or "heldout". Training items whose prompt is among `heldout_prompts` are `prompt_in_heldout`.
-
-    A source's `weight` or `count` takes that many of its training items: whole passes over them, and for the rest those
-    whose content hashes lowest, so that a subset is the same whatever else is in the mixture. Such a source alone is
-    held in memory.
+    """Read split "train" or "heldout". Training items whose prompt is among `heldout_prompts` have the defect
+    `prompt_in_heldout`. A source with `weight` or `count` gives that many of its training items (`subsample`).
 
     Raises UserError for unreadable files, for bad rows (file and row number), for a reason whose policy is to fail, and
     where nothing is left.
     """
     held_out = frozenset(content_id(p) for p in heldout_prompts)
-    drops, kept, counts = Counter[str](), Counter[str](), Counter(dict.fromkeys(sources(config), 0))
+    drops, kept = Counter[str](), Counter[str]()
+    counts = Counter(dict.fromkeys(sources(config), 0))  # a source without items is counted, too
     kinds: set[str] = set()
-    scored = 0
-    ends: list[tuple[float, str]] = []  # the lowest reward, the highest
+    num_scored = 0
+    extremes: list[tuple[float, str]] = []  # (reward, id) of the lowest and of the highest reward so far
     for item, defects in read_items(config, split, held_out, drops):
         counts[item.source] += 1
         kept.update(defects)
         kinds.add("pairs" if isinstance(item, Pair) else "chats")
         if isinstance(item, Pair) and item.chosen_reward is not None and item.rejected_reward is not None:
-            scored += 1
-            ends += [(item.chosen_reward, item.id), (item.rejected_reward, item.id)]
-            ends = [min(ends), max(ends)]
+            num_scored += 1
+            extremes += [(item.chosen_reward, item.id), (item.rejected_reward, item.id)]
+            extremes = [min(extremes), max(extremes)]
+
     if not kinds:
-        said = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
         raise UserError(
-            f"nothing is left of the {split} split of data set {config.name} ({said}). Mend the rows; what is done "
+            f"nothing is left of the {split} split of data set {config.name} ({reasons}). Mend the rows; what is done "
             "about a defect is set by dataset.policies.DEFECT."
         )
     if len(kinds) > 1:
         raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
-    low, high = ends or (None, None)
-    rewards = {"items": counts.total(), "lacking": counts.total() - scored, "low": low, "high": high}
+
+    low, high = extremes or (None, None)
     return Split(
-        lambda: (item for item, _ in read_items(config, split, held_out, Counter())),
-        kinds.pop(),
-        drops,
-        kept,
-        counts,
-        rewards,
+        # Counted in the pass above; a later one counts into a Counter of its own.
+        read=lambda: (item for item, _ in read_items(config, split, held_out, Counter())),
+        kind=kinds.pop(),
+        drops=drops,
+        kept=kept,
+        sources=counts,
+        rewards={"items": counts.total(), "lacking": counts.total() - num_scored, "low": low, "high": high},
     )
 
 
 def read_items(
     config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str]
 ) -> Iterator[tuple[Item, list[str]]]:
-    """The items that are used and the defects that each has in spite of it; counts the others in `drops`."""
-    seen = set[str]()
+    """(item, its defects) for the items that are used. The others are counted in `drops`.
 
-    def stays(name: str, policies: PoliciesConfig, defects: list[str], where: str, detail: str = "") -> bool:
-        """Whether a row with these defects is used; counts the first for which it is not."""
+    `held_out`: the `content_id` of every held-out prompt. Raises UserError for a bad row, and for a defect whose policy
+    is to fail.
+    """
+    seen = set[str]()  # prompts of all sources so far: one that two sources have is a duplicate, too
+
+    def is_used(name: str, policies: PoliciesConfig, defects: list[str], where: str, detail: str = "") -> bool:
+        """Whether a row with these defects is used. If not, the first defect that prevents it is counted."""
         for reason in defects:
             policy = getattr(policies, reason)
             if policy == "fail":
@@ -170,29 +181,30 @@ def read_items(
                 return False
         return True
 
-    def used(name: str, source: DatasetConfig) -> Iterator[tuple[Item, list[str]]]:
-        place = split_location(source, split)
-        for where, item in _items(source, *place) if place else ():
+    def used_items(name: str, source: DatasetConfig) -> Iterator[tuple[Item, list[str]]]:
+        location = split_location(source, split)
+        for where, item in _items(source, *location) if location else ():
             if isinstance(item, Dropped):
-                stays(name, source.policies, [item.reason], where, item.detail)
+                # The format made no item of the row: the policy decides between counting it and failing.
+                is_used(name, source.policies, [item.reason], where, item.detail)
                 continue
             item = replace(_scaled(item, source, where), source=name)
             prompt = content_id(prompt_of(item))
-            defects = _defects(item)
-            defects += ["duplicate_prompt"] * (prompt in seen) + ["prompt_in_heldout"] * (prompt in held_out)
-            if stays(name, source.policies, defects, where):
+            conditions = {"duplicate_prompt": prompt in seen, "prompt_in_heldout": prompt in held_out}
+            defects = [*_defects(item), *(defect for defect, holds in conditions.items() if holds)]
+            if is_used(name, source.policies, defects, where):
                 seen.add(prompt)
                 yield item, defects
 
     for name, source in sources(config).items():
         if split == "train" and (source.weight is not None or source.count is not None):
-            yield from subsample(list(used(name, source)), source)
+            yield from subsample(list(used_items(name, source)), source)
         else:
-            yield from used(name, source)
+            yield from used_items(name, source)
 
 
 def prompt_of(item: Item) -> list[Message]:
-    """What a pair answers; of a chat, what comes before the assistant's first turn."""
+    """The prompt of a pair; of a chat, the messages before the assistant's first turn."""
     if isinstance(item, Pair):
         return item.prompt
     first = next(i for i, m in enumerate(item.messages) if m["role"] == "assistant")
@@ -200,35 +212,43 @@ def prompt_of(item: Item) -> list[Message]:
 
 
 def config_key(config: DatasetConfig, name: str) -> str:
-    """Where the source's settings are on the command line."""
+    """The key of a source's settings on the command line."""
     return f"dataset.sources.{name}" if config.sources else "dataset"
 
 
 def split_location(source: DatasetConfig, split: str) -> tuple[str, str, str | None] | None:
-    """(path, name of the split there, revision), or None where the source has no such split."""
-    path, there = (source.train, source.train_split) if split == "train" else (source.heldout, source.heldout_split)
-    return (path, there, source.revision) if path else None
+    """(path, name of the split in those files, revision), or None where the source has no such split."""
+    if split == "train":
+        path, name = source.train, source.train_split
+    else:
+        path, name = source.heldout, source.heldout_split
+    return (path, name, source.revision) if path else None
 
 
 def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -> Iterable[tuple[str, Item | Dropped]]:
-    make = build(source.format, Format, "dataset.format")
+    """("file, row n", what the source's format makes of the row), where one row may give several items.
+
+    Raises UserError for a row that the format cannot read.
+    """
+    read = build(source.format, Format, "dataset.format")
     for where, row in read_rows(path, split, revision):
         try:
-            made = make(_renamed(row, source.columns))
+            result = read(_renamed(row, source.columns))
         except KeyError as error:
             fields = ", ".join(row) or "none"
             raise UserError(
-                f"{where} has no field {error} (its fields: {fields}). {type(make).__name__} rows are: "
-                f"{(type(make).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
+                f"{where} has no field {error} (its fields: {fields}). {type(read).__name__} rows are: "
+                f"{(type(read).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
             ) from None
         except ValueError as error:
             raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-        for item in [made] if isinstance(made, Pair | Chat | Dropped) else made:
+        for item in [result] if isinstance(result, Pair | Chat | Dropped) else result:
             yield where, item
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row with our names; theirs may lead into a nested object ("metadata.score")."""
+    """The row with the fields of `columns` ({our name: theirs}) added under our names. Their name may lead into a
+    nested object ("metadata.score"). Raises KeyError for a field that is missing."""
     renamed = dict(row)
     for ours, theirs in columns.items():
         value: Any = row
@@ -241,6 +261,8 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 
 def _scaled(item: Item, source: DatasetConfig, where: str) -> Item:
+    """The item with its rewards mapped from the source's `reward_scale` to [0, 1]. Raises UserError for a reward
+    outside of the scale."""
     if not isinstance(item, Pair) or source.reward_scale is None:
         return item
     low, high = source.reward_scale
@@ -254,23 +276,34 @@ def _scaled(item: Item, source: DatasetConfig, where: str) -> Item:
 
 
 def _defects(item: Item) -> list[str]:
+    """The defects that an item has by itself, whatever other items there are."""
     if isinstance(item, Chat):
-        return ["empty_completion"] * any(m["role"] == "assistant" and not m["content"].strip() for m in item.messages)
-    tied = item.chosen_reward is not None and item.chosen_reward == item.rejected_reward
-    empty = not item.chosen.strip() or not item.rejected.strip()
-    return ["empty_completion"] * empty + ["identical"] * (item.chosen == item.rejected) + ["tied_rewards"] * tied
+        answers = [m["content"] for m in item.messages if m["role"] == "assistant"]
+        conditions = {"empty_completion": not all(answer.strip() for answer in answers)}
+    else:
+        conditions = {
+            "empty_completion": not item.chosen.strip() or not item.rejected.strip(),
+            "identical": item.chosen == item.rejected,
+            "tied_rewards": item.chosen_reward is not None and item.chosen_reward == item.rejected_reward,
+        }
+    return [defect for defect, holds in conditions.items() if holds]
 
 
 def subsample(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:
+    """As many items as `source.weight` (a share) or `source.count` asks for: all items so many times, and for the rest
+    those whose ids hash lowest. So a subset is the same whatever else is in the mixture."""
     wanted = round(source.weight * len(items)) if source.weight is not None else source.count
     assert wanted is not None
     passes, rest = divmod(wanted, max(1, len(items)))
-    order = sorted(range(len(items)), key=lambda i: content_id("portion", items[i][0].id))
-    chosen = sorted(order[:rest])
-    return items * passes + [items[i] for i in chosen]
+    by_hash = sorted(range(len(items)), key=lambda i: content_id("portion", items[i][0].id))
+    return items * passes + [items[i] for i in sorted(by_hash[:rest])]  # the rest in the order of the file
 
 
 def dataset_fingerprint(config: DatasetConfig) -> dict[str, Any]:
-    """What decides the items of a data set beside the files' content, for a `fingerprint`."""
-    return {name: {k: v for k, v in vars(source).items() if k not in ("oracle", "train", "heldout")}
-            for name, source in sources(config).items()}  # fmt: skip
+    """What decides the items of a data set besides the content of its files, for a `fingerprint`."""
+    # Files count by their content and not by their path (`split_digest`); the oracle scores samples, not items.
+    left_out = ("oracle", "train", "heldout")
+    return {
+        name: {key: value for key, value in vars(source).items() if key not in left_out}
+        for name, source in sources(config).items()
+    }

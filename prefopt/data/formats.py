@@ -1,4 +1,7 @@
-"""Rows as people keep them -> `Pair` or `Chat`. A format is a frozen dataclass called on one row; a YAML names it."""
+"""A row of a data set -> `Pair` or `Chat`. A format is a frozen dataclass that is called on one row.
+
+The `_target_` under `format` in a data set's YAML names it. Error messages quote the first line of its docstring.
+"""
 
 import hashlib
 import json
@@ -17,7 +20,7 @@ Message = dict[str, str]  # {"role": ..., "content": ...}
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference. `*_finished` is False for a text that was cut off, so it must not get a terminator."""
+    """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it."""
 
     id: str
     prompt: list[Message]
@@ -32,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation to be learnt: every assistant turn counts."""
+    """A conversation to train on: the loss counts the tokens of every assistant turn."""
 
     id: str
     messages: list[Message]
@@ -41,7 +44,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Why a row gives nothing; counted under `reason`, a field of `prefopt.config.schema.PoliciesConfig`."""
+    """A row that gives no item. `reason` is a field of `prefopt.config.schema.PoliciesConfig`."""
 
     reason: str
     detail: str = ""
@@ -53,7 +56,8 @@ Item = Pair | Chat
 class Format(ABC):
     @abstractmethod
     def __call__(self, row: dict[str, Any]) -> Item | Dropped | Sequence[Item]:
-        """Raise KeyError for a missing field and ValueError for a field of the wrong kind."""
+        """The item or items of a row. Raises KeyError for a missing field and ValueError for a field of the wrong
+        kind."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,17 @@ class Pairs(Format):
 class ImplicitPrompt(Format):
     """{chosen, rejected}: two conversations (or texts) with a common beginning, which is the prompt.
 
-    Conversations are lists of messages that part in their last one, the assistant's (ultrafeedback_binarized,
-    orca_dpo_pairs; a `prompt` field beside them is not read). Texts part behind their longest common beginning that
-    ends at a blank, which becomes the user's turn. Sides that part before the last turn are dropped
-    (`sides_part_early`).
+    Conversations are lists of messages that differ in the last one, the assistant's (ultrafeedback_binarized,
+    orca_dpo_pairs). A field `prompt` is not read. Conversations that differ earlier are dropped (`sides_part_early`).
+
+    Of two texts, the longest common beginning that ends at a blank becomes the user's turn.
     """
 
     def __call__(self, row: dict[str, Any]) -> Pair | Dropped:
         chosen, rejected = row["chosen"], row["rejected"]
         if isinstance(chosen, str) and isinstance(rejected, str):
             start = common_prefix(chosen, rejected)
+            # Back to the last blank, so that no word is divided between prompt and completion.
             start = max((m.end() for m in re.finditer(r"\s+", chosen[:start])), default=0)
             if not chosen[:start].strip():
                 raise ValueError("chosen and rejected have no common beginning that could be the prompt")
@@ -107,12 +112,11 @@ class ScoredResponses(Format):
 
     `pairing`:
     * `best_worst`: one pair, the highest reward against the lowest;
-    * `best_random`: the highest against another one, drawn by the row's content, so the same in every run;
-    * `all`: every two responses whose rewards are at least `min_gap` apart.
+    * `best_random`: one pair, the highest against another one, drawn by the row's prompt, so the same in every run;
+    * `all`: every two responses with different rewards.
 
-    `min_gap` is also the least gap of the first two. `finished` (optional) says which responses ended by themselves.
-    Of equal rewards the first is taken; a row without two different rewards (at least `min_gap` apart) is dropped
-    (`no_preference`).
+    The rewards of a pair are at least `min_gap` apart. A row without such a pair is dropped (`no_preference`). Of equal
+    rewards the first is taken. `finished` (optional) is false for responses that were cut off.
     """
 
     pairing: str = "best_worst"
@@ -132,6 +136,8 @@ class ScoredResponses(Format):
             return rewards[w] > rewards[l] and rewards[w] - rewards[l] >= self.min_gap
 
         order = scored.order
+        # `order` is a stable sort, so its first is the first of the lowest; the first of the highest has to be looked
+        # up.
         best, worst = rewards.index(rewards[order[-1]]), order[0]
         if problem := role_problem(scored.prompt):
             return problem
@@ -149,12 +155,12 @@ class NoisyPreferences(Format):
     """{prompt, responses, rewards, finished}, as `ScoredResponses`: one pair, labelled with noise (arXiv 2510.05342).
 
     The task of MADPO's experiment. `rewards` are the true ones. Two responses are drawn, and i is preferred to j with
-    probability sigma(label_scale (r_i - r_j)): the larger of label_scale * r with Gumbel noise. `quality` says how
-    often a drawn response is replaced by one of the worse half of the row's: never (high), half of the time (medium),
-    always (low). All of it is a function of the prompt and `seed`.
+    probability sigma(label_scale (r_i - r_j)). `quality` is the probability that a drawn response is replaced by one of
+    the worse half of the row's: 0 (high), 1/2 (medium), 1 (low). All draws are a function of prompt, quality and
+    `seed`.
 
-    The pair's own rewards, which an objective may read, are those in the field `rewards_QUALITY`, if it is there: a
-    reward model's that was trained on this quality.
+    An objective reads other rewards: those in the field `rewards_QUALITY`, which come from a reward model that was
+    trained on this quality. Without that field the pair has no rewards.
     """
 
     quality: str = "high"
@@ -175,31 +181,34 @@ class NoisyPreferences(Format):
         if n < 4:
             raise ValueError(f"a row needs at least 4 responses, of which two may be the worse half; this one has {n}")
         draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
+        # The number and order of draws is part of the data: one more or less would change every label.
         first, second = draw.sample(range(n), 2)
         worse = draw.sample(scored.order[: n // 2], 2)
+        # A replacement is the other one of the worse half where the first one is already in the pair.
         if draw.random() < QUALITIES[self.quality]:
             first = worse[0] if worse[0] != second else worse[1]
         if draw.random() < QUALITIES[self.quality]:
             second = worse[1] if worse[1] != first else worse[0]
-        # Beyond 700 the probability is 0 or 1 as it is, and exp has no such number.
+        # Beyond 700 the probability is 0 or 1 in float64, and exp would overflow.
         log_odds = max(-700.0, min(700.0, self.label_scale * (scored.rewards[first] - scored.rewards[second])))
         if draw.random() >= 1 / (1 + math.exp(-log_odds)):
             first, second = second, first
-        own = f"rewards_{self.quality}"
-        prior = listed(row, own, object, "numbers") if row.get(own) is not None else [None] * n
+
+        key = f"rewards_{self.quality}"
+        prior = listed(row, key, object, "numbers") if row.get(key) is not None else [None] * n
         if len(prior) != n:
-            raise ValueError(f"{n} responses have {len(prior)} {own}; each needs one")
-        checked = [None if reward is None else finite(reward, f"each of {own!r}") for reward in prior]
+            raise ValueError(f"{n} responses have {len(prior)} {key}; each needs one")
+        checked = [None if reward is None else finite(reward, f"each of {key!r}") for reward in prior]
         return scored.pair(first, second, rewards=checked)
 
 
-# Of the responses in a pair of `NoisyPreferences`, the share that is replaced by worse ones.
+# The probability that `NoisyPreferences` replaces a response by a worse one.
 QUALITIES = {"high": 0.0, "medium": 0.5, "low": 1.0}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A row of scored responses, checked; `order`: its responses from the lowest reward to the highest."""
+    """A row of scored responses: as many rewards and `finished` as responses."""
 
     name: str
     prompt: list[Message]
@@ -209,6 +218,7 @@ class Scored:
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> "Scored":
+        """Raises KeyError and ValueError as a `Format` does."""
         prompt = as_messages(row["prompt"])
         responses, finished = responses_of(row)
         rewards = [finite(reward, "each of 'rewards'") for reward in listed(row, "rewards", object, "numbers")]
@@ -219,10 +229,12 @@ class Scored:
 
     @property
     def order(self) -> list[int]:
+        """The numbers of the responses, from the lowest reward to the highest."""
         return sorted(range(len(self.rewards)), key=lambda i: self.rewards[i])
 
     def pair(self, w: int, l: int, name: str | None = None, rewards: Sequence[float | None] | None = None) -> Pair:
-        given = self.rewards if rewards is None else rewards
+        """The pair of responses `w` (chosen) and `l` (rejected), with their own `rewards` unless others are given."""
+        rewards = self.rewards if rewards is None else rewards
         return Pair(
             id=name or self.name,
             prompt=self.prompt,
@@ -230,8 +242,8 @@ class Scored:
             rejected=self.responses[l],
             chosen_finished=self.finished[w],
             rejected_finished=self.finished[l],
-            chosen_reward=given[w],
-            rejected_reward=given[l],
+            chosen_reward=rewards[w],
+            rejected_reward=rewards[l],
         )
 
 
@@ -258,7 +270,7 @@ def _pair(row: dict[str, Any], prompt: list[Message], chosen: str, rejected: str
 
 
 def _part(row: dict[str, Any], chosen: list[Message], rejected: list[Message]) -> Pair | Dropped:
-    """Two whole conversations that must differ in nothing but their last message, the assistant's."""
+    """The pair in two whole conversations, which must differ in their last message alone, the assistant's."""
     for side in (chosen, rejected):
         if problem := role_problem(side[:-1], last=side[-1]["role"]):
             return problem
@@ -268,11 +280,13 @@ def _part(row: dict[str, Any], chosen: list[Message], rejected: list[Message]) -
 
 
 def role_problem(prompt: list[Message], last: str = "assistant") -> Dropped | None:
-    """A Drop unless an optional system message is followed by user and assistant in turn, the user's turn last, and
-    `last` is the assistant."""
+    """Dropped (`wrong_roles`) unless the roles of `prompt` are user and assistant in turn, from user to user, after a
+    system message if any, and the role `last` of the message behind it is the assistant. Otherwise None."""
     roles = [m["role"] for m in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or len(turns) % 2 == 0 or last != "assistant":
+    in_turn = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
+    ends_with_user = len(turns) % 2 == 1
+    if not (in_turn and ends_with_user) or last != "assistant":
         return Dropped("wrong_roles", f"the turns are {', '.join([*roles, last])}")
     return None
 
@@ -290,22 +304,24 @@ def as_messages(prompt: Any) -> list[Message]:
     """A prompt as chat messages. Raises ValueError where it is neither text nor messages, or empty."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    found = messages(prompt, "prompt")
-    if not found[-1]["content"].strip():
+    chat = messages(prompt, "prompt")
+    if not chat[-1]["content"].strip():
         raise ValueError("'prompt' is empty")
-    return found
+    return chat
 
 
 def as_prompt(prompt: Any) -> list[Message]:
-    """`as_messages` of what is to be answered. Raises ValueError also where the user's turn does not come last."""
-    found = as_messages(prompt)
-    if problem := role_problem(found):
+    """`as_messages` of a prompt that a model will answer. Raises ValueError also where the last turn is not the
+    user's."""
+    chat = as_messages(prompt)
+    if problem := role_problem(chat):
         raise ValueError(f"{problem.detail}, and must be user and assistant in turn, after a system message if any")
-    return found
+    return chat
 
 
 def messages(value: Any, key: str) -> list[Message]:
-    """Raises ValueError unless `value` is a list of {"role": text, "content": text}; other fields are left out."""
+    """`value` as messages, without fields other than role and content. Raises ValueError unless it is a list of
+    {"role": text, "content": text}. `key`: its field, for messages."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"field {key!r} must be text or a list of messages")
     for message in value:
@@ -317,22 +333,26 @@ def messages(value: Any, key: str) -> list[Message]:
 def completion(row: dict[str, Any], key: str) -> str:
     """Text, or the content of a list of one assistant message."""
     if isinstance(row[key], list):
-        found = messages(row[key], key)
-        if len(found) != 1 or found[0]["role"] != "assistant":
-            raise ValueError(f"field {key!r} must be text or a single assistant message; for whole conversations use "
-                             "dataset.format._target_=prefopt.data.formats.ImplicitPrompt")  # fmt: skip
-        return found[0]["content"]
+        chat = messages(row[key], key)
+        if len(chat) != 1 or chat[0]["role"] != "assistant":
+            target = f"{ImplicitPrompt.__module__}.{ImplicitPrompt.__qualname__}"
+            raise ValueError(
+                f"field {key!r} must be text or a single assistant message; for whole conversations use "
+                f"dataset.format._target_={target}"
+            )
+        return chat[0]["content"]
     return text(row, key)
 
 
 def text(row: dict[str, Any], key: str) -> str:
+    """Raises KeyError for a missing field and ValueError for one that is no text."""
     if not isinstance(row[key], str):
         raise ValueError(f"field {key!r} must be text, is {type(row[key]).__name__}")
     return row[key]
 
 
 def responses_of(row: dict[str, Any]) -> tuple[list[str], list[bool]]:
-    """The texts of `responses`, of which there is one at least, and for each whether it ended by itself."""
+    """(responses, finished): at least one text, and whether each of them ended by itself (without the field: all)."""
     responses = listed(row, "responses", str, "texts")
     finished = listed(row, "finished", bool, "true and false") if "finished" in row else [True] * len(responses)
     if not responses or len(finished) != len(responses):
@@ -341,6 +361,7 @@ def responses_of(row: dict[str, Any]) -> tuple[list[str], list[bool]]:
 
 
 def listed(row: dict[str, Any], key: str, kind: type, name: str) -> list[Any]:
+    """Field `key`, a list of `kind`. Raises ValueError for anything else; `name` names the kind in the message."""
     if not isinstance(row[key], list) or not all(isinstance(value, kind) for value in row[key]):
         raise ValueError(f"field {key!r} must be a list of {name}")
     return row[key]
@@ -351,18 +372,20 @@ def number(row: dict[str, Any], key: str) -> float:
 
 
 def finite(value: Any, what: str) -> float:
+    """`value` as a float. Raises ValueError unless it is a finite number; `what` names it in the message."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:  # of NaN that is false too
+    # Compared instead of math.isfinite, which raises OverflowError for a huge int. For NaN the comparison is false.
+    if not number or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{what} must be a finite number, is {reprlib.repr(value)}")
     return float(value)
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """The number of equal items at the beginning of both."""
+    """The number of equal items at the beginning of `a` and `b`."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def content_id(*parts: Any) -> str:
-    """Twelve hexadecimal digits of the content's SHA-256. One part is hashed as itself."""
+    """Twelve hexadecimal digits of the SHA-256 of the parts as JSON. A single part is hashed without a list around."""
     value = parts[0] if len(parts) == 1 else parts
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

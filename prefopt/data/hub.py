@@ -1,4 +1,4 @@
-"""What a job reads from the model hub, and what of it is missing on this machine."""
+"""What a job reads from the hub, and which of it is missing on this machine."""
 
 import json
 import re
@@ -37,29 +37,29 @@ class Item(ABC):
     @property
     @abstractmethod
     def local(self) -> bool:
-        """Whether the path means a file or folder rather than a repository."""
+        """Whether the path is a file or folder, not a repository."""
 
     @property
     @abstractmethod
     def command(self) -> str:
-        """What fetches it."""
+        """The command line that fetches it."""
 
     @abstractmethod
     def there(self) -> int:
-        """The bytes that it takes on this machine. Asks no network. Raises Lacking unless all of it is there."""
+        """Its size on this machine, in bytes. Uses no network. Raises MissingAssetError unless it is complete."""
 
     @abstractmethod
     def fetch(self) -> None:
-        """Bring it to this machine, or up to date. Raises Lacking, or what the hub's clients raise."""
+        """Download it, or update the copy. Raises MissingAssetError, and what the hub's clients raise."""
 
     @abstractmethod
     def offline(self) -> bool:
-        """Whether the hub is switched off for those who will read it."""
+        """Whether the library that reads it is set to use no network."""
 
 
 @dataclass(frozen=True)
 class Model(Item):
-    """Configuration, safetensors weights and tokenizer of a causal language model; or without its weights."""
+    """A causal language model: configuration, safetensors weights and tokenizer. Without `weights`: a tokenizer."""
 
     weights: bool = True
 
@@ -74,7 +74,9 @@ class Model(Item):
     def command(self) -> str:
         if not self.weights:
             return f"python -m prefopt.prefetch model=hub model.path=MODEL model.tokenizer={shlex.quote(self.path)}"
-        words = ["model=hub", f"model.path={self.path}"] + [f"model.revision={self.revision}"] * bool(self.revision)
+        words = ["model=hub", f"model.path={self.path}"]
+        if self.revision:
+            words.append(f"model.revision={self.revision}")
         return f"python -m prefopt.prefetch {shlex.join(words)}"
 
     def offline(self) -> bool:
@@ -86,22 +88,23 @@ class Model(Item):
         snapshot = folder / "snapshots" / (cached_commit(self.path, "model", self.revision) or "unknown")
         if not snapshot.is_dir():
             raise MissingAssetError(f"{cache} has no copy of it{_others(folder / 'snapshots')}")
+
         present = {f.relative_to(snapshot).as_posix(): f.stat().st_size for f in snapshot.rglob("*") if f.is_file()}
         try:
             listing = [f.path for f in get_cached_repo_tree(self.path, revision=snapshot.name)]
-        except CachedRepoTreeNotFoundError:  # fetched by something else, file by file
+        except CachedRepoTreeNotFoundError:  # fetched file by file, by another program: no list of the repository
             listing = list(present)
         try:
             names = set(wanted(listing, self.weights))
         except MissingAssetError as error:
             raise MissingAssetError(f"its copy in {snapshot} is not complete: {error}") from None
-        if INDEX in names and INDEX in present:
+        if INDEX in names and INDEX in present:  # the index names the shards, also those that were never listed
             names |= set(json.loads((snapshot / INDEX).read_text())["weight_map"].values())
+
         absent = sorted(names - set(present))
         if absent:
-            raise MissingAssetError(
-                f"its copy in {snapshot} is not complete: {', '.join(absent[:3])}{' …' * (len(absent) > 3)}"
-            )
+            listed = ", ".join(absent[:3]) + (" …" if len(absent) > 3 else "")
+            raise MissingAssetError(f"its copy in {snapshot} is not complete: {listed}")
         return sum(present[name] for name in names)
 
     def fetch(self) -> None:
@@ -111,7 +114,7 @@ class Model(Item):
 
 @dataclass(frozen=True)
 class Data(Item):
-    """All splits of one configuration of a data set, of which a job will ask for `splits`."""
+    """One configuration of a data set, with all its splits. `splits`: the ones that a job reads."""
 
     config: str | None = None  # None: the only one, or the default
     splits: tuple[str, ...] = ()
@@ -125,7 +128,11 @@ class Data(Item):
 
     @property
     def command(self) -> str:
-        name = self.path + f"@{self.revision}" * bool(self.revision) + f":{self.config}" * bool(self.config)
+        name = self.path
+        if self.revision:
+            name += f"@{self.revision}"
+        if self.config:
+            name += f":{self.config}"
         return f"python -m prefopt.prefetch {shlex.quote(f'also=[{name}]')}"
 
     def offline(self) -> bool:
@@ -149,20 +156,26 @@ class Data(Item):
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         check_card(self.path, self.revision)
-        # All splits are prepared, whichever is asked for.
+        # Without `split`, all splits are prepared.
         datasets.load_dataset(self.path, self.config, revision=self.revision)
 
 
 def wanted(files: Iterable[str], with_weights: bool = True) -> list[str]:
-    """The files of a model's repository that transformers reads: safetensors weights, configurations, tokenizer,
-    templates; no second copy of the weights in another format, and no pickles.
+    """Of the `files` of a model's repository, those that transformers reads: safetensors weights, configurations,
+    tokenizer, templates. Pickles and other copies of the weights are left out.
 
-    Raises Lacking for a repository without configuration, safetensors weights or tokenizer.
+    Raises MissingAssetError for a repository without configuration, safetensors weights or tokenizer.
     """
     names = set(files)
-    weights = {WEIGHTS} & names or {name for name in names if SHARD.fullmatch(name) and INDEX in names}
+    if WEIGHTS in names:
+        weights = {WEIGHTS}
+    elif INDEX in names:
+        weights = {name for name in names if SHARD.fullmatch(name)}
+    else:
+        weights = set()
     texts = {name for name in names if "/" not in name and name.endswith(TEXTS) and not name.endswith(".index.json")}
     templates = {name for name in names if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", name)}
+
     if "config.json" not in texts:
         raise MissingAssetError(
             "it has no config.json, so it is not a model that transformers loads (an adapter alone is none)"
@@ -173,12 +186,14 @@ def wanted(files: Iterable[str], with_weights: bool = True) -> list[str]:
         raise MissingAssetError("it has no weights in safetensors format, and pickles are not fetched")
     if not texts & set(TOKENIZERS) and not any(name.endswith((".tiktoken", ".model")) for name in texts):
         raise MissingAssetError("it has no tokenizer")
+
     index = {INDEX} if weights and WEIGHTS not in names else set()
     return sorted(weights | texts | templates | index)
 
 
 def items(model: ModelConfig, dataset: DatasetConfig, also: Iterable[str] = ()) -> list[Item]:
-    """What a job with this model and data set reads, each repository once; then the data sets named in `also`.
+    """What a job with this model and data set reads, every repository once; then the data sets named in `also`, written
+    NAME, NAME@REVISION or NAME@REVISION:CONFIGURATION.
 
     Raises UserError for a data set without rows to read.
     """
@@ -193,16 +208,17 @@ def items(model: ModelConfig, dataset: DatasetConfig, also: Iterable[str] = ()) 
         name, _, revision = rest.partition("@")
         data.setdefault(Data(name, revision or None, config or None), ())
     models = [Model(model.path, model.revision)]
-    models += [Model(model.tokenizer, weights=False)] if model.tokenizer else []
+    if model.tokenizer:
+        models.append(Model(model.tokenizer, weights=False))
     return [*models, *(replace(item, splits=splits) for item, splits in data.items())]
 
 
 def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
-    """A message for every model that is nowhere, and for everything on the hub that a job needs and that is not on this
-    machine, if the hub is switched off.
+    """A message for every model that does not exist; and, if the hub is switched off, for everything on the hub that a
+    job needs and this machine lacks.
 
-    Asks no network, and loads neither torch nor, unless the data set is on the hub, `datasets`. Raises UserError for a
-    data set without rows to read (`prefopt.data.dataset.sources`).
+    Uses no network. To stay fast, it loads no torch, and `datasets` only if the data set is on the hub. Raises
+    UserError for a data set without rows to read (`prefopt.data.dataset.sources`).
     """
     messages = []
     for item in items(model, dataset):

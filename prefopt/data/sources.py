@@ -1,4 +1,4 @@
-"""Rows from wherever they lie: JSON, JSONL, their gzips, Parquet, a local folder, or a data set on the hub."""
+"""Reading rows: from JSON, JSONL, their gzips, Parquet, a local folder, or a data set on the hub."""
 
 import contextlib
 import functools
@@ -29,8 +29,9 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
     """Yield ("file, row n", row).
 
     `path` is a file (see SUFFIXES; JSON holds one list), a folder or a hub name. `split` chooses among the splits of a
-    folder or a hub data set. A file is one split, but rows that carry a field `split` are yielded for that split alone;
-    None means all rows of a file.
+    folder or a hub data set. A file is one split, unless its rows have a field `split`: such a row is yielded for that
+    split alone. With `split=None` all rows of a file are yielded.
+
     Raises UserError, naming file and row, for what is missing, empty or not readable.
     """
     file = resolve_path(path)
@@ -47,13 +48,13 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
         rows = _from_parquet(path, file)
     else:
         rows = _from_json(path, file)
-    found, splits = False, set()
+
+    splits = set()
     for where, row in rows:
-        found = True
         splits.add(str(row.get("split", split)))
         if split is None or row.get("split", split) == split:
             yield where, row
-    if not found:
+    if not splits:
         raise UserError(f"data file {path} is empty. It must hold at least one row.")
     if split is not None and split not in splits:
         raise UserError(f"no row of {path} has split {split!r}; there are: {', '.join(sorted(splits))}.")
@@ -90,7 +91,7 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
 
 @functools.cache
 def _fingerprint(path: str, split: str, revision: str | None) -> str:
-    """Asked for once per process: a sweep's thousand jobs would load it as often."""
+    """`datasets`' fingerprint of a hub data set. Cached, because every job of a sweep asks for it."""
     return str(_load(path, split, revision)._fingerprint)
 
 
@@ -101,12 +102,14 @@ def _sha256(file: Path) -> str:
 
 @functools.lru_cache
 def _sha256_of(file: Path, size: int, changed_ns: int) -> str:
-    """Read once per process: the run's identity, the cache's key and the next job of a sweep all ask for it."""
+    """Cached, because a run's identity, the cache's key and every job of a sweep ask for it. `size` and `changed_ns`
+    are part of the key, so a file that changes is read again."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _from_json(path: str, file: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a JSON file (whole, a list) or a JSONL file (line by line), gzipped or not."""
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(file, "rb") as stream:
@@ -125,10 +128,12 @@ def _from_json(path: str, file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parsed(where: str, data: bytes, hint: str) -> Any:
-    """Raises UserError for what is not JSON, not UTF-8, or not text at all."""
+    """The JSON value in `data`. Raises UserError for what is not JSON, not UTF-8, or not text at all."""
     try:
         value = json.loads(data.decode())
-        if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair stands for no character, and nothing reads it
+        # JSON may escape half of a surrogate pair, which no tokenizer and no file can take: encoding it raises
+        # ValueError.
+        if b"\\ud" in data or b"\\uD" in data:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}. {hint}") from None
@@ -149,11 +154,12 @@ def _from_parquet(path: str, file: Path) -> Iterator[tuple[str, Row]]:
 
 def _from_datasets(path: str, split: str, revision: str | None) -> Iterator[tuple[str, Row]]:
     for where, row in _numbered(path, _load(path, split, revision)):
-        row.pop("split", None)  # a folder's or a hub data set's splits are its own
+        row.pop("split", None)  # the split is already chosen; a field of this name would filter rows in `read_rows`
         yield where, row
 
 
 def _load(path: str, split: str, revision: str | None) -> Any:
+    """A split as `datasets` loads it. Raises UserError where it cannot, and UnsafePathError for data outside."""
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -187,11 +193,11 @@ def _load(path: str, split: str, revision: str | None) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises Outside for a link that leads out of the folder (but to the hub's cache, whose snapshots are links), an
-    archive, or a card that names files elsewhere."""
-    inside = [folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()]
+    """Raises UnsafePathError for a link that leads out of the folder, an archive, or a card that names files elsewhere.
+    Links into the hub's cache are allowed: its snapshots consist of such links."""
+    allowed = [folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()]
     for file in sorted(folder.rglob("*")):
-        if not any(file.resolve().is_relative_to(place) for place in inside):
+        if not any(file.resolve().is_relative_to(root) for root in allowed):
             raise UnsafePathError(
                 f"{file} is a link that leads out of its folder. Put the file itself there, or remove it."
             )
@@ -205,14 +211,16 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_card(path: str, revision: str | None) -> None:
-    """The same for the card of a data set on the hub, which is fetched. Raises what the hub's clients raise."""
+    """Fetch the card of a data set on the hub, and check it. Raises UnsafePathError for a card that names files
+    elsewhere, and what the hub's clients raise."""
     for name in CARDS:
         with contextlib.suppress(EntryNotFoundError):
             _check_card(Path(hf_hub_download(path, name, repo_type="dataset", revision=revision)))
 
 
 def _check_card(file: Path) -> None:
-    """A card may say which files are data, and `datasets` would read them from anywhere, from any host."""
+    """Raises UnsafePathError for a card that names data outside of its folder: `datasets` would read any file and any
+    URL that a card names."""
     text = file.read_text(errors="replace")
     if file.suffix == ".md":
         front = re.match(r"\s*---\r?\n(.*?)\n---", text, re.DOTALL)
@@ -226,7 +234,7 @@ def _check_card(file: Path) -> None:
 
 
 def _data_files(node: Any, below: bool = False) -> Iterator[str]:
-    """All texts under the keys data_files and data_dir of a card."""
+    """All texts in a card under a key data_files or data_dir. `below`: whether `node` is under such a key."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _data_files(value, below or key in ("data_files", "data_dir"))
@@ -238,32 +246,33 @@ def _data_files(node: Any, below: bool = False) -> Iterator[str]:
 
 
 def prepared(path: str, revision: str | None = None, config: str | None = None) -> Path:
-    """The folder of a hub data set's prepared copy: CACHE/OWNER___NAME/CONFIGURATION/VERSION/COMMIT. Asks no network.
+    """The folder of a hub data set's prepared copy: CACHE/OWNER___NAME/CONFIGURATION/VERSION/COMMIT. Uses no network.
 
-    Raises Lacking where there is none of this revision and configuration.
+    Raises MissingAssetError where there is no copy of this revision and configuration.
     """
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     owner, _, name = path.rpartition("/")
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    repository = cache / (f"{owner}___" * bool(owner) + camelcase_to_snakecase(name))
+    folder = camelcase_to_snakecase(name)
+    repository = cache / (f"{owner}___{folder}" if owner else folder)
     commit = cached_commit(path, "dataset", revision)
     # Only a finished copy has this file; a folder that is being prepared is called COMMIT.incomplete.
     copies = [f.parent for f in repository.glob("*/*/*/dataset_info.json") if not f.parent.name.endswith(".incomplete")]
-    found = [f for f in copies if config in (None, f.parts[-3]) and f.name == commit]
-    if not found:
+    matches = [f for f in copies if config in (None, f.parts[-3]) and f.name == commit]
+    if not matches:
         others = sorted({f"{f.parts[-3]} at {f.name}" for f in copies})
-        raise MissingAssetError(f"{cache} has no copy of it" + f" (there is {', '.join(others)})" * bool(others))
-    if len(found) > 1:
-        raise MissingAssetError(
-            f"it has several configurations ({', '.join(sorted(f.parts[-3] for f in found))}): name one"
-        )
-    return found[0]
+        hint = f" (there is {', '.join(others)})" if others else ""
+        raise MissingAssetError(f"{cache} has no copy of it{hint}")
+    if len(matches) > 1:
+        configs = ", ".join(sorted(f.parts[-3] for f in matches))
+        raise MissingAssetError(f"it has several configurations ({configs}): name one")
+    return matches[0]
 
 
 def cached_commit(path: str, repo_type: str, revision: str | None) -> str | None:
-    """The commit that the hub's cache knows this revision by."""
+    """The commit of a revision (None: the default branch), as the hub's cache recorded it; None if it has no record."""
     revision = revision or constants.DEFAULT_REVISION
     if REGEX_COMMIT_HASH.fullmatch(revision):
         return revision

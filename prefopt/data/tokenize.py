@@ -1,7 +1,7 @@
-"""The one place where conversations become token ids: for training, reward models, sampling and evaluation alike.
+"""Conversations -> token ids, for training, reward models, sampling and evaluation alike.
 
-A chat template writes every special token itself, so templated text never gets a second BOS. Where prompt and
-completion part is found on tokens, not on characters: merges across the boundary belong to the completion.
+A chat template writes every special token itself, so the tokenizer must not add a second BOS. The boundary between
+prompt and completion is decided by tokens, not by characters: a token across the boundary belongs to the completion.
 """
 
 from collections import Counter
@@ -19,10 +19,10 @@ from prefopt.utils.console import say
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of one pair; both completions follow the same prompt ids. Completions hold at least one token.
+    """Token ids of one pair: both completions follow the same prompt and hold at least one token.
 
-    Of a chat, `chosen` is all that follows its first prompt, `rejected` is empty, and `loss_mask` says which tokens
-    of `chosen` the assistant wrote.
+    Of a chat, `chosen` is everything behind the first prompt and `rejected` is empty; `loss_mask`, as long as `chosen`,
+    is True for tokens that the assistant wrote. Of a pair, `loss_mask` is None.
     """
 
     id: str
@@ -36,19 +36,23 @@ class TokenizedPair:
 
     @property
     def mask(self) -> list[bool]:
-        """Which tokens of `chosen` count: of a pair, all."""
+        """For each token of `chosen`, whether the loss counts it."""
         return [True] * len(self.chosen) if self.loss_mask is None else self.loss_mask
 
     @property
     def num_loss_tokens(self) -> int:
-        """The number of chosen tokens that count."""
+        """The number of chosen tokens that the loss counts."""
         return sum(self.mask)
 
 
 class Tokenized(NamedTuple):
-    """What can be trained on; how many items cannot, by reason; and how many of what is there was changed:
-    `cut_prompts`, `cut_completions` (each side counts), and `shrunk_prompts`, whose template writes a generation prompt
-    that a finished turn does not begin with."""
+    """`pairs`: what can be trained on. `dropped`: items that cannot, by reason. `noted`: changes to those that can:
+
+    * `cut_prompts`: prompts that lost their beginning;
+    * `cut_completions`: completions that lost their end (chosen and rejected are counted separately);
+    * `shrunk_prompts`: prompts whose end counts as part of the completion, because a finished turn does not begin with
+      the template's generation prompt.
+    """
 
     pairs: list[TokenizedPair]
     dropped: Counter[str]
@@ -59,7 +63,7 @@ DEFAULTS = PoliciesConfig()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
-    """Ids of the conversation up to and including what opens the assistant's turn."""
+    """Ids of a conversation with the generation prompt, which opens the assistant's turn."""
     return encode(tokenizer, [render(tokenizer, prompt, True)])[0]
 
 
@@ -68,7 +72,7 @@ def encode_completion(
 ) -> list[int]:
     """Ids of prompt and completion. They end with the turn's terminator (eos) if `finished`, else right before it.
 
-    What a template writes after the terminator is dropped. Raises UserError if it writes no terminator at all.
+    Text that the template writes behind the terminator is left out. Raises UserError if it writes no terminator at all.
     """
     opened, whole = encode(tokenizer, _rendered(tokenizer, prompt, completion))
     return _to_the_end(tokenizer, whole, common_prefix(whole, opened), finished)
@@ -83,70 +87,91 @@ def tokenize(
 ) -> Tokenized:
     """Tokenize what can be trained on, and count what cannot.
 
-    A pair's shared prompt is the longest common token prefix of the rendered prompt and both conversations. A
-    completion over its budget loses its end (and so its terminator), each side by its own. A prompt over its budget
-    drops the pair, or with policy `cut` loses its beginning (a BOS stays). Completions that are empty, or identical
-    after the cut, drop it. Of a chat, what goes beyond `max_prompt_tokens` + `max_completion_tokens` is lost.
+    The prompt of a pair is the longest common token prefix of the rendered prompt and both conversations. A completion
+    over its budget loses its end, and so its terminator. A prompt over its budget drops the pair, or with policy `cut`
+    loses its beginning (a BOS stays). Completions that are empty, or identical after the cut, drop the pair. A chat
+    loses the tokens beyond `max_prompt_tokens` + `max_completion_tokens`.
+
+    Raises UserError for a defect whose policy is to fail, and for a template that cannot write a conversation.
     """
     policy = asdict(policies)
     kept: list[TokenizedPair] = []
     dropped, noted = Counter[str](), Counter[str]()
+    # All pairs' texts in one call: prompt, chosen conversation and rejected conversation of each pair in turn.
     pairs = [item for item in items if isinstance(item, Pair)]
     texts = [text for p in pairs for text in _rendered(tokenizer, p.prompt, p.chosen, p.rejected)]
     ids = iter(encode(tokenizer, texts))
     for item in items:
-        made: TokenizedPair | str
+        result: TokenizedPair | str  # or the reason why there is none
         changes = Counter[str]()
         if isinstance(item, Pair):
-            prompt, chosen, rejected = next(ids), next(ids), next(ids)
-            chosen = _to_the_end(tokenizer, chosen, common_prefix(chosen, prompt), item.chosen_finished)
-            rejected = _to_the_end(tokenizer, rejected, common_prefix(rejected, prompt), item.rejected_finished)
-            start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-            shared = prompt[:start]
-            changes["shrunk_prompts"] += start < len(prompt)
-            changes["cut_completions"] += sum(len(side) - start > max_completion_tokens for side in (chosen, rejected))
-            if len(shared) > max_prompt_tokens and policy["prompt_too_long"] == "cut":
-                changes["cut_prompts"] += 1
-                bos = shared[:1] if shared[0] == tokenizer.bos_token_id else []
-                shared = bos + shared[len(shared) - max_prompt_tokens + len(bos) :]
-            made = _pair(
-                item,
-                shared,
-                chosen[start : start + max_completion_tokens],
-                rejected[start : start + max_completion_tokens],
-                max_prompt_tokens,
-            )
+            rendered = next(ids), next(ids), next(ids)
+            cut_prompt = policy["prompt_too_long"] == "cut"
+            result = _pair(tokenizer, item, *rendered, max_prompt_tokens, max_completion_tokens, cut_prompt, changes)
         else:
-            made = _chat(tokenizer, item, max_prompt_tokens, max_completion_tokens, changes)
-        if isinstance(made, TokenizedPair):
-            kept.append(made)
+            result = _chat(tokenizer, item, max_prompt_tokens, max_completion_tokens, changes)
+
+        if isinstance(result, TokenizedPair):
+            kept.append(result)
             noted += changes
-        elif policy[made] == "fail":
-            raise UserError(f"{item.source} {item.id}: {made.replace('_', ' ')}; dataset.policies.{made} is fail.")
+        elif policy[result] == "fail":
+            raise UserError(f"{item.source} {item.id}: {result.replace('_', ' ')}; dataset.policies.{result} is fail.")
         else:
-            dropped[made] += 1
+            dropped[result] += 1
     return Tokenized(kept, dropped, noted)
 
 
-def _pair(item: Pair, prompt: list[int], chosen: list[int], rejected: list[int], limit: int) -> TokenizedPair | str:
+def _pair(
+    tokenizer: PreTrainedTokenizerBase,
+    item: Pair,
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    cut_prompt: bool,
+    changes: Counter[str],
+) -> TokenizedPair | str:
+    """The pair, or the reason to drop it. `prompt`, `chosen`, `rejected`: ids of the prompt with its generation prompt
+    and of both whole conversations. Counts what it changes in `changes`."""
+    chosen = _to_the_end(tokenizer, chosen, common_prefix(chosen, prompt), item.chosen_finished)
+    rejected = _to_the_end(tokenizer, rejected, common_prefix(rejected, prompt), item.rejected_finished)
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    shared = prompt[:start]
+    if start < len(prompt):
+        changes["shrunk_prompts"] += 1
+    changes["cut_completions"] += sum(len(side) - start > max_completion_tokens for side in (chosen, rejected))
+
+    if len(shared) > max_prompt_tokens and cut_prompt:
+        changes["cut_prompts"] += 1
+        bos = shared[:1] if shared[0] == tokenizer.bos_token_id else []
+        shared = bos + shared[len(shared) - max_prompt_tokens + len(bos) :]
+
+    chosen = chosen[start : start + max_completion_tokens]
+    rejected = rejected[start : start + max_completion_tokens]
     if not chosen or not rejected:
         return "empty_completion"
-    if len(prompt) > limit:
+    if len(shared) > max_prompt_tokens:
         return "prompt_too_long"
-    if chosen == rejected and item.chosen != item.rejected:
+    if chosen == rejected and item.chosen != item.rejected:  # equal texts are the defect `identical`, not this one
         return "identical_after_truncation"
     return TokenizedPair(
-        item.id, prompt, chosen, rejected, item.chosen_reward, item.rejected_reward, source=item.source
+        item.id, shared, chosen, rejected, item.chosen_reward, item.rejected_reward, source=item.source
     )
 
 
 def _chat(
-    tokenizer: PreTrainedTokenizerBase, item: Chat, prompt_limit: int, limit: int, changes: Counter[str]
+    tokenizer: PreTrainedTokenizerBase,
+    item: Chat,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    changes: Counter[str],
 ) -> TokenizedPair | str:
-    """Each assistant turn from where it parts from its generation prompt to its terminator."""
+    """The chat, or the reason to drop it. The loss counts every assistant turn, from where the conversation leaves the
+    turn's generation prompt to its terminator. Counts what it changes in `changes`."""
     whole = encode(tokenizer, [render(tokenizer, item.messages, False)])[0]
     mask = [False] * len(whole)
-    first = end = 0
+    first = end = 0  # where the first assistant turn begins, and where the last one ends
     for i, message in enumerate(item.messages):
         if message["role"] == "assistant":
             opened, _ = _rendered(tokenizer, item.messages[:i], message["content"])
@@ -154,17 +179,20 @@ def _chat(
             end = len(_to_the_end(tokenizer, whole, start, True))
             mask[start:end] = [True] * (end - start)
             first = first or start
-    if first > prompt_limit:
+
+    if first > max_prompt_tokens:
         return "prompt_too_long"
-    changes["cut_completions"] += end > prompt_limit + limit
-    end = min(end, prompt_limit + limit)
-    made = TokenizedPair(item.id, whole[:first], whole[first:end], [], loss_mask=mask[first:end], source=item.source)
-    return made if made.num_loss_tokens else "empty_completion"
+    limit = max_prompt_tokens + max_completion_tokens
+    if end > limit:
+        changes["cut_completions"] += 1
+        end = limit
+    chat = TokenizedPair(item.id, whole[:first], whole[first:end], [], loss_mask=mask[first:end], source=item.source)
+    return chat if chat.num_loss_tokens else "empty_completion"
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a tokenizer without chat template or eos token, or whose template opens with two BOS. Says so
-    where a finished turn begins otherwise than the generation prompt."""
+    """Raise UserError for a tokenizer without chat template or eos token, or whose template opens with two BOS. Print a
+    message if a finished turn begins otherwise than the generation prompt."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template. Use an instruction-tuned model, or save "
@@ -186,10 +214,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *completions: str) -> list[str]:
-    """The prompt with what opens the assistant's turn; then the conversation with each completion.
+    """Texts: the prompt with its generation prompt; then, for every completion, the whole conversation.
 
-    Raises UserError where the template writes the prompt otherwise in one of them: what differs would count as the
-    assistant's words.
+    Raises UserError where the template writes the prompt otherwise in one of them: the difference would count as part
+    of the completion.
     """
     alone = render(tokenizer, prompt, False)
     answers = [[*prompt, {"role": "assistant", "content": c}] for c in completions]
@@ -206,8 +234,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *comple
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    """The conversation as the template writes it. Raises UserError where the template refuses it, or asks for what
-    jinja2's sandbox keeps from it."""
+    """The conversation as the template writes it. Raises UserError where the template fails, refuses the messages, or
+    does something that jinja2's sandbox forbids."""
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
     except Exception as error:  # a template is somebody's program, and may refuse turns that it does not know
@@ -221,11 +249,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_gene
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of templated texts: nothing is added to them. Many at once, because the tokenizer uses all cores for them."""
+    """Ids of templated texts, without added special tokens. Many texts in one call are encoded on all cores."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _to_the_end(tokenizer: PreTrainedTokenizerBase, whole: list[int], start: int, finished: bool) -> list[int]:
+    """`whole` up to the first eos token from `start` on, with it if `finished`. Raises UserError if there is none."""
     try:
         end = whole.index(tokenizer.eos_token_id, start)
     except ValueError:

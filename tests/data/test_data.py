@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import prefopt.data.collate
-from prefopt.config.parse import parse
+from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.data.dataset import check_dataset, load_split, split_digest
 from prefopt.data.formats import (
     Chats,
     Dropped,
+    Format,
     ImplicitPrompt,
     NoisyPreferences,
     Pair,
@@ -227,6 +228,15 @@ def test_layouts_of_well_known_data_sets():
     assert pair.prompt == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Well?"}]  # type: ignore[union-attr]
     pair = ImplicitPrompt()({"chosen": "The sky is blue.", "rejected": "The sky is blank."})
     assert (pair.prompt, pair.chosen, pair.rejected) == (messages("The sky is"), "blue.", "blank.")  # type: ignore[union-attr]
+
+
+def test_the_option_for_whole_conversations_reads_them():
+    row = {"prompt": "a", "chosen": messages("a", "b"), "rejected": messages("a", "c")}
+    with pytest.raises(ValueError, match="single assistant message") as error:
+        Pairs()(row)
+    key, _, target = str(error.value).rpartition(" ")[2].partition("=")
+    assert key == "dataset.format._target_"
+    assert build({"_target_": target}, Format, "dataset.format")(row) == ImplicitPrompt()(row)
 
 
 @pytest.mark.parametrize(

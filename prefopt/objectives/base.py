@@ -1,7 +1,13 @@
 """The contract between the training loop and an objective: `(B,)` tensors in, `(B,)` tensors out.
 
-An objective never sees a model, a batch or a config, so it can be called in float64 from a test. What it needs and
-over which pairs it takes statistics is declared on it, so the loop never asks for its name.
+To write an objective, subclass one of these, in this order of preference:
+
+* `ImplicitReward`: it compares beta * (log pi - log pi_ref) of two completions. Write `losses`. Example: dpo.py.
+* `Pairwise`: it compares some term of two completions. Write `scores` and `losses`. Example: simpo.py.
+* `Objective`: anything else. Write `__call__`. Example: sft.py.
+
+An objective never sees a model, a batch or a config, so a test can call it in float64. It declares what it needs and
+over which pairs it takes statistics, so the loop never asks for its name.
 """
 
 from abc import ABC, abstractmethod
@@ -17,8 +23,8 @@ Need = Literal["reference", "rewards", "entropies", "noise"]
 Scope = Literal["pair", "micro_batch", "step"]
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
-# The default of tensors that only some objectives need. Not typed as optional: an objective that declares a need may
-# rely on it, and one that does not must not touch it (None would fail at once).
+# The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
+# declares a need can rely on the tensor, and one that reads a tensor without declaring it fails at once.
 _ABSENT: Any = None
 # The tensors of `PairInputs` through which gradient flows into the model.
 DIFFERENTIABLE = (
@@ -33,14 +39,22 @@ DIFFERENTIABLE = (
 
 @dataclass(frozen=True)
 class PairInputs:
-    """What an objective may look at, for `B` pairs. Every tensor is `(B,)`, float32 in training, lengths included.
+    """What an objective reads, for `B` pairs. Every tensor is `(B,)`, float32 in training, lengths included.
 
-    `*_logps` are sums over the completion's tokens (its terminator included) of log pi(token | what came before), in
-    nats; `*_lengths` count those tokens. `*_rewards` are prior rewards from the data. `*_entropies` are the
-    surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is that of the sequence entropy.
-    `policy_*_rewards` are the outputs of the model in training where that is a reward model. `noise` is uniform in
-    [0, 1), a fixed function of seed, step and the pair's place in it; `state` is what the objective carried over from
-    the step before: both are there for scope `step` alone. What the objective does not declare may be None.
+    Always filled, for the completions that the objective declares:
+    * `policy_*_logps`: sums over the completion's tokens (its terminator included) of log pi(token | tokens before), in
+      nats. With `model_kind` `reward_model`, `policy_*_rewards` instead: the outputs of the model in training.
+    * `*_lengths`: the number of those tokens.
+
+    Filled if `needs` names them, else perhaps None:
+    * `reference_*_logps` (`reference`): as `policy_*_logps`, of the reference model.
+    * `*_rewards` (`rewards`): prior rewards from the data.
+    * `*_entropies` (`entropies`): the surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is
+      that of the sequence entropy.
+
+    Filled with scope `step` alone:
+    * `noise` (`noise`): uniform in [0, 1), a fixed function of seed, step and the pair's place in the step.
+    * `state`: what the objective returned as `ObjectiveOutput.state` in the step before.
     """
 
     policy_chosen_logps: Tensor = _ABSENT
@@ -73,28 +87,32 @@ class PairInputs:
         return self.reference_chosen_logps is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The `(B,)` tensors that are there, by name."""
+        """The `(B,)` tensors that are filled, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state"}
         return {name: value for name, value in values.items() if value is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairInputs":
+        """The inputs with `function` applied to every `(B,)` tensor; the state stays as it is."""
         return PairInputs(**{name: function(value) for name, value in self.tensors().items()}, state=self.state)
 
 
 def concatenate(parts: Sequence[PairInputs]) -> PairInputs:
-    """The pairs of all parts, in their order. They must hold the same tensors and the same state."""
+    """The pairs of all parts, in their order. All parts must hold the same tensors and the same state."""
     names = parts[0].tensors()
     return PairInputs(**{name: torch.cat([p.tensors()[name] for p in parts]) for name in names}, state=parts[0].state)
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """`losses` `(B,)` with gradient; the step's loss is their sum over all pairs of the optimizer step, divided by its
-    pairs (or by its chosen tokens, where the objective says so).
+    """What an objective returns for `B` pairs.
 
-    `*_scores` `(B,)`, or None where the objective compares nothing: reward accuracy is mean(chosen > rejected), margin
-    is mean(chosen - rejected). `diagnostics` are logged under the objective's name: a bool `(B,)` as its share, a
-    float `(B,)` as mean and quantiles, a 0-dim tensor as it is. `state` goes into the next step and the checkpoint.
+    * `losses`: `(B,)`, with gradient. The step's loss is their sum over all pairs of the optimizer step, divided as
+      `Objective.normalize_by` declares.
+    * `chosen_scores`, `rejected_scores`: `(B,)`, detached, or None if the objective compares nothing. Reward
+      accuracy is mean(chosen > rejected), and margin is mean(chosen - rejected).
+    * `diagnostics`: further values for the log, by name. A bool `(B,)` is logged as its share, a float `(B,)` as mean
+      and quantiles, a 0-dim tensor as it is.
+    * `state`: 0-dim tensors that become `PairInputs.state` of the next step. They are saved with the checkpoint.
     """
 
     losses: Tensor
@@ -105,20 +123,24 @@ class ObjectiveOutput:
 
 
 class Objective(ABC):
-    """A frozen dataclass whose fields are its hyperparameters; its YAML names it with `_target_`.
+    """A frozen dataclass whose fields are its hyperparameters. Its YAML in conf/objective/ names it with `_target_`.
 
-    A subclass sets these class attributes, or makes them properties where a hyperparameter decides:
+    A subclass sets those of the following class attributes that differ from the default. It makes one a property if a
+    hyperparameter decides its value.
 
-    * `equation`, `paper`: for people; `python -m prefopt.objectives` prints them;
-    * `needs`: which optional fields of `PairInputs` must be filled;
-    * `scope`: over which pairs a pair's loss takes statistics (`pair`: none but its own);
-    * `micro_batch_size`: with scope `micro_batch`, the pairs that it sees together; None elsewhere: any number;
-    * `step0_loss`: the loss per pair that equal policy and reference give whatever the data (log 2 for DPO), None
-      where there is no such constant. The run compares it with the loss it sees before its first step;
-    * `completions`: the completions that it reads;
-    * `model_kind`: what kind of model it trains;
-    * `normalize_by`: what the step's loss is divided by;
-    * `reward_range`: the prior rewards it accepts (inclusive), None for any.
+    * `equation`: the loss of one pair, as `python -m prefopt.objectives` prints it.
+    * `paper`: the paper's arXiv number and, where it has one, the number of the equation.
+    * `needs`: which optional tensors of `PairInputs` must be filled.
+    * `scope`: the pairs on which the loss of one pair may depend: itself (`pair`), all pairs of its micro-batch
+      (`micro_batch`), or all pairs of the optimizer step (`step`).
+    * `micro_batch_size`: with scope `micro_batch`, the number of pairs in a micro-batch; otherwise None, for any
+    number.
+    * `step0_loss`: the loss per pair when policy and reference are equal, whatever the data (log 2 for DPO), or None if
+      that is no constant. The run compares it with the loss before its first step.
+    * `completions`: the completions that the objective reads.
+    * `model_kind`: the kind of model that it trains.
+    * `normalize_by`: what the sum of the losses is divided by: the step's pairs, or its chosen tokens.
+    * `reward_range`: the lowest and highest prior reward that the objective accepts, or None for any.
     """
 
     equation: ClassVar[str] = ""
@@ -134,33 +156,39 @@ class Objective(ABC):
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """The name of the objective's file without .py."""
         return type(self).__module__.rpartition(".")[2]
 
     @property
     def derived(self) -> dict[str, float]:
-        """Quantities that follow from the hyperparameters and that papers quote (SimPO's gamma); said at the start."""
+        """Quantities computed from the hyperparameters that papers quote (SimPO's gamma). The run prints them."""
         return {}
 
     def initial_state(self) -> dict[str, Tensor]:
-        """What `PairInputs.state` holds before the first step: 0-dim float32 tensors."""
+        """`PairInputs.state` of the first step: 0-dim float32 tensors."""
         return {}
 
     @abstractmethod
-    def __call__(self, inputs: PairInputs) -> ObjectiveOutput: ...
+    def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
+        """The losses of `inputs`' pairs. Called once for each micro-batch, or with scope `step` once for the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairwise(Objective):
-    """An objective that compares a chosen with a rejected term.
+    """An objective that compares a term of the chosen completion with the same term of the rejected one.
 
-    A subclass says what the two terms are (`scores`) and what their comparison costs (`losses`). Two things then work
-    with each of them: MaPPO, which scales the rejected term, and a weight on the likelihood of the chosen completion,
-    loss += nll_weight * -lp_w (`nll_reduction=sum`) or nll_weight * -lp_w / n_w (`token_mean`), which keeps that from
-    falling together with the rejected one. Raises ValueError for a negative weight or another reduction.
+    A subclass defines the two terms (`scores`) and the loss of their comparison (`losses`). Two features then work with
+    all of these objectives:
+
+    * MaPPO, which scales the rejected term (`compare`).
+    * A negative log-likelihood of the chosen completion is added to the loss: nll_weight * -lp_w (`nll_reduction=sum`)
+      or nll_weight * -lp_w / n_w (`token_mean`). It keeps lp_w from falling together with lp_l.
+
+    Raises ValueError for a negative `nll_weight` or another `nll_reduction`.
     """
 
-    loss_at_reference: ClassVar[float | None] = None  # `step0_loss` without the likelihood term, which is no constant
+    # `step0_loss` where nll_weight is 0. With the likelihood term the loss depends on the data.
+    loss_at_reference: ClassVar[float | None] = None
 
     nll_weight: float = 0.0
     nll_reduction: str = "sum"
@@ -178,14 +206,15 @@ class Pairwise(Objective):
 
     @abstractmethod
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """`(B,)`, with gradient through the two terms. `inputs` is for what else matters: rewards, lengths, state."""
+        """The losses, `(B,)`, with gradient through the two terms. Rewards, lengths and state are in `inputs`. MaPPO
+        passes a scaled `rejected`, so the terms must not be computed again from `inputs`."""
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        """See `ObjectiveOutput`; called without gradient."""
+        """`ObjectiveOutput.diagnostics`. Called without gradient."""
         return {}
 
     def next_state(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        """Called without gradient."""
+        """`ObjectiveOutput.state`. Called without gradient."""
         return {}
 
     @property
@@ -193,14 +222,15 @@ class Pairwise(Objective):
         return None if self.nll_weight else self.loss_at_reference
 
     def compare(self, inputs: PairInputs, rejected_scale: Tensor | float = 1.0) -> ObjectiveOutput:
-        """The objective with its rejected term times `rejected_scale` `(B,)`. Scores are reported unscaled, so that
-        accuracy and margin mean the same with every scale."""
+        """The objective with its rejected term multiplied by `rejected_scale` `(B,)`. Scores are reported unscaled, so
+        that accuracy and margin have the same meaning for every scale."""
         chosen, rejected = self.scores(inputs)
         scaled = rejected_scale * rejected
         losses = self.losses(inputs, chosen, scaled)
         if self.nll_weight:
             tokens = inputs.chosen_lengths if self.nll_reduction == "token_mean" else 1
             losses = losses - self.nll_weight * inputs.policy_chosen_logps / tokens
+
         terms = chosen.detach(), scaled.detach()
         with torch.no_grad():
             diagnostics, state = self.diagnostics(inputs, *terms), self.next_state(inputs, *terms)
@@ -233,18 +263,18 @@ class ImplicitReward(Pairwise):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition`; for hyperparameters, whose errors become composition errors."""
+    """Raise ValueError(message) unless `condition`. For `__post_init__`: the program adds the hyperparameter's key."""
     if not condition:
         raise ValueError(message)
 
 
 def saturated(z: Tensor) -> Tensor:
-    """`(B,)` bool: where sigma(z) is above 0.99 or below 0.01, so that a logistic loss hardly changes its slope."""
-    return z.abs() > 4.6
+    """`(B,)` bool: where sigma(z) is above 0.99 or below 0.01, so the slope of a logistic loss is almost constant."""
+    return z.abs() > 4.6  # log(0.99 / 0.01) = 4.595
 
 
 def clamped_exp(x: Tensor, limit: float = 40.0) -> Tensor:
-    """exp(x) up to x = `limit` nats, its tangent beyond: convex, with a gradient everywhere, and finite in float32.
+    """exp(x) up to x = `limit` nats, and its tangent beyond: convex, finite in float32, with a gradient everywhere.
 
     >>> clamped_exp(torch.tensor([0.0, 1e4])).tolist()
     [1.0, 2.3446726229884173e+21]
@@ -253,16 +283,14 @@ def clamped_exp(x: Tensor, limit: float = 40.0) -> Tensor:
 
 
 def initial_moments() -> dict[str, Tensor]:
-    """Mean 0 and scale 1: the public implementations start at scale 0 without correction, which divides zero by zero
-    while the policy still is the reference."""
+    """The state of `running_moments` before the first step: mean 0 and scale 1. (Public implementations start at scale
+    0, which divides zero by zero as long as the policy equals the reference.)"""
     return {"mean": torch.tensor(0.0), "scale": torch.tensor(1.0)}
 
 
 def running_moments(state: dict[str, Tensor], values: Tensor, momentum: float = 0.9) -> dict[str, Tensor]:
-    """`state` {"mean", "scale"} moved towards mean and standard deviation of `values` `(B,)`, detached.
-
-    A single value has no spread and counts as 0.
-    """
+    """Exponential moving averages of the mean and the standard deviation of `values` `(B,)`: the next `state`, with the
+    keys "mean" and "scale", detached. The standard deviation of a single value counts as 0."""
     values = values.detach()
     scale = values.std(correction=min(1, len(values) - 1))
     return {

@@ -1,8 +1,7 @@
 """Log-probabilities and rewards of completions: the only place that calls log-softmax.
 
-The head is applied to those hidden states alone that predict a completion token, tile by tile of the vocabulary, and
-logits become float32 before the log-sum-exp, whatever the model computes in. Policy and reference go through the same
-function.
+The head is applied only to the hidden states that predict a completion token, tile by tile of the vocabulary. Logits
+become float32 before the log-sum-exp, whatever the model's precision. Policy and reference use the same function.
 """
 
 from collections.abc import Iterator
@@ -21,9 +20,9 @@ from prefopt.models.packed_attention import NAME as SEGMENTS
 
 @dataclass(frozen=True)
 class Logps:
-    """Per completion of a batch, `(C,)` float32. `sums`: nats over the completion; `lengths`: its tokens.
+    """For the completions of a batch, `(C,)` float32 each. `sums`: their log-probs in nats. `lengths`: their tokens.
 
-    `entropies`, if asked for, is the surrogate of MMPO's appendix B.2,
+    `entropies`, if requested, is the surrogate of MMPO's appendix B.2,
     sum_t [H_t + stopgrad(H_t) * log pi(y_<t | x)], H_t the entropy of the next-token distribution at position t:
     its gradient is the score-function form of the gradient of the sequence entropy.
     """
@@ -35,7 +34,7 @@ class Logps:
 
 @dataclass(frozen=True)
 class LogprobComputer:
-    """`completion_logps` as one run computes them: in its precision, with or without the matrix of logits."""
+    """`completion_logps` with the settings of a run. `tiled`: without the matrix of logits."""
 
     precision: str
     tiled: bool = True
@@ -46,12 +45,14 @@ class LogprobComputer:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """torch's autocast to bfloat16 if that is the `precision`; nothing in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @contextmanager
 def autocast_weight_cache() -> Iterator[None]:
-    """Inside, autocast casts each weight once, and not once for every micro-batch. No weight may change meanwhile."""
+    """Inside, autocast casts every weight once, and not once for every micro-batch. No weight may change inside."""
+    # The outermost autocast clears its cache when it ends; with one more level around, the inner ones do not.
     torch.autocast_increment_nesting()
     try:
         yield
@@ -61,25 +62,27 @@ def autocast_weight_cache() -> Iterator[None]:
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True) -> Logps:
-    """Score every completion of the batch; `tiled`: without the (N, vocabulary) matrix of logits
-    (`prefopt.models.chunked_logprobs`).
+    """Log-probs, and entropies if requested, of every completion of the batch.
 
-    A head that is not a plain linear layer (one with an adapter on it, say) is computed whole.
+    `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.models.chunked_logprobs`). A head that is not a
+    plain linear layer (one with an adapter, for example) is computed as a whole nevertheless.
     """
     head, cap = cast(torch.nn.Module, model.get_output_embeddings()), logit_cap(model)
     hidden = _hidden(model, batch)[batch.predictor_index]
-    found: Tensor | None  # (N,) entropies
+    label_logps: Tensor  # (N,)
+    step_entropies: Tensor | None  # (N,)
     if tiled and type(head) is torch.nn.Linear:
-        chosen, found = chunked_logps(hidden, head, batch.labels, entropies, cap)
+        label_logps, step_entropies = chunked_logps(hidden, head, batch.labels, entropies, cap)
     else:
         logps = cap(head(hidden).float()).log_softmax(-1)
-        chosen = logps.gather(-1, batch.labels[:, None])[:, 0]
-        found = -(logps.exp() * logps).sum(-1) if entropies else None
-    token_logps = _by_completion(chosen, batch)
+        label_logps = logps.gather(-1, batch.labels[:, None])[:, 0]
+        step_entropies = -(logps.exp() * logps).sum(-1) if entropies else None
+
+    token_logps = _by_completion(label_logps, batch)
     surrogate = None
-    if found is not None:
-        token_entropies = _by_completion(found, batch)
-        before = token_logps.cumsum(-1) - token_logps
+    if step_entropies is not None:
+        token_entropies = _by_completion(step_entropies, batch)
+        before = token_logps.cumsum(-1) - token_logps  # log pi of the tokens before each token
         surrogate = _sum(token_entropies + token_entropies.detach() * before)
     return Logps(_sum(token_logps), batch.lengths, surrogate)
 
@@ -87,6 +90,7 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
 def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The scalar head `model.score` on the last token of every completion, `(C,)` float32."""
     hidden = last_hidden_states(model, batch).float()
+    # In float32 whatever the precision: rewards are compared, and bfloat16 has only 8 bits for their differences.
     with torch.autocast(hidden.device.type, enabled=False):
         return cast(torch.nn.Linear, model.score)(hidden)[:, 0]
 
@@ -97,10 +101,10 @@ def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(R * T, hidden): the backbone's last hidden states, which the batch's indices point into."""
+    """(R * T, hidden): the backbone's last hidden states. The batch's indices point into them."""
     segments = {} if batch.segments is None else {"segments": batch.segments}
     if segments and model.config._attn_implementation != SEGMENTS:
-        raise ValueError("its attention does not know packed rows (`use_segments`)")
+        raise ValueError("its attention does not know packed rows (`enable_packed_attention`)")
     output = model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -122,12 +126,13 @@ def logit_cap(model: PreTrainedModel) -> LogitTransform:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """(C,) float32 from (C, longest). Added up in float64, so that how many zeros follow changes no bit."""
+    """(C,) float32 from (C, longest). The sum is taken in float64, so that the number of zeros behind a completion
+    changes no bit of it."""
     return values.sum(-1, dtype=torch.float64).float()
 
 
 def _by_completion(values: Tensor, batch: Batch) -> Tensor:
-    """(N,) -> (C, longest), zero behind each completion's end. Every place is written once, so the sums over it are
-    the same in every run, on a GPU too."""
+    """(N,) -> (C, longest), with zeros behind the end of a completion. Unlike an index_add, every element is written
+    once, so sums are the same in every run, on a GPU too."""
     grid = values.new_zeros(len(batch.lengths), batch.longest)
     return grid.index_put((batch.completions, batch.offsets), values)

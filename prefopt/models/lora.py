@@ -1,7 +1,7 @@
-"""LoRA inside of a `PreTrainedModel`, and what differs between the policy in training and the policy as it is measured.
+"""LoRA adapters, and the settings in which a policy in training differs from the same policy in evaluation.
 
-The adapter is put into the model by transformers itself, so that the policy stays what the rest of prefopt expects and
-its reference is the same model with the adapter switched off. `peft` is imported only where there is an adapter.
+transformers puts the adapter into the model itself. So the policy stays a `PreTrainedModel`, and its reference is the
+same model with the adapter switched off. `peft` is imported only if there is an adapter.
 """
 
 import contextlib
@@ -34,17 +34,19 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
             f"peft.path={path} cannot be loaded into the model: {str(error).splitlines()[0]} Give an adapter that was "
             "made for this model."
         ) from None
-    # transformers keeps how the adapter's names were read, and would write the model's own names by it.
+    # Loading an adapter sets the model's rules for renaming weights, by which transformers would save the model, too.
     model._weight_conversions = conversions  # type: ignore[assignment]  # a list
     merge(model)
+    # An optimizer on weights that became bfloat16 would lose small updates.
     changed = [name for name, p in model.named_parameters() if dtypes.get(name) != p.dtype]
     assert not changed, changed
     model.requires_grad_(True)
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
-    """Put a fresh adapter, which changes nothing yet, on the layers that `config` names: from now on it is all that is
-    trainable, besides the head of a reward model. Its initial values are a function of `seed`.
+    """Put a new adapter on the layers that `config` names. It starts as zero, so the model's outputs do not change, and
+    its random factor is a function of `seed`. Afterwards only the adapter, and the head of a reward model, is
+    trainable.
 
     Raises UserError as `adapter_layers` does.
     """
@@ -63,8 +65,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
 def adapter_layers(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     """The names of the layers that `config` puts an adapter on.
 
-    Raises UserError where there are no such layers, or the head is one of them: prefopt applies it to chosen positions
-    alone, and its weight is that of the embeddings in many models.
+    Raises UserError if there are none, or if the head is among them: prefopt applies the head to selected positions,
+    and many models share its weight with the embeddings.
     """
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     targets = {name for name in linear if name.rpartition(".")[2] in config.target_modules}
@@ -80,9 +82,9 @@ def adapter_layers(model: PreTrainedModel, config: PeftConfig) -> list[str]:
 
 
 def save_adapter(model: PreTrainedModel, target: Path) -> None:
-    """Write the adapter by itself, as `model.load_adapter(target)` and peft read it."""
+    """Write the adapter without the model below it, as `model.load_adapter(target)` and peft read it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it looks for the base model's config on the hub
+        warnings.simplefilter("ignore")  # peft warns if it cannot find the base model's config on the hub
         model.save_pretrained(target)
     if not hasattr(model, "score"):
         return
@@ -94,21 +96,23 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
 
 
 def merge(model: PreTrainedModel) -> None:
-    """Add the adapter to the weights below it and remove it: a plain model that computes the same."""
+    """Add the adapter to the weights below it and remove it. The result is a plain model with the same outputs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
             model.set_submodule(name, module.get_base_layer())
+    # Otherwise transformers would save an adapter instead of the model.
     del model.peft_config
     model._hf_peft_config_loaded = False
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep each layer's input alone, in training, and compute the rest again in the backward pass.
+    """Gradient checkpointing: in training, store only the inputs of the layers and recompute the rest in the backward
+    pass.
 
-    Raises UserError for an architecture that does not know how.
+    Raises UserError for an architecture that does not support it.
     """
     try:
         with warnings.catch_warnings():
@@ -123,14 +127,19 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def train_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, dropout is drawn and activations are computed again, in forward and backward passes alike; outside, the
-    policy is what is exported. The model has no other dropout than the adapter's (`models.load`)."""
-    modules = [
-        m
-        for m in model.modules()
-        if (isinstance(m, nn.Dropout) and m.p > 0) or isinstance(m, GradientCheckpointingLayer)
-    ]
+    """Inside, the adapter's dropout and gradient checkpointing are active; outside, the policy is as it is exported.
+
+    Not `model.train()`: only the modules that implement these two change. All other modules stay in evaluation mode,
+    as `models.load.finalize` left them, without dropout.
+    """
+    modules = []
+    for module in model.modules():
+        has_dropout = isinstance(module, nn.Dropout) and module.p > 0
+        if has_dropout or isinstance(module, GradientCheckpointingLayer):
+            modules.append(module)
+
     for module in modules:
+        # The attribute and not `module.train()`, which would also switch the layers inside.
         module.training = True
     try:
         yield
@@ -140,6 +149,6 @@ def train_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def seed_dropout(*numbers: int) -> None:
-    """What is drawn from now on is a function of `numbers`: a run that goes on draws what it would have drawn, and two
-    passes over a micro-batch see the same model."""
+    """Seed torch's global generators with `mix_seed(*numbers)`. A resumed run so draws the dropout that it would have
+    drawn, and the two passes over a micro-batch draw the same."""
     torch.manual_seed(mix_seed(*numbers))

@@ -1,11 +1,11 @@
 """The reference: the policy as it was before the first step, in one of three forms.
 
-* `Cached` (the default): its log-probs of the pairs that the run will see, on disk. Made once, by the policy itself
-  before it is trained, and shared by every objective, beta, seed and learning rate over the same weights and tokens. In
-  the packed layout a pair's log-probs do not depend on the pairs beside it (on a CPU not by one bit; not measured on
-  a GPU), so they are the policy's own.
-* `Resident`: a frozen copy of the policy, which scores every batch again.
-* `AdapterOff`: the policy without its adapter, which does the same without the copy.
+* `Cached` (the default): log-probs of the run's pairs, on disk. The policy computes them before it is trained. Every
+  objective, beta, seed and learning rate with the same weights and tokens shares them. In the packed layout the
+  log-probs of a pair do not depend on the pairs beside it (on a CPU not by one bit; not measured on a GPU), so they are
+  exactly those that the policy computes before its first step.
+* `Resident`: a frozen copy of the policy, which scores every batch.
+* `AdapterOff`: the policy with its adapter switched off, which scores every batch, without a copy in memory.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.tensor_store import TensorCache, hash_tokens
 
-SPOT_CHECKS = 2  # pairs read from the cache that are computed again
+SPOT_CHECKS = 2  # cached pairs that are computed again, to notice a damaged cache
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
 
 
 class Reference(ABC):
-    """What is left of the initial policy."""
+    """The initial policy: its log-probs, and the model."""
 
     @abstractmethod
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        """`(2B,)` float32 nats on the batch's device: all chosen, then all rejected completions of the B `pairs`, which
-        lie in `batch`."""
+        """Log-probs `(2B,)` float32, in nats, on the batch's device: first the chosen completions of the B `pairs`,
+        then the rejected ones. `batch` holds the same pairs."""
 
     @abstractmethod
     def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
-        """The model itself, for texts that nobody knew beforehand (samples)."""
+        """The model, for texts that do not exist before the run (samples)."""
 
 
 @dataclass
@@ -91,8 +91,8 @@ class AdapterOff(Reference):
 
 @dataclass
 class Cached(Reference):
-    """`load` makes the model again, for samples. `known` holds, by the key of each pair, the log-probs of its chosen
-    and its rejected completion and how many tokens these have."""
+    """`load` loads the model again, for samples. `known` maps the key of a pair to four numbers: the log-probs of its
+    chosen and its rejected completion, and the lengths of these in tokens."""
 
     load: Callable[[], PreTrainedModel]
     known: TensorCache = field(default_factory=TensorCache)
@@ -116,17 +116,19 @@ def cached(
     load: Callable[[], PreTrainedModel],
     show: bool = True,
 ) -> Cached:
-    """The log-probs of `pairs` by `policy`, whose weights have the digest `weights`: read from the user's cache, and
-    computed and added to it where they are missing. Other processes that need the same ones wait meanwhile.
+    """The reference with the log-probs of `pairs` by `policy`, whose weights have the digest `weights`. They are read
+    from the user's cache; the missing ones are computed and added. Meanwhile, other processes that need the same cache
+    wait.
 
-    Raises UserError where a file of the cache is damaged, or some of its pairs do not come out as they are written.
+    Raises UserError for a damaged file of the cache, and for a cached pair whose log-probs the policy does not confirm.
     """
     known = TensorCache(cache_folder(policy, weights, layout, score), 4)
-    # Places in `pairs` and not pairs, which may be more than the memory holds.
+    # Indices into `pairs`, because all pairs at once may not fit into memory.
     wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
     with known.locked("reference"):
-        found = [i for key, i in wanted.items() if key in known]
-        _spot_check(known, [pairs[i] for i in found[:SPOT_CHECKS]], policy, layout, score)
+        present = [i for key, i in wanted.items() if key in known]
+        _spot_check(known, [pairs[i] for i in present[:SPOT_CHECKS]], policy, layout, score)
+
         missing = [i for key, i in wanted.items() if key not in known]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
             for start in range(0, len(missing), tensor_store.SHARD_ROWS):
@@ -137,12 +139,12 @@ def cached(
                     values.append(_compute(policy, layout, score, part))
                     bar.advance(by=len(part))
                 known.add(keys, torch.cat(values))
-    say(f"  reference: {len(found)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
+    say(f"  reference: {len(present)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
     return Cached(load, known)
 
 
 def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer) -> Path:
-    """Named by all that decides a log-prob besides the tokens."""
+    """The folder of these log-probs. Its name is a digest of everything besides the tokens that decides a log-prob."""
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     decides = [weights, resolved_config(policy), layout.name, score.precision, policy.device.type, versions]
     key = fingerprint(decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate)
@@ -150,13 +152,13 @@ def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: L
 
 
 def pair_key(pair: TokenizedPair) -> bytes:
-    """Of the pair's tokens, whatever data set they come from."""
+    """A digest of the pair's tokens, the same in every data set."""
     return hash_tokens(pair.prompt, pair.chosen, pair.rejected)
 
 
 @torch.no_grad()
 def _compute(policy: PreTrainedModel, layout: Layout, score: LogprobComputer, pairs: Sequence[TokenizedPair]) -> Tensor:
-    """(B, 4) on the CPU: the log-probs of both sides, and their lengths."""
+    """(B, 4) float32 on the CPU: log-probs of chosen and rejected, lengths of chosen and rejected."""
     batch = layout.collate(pairs, SIDES).to(policy.device)
     sums = score(policy, batch).sums.view(2, -1).T.cpu()
     return torch.cat([sums, torch.tensor([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs])], 1)
@@ -165,6 +167,7 @@ def _compute(policy: PreTrainedModel, layout: Layout, score: LogprobComputer, pa
 def _spot_check(
     known: TensorCache, pairs: Sequence[TokenizedPair], policy: PreTrainedModel, layout: Layout, score: LogprobComputer
 ) -> None:
+    """Raises UserError if the cached log-probs of `pairs` differ from the policy's by more than rounding."""
     for pair in pairs:
         (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair])
         wrong, lengths = (computed - written).abs(), computed[2:]

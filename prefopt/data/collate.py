@@ -60,8 +60,7 @@ class PackedSegments:
         if device not in self._cache:
             positions, key_counts, start = [], [], 0
             for prompt, completions in self.groups:
-                # The keys of a segment are the prompt's, which it shares with its siblings, and those of its
-                # completion.
+                # The keys of a segment: those of the prompt, which all its segments share, and of one completion.
                 completion_start = start + prompt
                 for n in completions:
                     positions.append(torch.arange(start, start + prompt))
@@ -220,8 +219,7 @@ class Layout:
         batch = self.make(groups_of(pairs, sides))
         if all(p.loss_mask is None for p in pairs):
             return batch
-        # The chats' tokens lie in the batch in this order, one chat behind the other, so one mask selects in all
-        # fields.
+        # The batch holds the chats' tokens in this order, so one mask fits all fields of completion tokens.
         mask = torch.tensor([in_loss for p in pairs for in_loss in p.mask])
         return replace(
             batch,

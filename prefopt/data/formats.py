@@ -136,8 +136,7 @@ class ScoredResponses(Format):
             return rewards[w] > rewards[l] and rewards[w] - rewards[l] >= self.min_gap
 
         order = scored.order
-        # `order` is a stable sort, so its first is the first of the lowest; the first of the highest has to be looked
-        # up.
+        # Of equal rewards the first: `order` is stable, so its first is; the highest has to be looked up.
         best, worst = rewards.index(rewards[order[-1]]), order[0]
         if problem := role_problem(scored.prompt):
             return problem

@@ -131,8 +131,7 @@ def _parsed(where: str, data: bytes, hint: str) -> Any:
     """The JSON value in `data`. Raises UserError for what is not JSON, not UTF-8, or not text at all."""
     try:
         value = json.loads(data.decode())
-        # JSON may escape half of a surrogate pair, which no tokenizer and no file can take: encoding it raises
-        # ValueError.
+        # JSON can escape half of a surrogate pair. No file can hold that: encoding it raises ValueError.
         if b"\\ud" in data or b"\\uD" in data:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Log-probs of given tokens without the matrix of logits: tile by tile of the vocabulary, forward and backward.
+"""Log-probs of tokens without the matrix of logits: tile by tile of the vocabulary, forward and backward.
 
-[tokens x vocabulary] is the largest tensor of a preference step and most of its memory at vocabularies of 100,000 and
-more. Here only [tokens x TILE] is there at a time; the backward pass computes each tile's logits again, unless all of
-them take so little (KEPT) that this would save nothing.
+The logits (tokens, vocabulary) are the largest tensor of a preference step, and most of its memory for vocabularies of
+100,000 and more. Here only (tokens, TILE) exists at a time. The backward pass computes the logits of every tile again,
+unless all logits together are so small (KEPT) that this would save nothing.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 TILE = 4096  # columns of the vocabulary at a time
-KEPT = 2**26  # bytes of logits, as the product gives them, that are kept for the backward pass instead
+KEPT = 2**26  # up to so many bytes, the head's outputs are kept for the backward pass instead of computed again
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What becomes of the head's output: y = scale x, and softcap tanh(y / softcap) where there is one."""
+    """From the head's output x to logits: y = scale x, then softcap tanh(y / softcap) unless `softcap` is None."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -29,15 +29,15 @@ class LogitTransform:
         return y if self.softcap is None else self.softcap * torch.tanh(y / self.softcap)
 
     def backward(self, slope: Tensor, logits: Tensor) -> Tensor:
-        """The gradient by x, from that by the logits and the logits themselves."""
+        """The gradient with respect to x. `slope`: the gradient with respect to the logits; `logits`: their values."""
         if self.softcap is not None:
             slope = slope * (1 - (logits / self.softcap) ** 2)
         return slope if self.scale == 1 else self.scale * slope
 
 
 class TiledLogps(torch.autograd.Function):
-    """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> log-probs (N) of the labels and entropies (N) of
-    the distributions, float32; None in their place unless `with_entropies`. Products are computed in `hidden`'s dtype,
+    """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> (log-probs (N) of the labels, entropies (N) of
+    the distributions or, without `with_entropies`, None), float32. Products are computed in `hidden`'s dtype,
     log-sum-exp and sums in float32."""
 
     @staticmethod
@@ -48,8 +48,10 @@ class TiledLogps(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         with_entropies: bool = True,
-        cap: LogitTransform = LogitTransform(),  # it is frozen
+        cap: LogitTransform = LogitTransform(),  # frozen, so it is safe as a default
     ) -> tuple[Tensor, Tensor | None]:
+        # One pass over the tiles, as in online softmax: running maximum, and sums relative to it, which are rescaled
+        # when a tile raises the maximum.
         n = len(labels)
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
         # With d = logit - top: the sum of exp(d), and that of exp(d) d, which gives the entropy.
@@ -68,13 +70,15 @@ class TiledLogps(torch.autograd.Function):
                 weighted = (weighted + total * lower) * lower.exp() + (powers * above).sum(-1)
             total = total * lower.exp() + powers.sum(-1)
             top = higher
+            # The label's logit, of the labels that lie in this tile. No shape depends on values, so no GPU has to wait.
             inside = (labels >= start) & (labels < start + logits.shape[1])
-            found = logits.gather(-1, (labels - start).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-            chosen = torch.where(inside, found, chosen)
-        # `top` is subtracted first: added to the logarithm it would swallow its digits.
+            label_logits = logits.gather(-1, (labels - start).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            chosen = torch.where(inside, label_logits, chosen)
+
         entropies = total.log() - weighted / total if with_entropies else None
         ctx.cap = cap
         ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies, *products)
+        # `top` is subtracted first: a sum top + log(total) would round away digits of the logarithm.
         return chosen - top - total.log(), entropies
 
     @staticmethod
@@ -85,10 +89,13 @@ class TiledLogps(torch.autograd.Function):
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         kept = zip(range(0, len(weight), TILE), products, strict=True)
+
         for start, product in kept if products else _products(hidden, weight, bias):
             logits = ctx.cap(product.float())
             end = start + logits.shape[1]
             logps = logits - top[:, None] - log_total[:, None]
+            # With p = exp(logps), logit j of a label y and of entropy H has the gradients 1[j = y] - p_j (of the
+            # log-prob) and -p_j (log p_j + H) (of the entropy).
             pull = of_logps[:, None]
             if entropies is not None and of_entropies is not None:  # both are, or neither
                 pull = pull + of_entropies[:, None] * (logps + entropies[:, None])
@@ -113,10 +120,9 @@ def chunked_logps(
     with_entropies: bool = True,
     cap: LogitTransform = LogitTransform(),
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (N) of `labels` (N) and entropies (N), if asked for, of softmax(cap(head(hidden))), hidden (N, H);
-    float32.
+    """Log-probs (N) of `labels` (N), and with `with_entropies` entropies (N), of softmax(cap(head(hidden))); float32.
 
-    Under autocast the products are computed in its dtype, as the head itself would.
+    `hidden` is (N, H). Under autocast the products are computed in its dtype, as the head itself would do.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -126,7 +132,7 @@ def chunked_logps(
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """(first column, the (N, up to TILE) outputs of the head there, in `hidden`'s dtype)."""
+    """For every tile: (its first column, the head's outputs (N, up to TILE) in `hidden`'s dtype)."""
     for start in range(0, len(weight), TILE):
         part = weight[start : start + TILE].to(hidden.dtype)
         yield start, linear(hidden, part, None if bias is None else bias[start : start + TILE].to(hidden.dtype))

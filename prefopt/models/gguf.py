@@ -14,8 +14,9 @@ from prefopt.utils.console import say
 from prefopt.utils.files import cache_dir
 
 
-def _convert_gguf(gguf: Path) -> Path:
-    """Write a GGUF file's weights and tokenizer once as a plain float32 checkpoint into the user's cache folder."""
+def convert_gguf(gguf: Path) -> Path:
+    """The folder of a float32 checkpoint with the weights and the tokenizer of a GGUF file. It is made once, in the
+    user's cache folder. Raises UserError for a file that cannot be read."""
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
     target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
     if target.is_dir():
@@ -26,15 +27,18 @@ def _convert_gguf(gguf: Path) -> Path:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except MemoryError:
         raise
-    except Exception as error:  # whatever reading somebody's file raises
+    except Exception as error:  # reading a foreign file may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model file {gguf} cannot be read: {reason}. Get it again, or give another model.") from None
-    # A model loaded from GGUF refuses save_pretrained, so its weights move into one made from its config.
+    # transformers refuses to save a model that was loaded from GGUF, so a new one made from its config takes the
+    # weights.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
+
+    # Renamed when complete, so that no reader sees half of a checkpoint.
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     model.save_pretrained(aside)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)

@@ -1,4 +1,4 @@
-"""Does this model compute packed and prefix-shared rows right? Asked before the first step, not assumed."""
+"""Before the first step: does this model compute packed and prefix-shared rows correctly?"""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,8 @@ from prefopt.models.logprobs import autocast, completion_logps, last_hidden_stat
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.utils.console import say
 
-# Nats per completion token (or units of a hidden state); leaks and wrong positions are off by far more.
+# Nats per completion token (or units of a hidden state). Leaks between completions and wrong positions differ by far
+# more.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
@@ -22,12 +23,15 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 def choose_layout(
     name: str, model: PreTrainedModel, pairs: Sequence[TokenizedPair], precision: str = "float32"
 ) -> Layout:
-    """The layout `name`; or the next simpler one that gives the numbers of the model's own forward pass on the longest
-    of `pairs`, with a line that says why. A reward model has no log-probs, and its head is zero at first: there the
-    last hidden states are compared.
+    """The layout `name`, or the next simpler one in which the model computes the longest of `pairs` correctly. If it is
+    another one, a message says why.
 
-    On a CPU the comparison is made in float32; on a GPU, whose kernel for packed rows knows no float32, and of a model
-    with quantized weights, which are computed with in `precision`, in that.
+    Correct means: the same numbers as the model's ordinary forward pass on every completion alone. These are log-probs;
+    of a reward model, whose head is zero at first, the last hidden states.
+
+    On a CPU the comparison is made in float32. It is made in `precision` on a GPU, whose kernel for packed rows knows
+    no float32, and for quantized weights.
+
     Raises UserError if not even padded rows give those numbers.
     """
     if model.device.type == "cpu" and not getattr(model, "is_quantized", False):
@@ -35,29 +39,32 @@ def choose_layout(
     pair = max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
     group = Group(pair.prompt, [c for c in (pair.chosen, pair.rejected) if c])
     original = model.config._attn_implementation
-    names = list(LAYOUTS)  # from the fastest to the one that every model knows
+    names = list(LAYOUTS)  # from the fastest to the one that works with every model
     reason = ""
     with autocast(model.device, precision):
-        expected = torch.stack([_own_numbers(model, group.prompt, c) for c in group.completions], -1)
+        expected = torch.stack([_expected_numbers(model, group.prompt, c) for c in group.completions], -1)
         if not expected.isfinite().all():
             raise UserError(
                 f"the {model.config.model_type} gives {expected.flatten()[0]:g} for a row of the data, so its weights "
                 "hold what is no number, or are too large. Get the checkpoint again."
             )
+
         for candidate in names[names.index(name) :]:
             try:
                 if candidate == "packed":
                     enable_packed_attention(model)
-                found = _numbers(model, LAYOUTS[candidate], group)
-                difference = ((found - expected).abs() / found.new_tensor([len(c) for c in group.completions])).max()
+                numbers = _numbers(model, LAYOUTS[candidate], group)
+                lengths = numbers.new_tensor([len(c) for c in group.completions])
+                difference = ((numbers - expected).abs() / lengths).max()
                 if difference <= TOLERANCE[precision]:
                     if reason:
                         say(f"  layout: {candidate}, because {model.config.model_type} {reason}")
                     return LAYOUTS[candidate]
                 reason = f"gives other log-probs in a {candidate} row (by {difference.item():.2g} nats per token)"
+            # What the code of an architecture raises for a mask or an argument that it does not know.
             except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, ImportError) as error:
                 reason = f"cannot read a {candidate} row ({str(error).splitlines()[0]})"
-            if candidate == "packed":
+            if candidate == "packed":  # the other layouts take the model's own attention
                 model.set_attn_implementation(original)
     raise UserError(
         f"prefopt cannot compute this model: {model.config.model_type} {reason}. It may change its logits after the "
@@ -66,15 +73,15 @@ def choose_layout(
 
 
 def _numbers(model: PreTrainedModel, layout: Layout, group: Group) -> Tensor:
-    """(completions,) log-probs; or (hidden, completions) of a reward model."""
+    """What the model computes in a layout: (completions,) log-probs; of a reward model, (hidden, completions)."""
     batch = layout.make([group]).to(model.device)
     if hasattr(model, "score"):
         return last_hidden_states(model, batch).float().T
     return completion_logps(model, batch).sums
 
 
-def _own_numbers(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
-    """The same of one completion, from the model's own forward pass on an ordinary row."""
+def _expected_numbers(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
+    """The same numbers for one completion, from an ordinary forward pass: one row, no mask, no positions."""
     row = torch.tensor([prompt + completion], device=model.device)
     if hasattr(model, "score"):
         return model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1].float()

@@ -25,7 +25,7 @@ NOTATION = (
 
 
 def objectives() -> Iterator[tuple[str, Objective, DictConfig]]:
-    """(name, object, its composed YAML) of each file in conf/objective/, with every default in place."""
+    """(name, object, composed YAML) for every file in conf/objective/, with all defaults filled in."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):
@@ -36,18 +36,18 @@ def objectives() -> Iterator[tuple[str, Objective, DictConfig]]:
 
 
 def rows() -> list[tuple[str, ...]]:
-    """One per objective, a text for each of COLUMNS."""
-    found: list[tuple[str, ...]] = []
+    """One row for every objective, with the texts of COLUMNS."""
+    table: list[tuple[str, ...]] = []
     for name, objective, node in objectives():
         values = OmegaConf.to_container(node)
         assert isinstance(values, dict)
         defaults = ", ".join(f"{key!s}={_text(value)}" for key, value in values.items() if key != "_target_")
-        needs = ", ".join(sorted(objective.needs - {"noise"})) or "–"
+        needs = ", ".join(sorted(objective.needs - {"noise"})) or "–"  # the loop draws noise, no user provides it
         equation = objective.equation
-        if values.get("nll_weight") == 0:  # the term that every pairwise objective has is not listed each time
+        if values.get("nll_weight") == 0:  # every pairwise objective has this term; it is listed where it is used
             defaults = defaults.replace(", nll_weight=0, nll_reduction=sum", "")
-        found.append((name, equation, needs, objective.scope, defaults or "–", objective.paper))
-    return found
+        table.append((name, equation, needs, objective.scope, defaults or "–", objective.paper))
+    return table
 
 
 def _text(value: object) -> str:

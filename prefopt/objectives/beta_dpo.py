@@ -56,6 +56,7 @@ class BetaDPO(ImplicitReward):
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
         gaps = chosen - rejected
         beta, kept = self.batch(inputs, gaps.detach())
+        # The gaps contain the base beta. The step divides by all pairs, so the losses of the kept ones are scaled up.
         return torch.where(kept, -logsigmoid(beta / self.beta * gaps) * len(kept) / kept.sum(), 0.0)
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

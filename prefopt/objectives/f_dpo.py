@@ -43,6 +43,7 @@ class FDPO(Pairwise):
             require(self.alpha is None, f"alpha must be null unless divergence=alpha, got {self.alpha}")
 
     def _derivative(self, u: Tensor) -> Tensor:
+        """f', up to a constant: only the difference of two values enters the loss. `u`: log-ratios."""
         if self.divergence == "reverse_kl":
             return u
         if self.divergence == "forward_kl":

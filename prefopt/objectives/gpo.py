@@ -8,6 +8,7 @@ from torch.nn.functional import relu, softplus
 
 from prefopt.objectives.base import ImplicitReward, PairInputs, clamped_exp, require
 
+# Losses as functions of the margin z, by the name in the configuration.
 FUNCTIONS = {
     "logistic": lambda z: softplus(-z),
     "hinge": lambda z: relu(1 - z),

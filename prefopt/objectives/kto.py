@@ -50,5 +50,5 @@ class KTO(ImplicitReward):
 
 
 def _reference_point(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """beta z, 0-dim."""
+    """beta z, 0-dim: `chosen` and `rejected` already contain beta."""
     return torch.cat([chosen, rejected]).detach().mean().clamp(min=0)

@@ -48,6 +48,7 @@ class LMPO(Pairwise):
     def _margins(self, inputs: PairInputs) -> Tensor:
         """m, `(B,)`, detached."""
         n_chosen, n_rejected = inputs.chosen_lengths, inputs.rejected_lengths
+        # Both completions as if they had the pair's mean length, so that length alone makes no margin.
         n = (n_chosen + n_rejected) / 2
         p_chosen = torch.exp(inputs.policy_chosen_logps.detach() / n_chosen * n / n_chosen)
         p_rejected = torch.exp(inputs.policy_rejected_logps.detach() / n_rejected * n / n_rejected)

@@ -49,7 +49,8 @@ class MADPO(ImplicitReward):
         return 1 / self.c_max if self.c_min is None else self.c_min
 
     def coefficients(self, h: Tensor) -> Tensor:
-        """c(h)."""
+        """c(h), `(B,)`."""
+        # The fraction of c(h) as a sigmoid, which cannot overflow for a large |h|.
         ratio = math.log((self.c_max - 1) / (1 - self._c_min))
         c = self._c_min + (self.c_max - self._c_min) * torch.sigmoid(-ratio - self.decay * (h.abs() - self.tau))
         if self.only is None:
@@ -57,7 +58,8 @@ class MADPO(ImplicitReward):
         return c.clamp(min=1) if self.only == "amplification" else c.clamp(max=1)
 
     def weights(self, h: Tensor) -> Tensor:
-        """w(h)."""
+        """w(h), `(B,)`."""
+        # A difference of logarithms: for a very negative h both sigmoids are 0 in float32.
         weights = (logsigmoid(self.coefficients(h) * h) - logsigmoid(h)).exp()
         return torch.where(h > -self.tau, weights, 1.0)
 

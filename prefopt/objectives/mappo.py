@@ -49,6 +49,7 @@ class MaPPO(Objective):
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
         delta_r = inputs.chosen_rewards - inputs.rejected_rewards
+        # Diagnostics and losses see the scaled term, scores do not.
         output = self.base.compare(inputs, rejected_scale=delta_r)
         output.diagnostics["delta_r"] = delta_r
         return output

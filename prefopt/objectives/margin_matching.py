@@ -31,6 +31,7 @@ class MarginMatching(ImplicitReward):
         require(self.gamma > 0, f"gamma must be positive, got {self.gamma}")
 
     def _labels(self, inputs: PairInputs) -> Tensor:
+        """p, `(B,)`: the soft label."""
         return torch.sigmoid(self.gamma * (inputs.chosen_rewards - inputs.rejected_rewards))
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class MMPO(Pairwise):
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
+        # Minimum and maximum are taken over these pairs.
         return {"micro_batch": "micro_batch", "step": "step", "none": "pair"}[self.normalization]  # type: ignore[return-value]
 
     def _rewards(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,7 @@ class MMPO(Pairwise):
         rejected = self.beta * inputs.reference_rejected_logps / rejected_n
         q = torch.stack([chosen, rejected]).detach()
         if self.normalization != "none":
+            # As published: 1e-6 in both places, so that q stays positive and equal rewards do not divide by zero.
             q = (q - q.min() + 1e-6) / (q.max() - q.min() + 1e-6)
         return q[0], q[1]
 

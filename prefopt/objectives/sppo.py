@@ -38,5 +38,5 @@ class SPPO(Pairwise):
         return inputs.chosen_logratios, inputs.rejected_logratios
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
-        target = 1 / (2 * self.beta)
+        target = 1 / (2 * self.beta)  # eta / 2
         return (chosen - target) ** 2 + (rejected + target) ** 2

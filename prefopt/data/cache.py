@@ -146,6 +146,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, names: list[str]) -> str:
     """24 hexadecimal digits: the name of the folder of the splits `names`."""
     digests = {name: split_digest(dataset, name) for name in names}
+    # A format may be the user's own class, in a file beside the data: its source counts, too.
     readers = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
     decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
     return fingerprint(decides, prefopt.data.dataset, data_sources, tokenizing, formats, *readers)[:24]
@@ -218,6 +219,7 @@ def write_split(
             dropped += chunk.dropped
             kept += chunk.noted
             counted[source] += len(chunk.pairs)
+            # In the padded layout, the longest row is a prompt with its longer completion.
             longest = max([longest, *(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in chunk.pairs)])
             bar.advance(by=len(items))
 

@@ -189,6 +189,7 @@ def read_items(
                 is_used(name, source.policies, [item.reason], where, item.detail)
                 continue
             item = replace(_scaled(item, source, where), source=name)
+            # Prompts are compared by digest, so that a large data set's prompts need not stay in memory.
             prompt = content_id(prompt_of(item))
             conditions = {"duplicate_prompt": prompt in seen, "prompt_in_heldout": prompt in held_out}
             defects = [*_defects(item), *(defect for defect, holds in conditions.items() if holds)]

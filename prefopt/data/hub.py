@@ -184,6 +184,7 @@ def wanted(files: Iterable[str], with_weights: bool = True) -> list[str]:
         weights = set()
     elif not weights:
         raise MissingAssetError("it has no weights in safetensors format, and pickles are not fetched")
+    # Some tokenizers have a file named after the model, known by its ending alone.
     if not texts & set(TOKENIZERS) and not any(name.endswith((".tiktoken", ".model")) for name in texts):
         raise MissingAssetError("it has no tokenizer")
 
@@ -224,6 +225,7 @@ def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
     for item in items(model, dataset):
         model_itself = isinstance(item, Model) and item.weights
         what = f"no model can be loaded from model.path={item.path}" if model_itself else f"no {item}"
+        # With a path that is no valid name on the hub, a network would not help either.
         if isinstance(item, Model) and not item.local and not _is_on_hub(item):
             messages.append(f"{what}: it is neither a folder here nor a name on the hub (OWNER/NAME).")
             continue

@@ -51,6 +51,7 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
 
     splits = set()
     for where, row in rows:
+        # A row without the field belongs to every split that is asked for.
         splits.add(str(row.get("split", split)))
         if split is None or row.get("split", split) == split:
             yield where, row
@@ -81,6 +82,7 @@ def digest(path: str, split: str = "train", revision: str | None = None) -> str:
     if file.is_file():
         return _sha256(file)
     if file.is_dir():
+        # The split is part of the digest, because a folder may hold several.
         files = sorted(f for f in file.rglob("*") if f.is_file())
         text = "".join(f"{f.relative_to(file)} {_sha256(f)}\n" for f in files)
         return hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()
@@ -222,6 +224,7 @@ def _check_card(file: Path) -> None:
     URL that a card names."""
     text = file.read_text(errors="replace")
     if file.suffix == ".md":
+        # Only the YAML between the first two lines of --- is read by machines.
         front = re.match(r"\s*---\r?\n(.*?)\n---", text, re.DOTALL)
         text = front[1] if front else ""
     for name in _data_files(yaml.safe_load(text)):

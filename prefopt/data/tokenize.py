@@ -136,6 +136,7 @@ def _pair(
     and of both whole conversations. Counts what it changes in `changes`."""
     chosen = _to_the_end(tokenizer, chosen, common_prefix(chosen, prompt), item.chosen_finished)
     rejected = _to_the_end(tokenizer, rejected, common_prefix(rejected, prompt), item.rejected_finished)
+    # The tokens at the seam may merge otherwise with each completion. The prompt ends where all three still agree.
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     shared = prompt[:start]
     if start < len(prompt):
@@ -174,6 +175,7 @@ def _chat(
     first = end = 0  # where the first assistant turn begins, and where the last one ends
     for i, message in enumerate(item.messages):
         if message["role"] == "assistant":
+            # Only the prompt is used; with the answer, `_rendered` checks that the template does not rewrite it.
             opened, _ = _rendered(tokenizer, item.messages[:i], message["content"])
             start = common_prefix(whole, encode(tokenizer, [opened])[0])
             end = len(_to_the_end(tokenizer, whole, start, True))

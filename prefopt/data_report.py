@@ -6,6 +6,7 @@ Only the tokenizer of the model is loaded. Lengths are measured before anything 
 is said about training (counts, examples, shared prompts) holds within the limits.
 """
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ from prefopt.reporting.data import (
     reward_section,
     show,
 )
-from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, check_folder
+
+log = logging.getLogger("prefopt.data_report")
 
 
 @program("data_report", DataReportConfig)
@@ -50,10 +52,10 @@ def main(cfg: DictConfig) -> None:
     from prefopt.models.load import load_tokenizer  # imports torch: bad input is refused before
 
     tokenizer = load_tokenizer(config.model)
-    say("within the length limits:")
+    log.info("within the length limits:")
     limits = Limits(config.max_prompt_tokens, config.max_completion_tokens)
     trained = prepare_dataset(config.dataset, tokenizer, limits, lambda split, rewards: None)
-    say("of any length:")
+    log.info("of any length:")
     splits = prepare_dataset(config.dataset, tokenizer, UNLIMITED, lambda split, rewards: None)
     sections = [
         *count_sections(config, trained),

@@ -21,6 +21,7 @@ from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
 from prefopt.tracking.process import acquire_lock, process_info
 from prefopt.tracking.record import read_record, update_record
 from prefopt.training.config import OnlineConfig, TrainConfig
+from prefopt.utils.console import configure_logging
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.redact import RedactingStream
 from prefopt.utils.signals import install_handlers
@@ -87,4 +88,5 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
+    configure_logging()
     sys.exit(exit_code(lambda: run(Path(sys.argv[1])), []))

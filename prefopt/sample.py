@@ -9,6 +9,8 @@ lists `responses` (texts) and `finished` (false where the token limit cut the re
 Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file.
 """
 
+import logging
+
 from omegaconf import DictConfig
 
 from prefopt.cli.program import program
@@ -17,8 +19,9 @@ from prefopt.config.parse import parse
 from prefopt.data.sources import write_rows
 from prefopt.generation.config import SampleConfig, check_sample
 from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
-from prefopt.utils.console import say
 from prefopt.utils.files import check_output
+
+log = logging.getLogger("prefopt.sample")
 
 
 @program("sample", SampleConfig)
@@ -43,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     responses, _ = generate_resumable(request, partial)
     write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
     partial.unlink()
-    say(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
+    log.info(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
 
 
 if __name__ == "__main__":

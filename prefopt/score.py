@@ -8,6 +8,8 @@ A row with `responses`, as prefopt.sample writes it, gets the lists `rewards` an
 [0, 1]: sigma(r), or r itself where the scorer's rewards are on [0, 1] already. All other fields are carried over.
 """
 
+import logging
+
 from omegaconf import DictConfig
 
 from prefopt.cli.program import program
@@ -18,8 +20,9 @@ from prefopt.errors import UserError
 from prefopt.rewards.config import ScoreConfig
 from prefopt.rewards.rows import score_rows
 from prefopt.rewards.scorers import RewardScorer
-from prefopt.utils.console import say
 from prefopt.utils.files import check_output
+
+log = logging.getLogger("prefopt.score")
 
 
 @program("score", ScoreConfig)
@@ -34,7 +37,7 @@ def main(cfg: DictConfig) -> None:
     rows = list(read_rows(config.input, config.split))
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of scoring
     write_rows(output, score_rows(rows, scorer, config.device, config.precision, config.name))
-    say(f"wrote {len(rows)} scored rows to {output}")
+    log.info(f"wrote {len(rows)} scored rows to {output}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from prefopt.utils.console import configure_logging
 from tests.helpers import tiny
 
+configure_logging()  # what is called in this process talks as in a program
 torch.set_num_threads(1)  # as in tests/helpers/tiny.py
 # No timed assertions: a busy machine must not fail a property.
 settings.register_profile("prefopt", deadline=None)

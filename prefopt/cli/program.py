@@ -20,6 +20,7 @@ from prefopt.cli.hints import refusal
 from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
 from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
+from prefopt.utils.console import configure_logging
 from prefopt.utils.files import ROOT
 from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
@@ -61,6 +62,7 @@ def run(
 ) -> int:
     """Run a program on the command line `arguments`; the exit code. The other parameters are those of `program`."""
     install_redaction()
+    configure_logging()
     if secret := find_secret("\n".join(arguments)):  # first of all, so that nothing shows it
         return _refuse(f"the command line holds {secret}. {NO_KEYS}")
     if wants_help(arguments):

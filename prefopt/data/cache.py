@@ -8,6 +8,7 @@ and one result is kept.
 
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -29,9 +30,11 @@ from prefopt.data.dataset import Split, dataset_fingerprint, has_heldout, load_s
 from prefopt.data.formats import Format, Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
-from prefopt.utils.console import Bar, say
+from prefopt.utils.console import Bar
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
+
+log = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     {
@@ -110,7 +113,7 @@ def prepare_dataset(
         meta = json.loads((folder / f"{name}.json").read_text())
         check(name, meta["rewards"])
         prepared[name] = Prepared(TokenizedPairs(folder / f"{name}.arrow"), **meta)
-        say(f"  {name}: {format_counts(meta['counts'])}")
+        log.info(f"  {name}: {format_counts(meta['counts'])}")
     return prepared
 
 

@@ -4,6 +4,7 @@ A chat template writes every special token itself, so the tokenizer must not add
 prompt and completion is decided by tokens, not by characters: a token across the boundary belongs to the completion.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.config.schema import PoliciesConfig
 from prefopt.data.formats import Chat, Item, Message, Pair, common_prefix
 from prefopt.errors import UserError
-from prefopt.utils.console import say
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(f"the chat template of {tokenizer.name_or_path} opens with two BOS tokens: {closed[:60]!r}.")
     if not closed.startswith(opened) or not closed[len(opened) :].lstrip().startswith("Hi"):
         at = common_prefix(opened, closed)
-        say(
+        log.info(
             f"  chat template of {tokenizer.name_or_path}: a finished turn begins otherwise than the generation "
             f"prompt: after {opened[max(0, at - 20) : at]!r} comes {closed[at : at + 40]!r}, not "
             f"{opened[at : at + 40]!r}. The difference counts as part of the completion."

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import re
 import time
@@ -31,8 +32,10 @@ from prefopt.generation.responses import GenerationRequest, generate_resumable
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
-from prefopt.utils.console import console, say
+from prefopt.utils.console import console
 from prefopt.utils.files import cache_dir, write_json
+
+log = logging.getLogger(__name__)
 
 REPOSITORY = "tatsu-lab/alpaca_eval"  # a data set on the hub
 QUESTIONS = "alpaca_eval_gpt4_baseline.json"  # the 805 questions, with the answers of AlpacaEval 2's baseline
@@ -116,14 +119,14 @@ def read_questions(path: str | None, split: str | None) -> Questions:
         questions[text] = Question(prompt, text)
 
     if repeated:
-        say(f"{file}: {repeated} rows ask what another row asks, and are left out")
+        log.info(f"{file}: {repeated} rows ask what another row asks, and are left out")
     is_alpaca_eval = file.endswith(SUFFIXES) and digest(file) == SHA256[QUESTIONS]
     return Questions(list(questions.values()), is_alpaca_eval)
 
 
 def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
     """Sample one answer per question. Answers of the same weights and settings come from the user's cache."""
-    say(f"{name}: answers to {len(questions)} questions")
+    log.info(f"{name}: answers to {len(questions)} questions")
     folder = cache_dir() / "responses"
     folder.mkdir(parents=True, exist_ok=True)
     request = GenerationRequest(

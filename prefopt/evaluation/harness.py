@@ -20,12 +20,14 @@ from prefopt.evaluation.results import lm_accuracy, task_names
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
-from prefopt.utils.console import console, say
+from prefopt.utils.console import console
 from prefopt.utils.files import check_folder, write_json
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets")  # their versions are part of a record
 
@@ -210,7 +212,7 @@ def run_pending(config: HarnessConfig, **extra: str) -> None:
         weights = weights_of(lm)
         # One call per task: its figures must not depend on which other tasks were asked for.
         for task in tasks:
-            say(f"{checkpoint.path}: {task}")
+            log.info(f"{checkpoint.path}: {task}")
             facts = {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,

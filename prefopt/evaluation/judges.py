@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -22,10 +23,11 @@ from prefopt.data.formats import Message
 from prefopt.errors import UserError
 from prefopt.evaluation.clients import alpaca_eval
 from prefopt.rewards.scorers import Request, RewardScorer
-from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, write_json
 from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # passes over the rows that got no preference
 PACKAGES = {"openai_completions": "openai", "anthropic_completions": "anthropic"}  # by alpaca-eval's fn_completions
@@ -291,7 +293,7 @@ class LanguageModelJudge(Judge):
         characters = sum(len(prompt) + len(c.instruction) + len(c.reference) + len(c.model) for c in to_ask)
         read = math.ceil(characters / CHARACTERS_PER_TOKEN)
         cost = (read * self.price[0] + written * self.price[1]) / 1e6
-        say(
+        log.info(
             f"{self.name}: {len(to_ask)} calls for {n} questions (the others are known or equal), about {read:,} "
             f"tokens to read and {written:,} to write, about {cost:.2f} USD"
         )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import Row, read_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils import signals
-from prefopt.utils.console import Bar, say
+from prefopt.utils.console import Bar
 from prefopt.utils.files import with_filename
 from prefopt.utils.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from prefopt.generation.sampler import Sample, Sampler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
             stack.enter_context(locked(partial.with_suffix(".lock"), "responses"))
         file = PartialFile(partial, digest)
         if file.rows:
-            say(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
+            log.info(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
 
         sample_missing(request, sampler, encoded, file, show)
         return [file.rows[i] for i in range(len(prompts))], weights

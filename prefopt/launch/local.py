@@ -16,7 +16,7 @@ from prefopt.launch.snapshot import python_environment
 from prefopt.tracking.record import update_record
 from prefopt.tracking.status import inspect_runs
 from prefopt.training.config import TrainConfig
-from prefopt.utils.console import say
+from prefopt.utils.console import echo
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Local(Launcher):
             raise
 
     def _stop(self, running: "list[LocalProcess]") -> None:
-        say("stopping: the jobs save after their current step. Again to kill them.")
+        echo("stopping: the jobs save after their current step. Again to kill them.")
         try:
             for child in running:
                 child.process.terminate()
@@ -80,7 +80,7 @@ class LocalProcess:
     def __init__(self, job: SweepJob, slot: int, env: dict[str, str], alone: bool):
         self.job, self.slot = job, slot
         self.prefix = "" if alone else f"{job.id} "
-        say(f"{job.id}: {job.label}")
+        echo(f"{job.id}: {job.label}")
         log = job.folder / "log.txt"
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -98,7 +98,7 @@ class LocalProcess:
         """Shows what is new in the log. A process that ended without saying so in its record failed."""
         code = self.process.poll()
         for line in self.log:
-            say(f"{self.prefix}{line.rstrip()}")
+            echo(f"{self.prefix}{line.rstrip()}")
         if code is None:
             return False
         self.log.close()

@@ -6,6 +6,7 @@ a flag that it looks at between steps instead of a handler that ends it anywhere
 """
 
 import json
+import logging
 import math
 import re
 import shlex
@@ -21,9 +22,10 @@ from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.estimate import parameters
 from prefopt.launch.snapshot import python_environment
 from prefopt.training.config import TrainConfig
-from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, write_json
 from prefopt.utils.signals import EXIT_CODE
+
+log = logging.getLogger(__name__)
 
 
 class ScriptTemplate(string.Template):
@@ -126,8 +128,8 @@ class Slurm(Launcher):
             for i, job in enumerate(chunk):
                 frozen = json.loads((job.folder / "job.json").read_text())
                 write_json(job.folder / "job.json", frozen | {"slurm_job": f"{before}_{i}"})
-            say(f"Slurm job {before}: {len(chunk)} jobs ({script})")
-        say("waiting for them; Ctrl-C leaves them to Slurm, and `python -m prefopt.runs` shows them")
+            log.info(f"Slurm job {before}: {len(chunk)} jobs ({script})")
+        log.info("waiting for them; Ctrl-C leaves them to Slurm, and `python -m prefopt.runs` shows them")
 
     def script(self, count: int, limits: tuple[int, int], listing: Path, code: Path) -> str:
         """The job script (slurm.sh) of an array over the `count` run folders that the file `listing` names.

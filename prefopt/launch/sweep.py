@@ -14,6 +14,7 @@ where there is one.
 """
 
 import dataclasses
+import logging
 import shlex
 import sys
 import time
@@ -30,9 +31,11 @@ from prefopt.launch.snapshot import snapshot
 from prefopt.tracking.process import ACTIVE_STATES, process_info
 from prefopt.tracking.record import write_record
 from prefopt.tracking.status import RunStatus, inspect_runs, status_table
-from prefopt.utils.console import console, rows_table, say
+from prefopt.utils.console import console, rows_table
 from prefopt.utils.distributed import world_size
 from prefopt.utils.files import write_json
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -252,7 +255,7 @@ def wait_for_runs(folders: list[Path]) -> list[RunStatus]:
         for each in found:
             dead[each.folder] = dead[each.folder] + 1 if each.state == "died" else 0
             if before.get(each.folder, each.state) != each.state:
-                say(f"{each.folder.name}: {each.state} {each.why}".rstrip())
+                log.info(f"{each.folder.name}: {each.state} {each.why}".rstrip())
             before[each.folder] = each.state
         asked = [each for each in found if each.state == "unknown" and each.record.get("slurm_job")]
         if not asked and not any(f.state in ACTIVE_STATES or 0 < dead[f.folder] < 3 for f in found):

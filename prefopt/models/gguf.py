@@ -1,6 +1,7 @@
 """A GGUF file as a plain float32 checkpoint."""
 
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import UserError
-from prefopt.utils.console import say
 from prefopt.utils.files import cache_dir
+
+log = logging.getLogger(__name__)
 
 
 def convert_gguf(gguf: Path) -> Path:
@@ -21,7 +23,7 @@ def convert_gguf(gguf: Path) -> Path:
     target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
     if target.is_dir():
         return target
-    say(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
+    log.info(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
     transformers_logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """Before the first step: does this model compute packed and prefix-shared rows correctly?"""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,8 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models.logprobs import autocast, completion_logps, last_hidden_states
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.utils.console import say
+
+log = logging.getLogger(__name__)
 
 # Nats per completion token (or units of a hidden state). Leaks between completions and wrong positions differ by far
 # more.
@@ -58,7 +60,7 @@ def choose_layout(
                 difference = ((numbers - expected).abs() / lengths).max()
                 if difference <= TOLERANCE[precision]:
                     if reason:
-                        say(f"  layout: {candidate}, because {model.config.model_type} {reason}")
+                        log.info(f"  layout: {candidate}, because {model.config.model_type} {reason}")
                     return LAYOUTS[candidate]
                 reason = f"gives other log-probs in a {candidate} row (by {difference.item():.2g} nats per token)"
             # What the code of an architecture raises for a mask or an argument that it does not know.

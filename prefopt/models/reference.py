@@ -11,6 +11,7 @@
 import contextlib
 import copy
 import importlib.metadata
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,12 @@ from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.objectives.base import SIDES
 from prefopt.utils import tensor_store
-from prefopt.utils.console import Bar, say
+from prefopt.utils.console import Bar
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.tensor_store import TensorCache, hash_tokens
+
+log = logging.getLogger(__name__)
 
 SPOT_CHECKS = 2  # cached pairs that are computed again, to notice a damaged cache
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
@@ -139,7 +142,7 @@ def cached(
                     values.append(_compute(policy, layout, score, part))
                     bar.advance(by=len(part))
                 known.add(keys, torch.cat(values))
-    say(f"  reference: {len(present)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
+    log.info(f"  reference: {len(present)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
     return Cached(load, known)
 
 

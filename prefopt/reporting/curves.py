@@ -1,5 +1,6 @@
 """Points and paths of a grid: by epoch, by beta, over seeds."""
 
+import logging
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,8 +10,9 @@ from typing import Any
 from prefopt.reporting.evaluated import Evaluated, Metric, Value, accuracy_of, aggregate_seeds, win_rate_of
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.tracking.archive import Record, beta
-from prefopt.utils.console import say
 from prefopt.utils.stats import mean_and_error
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ def points_of(found: Sequence[Evaluated], metric: Metric | None, models: dict[st
                     by_step.setdefault(policy.step, []).append(policy)
             for step, own in sorted(by_step.items()):
                 if len(own) < len(seeds):
-                    say(f"left out: {model} {method} β={value} at step {step} is evaluated for {len(own)} of its seeds")
+                    log.warning(
+                        f"left out: {model} {method} β={value} at step {step} is evaluated for {len(own)} of its seeds"
+                    )
                     continue
                 rates = (
                     aggregate_seeds([accuracy_of(p) for p in own]),

@@ -1,6 +1,7 @@
 """Scorers that compute rewards with a reward model."""
 
 import importlib.metadata
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from prefopt.data.collate import Layout
     from prefopt.data.tokenize import TokenizedPair
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class RewardModel(RewardScorer):
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         from prefopt.models.load import check_vocabulary, load_tokenizer
-        from prefopt.utils.console import Bar, say
+        from prefopt.utils.console import Bar
 
         tokenizer = load_tokenizer(self._model)
         texts = [self._encode(tokenizer, request) for request in requests]
@@ -74,7 +77,7 @@ class RewardModel(RewardScorer):
                 for start in range(0, len(missing), tensor_store.SHARD_ROWS):
                     shard = missing[start : start + tensor_store.SHARD_ROWS]
                     cache.add(shard, self._compute(model, [by_key[k] for k in shard], precision, bar, layout))
-        say(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
+        log.info(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
         return cache.get(keys)[:, 0].tolist()
 
     @property

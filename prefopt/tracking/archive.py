@@ -4,14 +4,16 @@ They lie in the runs' folders, or in one file, the archive, to be kept and passe
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.tracking.record import load_record
-from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 # Left out of an archive: no figure depends on them, and they tell of the user's machine.
@@ -30,7 +32,9 @@ def read_records(*places: Path) -> list[Record]:
             if record["status"] == "finished":
                 records.setdefault(record["name"], record)
             else:
-                say(f"left out: {place / record['name']} is {record['status']}; run it again: {record.get('command')}")
+                log.warning(
+                    f"left out: {place / record['name']} is {record['status']}; run it again: {record.get('command')}"
+                )
     if not records:
         folder = " ".join(map(str, places))
         raise UserError(f"no finished run in {folder}. Train one first: python -m prefopt.train runs_dir={folder}")

@@ -8,6 +8,7 @@ Older ones are removed only after the new one is complete. No pickle is ever rea
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
-from prefopt.utils.console import say
 from prefopt.utils.distributed import heartbeat
+
+log = logging.getLogger(__name__)
 
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest is damaged on the disk
 SUMS = "SHA256SUMS"
@@ -83,7 +85,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
             damaged.append((path, why))
             continue
         for bad, why in damaged:
-            say(f"  {bad} is damaged: {why}. Going on from the one before it.")
+            log.warning(f"  {bad} is damaged: {why}. Going on from the one before it.")
             aside = bad.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             bad.rename(aside)

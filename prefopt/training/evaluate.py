@@ -1,6 +1,7 @@
 """Held-out pairs and samples of the policy, and the check that nothing is wrong before the first step."""
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,13 @@ from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
 from prefopt.training.step import forward_pairs, step_inputs
-from prefopt.utils.console import progress, say
+from prefopt.utils.console import progress
 from prefopt.utils.distributed import on_main_process
 from prefopt.utils.files import atomic_write, cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.stats import mean_and_error
+
+log = logging.getLogger(__name__)
 
 # Policy and reference are the same function of the same weights before the first step; what is left is rounding.
 STEP0_TOLERANCE = 1e-3
@@ -53,10 +56,10 @@ def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
     if train_state.oracle:
         metrics |= initial_sample_metrics(train_state) if step == 0 else sample_metrics(train_state, step)
 
-    say(f"  step {step}/{config.total_steps}: {format_evaluation(metrics)}")
+    log.info(f"  step {step}/{config.total_steps}: {format_evaluation(metrics)}")
     if step == config.total_steps:
         for row in metrics.get("reliability", []):
-            say(f"    {format_reliability(row)}")
+            log.info(f"    {format_reliability(row)}")
     warn_of_squeezing(metrics, config.squeeze_alarm)
     return metrics
 
@@ -87,7 +90,7 @@ def warn_of_squeezing(metrics: dict[str, Any], limit: float | None) -> None:
     """Say so where the held-out chosen completions have lost more than `limit` nats per token. None: never."""
     loss_per_token = -metrics.get("chosen_logratio_per_token", 0.0)
     if limit is not None and loss_per_token > limit:
-        say(
+        log.info(
             f"  squeezing: the held-out chosen completions have lost {loss_per_token:.2f} nats per token since the "
             f"start, more than squeeze_alarm={limit:g} (the rejected ones "
             f"{-metrics.get('rejected_logratio_per_token', 0):.2f}). "
@@ -153,7 +156,7 @@ def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: flo
             raise UserError(f"before the first step the loss is {loss:.6f}; it must be {expected:.6f} there")
         agreed.append(f"loss {loss:.6f} = {expected:.6f}")
     if agreed:
-        say(f"  step 0: {', '.join(agreed)}")
+        log.info(f"  step 0: {', '.join(agreed)}")
 
 
 def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:

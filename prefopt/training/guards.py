@@ -1,6 +1,7 @@
 """Failures in training, as messages that say what was kept and what to change."""
 
 import contextlib
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,13 @@ from prefopt.errors import UserError
 from prefopt.training.checkpoint import complete_checkpoints, gib, not_finite
 from prefopt.training.loggers import read_metrics
 from prefopt.training.state import MicroBatch, TrainState
-from prefopt.utils.console import say
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import write_json
 
 if TYPE_CHECKING:
     from prefopt.tracking.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def handle_nonfinite_step(
@@ -41,7 +43,7 @@ def handle_nonfinite_step(
         f"{len(ids)} pairs and the metrics are in {file}."
     )
     if config.nonfinite == "skip" and not weights:
-        say(f"  {message}")
+        log.warning(f"  {message}")
         return
     hint = "with nonfinite=skip it passes over such a step"
     if weights:

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: evaluate, step, log, save. It knows no objective by name."""
 
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from prefopt.training.loggers import Loggers, read_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
-from prefopt.utils.console import Bar, say
+from prefopt.utils.console import Bar
 from prefopt.utils.distributed import all_gather_object, heartbeat, is_main_process, on_main_process
+
+log = logging.getLogger(__name__)
 
 
 def train_loop(train_state: TrainState) -> list[dict[str, Any]]:
@@ -98,7 +101,7 @@ def resume(train_state: TrainState) -> tuple[int, "EarlyStopping"]:
     tensors, meta = load_checkpoint(checkpoint)
     train_state.engine.load_state(tensors)
     train_state.objective_state = tensors["objective"]
-    say(f"  going on from step {meta['step']} of {config.total_steps} ({checkpoint})")
+    log.info(f"  going on from step {meta['step']} of {config.total_steps} ({checkpoint})")
     if config.patience is None:
         return meta["step"], EarlyStopping()
     return meta["step"], EarlyStopping(tensors.get("best", {}), **meta.get("best", {}))
@@ -147,7 +150,7 @@ class EarlyStopping:
     def restore(self, train_state: TrainState) -> None:
         """Give the policy its best weights back."""
         if self.evaluations_since and self.weights:
-            say(f"  patience: the held-out loss was lowest after step {self.step}, {self.loss:.4f}; back to it")
+            log.info(f"  patience: the held-out loss was lowest after step {self.step}, {self.loss:.4f}; back to it")
             train_state.engine.load_state({"weights": self.weights, "moments": {}})
 
 

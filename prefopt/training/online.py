@@ -1,6 +1,7 @@
 """Training in stages, each on the policy's own responses."""
 
 import dataclasses
+import logging
 import time
 import traceback
 from collections.abc import Sequence
@@ -15,12 +16,13 @@ from prefopt.errors import UserError
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
-from prefopt.utils.console import say
 from prefopt.utils.distributed import world_size
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
     from prefopt.tracking.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
@@ -81,7 +83,7 @@ def sample_responses(config: OnlineConfig, model: ModelConfig, prompts: list[lis
     from prefopt.generation.responses import GenerationRequest, generate_resumable
 
     partial = target.parent / "samples.partial"
-    say(f"{target.parent}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
+    log.info(f"{target.parent}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
     request = GenerationRequest(
         model=model,
         prompts=prompts,
@@ -110,7 +112,7 @@ def score_responses(
     key = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
     write_rows(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
     mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
-    say(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
+    log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
 
 
 def check_format(config: OnlineConfig) -> None:
@@ -163,7 +165,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     objective, scorer, stage_prompts = prepare_online(config)
     run = Run.open(dataclasses.asdict(config), f"online-{objective.name}", data_digests(config))
     if run.finished:
-        say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+        log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
 
     began = time.monotonic()
@@ -202,7 +204,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
         final_weights=stages[-1]["final_weights"],
         seconds=time.monotonic() - began,
     )
-    say(f"{run.folder}: finished; the policy is in {run.policy_folder}")
+    log.info(f"{run.folder}: finished; the policy is in {run.policy_folder}")
 
 
 def data_digests(config: OnlineConfig) -> dict[str, str]:

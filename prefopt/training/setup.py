@@ -7,6 +7,7 @@ command line, do not wait for them.
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import shutil
 import time
@@ -19,7 +20,6 @@ from prefopt.config.parse import build
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
-from prefopt.utils.console import say
 from prefopt.utils.distributed import is_main_process, main_process_first, process_group, start_watchdog, world_size
 from prefopt.utils.files import check_folder
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from prefopt.rewards.oracle import Oracle
     from prefopt.tracking.run import Run
     from prefopt.training.optim import Schedule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -217,23 +219,23 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         final_weights = exporter.final(run.policy_folder)
         run.finish(evaluations=evaluations, final_weights=final_weights, seconds=time.monotonic() - began)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-        say(f"  finished; the policy is in {run.policy_folder}")
+        log.info(f"  finished; the policy is in {run.policy_folder}")
 
 
 def skip_finished(run: "Run") -> None:
     if is_main_process():  # a run that was killed right after its end has its checkpoints still
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-    say(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+    log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
 
 
 def announce(plan: RunPlan) -> None:
     """Say what is going to be trained, before anything that takes time."""
     config = plan.config
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
-    say(f"{plan.run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
-    say(f"  objective: {format_objective(plan.objective)}")
+    log.info(f"{plan.run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
+    log.info(f"  objective: {format_objective(plan.objective)}")
     if world_size() > 1:
-        say(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")
+        log.info(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")
 
 
 def format_objective(objective: "Objective") -> str:

@@ -1,5 +1,6 @@
 """The terminal: messages and progress on stderr, tables on stdout."""
 
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from prefopt.utils.distributed import heartbeat, is_main_process
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LINE_EVERY_S = 10.0
@@ -60,13 +62,35 @@ class LiveDisplay:
 live = LiveDisplay()
 
 
-def say(message: str) -> None:
-    """Print a message on stderr, above the bars where there are any. Only the main process does."""
-    if not is_main_process():
-        return
+def echo(line: str) -> None:
+    """Print a line on stderr, above the bars where there are any."""
     # Through the display's console: it moves the bars out of the way.
     console = live.progress.console if live.progress else Console(stderr=True)
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records as lines on stderr: on a terminal the message alone, elsewhere (log.txt) with time and level."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if not sys.stderr.isatty():
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+            message = f"{when} {record.levelname} {message}"
+        elif record.levelno >= logging.WARNING:
+            message = f"{record.levelname.lower()}: {message.lstrip()}"
+        echo(message)
+
+
+def configure_logging() -> None:
+    """Send the messages of prefopt's loggers to stderr. Of several processes the main one alone says what is no
+    error. May be called again."""
+    handler = ConsoleHandler()
+    handler.addFilter(lambda record: is_main_process() or record.levelno >= logging.ERROR)
+    logger = logging.getLogger("prefopt")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Hydra's root logger would print them again
 
 
 class Bar:
@@ -102,7 +126,7 @@ class Bar:
             self.last_line = now
             # What was done before this process began tells nothing of its speed.
             left_s = (now - self.start) / (self.done - self.done_before) * (self.total - self.done)
-            say(f"  {self.description} {self.done}/{self.total}, {left_s:.0f} s left  {note}".rstrip())
+            log.info(f"  {self.description} {self.done}/{self.total}, {left_s:.0f} s left  {note}".rstrip())
 
 
 def progress(items: Sequence[T], description: str, show: bool = True) -> Iterator[T]:

@@ -5,12 +5,13 @@ hold its parent's lock on: an executed program does not inherit the file, and fi
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from prefopt.utils.console import say
+log = logging.getLogger(__name__)
 
 
 def open_lock(file: Path) -> filelock.BaseFileLock:
@@ -38,7 +39,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     """
     lock = try_lock(file)
     if lock is None:
-        say(f"  {what}: another job computes it; waiting")
+        log.info(f"  {what}: another job computes it; waiting")
         lock = open_lock(file)
         lock.acquire()
     try:

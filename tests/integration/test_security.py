@@ -349,11 +349,11 @@ def test_nothing_that_a_program_says_shows_a_key(key, tmp_path):
     lines = [
         "import logging, os, sys, warnings",
         "from prefopt.cli.program import program",
-        "from prefopt.utils.console import say",
+        "log = logging.getLogger('prefopt.job')",
         "from prefopt.tracking.status import RunsConfig",
         "key = os.environ['THE_API_KEY']",
         "def job(cfg):",
-        "    print('print', key); say(f'say {key}'); warnings.warn(key); logging.warning(key)",
+        "    print('print', key); log.info(f'say {key}'); warnings.warn(key); logging.warning(key)",
         "    raise RuntimeError(f'401 for Authorization: Bearer {key}')",
         "program('runs', RunsConfig)(job)()",
     ]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.schema import ModelConfig
-from prefopt.reporting.tables import Tabular
+from prefopt.reporting.tables import Column, markdown_table
 from prefopt.tracking.provenance import git, machine, version
 from prefopt.utils.console import say
 from prefopt.utils.files import write_json
@@ -181,7 +181,7 @@ def table(results: dict[str, Any]) -> str:
                 rows.append(
                     [sizes, name, key.replace("_mib", ", MiB"), f"{small[name][key]:.1f}", f"{large[name][key]:.1f}"]
                 )
-    return Tabular("load", ["input", "", "", "small", "large"], rows, [], []).markdown()
+    return markdown_table([Column(h, h) for h in ("input", "", "", "small", "large")], rows)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
 from prefopt.reporting.style import COLOURS, plotting, save
+from prefopt.reporting.tables import MISSING, Column, markdown_table
 from prefopt.utils.files import resolve_path
 
 UNLIMITED = Limits(sys.maxsize, sys.maxsize)
@@ -240,15 +241,8 @@ def fenced(text: str) -> str:
 
 
 def markdown(section: Section) -> str:
-    rules = [" --- " if i < section.labels else " ---: " for i in range(len(section.columns))]
-    lines = [
-        f"## {section.title}\n",
-        f"| {' | '.join(section.columns)} |",
-        f"|{'|'.join(rules)}|",
-        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in section.cells()),
-        *(f"\n{note}" for note in section.notes),
-    ]
-    return "\n".join(lines)
+    columns = [Column(name, name, text=i < section.labels) for i, name in enumerate(section.columns)]
+    return "\n\n".join([f"## {section.title}", markdown_table(columns, section.cells()), *section.notes])
 
 
 def long_csv(sections: list[Section]) -> str:
@@ -341,7 +335,7 @@ def _reward(reward: float | None) -> str:
 
 def _cell(column: str, value: Any) -> str:
     if value is None:
-        return "–"
+        return MISSING
     if isinstance(value, float):
         return f"{100 * value:.1f} %" if column.startswith("share") else f"{value:.4g}"
     return str(value)

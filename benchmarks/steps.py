@@ -28,7 +28,7 @@ from benchmarks.step import PROFILES, Profile, Spec, in_order, make_pairs, read_
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.models.load import checkpoint_path
-from prefopt.reporting.style import COLOURS, plotting, save
+from prefopt.reporting.style import COLORS, plotting, save
 from prefopt.tracking.provenance import git, machine, version
 from prefopt.utils.console import say
 from prefopt.utils.files import atomic_write, cache_dir, write_json
@@ -520,7 +520,7 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
         if scaling:
             sizes = [int(n) for n in scaling]
             seconds = [v["seconds_per_pair"] for v in scaling.values()]
-            axes[2].plot(sizes, seconds, color=COLOURS[0], marker="o", markersize=4)
+            axes[2].plot(sizes, seconds, color=COLORS[0], marker="o", markersize=4)
             axes[2].set_xlabel("prompt tokens (completions of 128)")
             axes[2].set_ylabel("prefopt: seconds per pair")
             axes[2].set_xlim(0)

@@ -31,7 +31,7 @@ from prefopt.reporting.html import page
 from prefopt.reporting.mappo import academic_table, mappo
 from prefopt.reporting.mmpo import mmpo, peak_table
 from prefopt.reporting.published import join_published, matches_published, published_points, read_csv
-from prefopt.reporting.style import COLOURS, method_colors
+from prefopt.reporting.style import COLORS, method_colors
 from prefopt.reporting.tables import Column, Tabular, latex_text
 from prefopt.tracking.archive import MACHINE_KEYS, read_records, write_archive
 from tests.helpers.tiny import ROOT, run_program
@@ -487,9 +487,9 @@ def test_runs_without_evaluations_say_how_to_get_them(tmp_path):
         mmpo(read_records(tmp_path), config(tmp_path, tmp_path))
 
 
-def test_every_method_of_the_papers_has_a_colour_of_its_own():
+def test_every_method_of_the_papers_has_its_own_color():
     methods = ["mmpo", "dpo", "simpo", "ipo", "cpo", "madpo", "beta_dpo"]
-    assert sorted(method_colors(methods).values()) == sorted(COLOURS)
+    assert sorted(method_colors(methods).values()) == sorted(COLORS)
     assert method_colors(["dpo optimizer.lr=1", "mappo_dpo"]) == dict.fromkeys(
         ["dpo optimizer.lr=1", "mappo_dpo"], method_colors(methods)["dpo"]
     )

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.schema import ModelConfig
-from prefopt.reporting.tables import Tabular
+from prefopt.reporting.tables import Column, markdown_table
 from prefopt.tracking.provenance import git, machine, version
-from prefopt.utils.console import say
+from prefopt.utils.console import echo
 from prefopt.utils.files import write_json
 
 FEW = {"pairs": 10_000, "jobs": 1, "lines": 10}  # the small inputs
@@ -111,7 +111,7 @@ class Bench:
 
     def run(self, n: int) -> dict[str, Any]:
         """A run over `n` pairs: first with tokenizing, then with the tokens in the cache."""
-        say(f"a run over {n:,} pairs")
+        echo(f"a run over {n:,} pairs")
         pairs = make_pairs(self.folder / f"pairs_{n}.jsonl", n)
         results: dict[str, Any] = {"megabytes": round(pairs.stat().st_size / 1e6)}
         for name, seed in (("first", 0), ("again", 1)):
@@ -122,7 +122,7 @@ class Bench:
     def sweep(self, n: int) -> dict[str, Any]:
         """Plan `n` jobs; then list `n` finished runs, and make their report. The finished runs are copies of the record
         of `run` with other settings and made-up evaluations."""
-        say(f"a sweep of {n:,} jobs")
+        echo(f"a sweep of {n:,} jobs")
         pairs = self.folder / f"pairs_{FEW['pairs']}.jsonl"
         grid = [
             f"seed={','.join(map(str, range(max(1, n // 4))))}",
@@ -158,7 +158,7 @@ class Bench:
 
     def metrics(self, n: int) -> dict[str, Any]:
         """List a run with `n` lines of metrics, and make its report."""
-        say(f"a metrics file of {n:,} lines")
+        echo(f"a metrics file of {n:,} lines")
         (record,) = self.folder.glob(f"runs_{FEW['pairs']}_first/*/record.json")
         runs = self.folder / f"metrics_{n}"
         write_json(runs / record.parent.name / "record.json", json.loads(record.read_text()))
@@ -193,7 +193,7 @@ def table(results: dict[str, Any]) -> str:
                 rows.append(
                     [sizes, name, key.replace("_mib", ", MiB"), f"{small[name][key]:.1f}", f"{large[name][key]:.1f}"]
                 )
-    return Tabular("scale", ["input", "", "", "small", "large"], rows, [], []).markdown()
+    return markdown_table([Column(h, h) for h in ("input", "", "", "small", "large")], rows)
 
 
 def main() -> None:
@@ -210,7 +210,7 @@ def main() -> None:
             n = getattr(options, part)
             results[part] = {"n": n, "small": measure(FEW[part]), "large": measure(n)}
     write_json(options.output / "scale.json", results)
-    say(table(results))
+    echo(table(results))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.models.load import checkpoint_path
 from prefopt.tracking.provenance import git, machine, version
-from prefopt.utils.console import say
+from prefopt.utils.console import echo
 from prefopt.utils.files import atomic_write, cache_dir, write_json
 
 OUTPUT = Path("results/bench")
@@ -132,7 +132,7 @@ def measure_profile(bench: Bench, name: str, profile: Profile, rounds: int, step
             results[variant].append(result)
             if variant == "floor":
                 results["floor_all_tokens"].append(result | result["all_tokens"])
-            say(
+            echo(
                 f"{name} {done + 1}/{rounds} {variant}: {statistics.mean(result['seconds']):.2f} s/step, "
                 f"{result['peak_memory_gib']:.2f} GiB ({result['wall']:.0f} s in all)"
             )
@@ -198,7 +198,7 @@ def measure_grid(bench: Bench, steps: int, pairs: int) -> dict[str, Any]:
     first = bench.child("program", **common, overrides=["objective.beta=0.3"])
     reference = stage_seconds(first["events"])["reference"]
     alone = bench.child("program", **common, overrides=["objective.beta=0.4"])
-    say(f"grid: one run of prefopt {alone['wall']:.0f} s, reference {reference:.1f} s")
+    echo(f"grid: one run of prefopt {alone['wall']:.0f} s, reference {reference:.1f} s")
     shutil.rmtree(bench.folder / "cache" / "reference")
 
     points = [f"objective={','.join(GRID)}", f"objective.beta={','.join(map(str, BETAS))}"]
@@ -208,7 +208,7 @@ def measure_grid(bench: Bench, steps: int, pairs: int) -> dict[str, Any]:
     ours = sum(pairs / row["pairs_per_second"] for row in rows if row["split"] == "train")
     if len(runs) != len(GRID) * len(BETAS):
         raise RuntimeError(f"the sweep left {len(runs)} runs")
-    say(f"grid: prefopt {sweep['wall']:.0f} s, {ours:.0f} s of it in steps")
+    echo(f"grid: prefopt {sweep['wall']:.0f} s, {ours:.0f} s of it in steps")
 
     walls, theirs = [], []
     for objective, settings in GRID.items():
@@ -216,7 +216,7 @@ def measure_grid(bench: Bench, steps: int, pairs: int) -> dict[str, Any]:
             run = bench.child("trl_default", **common, trl=settings | {"beta": beta}, save=True)
             walls.append(run["wall"])
             theirs.append(sum(run["seconds"]))
-            say(f"grid: TRL {objective} {beta}: {run['wall']:.0f} s")
+            echo(f"grid: TRL {objective} {beta}: {run['wall']:.0f} s")
     return {
         "runs": len(walls),
         "steps": steps,
@@ -253,7 +253,7 @@ def measure_startup(bench: Bench, rounds: int) -> dict[str, Any]:
         # Every round has another beta, because a finished run is not trained again. The first one fills the caches.
         result = bench.child("program", data=data, batch_size=size, steps=2, overrides=[f"objective.beta={0.1 + n}"])
         runs.append(startup_stages(result["events"]))
-        say(f"startup {n}/{rounds}: {runs[-1]['total']:.1f} s{'' if n else ' (caches cold)'}")
+        echo(f"startup {n}/{rounds}: {runs[-1]['total']:.1f} s{'' if n else ' (caches cold)'}")
     cold, *warm = runs
     return {
         "seconds": summary([run["total"] for run in warm]),
@@ -285,7 +285,7 @@ def measure_scaling(bench: Bench) -> dict[str, Any]:
         result = bench.child("prefopt", data=data, batch_size=profile.pairs, steps=2)
         seconds = statistics.mean(result["seconds"]) / profile.pairs
         by_length[str(prompt)] = {"seconds_per_pair": seconds, "peak_memory_gib": result["peak_memory_gib"]}
-        say(f"prompts of {prompt} tokens: {seconds:.2f} s/pair")
+        echo(f"prompts of {prompt} tokens: {seconds:.2f} s/pair")
     return by_length
 
 
@@ -316,7 +316,7 @@ def measure_models(bench: Bench, models: Sequence[str]) -> dict[str, Any]:
         if peak := peak_flops(torch.cuda.get_device_name(0)):
             # A forward and a backward pass take 6 operations per parameter and token.
             by_model[name]["model_flop_utilisation"] = 6 * parameters * tokens / peak
-        say(f"{name}: {by_model[name]}")
+        echo(f"{name}: {by_model[name]}")
     return by_model
 
 
@@ -372,7 +372,7 @@ def trace_step(bench: Bench) -> None:
     profile, trace = PROFILES["chat"], Path("runs/bench/trace.json.gz").absolute()
     data = bench.data("trace", profile, 2 * profile.pairs)
     bench.child("prefopt", data=data, batch_size=profile.pairs, steps=2, trace=str(trace))
-    say(f"{trace}: open it in ui.perfetto.dev")
+    echo(f"{trace}: open it in ui.perfetto.dev")
 
 
 def measurements(bench: Bench, options: argparse.Namespace) -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
@@ -437,7 +437,7 @@ def main() -> None:
             write_json(file, results)
             atomic_write(options.output / ("steps-gpu.md" if gpu else "steps.md"), table(results))
             draw(results, options.output)
-    say(table(results))
+    echo(table(results))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from typing import Any
 
 from benchmarks.step import PROFILES, Profile
 from benchmarks.variants import BETAS, FLOORS, GRID, NAMES, TRL, VARIANTS
-from prefopt.reporting.style import COLOURS, plotting, save
+from prefopt.reporting.style import COLORS, plotting, save
 
 Numbers = dict[str, float]
-BAR_COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "0.65")  # of the variants in the figure, the floor in grey
+BAR_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "0.65")  # of the variants in the figure, the floor in grey
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -203,7 +203,7 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
 def draw_bars(axis: Any, profiles: dict[str, Any], key: str, label: str) -> None:
     """Medians of `key` as a group of bars per profile, one bar per variant, with lowest and highest as error bars."""
     variants = [variant for variant in VARIANTS if variant != "floor_all_tokens"]
-    for place, (variant, color) in enumerate(zip(variants, BAR_COLOURS, strict=True)):
+    for place, (variant, color) in enumerate(zip(variants, BAR_COLORS, strict=True)):
         numbers = [result["variants"][variant][key] for result in profiles.values()]
         medians = [n["median"] for n in numbers]
         spread = [[n["median"] - n["min"] for n in numbers], [n["max"] - n["median"] for n in numbers]]
@@ -224,7 +224,7 @@ def draw_bars(axis: Any, profiles: dict[str, Any], key: str, label: str) -> None
 def draw_scaling(axis: Any, scaling: dict[str, Any]) -> None:
     lengths = [int(length) for length in scaling]
     seconds = [numbers["seconds_per_pair"] for numbers in scaling.values()]
-    axis.plot(lengths, seconds, color=COLOURS[0], marker="o", markersize=4)
+    axis.plot(lengths, seconds, color=COLORS[0], marker="o", markersize=4)
     axis.set_xlabel("prompt tokens (completions of 128)")
     axis.set_ylabel("prefopt: seconds per pair")
     axis.set_xlim(0)

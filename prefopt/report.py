@@ -10,11 +10,9 @@ for each value of that key.
 Everything comes from record.json files, nothing from names or logs.
 """
 
-import os
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from prefopt.cli.program import program
@@ -25,6 +23,7 @@ from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.published import read_published
 from prefopt.reporting.summary import by_column_table, main_table, over_seeds_table, table_rows
 from prefopt.tracking.archive import read_records, write_archive_once
+from prefopt.utils.console import console
 from prefopt.utils.files import check_folder
 
 
@@ -32,18 +31,19 @@ from prefopt.utils.files import check_folder
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
     check_folder("output", config.output)
-    read_published(config)
+    read_published(config)  # a wrong file is refused before anything is written
     records = sort_by_label(read_records(Path(config.runs_dir)))
-    output = Path(config.output)
-    whole = main_table(table_rows(records), records, config)
+    runs = main_table(table_rows(records), records, config)
     others = [over_seeds_table(records, config), by_column_table(records, config) if config.columns else None]
+
+    output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    table = Table(*whole.headers[:-1])  # the run's name, which comes last, would not fit
-    for texts in whole.texts:
-        table.add_row(*texts[:-1])
-    # Wide enough for the table where the output is not a terminal.
-    Console(width=None if os.isatty(1) else 140).print(table)
-    files = whole.write(output) + draw(records, output)
+    table = Table(*runs.headings[:-1])  # the run's name, which comes last, would not fit
+    for cells in runs.texts:
+        table.add_row(*cells[:-1])
+    console().print(table)
+
+    files = runs.write(output) + draw(records, output)
     for other in filter(None, others):
         files += other.write(output)
     for file in files + write_archive_once(records, config.runs_dir, output):

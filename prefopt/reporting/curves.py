@@ -3,16 +3,28 @@
 import logging
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.reporting.evaluated import Evaluated, Metric, Value, accuracy_of, aggregate_seeds, win_rate_of
+import pandas as pd
+
+from prefopt.reporting.evaluated import (
+    Evaluated,
+    Metric,
+    Value,
+    accuracy_of,
+    aggregate_seeds,
+    mean_over_seeds,
+    win_rate_of,
+)
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.tracking.archive import Record, beta
-from prefopt.utils.stats import mean_and_error
 
 log = logging.getLogger(__name__)
+
+Curve = list[tuple[float, float, float | None]]  # (place on the x axis, mean, its standard error or None)
 
 
 @dataclass(frozen=True)
@@ -28,32 +40,34 @@ class Point:
     seeds: int = 1
 
 
-def points_of(found: Sequence[Evaluated], metric: Metric | None, models: dict[str, str]) -> list[Point]:
+def points_of(policies: Sequence[Evaluated], metric: Metric | None, models: dict[str, str]) -> list[Point]:
     """The evaluated policies of all preference runs but for the initial ones, over their evaluated seeds, by epoch; a
     step that some of these lack is named and left out.
 
     A method is an objective, with the keys (but beta and seed) in which its runs of one model differ."""
-    policies = [p for p in found if p.run["objective"] != "sft" and p.step]
-    runs = {p.run["name"]: p.run for p in policies}
+    trained = [p for p in policies if p.run["objective"] != "sft" and p.step]
+    runs = {p.run["name"]: p.run for p in trained}
     points = []
     for model in dict.fromkeys(models[name] for name in runs):
-        members = [r for name, r in runs.items() if models[name] == model]
+        members = [run for name, run in runs.items() if models[name] == model]
         for (method, value), seeds in group_by_config(members).items():
-            by_step: dict[int, list[Evaluated]] = {}
-            for policy in policies:
-                if policy.run["name"] in {r["name"] for r in seeds}:
-                    by_step.setdefault(policy.step, []).append(policy)
-            for step, own in sorted(by_step.items()):
-                if len(own) < len(seeds):
-                    log.warning(
-                        f"left out: {model} {method} β={value} at step {step} is evaluated for {len(own)} of its seeds"
+            names = {run["name"] for run in seeds}
+            by_step: defaultdict[int, list[Evaluated]] = defaultdict(list)
+            for policy in trained:
+                if policy.run["name"] in names:
+                    by_step[policy.step].append(policy)
+
+            for step, group in sorted(by_step.items()):
+                if len(group) < len(seeds):
+                    have = len(group)
+                    log.info(
+                        f"left out: {model} {method} β={value} at step {step} is evaluated for {have} of its seeds"
                     )
                     continue
-                rates = (
-                    aggregate_seeds([accuracy_of(p) for p in own]),
-                    aggregate_seeds([win_rate_of(p, metric) for p in own]),
-                )
-                points.append(Point(model, method, value, epoch_of(own[0].run, step), *rates, len(own)))
+                accuracy = aggregate_seeds([accuracy_of(p) for p in group])
+                win_rate = aggregate_seeds([win_rate_of(p, metric) for p in group])
+                epoch = epoch_of(group[0].run, step)
+                points.append(Point(model, method, value, epoch, accuracy, win_rate, len(group)))
     return sorted(points, key=lambda p: (p.model, p.method, p.beta or 0.0, p.epoch))
 
 
@@ -64,54 +78,59 @@ def epoch_of(run: Record, step: int) -> float:
 
 def group_by_config(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Record]]:
     """Runs that differ in nothing but their seed, by method and beta."""
-    groups: dict[tuple[str, float | None], list[Record]] = {}
+    groups: defaultdict[tuple[str, float | None], list[Record]] = defaultdict(list)
     for record, name in zip(records, labels(list(records), without=("seed",)), strict=True):
         method = " ".join(part for part in name.split(" ") if not part.startswith("β="))
-        groups.setdefault((method, beta(record)), []).append(record)
-    return groups
+        groups[method, beta(record)].append(record)
+    return dict(groups)
 
 
-def sft_accuracy(found: Sequence[Evaluated], models: dict[str, str]) -> dict[str, Value]:
+def sft_accuracy(policies: Sequence[Evaluated], models: dict[str, str]) -> dict[str, Value]:
     """LM accuracy of the policies that preference runs began from, by the model of these: the last ones of SFT runs,
     and those evaluated as `checkpoints=initial`."""
-    begun = {p.run["initial_weights"]: models[p.run["name"]] for p in found if p.run["objective"] != "sft"}
-    own = [p for p in found if p.run["objective"] == "sft" and p.run["final_weights"] in begun]
-    last = {begun[p.run["final_weights"]]: accuracy_of(p) for p in own}
-    last |= {models[p.run["name"]]: accuracy_of(p) for p in found if p.run["objective"] != "sft" and p.step == 0}
-    return {model: value for model, value in last.items() if value is not None}
+    of_preferences = [p for p in policies if p.run["objective"] != "sft"]
+    initial = {p.run["initial_weights"]: models[p.run["name"]] for p in of_preferences}
+    accuracies = {}
+    for policy in policies:
+        if policy.run["objective"] == "sft" and policy.run["final_weights"] in initial:
+            accuracies[initial[policy.run["final_weights"]]] = accuracy_of(policy)
+    for policy in of_preferences:
+        if policy.step == 0:
+            accuracies[models[policy.run["name"]]] = accuracy_of(policy)
+    return {model: value for model, value in accuracies.items() if value is not None}
 
 
 def paths(points: Iterable[Point]) -> dict[tuple[str, str, float | None], list[Point]]:
     """The points of each model, method and beta in the order of their epochs."""
-    found: dict[tuple[str, str, float | None], list[Point]] = {}
+    groups: defaultdict[tuple[str, str, float | None], list[Point]] = defaultdict(list)
     for point in points:
-        found.setdefault((point.model, point.method, point.beta), []).append(point)
-    return {key: sorted(path, key=lambda p: p.epoch) for key, path in found.items()}
+        groups[point.model, point.method, point.beta].append(point)
+    return {key: sorted(path, key=lambda p: p.epoch) for key, path in groups.items()}
 
 
 def best_points(points: Iterable[Point], by: str) -> list[Point]:
     """Of each model and method the point with the highest `accuracy` or `win_rate` over betas and epochs, among those
     that have both; of equals the earliest, then that of the smallest beta."""
-    groups: dict[tuple[str, str], list[Point]] = {}
+    groups: defaultdict[tuple[str, str], list[Point]] = defaultdict(list)
     for point in points:
         if point.accuracy and point.win_rate:
-            groups.setdefault((point.model, point.method), []).append(point)
+            groups[point.model, point.method].append(point)
     return [min(group, key=lambda p: (-getattr(p, by)[0], p.epoch, p.beta or 0.0)) for group in groups.values()]
 
 
 def at_last_epoch(points: Iterable[Point]) -> dict[tuple[str, str], tuple[float, dict[float, Value]]]:
     """For each model and method with several betas: the last epoch that all of them have, and the win rates there by
     beta."""
-    groups: dict[tuple[str, str], dict[float, dict[float, Value]]] = {}
-    for point in points:
-        if point.win_rate and point.beta is not None:
-            groups.setdefault((point.model, point.method), {}).setdefault(point.beta, {})[point.epoch] = point.win_rate
-    found = {}
-    for key, betas in groups.items():
-        shared = set.intersection(*(set(epochs) for epochs in betas.values()))
-        if len(betas) > 1 and shared:
-            found[key] = max(shared), {b: epochs[max(shared)] for b, epochs in sorted(betas.items())}
-    return found
+    columns = ["model", "method", "beta", "epoch", "win_rate"]
+    rows = [[getattr(p, key) for key in columns] for p in points if p.win_rate and p.beta is not None]
+    rates = pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1], keep="last")
+    ends = {}
+    for key, group in rates.groupby(["model", "method"], sort=False):
+        by_epoch = group.pivot(index="epoch", columns="beta", values="win_rate").dropna()
+        if len(by_epoch.columns) > 1 and len(by_epoch):
+            epoch = by_epoch.index.max()
+            ends[key] = float(epoch), by_epoch.loc[epoch].to_dict()
+    return ends
 
 
 def spreads(points: Iterable[Point], source: str) -> list[dict[str, Any]]:
@@ -149,55 +168,56 @@ def normal_range(n: int) -> float:
     return step * sum(1 - cdf(i * step) ** n - (1 - cdf(i * step)) ** n for i in range(-800, 801))
 
 
-def drift(records: Sequence[Record], side: str) -> dict[str, list[tuple[int, float, float | None]]]:
-    """By method (with its beta) the mean held-out log-prob of this side less that before training, in nats, over seeds:
-    (step, mean, standard error or None) at each step that all its seeds have evaluated."""
-    found: dict[str, list[tuple[int, float, float | None]]] = {}
+def drift(records: Sequence[Record], side: str) -> dict[str, Curve]:
+    """The change of the mean held-out log-prob of this side since before training, in nats, over seeds: a curve over
+    the steps that all seeds of a method have evaluated, by method (with its beta)."""
     key = f"{side}_logps"
+    curves = {}
     for (method, value), seeds in group_by_config(records).items():
-        curves = [{row["step"]: row[key] for row in r["evaluations"] if key in row} for r in seeds]
-        shared = set.intersection(*(set(curve) for curve in curves))
-        if 0 not in shared:
-            continue
-        curve = []
-        for step in sorted(shared):
-            mean, error = mean_and_error([c[step] - c[0] for c in curves])
-            curve.append((step, mean, error if len(curves) > 1 else None))
-        found[f"{method} β={value:g}" if value is not None else method] = curve
-    return found
+        by_seed = [pd.Series({row["step"]: row[key] for row in r["evaluations"] if key in row}) for r in seeds]
+        logps = pd.concat(by_seed, axis=1, join="inner").sort_index()
+        if 0 in logps.index:
+            name = f"{method} β={value:g}" if value is not None else method
+            changes = logps - logps.loc[0]
+            means = {step: mean_over_seeds(seed_changes) for step, seed_changes in changes.iterrows()}
+            curves[name] = [(step, *value) for step, value in means.items() if value]
+    return curves
 
 
 def sensitive_keys(records: Sequence[Record]) -> list[str]:
     """The numeric hyperparameters in which runs of one objective differ."""
     keys: dict[str, None] = {}
     for name in dict.fromkeys(r["objective"] for r in records):
-        flat = [flat_config(r) for r in records if r["objective"] == name]
-        for key in flat[0]:
-            values = {
-                c.get(key) for c in flat if isinstance(c.get(key), int | float) and not isinstance(c.get(key), bool)
-            }
+        configs = [flat_config(r) for r in records if r["objective"] == name]
+        for key in configs[0]:
+            values = {c[key] for c in configs if _is_number(c.get(key))}
             if key.startswith("objective.") and len(values) > 1:
                 keys[key] = None
     return list(keys)
 
 
-def sensitivity(records: Sequence[Record], key: str) -> dict[str, list[tuple[float, float, float | None]]]:
-    """By what else tells the runs apart, where there are several values of the key: (the value, the final oracle
-    reward's mean over seeds, its standard error over these; of one seed alone, that over its prompts, or None). Runs
-    without the key or an oracle have no place in it."""
-    own = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][-1]]
-    own = [r for r in own if isinstance(flat_config(r).get(key), int | float)]
-    groups: dict[str, dict[float, list[tuple[float, float | None]]]] = {}
-    for record, name in zip(own, labels(own, without=("seed", "dataset.name", key)), strict=True):
-        if key.endswith(".beta"):
+def sensitivity(records: Sequence[Record], key: str) -> dict[str, Curve]:
+    """The final oracle reward over the values of `key`, a curve for all that else tells the runs apart: the mean over
+    seeds and its standard error (of one seed alone, that over its prompts, or None).
+
+    Runs without the key or an oracle are left out, and curves of a single value."""
+    rows = []
+    evaluated = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][-1]]
+    evaluated = [r for r in evaluated if isinstance(flat_config(r).get(key), int | float)]
+    for record, name in zip(evaluated, labels(evaluated, without=("seed", "dataset.name", key)), strict=True):
+        if key.endswith(".beta"):  # a label names beta whatever `without` says
             name = " ".join(part for part in name.split(" ") if not part.startswith("β="))
-        values = groups.setdefault(name, {}).setdefault(float(flat_config(record)[key]), [])
         end = record["evaluations"][-1]
-        values.append((end["oracle_reward"], end.get("oracle_reward_se")))
-    found: dict[str, list[tuple[float, float, float | None]]] = {}
-    for name, by_value in sorted(groups.items()):
-        if len(by_value) > 1:
-            for value, ends in sorted(by_value.items()):
-                mean, error = mean_and_error([reward for reward, _ in ends])
-                found.setdefault(name, []).append((value, mean, error if len(ends) > 1 else ends[0][1]))
-    return found
+        rows.append((name, float(flat_config(record)[key]), end["oracle_reward"], end.get("oracle_reward_se")))
+
+    ends = pd.DataFrame(rows, columns=["name", "value", "reward", "error"], dtype=object)  # object: None stays None
+    curves: defaultdict[str, Curve] = defaultdict(list)
+    for (name, value), seeds in ends.groupby(["name", "value"]):
+        if reward := mean_over_seeds(seeds["reward"]):
+            mean, error = reward
+            curves[name].append((value, mean, error if len(seeds) > 1 else seeds["error"].iloc[0]))
+    return {name: curve for name, curve in curves.items() if len(curve) > 1}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

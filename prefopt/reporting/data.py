@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,9 @@ from prefopt.data.formats import Message, as_messages
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
-from prefopt.reporting.style import COLOURS, plotting, save
+from prefopt.reporting.style import COLORS, plotting, save
+from prefopt.reporting.tables import MISSING, Column, markdown_table
+from prefopt.utils.console import console
 from prefopt.utils.files import resolve_path
 
 UNLIMITED = Limits(sys.maxsize, sys.maxsize)
@@ -240,15 +241,8 @@ def fenced(text: str) -> str:
 
 
 def markdown(section: Section) -> str:
-    rules = [" --- " if i < section.labels else " ---: " for i in range(len(section.columns))]
-    lines = [
-        f"## {section.title}\n",
-        f"| {' | '.join(section.columns)} |",
-        f"|{'|'.join(rules)}|",
-        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in section.cells()),
-        *(f"\n{note}" for note in section.notes),
-    ]
-    return "\n".join(lines)
+    columns = [Column(name, name, text=i < section.labels) for i, name in enumerate(section.columns)]
+    return "\n\n".join([f"## {section.title}", markdown_table(columns, section.cells()), *section.notes])
 
 
 def long_csv(sections: list[Section]) -> str:
@@ -270,11 +264,11 @@ def show(section: Section) -> None:
         table.add_column(column, justify="left" if i < section.labels else "right")
     for row in section.cells():
         table.add_row(*map(Text, row))
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     for note in section.notes:
-        console.print(Text(note))
-    console.print()
+        terminal.print(Text(note))
+    terminal.print()
 
 
 def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
@@ -282,9 +276,9 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
     kind, limits = next(iter(splits.values())).counts["kind"], length_limits(config)
     files: list[Path] = []
 
-    def histogram(axis: Any, values: np.ndarray, edges: np.ndarray, colour: str, label: str) -> None:
+    def histogram(axis: Any, values: np.ndarray, edges: np.ndarray, color: str, label: str) -> None:
         shares = np.full(len(values), 1 / len(values))
-        look = {"histtype": "stepfilled", "edgecolor": colour, "facecolor": (colour, 0.3), "linewidth": 1.2}
+        look = {"histtype": "stepfilled", "edgecolor": color, "facecolor": (color, 0.3), "linewidth": 1.2}
         axis.hist(np.clip(values, edges[0], edges[-1]), edges, weights=shares, label=label, **look)
 
     with plotting() as plt:
@@ -297,7 +291,7 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
             edges = bin_edges(values[values <= np.quantile(values, 0.99)])
             for axis, name in zip(axes[:, column], splits, strict=True):
                 for part in members:
-                    histogram(axis, measured[name][part], edges, COLOURS[parts.index(part)], part)
+                    histogram(axis, measured[name][part], edges, COLORS[parts.index(part)], part)
                 limit = limits[members[0]]
                 if limit < edges[-1]:
                     axis.axvline(limit, color="0.4", linestyle="--", linewidth=1, label=f"limit {limit}")
@@ -314,7 +308,7 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
             figure, axes = plt.subplots(1, len(gaps), figsize=size, squeeze=False, sharex=True, layout="constrained")
             edges = bin_edges(np.concatenate(list(gaps.values())))
             for axis, (name, values) in zip(axes[0], gaps.items(), strict=True):
-                histogram(axis, values, edges, COLOURS[0], "")
+                histogram(axis, values, edges, COLORS[0], "")
                 median = float(np.median(values))
                 axis.axvline(median, color="0.4", linestyle="--", linewidth=1, label=f"median {median:.3g}")
                 axis.set_title(f"{config.dataset.name}, {name}", fontsize=9)
@@ -341,7 +335,7 @@ def _reward(reward: float | None) -> str:
 
 def _cell(column: str, value: Any) -> str:
     if value is None:
-        return "–"
+        return MISSING
     if isinstance(value, float):
         return f"{100 * value:.1f} %" if column.startswith("share") else f"{value:.4g}"
     return str(value)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,22 @@ def win_rate_of(policy: Evaluated, metric: Metric | None) -> Value | None:
     own = [t["figures"] for t in policy.alpaca]
     mean = two_judges(policy.alpaca)[metric.key] if len(own) > 1 else own[0][metric.key]
     return mean, statistics.fmean(f[metric.error] for f in own)
+
+
+def flatten_value(key: str, value: Value | None) -> dict[str, float | None]:
+    """A figure and its standard error as two fields of a table's row: `key` and KEY_se."""
+    mean, error = value or (None, None)
+    return {key: mean, f"{key}_se": error}
+
+
+def mean_over_seeds(values: Iterable[float | None]) -> Value | None:
+    """The mean over training seeds and its standard error, None for one seed alone; None where a seed has no value."""
+    values = list(values)
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known or len(known) < len(values):
+        return None
+    mean, error = mean_and_error(known)
+    return mean, error if len(known) > 1 else None
 
 
 def aggregate_seeds(values: Sequence[Value | None]) -> Value | None:

@@ -15,64 +15,92 @@ from prefopt.tracking.archive import Record, beta
 def draw_paths(
     points: Sequence[Point], sft: dict[str, Value], published: Sequence[Point], metric: str, output: Path
 ) -> list[Path]:
-    """MMPO's figures 1 to 3: LM accuracy against win rate, a panel per model, an arrowed path per method and beta.
-    Below, the win rate alone over the epochs, where the published runs have a place too: faint behind ours, and in full
-    where there are none of ours."""
-    ours = bool(points)
+    """MMPO's figures 1 to 3, a column per model: LM accuracy against win rate on top, and below the win rate alone over
+    the epochs, where the published runs have a place too: faint behind ours, and in full where there are none of ours.
+
+    Returns the files; none where there are no points at all.
+    """
+    has_ours = bool(points)
     models = list(dict.fromkeys(p.model for p in points or published))
     if not models:
         return []
-    complete = [p for p in points if p.accuracy and p.win_rate]
-    behind = [
-        p
-        for p in published
-        if not ours or any(normalize_model_name(p.model) == normalize_model_name(m) for m in models)
-    ]
-    everything = [*points, *behind]
-    colours = method_colors(sorted({p.method for p in everything}))
+    if has_ours:  # the published runs of models that we do not have would have no panel
+        names = {normalize_model_name(model) for model in models}
+        published = [p for p in published if normalize_model_name(p.model) in names]
+    has_accuracy = any(p.accuracy and p.win_rate for p in points)
+    everything = [*points, *published]
+    colors = method_colors(sorted({p.method for p in everything}))
     betas = sorted({p.beta for p in everything if p.beta is not None})
-    rows = 1 + bool(complete)
+
     with plotting() as plt:
-        width = max(3.4, 2.35 * len(models))
-        figure, axes = plt.subplots(
-            rows, len(models), figsize=(width, 2.25 * rows + 0.75), squeeze=False, layout="constrained", sharey="row"
-        )
+        rows = 2 if has_accuracy else 1
+        size = (max(3.4, 2.35 * len(models)), 2.25 * rows + 0.75)
+        figure, axes = plt.subplots(rows, len(models), figsize=size, squeeze=False, layout="constrained", sharey="row")
         for column, model in enumerate(models):
-            top, bottom = axes[0][column], axes[-1][column]
-            top.set_title(model)
-            own = paths(p for p in points if p.model == model)
-            if complete:
-                for (_, method, value), path in own.items():
-                    _arrows(top, [p for p in path if p.accuracy and p.win_rate], _look(colours[method], value, betas))
-                if model in sft:
-                    top.axvline(sft[model][0], color="0.3", linestyle=":", linewidth=1.2)
-                top.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
-                top.set_xlabel("LM accuracy, %")
-            for (_, method, value), path in paths(
-                p for p in behind if normalize_model_name(p.model) == normalize_model_name(model)
-            ).items():
-                _over_epochs(bottom, path, _look(colours[method], value, betas), faint=ours)
-            for (_, method, value), path in own.items():
-                _over_epochs(bottom, path, _look(colours[method], value, betas))
-            bottom.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
-            bottom.xaxis.get_major_locator().set_params(integer=True)
-            bottom.set_xlabel("epoch")
+            axes[0][column].set_title(model)
+            ours = _styled_paths([p for p in points if p.model == model], colors, betas)
+            behind = [p for p in published if normalize_model_name(p.model) == normalize_model_name(model)]
+            if has_accuracy:
+                _draw_accuracy_vs_win_rate(axes[0][column], ours, sft.get(model))
+            _draw_win_rate_by_epoch(axes[-1][column], ours, _styled_paths(behind, colors, betas), faint=has_ours)
         for row in axes:
             row[0].set_ylabel(f"{metric}, %".replace("length-controlled ", "length-controlled\n"))
+
         line = plt.Line2D
-        methods = [line([], [], color=c, linewidth=2, label=m) for m, c in colours.items()]
-        marks = [
-            line([], [], color=str(0.65 - 0.65 * i / max(1, len(betas) - 1)), marker=MARKERS[i % len(MARKERS)],
-                 markersize=4, linewidth=1, label=f"β = {b:g}")
-            for i, b in enumerate(betas)
-        ]  # fmt: skip
-        extra = [line([], [], color="0.3", linestyle="--", linewidth=0.8, label="50 %")]
-        if complete and sft:
-            extra.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
-        if ours and behind:
-            extra.append(line([], [], color="0.3", alpha=0.4, linewidth=0.9, label="published"))
-        _legend(plt, figure, [[*methods, *extra], marks], max(2, width / 1.1))
+        methods = [line([], [], color=c, linewidth=2, label=m) for m, c in colors.items()]
+        lines = [line([], [], color="0.3", linestyle="--", linewidth=0.8, label="50 %")]
+        if has_accuracy and sft:
+            lines.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
+        if has_ours and published:
+            lines.append(line([], [], color="0.3", alpha=0.4, linewidth=0.9, label="published"))
+        _legend(plt, figure, [[*methods, *lines], _beta_handles(plt, betas)], max(2, size[0] / 1.1))
         return save(figure, output, "mmpo_paths")
+
+
+StyledPath = tuple[list[Point], dict[str, Any]]  # a path, and matplotlib's keywords for its line
+
+
+def _styled_paths(points: Sequence[Point], colors: Mapping[str, str], betas: list[float]) -> list[StyledPath]:
+    """The path of each method and beta; a darker shade and another marker for each larger beta."""
+    styled = []
+    for (_, method, value), path in paths(points).items():
+        place = betas.index(value) if value is not None else 0
+        color = shade(colors[method], place, len(betas))
+        styled.append((path, {"color": color, "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.1}))
+    return styled
+
+
+def _draw_accuracy_vs_win_rate(axis: Any, styled: Sequence[StyledPath], sft: Value | None) -> None:
+    """An arrowed path per method and beta, and the SFT model's accuracy as a vertical line."""
+    for path, style in styled:
+        _arrows(axis, path, style)
+    if sft:
+        axis.axvline(sft[0], color="0.3", linestyle=":", linewidth=1.2)
+    axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
+    axis.set_xlabel("LM accuracy, %")
+
+
+def _draw_win_rate_by_epoch(
+    axis: Any, ours: Sequence[StyledPath], published: Sequence[StyledPath], faint: bool
+) -> None:
+    """A line per method and beta with its errors; the published ones `faint`, without markers and errors."""
+    for path, style in published:
+        _over_epochs(axis, path, style, faint)
+    for path, style in ours:
+        _over_epochs(axis, path, style)
+    axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("epoch")
+
+
+def _beta_handles(plt: Any, betas: Sequence[float]) -> list[Any]:
+    """Legend entries for the betas in gray: what differs between them is shade and marker, not the color."""
+    handles = []
+    for place, value in enumerate(betas):
+        gray = str(0.65 - 0.65 * place / max(1, len(betas) - 1))
+        marker = MARKERS[place % len(MARKERS)]
+        handles.append(plt.Line2D([], [], color=gray, marker=marker, markersize=4, linewidth=1, label=f"β = {value:g}"))
+    return handles
 
 
 def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) -> None:
@@ -87,43 +115,40 @@ def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) 
     figure.legend(handles=handles, loc="outside lower center", ncols=wide, **look)
 
 
-def _look(colour: str, value: float | None, betas: list[float]) -> dict[str, Any]:
-    """A darker shade and another marker for each larger beta."""
-    place = betas.index(value) if value is not None else 0
-    return {"color": shade(colour, place, len(betas)), "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.1}
-
-
-def _arrows(axis: Any, path: Sequence[Point], look: dict[str, Any]) -> None:
+def _arrows(axis: Any, path: Sequence[Point], style: dict[str, Any]) -> None:
     """A path with an arrow head in the middle of each of its parts, and the errors of its last point."""
-    told = [(p.accuracy, p.win_rate) for p in path if p.accuracy and p.win_rate]
-    if not told:
+    values = [(p.accuracy, p.win_rate) for p in path if p.accuracy and p.win_rate]
+    if not values:
         return
-    x, y = [a[0] for a, _ in told], [w[0] for _, w in told]
-    axis.plot(x, y, markersize=3, **look)
+    x, y = [accuracy[0] for accuracy, _ in values], [win_rate[0] for _, win_rate in values]
+    axis.plot(x, y, markersize=3, **style)
+
+    arrow = {
+        "arrowstyle": "-|>,head_length=0.3,head_width=0.15",
+        "color": style["color"],
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "linewidth": style["linewidth"],
+    }
     for i in range(len(x) - 1):
-        if told[i] == told[i + 1]:  # without a direction
+        if values[i] == values[i + 1]:  # an arrow of no length has no direction
             continue
         middle = (x[i] + x[i + 1]) / 2, (y[i] + y[i + 1]) / 2
-        style = {
-            "arrowstyle": "-|>,head_length=0.3,head_width=0.15",
-            "color": look["color"],
-            "shrinkA": 0,
-            "shrinkB": 0,
-        }
-        axis.annotate("", xy=middle, xytext=(x[i], y[i]), arrowprops=style | {"linewidth": look["linewidth"]})
-    (accuracy, win_rate) = told[-1]
+        axis.annotate("", xy=middle, xytext=(x[i], y[i]), arrowprops=arrow)
+
+    accuracy, win_rate = values[-1]
     errors = {"xerr": accuracy[1] or 0, "yerr": win_rate[1] or 0, "elinewidth": 0.7}
-    axis.errorbar(x[-1], y[-1], color=look["color"], marker=look["marker"], markersize=5.5, **errors)
+    axis.errorbar(x[-1], y[-1], color=style["color"], marker=style["marker"], markersize=5.5, **errors)
 
 
-def _over_epochs(axis: Any, path: Sequence[Point], look: dict[str, Any], faint: bool = False) -> None:
-    told = [(p.epoch, p.win_rate) for p in path if p.win_rate]
-    x, y = [e for e, _ in told], [w[0] for _, w in told]
+def _over_epochs(axis: Any, path: Sequence[Point], style: dict[str, Any], faint: bool = False) -> None:
+    values = [(p.epoch, p.win_rate) for p in path if p.win_rate]
+    x, y = [epoch for epoch, _ in values], [win_rate[0] for _, win_rate in values]
     if faint:
-        axis.plot(x, y, color=look["color"], linewidth=0.9, alpha=0.4, zorder=1)
+        axis.plot(x, y, color=style["color"], linewidth=0.9, alpha=0.4, zorder=1)
         return
-    errors = [w[1] or 0 for _, w in told]
-    axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **look)
+    errors = [win_rate[1] or 0 for _, win_rate in values]
+    axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **style)
 
 
 def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Path]:
@@ -139,7 +164,7 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
     sources = [source for source, own in ends.items() if own]
     models = list(dict.fromkeys(model for model, _ in ends[sources[0]]))
     methods = sorted({method for own in ends.values() for _, method in own})
-    colours = method_colors(methods)
+    colors = method_colors(methods)
     places = [(method, source) for method in methods for source in sources]
     with plotting() as plt:
         size = (max(3.4, 0.9 + 0.17 * len(places) * len(models)), 2.6)
@@ -151,13 +176,13 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
                 place = (places.index((method, source)) + 0.5) / len(places) - 0.5
                 x = [normalize_model_name(m) for m in models].index(normalize_model_name(model)) + 0.8 * place
                 y = [value for value, _ in by_beta.values()]
-                colour = colours[method]
-                axis.plot([x, x], [min(y), max(y)], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
-                axis.plot([x] * len(y), y, color=colour, **mark)
+                color = colors[method]
+                axis.plot([x, x], [min(y), max(y)], color=color, linewidth=5, alpha=0.3, solid_capstyle="butt")
+                axis.plot([x] * len(y), y, color=color, **mark)
         axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
         axis.set_xticks(range(len(models)), models)
         axis.set_ylabel("win rate at the last epoch, %")
-        handles = [plt.Line2D([], [], color=colours[m], linewidth=5, alpha=0.5, label=m) for m in methods]
+        handles = [plt.Line2D([], [], color=colors[m], linewidth=5, alpha=0.5, label=m) for m in methods]
         for source in sources if len(sources) > 1 else []:
             face = {"markerfacecolor": "white"} if source != sources[0] else {}
             handles.append(
@@ -170,7 +195,7 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
 def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]:
     """Held-out log-probs of the chosen and the rejected completions over the steps, less their value before training. A
     row per model and data, a line per method, a band of one standard error over its seeds; a base full, its
-    MaPPO dashed in the same colour."""
+    MaPPO dashed in the same color."""
     models = model_names(records)
     measured = [
         r for r in records if r["evaluations"] and "chosen_logps" in r["evaluations"][0] and r["objective"] != "sft"
@@ -186,19 +211,19 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
             members = [r for r in measured if (models[r["name"]], r["config"]["dataset"]["name"]) == panel]
             for axis, side in zip(row, SIDES, strict=True):
                 curves = drift(members, side)
-                colours = method_colors(list(curves))
-                repeats: dict[tuple[str, bool], int] = {}  # methods of one colour have markers of their own
+                colors = method_colors(list(curves))
+                repeats: dict[tuple[str, bool], int] = {}  # methods of one color have markers of their own
                 for label, curve in curves.items():
                     dashed = is_mappo(label)
-                    look = {"color": colours[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
-                    again = repeats[colours[label], dashed] = repeats.get((colours[label], dashed), -1) + 1
+                    look = {"color": colors[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
+                    again = repeats[colors[label], dashed] = repeats.get((colors[label], dashed), -1) + 1
                     look |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
                     look |= {"markerfacecolor": "white"} if dashed else {}
                     steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]
                     (handle,) = axis.plot(steps, means, label=label, **look)
                     if any(e is not None for *_, e in curve):
                         low, high = ([m + sign * (e or 0) for _, m, e in curve] for sign in (-1, 1))
-                        axis.fill_between(steps, low, high, color=colours[label], alpha=0.15, linewidth=0)
+                        axis.fill_between(steps, low, high, color=colors[label], alpha=0.15, linewidth=0)
                     handles.setdefault(label, handle)
                 axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
                 axis.set_title(f"{side} · {panel[0]} on {panel[1]}", fontsize=9)
@@ -227,11 +252,11 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
         size = (max(3.4, 2.6 * len(found)), 2.6 + 0.17 * lines)
         figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained", sharey=True)
         for axis, (key, curves) in zip(axes[0], found.items(), strict=True):
-            colours = method_colors(list(curves))
+            colors = method_colors(list(curves))
             shared = set.intersection(*(set(label.split(" ")) for label in curves))
             for place, (label, curve) in enumerate(curves.items()):
-                siblings = [other for other in curves if colours[other] == colours[label]]
-                look = {"color": shade(colours[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
+                siblings = [other for other in curves if colors[other] == colors[label]]
+                look = {"color": shade(colors[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
                 look |= {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 0.8}
                 own = " ".join(last(part) for part in label.split(" ") if part not in shared)
                 x, y, errors = ([point[i] or 0 for point in curve] for i in range(3))
@@ -249,13 +274,13 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
 
 def draw(records: list[Record], output: Path) -> list[Path]:
     """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
-    set. The legend names objective and beta, which have a colour and a marker of their own; runs that differ in
+    set. The legend names objective and beta, which have a color and a marker of their own; runs that differ in
     something else (a seed) share a name. Returns nothing if no run was evaluated by an oracle."""
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
     panels = sorted({_panel(r) for r in sampled})
-    colours, markers = _styles(sampled)
+    colors, markers = _styles(sampled)
     with plotting() as plt:
         size = (5.2 * len(panels) + 0.2, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -276,7 +301,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
                     [p["oracle_reward"] for p in points],
                     xerr=[0.0] * (len(points) - 1) + [points[-1]["kl_se"]],
                     yerr=[0.0] * (len(points) - 1) + [points[-1]["oracle_reward_se"]],
-                    color=colours[record["objective"]],
+                    color=colors[record["objective"]],
                     marker=marker,
                     markersize=5,
                     markerfacecolor="white" if hollow else None,
@@ -298,19 +323,19 @@ def draw(records: list[Record], output: Path) -> list[Path]:
 
 
 def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
-    """The colour of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
-    each objective, and others for the objectives that share a colour (MaPPO and its base)."""
+    """The color of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
+    each objective, and others for the objectives that share a color (MaPPO and its base)."""
     names = sorted({r["objective"] for r in records}, key=lambda name: (is_mappo(name), name))
     betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
     most = max(len(values) for values in betas.values())
-    colours = method_colors(names)
+    colors = method_colors(names)
     markers: dict[tuple[str, float | None], str] = {}
     for record in records:
         name, value = record["objective"], beta(record)
-        alike = [other for other in names if colours[other] == colours[name]]
+        alike = [other for other in names if colors[other] == colors[name]]
         place = alike.index(name) * most + betas[name].index(value or 0.0)
         markers[name, value] = MARKERS[place % len(MARKERS)]
-    return colours, markers
+    return colors, markers
 
 
 def _panel(record: Record) -> tuple[str, str]:

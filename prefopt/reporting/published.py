@@ -12,10 +12,8 @@ from prefopt.reporting.curves import Point
 
 
 def matches_published(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
-    """Whether a row of a published table is about this model and method."""
-    return normalize_model_name(ours[0]) == normalize_model_name(theirs["model"]) and ours[1].split(" ")[
-        0
-    ] == from_published_name(theirs["method"])
+    """Whether a row of a published table is about this model and method of ours."""
+    return _our_key(*ours) == _published_key(theirs)
 
 
 def join_published(
@@ -23,13 +21,19 @@ def join_published(
 ) -> list[tuple[dict[str, Any], dict[str, str]]]:
     """Our rows with the published one of the same model and method, then the published rows that none of ours has;
     what is missing is empty."""
-    used: list[dict[str, str]] = []
-    pairs: list[tuple[dict[str, Any], dict[str, str]]] = []
-    for row in ours:
-        match = next((t for t in theirs if matches_published((row["model"], row["method"]), t)), {})
-        used += [match] * bool(match)
-        pairs.append((row, match))
+    by_key = {_published_key(row): row for row in reversed(theirs)}  # of several the first
+    pairs = [(row, by_key.get(_our_key(row["model"], row["method"]), {})) for row in ours]
+    used = [theirs_of_ours for _, theirs_of_ours in pairs]
     return pairs + [({"model": t["model"], "method": t["method"]}, t) for t in theirs if t not in used]
+
+
+def _our_key(model: str, method: str) -> tuple[str, str]:
+    # A method of ours is an objective, with the keys in which its runs differ: "mmpo margin=0.8".
+    return normalize_model_name(model), method.split(" ")[0]
+
+
+def _published_key(row: dict[str, str]) -> tuple[str, str]:
+    return normalize_model_name(row["model"]), from_published_name(row["method"])
 
 
 def normalize_model_name(model: str) -> str:
@@ -82,18 +86,19 @@ def read_published(config: ReportConfig) -> dict[str, dict[str, str]]:
     return found
 
 
-def _of_paper(column: str) -> str:
+def paper_heading(column: str) -> str:
+    """The heading of a published column beside ours."""
     return f"paper: {column.replace('_', ' ')}"
 
 
-def _paper(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
-    """The published figures of a method of ours."""
+def figures_of_method(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
+    """The published figures of a method of ours; empty where there are none."""
     return next((figures for name, figures in published.items() if from_published_name(name) == ours.split(" ")[0]), {})
 
 
 def from_published_name(published: str) -> str:
     """What the papers' tables call X+mappo is our mappo_X, their i-X (iterative) our online-X, beta-dpo beta_dpo."""
     base, plus, wrapper = published.partition("+")
-    online = "online-" * base.startswith("i-")
+    online = "online-" if base.startswith("i-") else ""
     name = base.removeprefix("i-").replace("-", "_")
     return online + (f"{wrapper}_{name}" if plus else name)

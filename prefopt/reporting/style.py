@@ -1,4 +1,4 @@
-"""What all figures share: colours, style, and how they are written."""
+"""What all figures share: colors, style, and how they are written."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 MARKERS = "osD^vP*X"
-# Okabe and Ito's palette, told apart with every kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, told apart with every kind of color vision.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # The methods that the papers compare have theirs in every figure of every paper.
-METHOD_COLORS = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLOURS, strict=True))
+METHOD_COLORS = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLORS, strict=True))
 
 
 def is_mappo(method: str) -> bool:
@@ -19,23 +19,23 @@ def is_mappo(method: str) -> bool:
 
 
 def method_colors(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
-    base, and needs another line style, and an online form that of its objective; what no paper compares has a colour
+    """A color for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
+    base, and needs another line style, and an online form that of its objective; what no paper compares has a color
     that is free here."""
     bases = {m: m.split(" ")[0].removeprefix("online-").removeprefix("mappo_") for m in methods}
     taken = [METHOD_COLORS[b] for b in bases.values() if b in METHOD_COLORS]
-    free = [c for c in COLOURS if c not in taken] or list(COLOURS)
+    free = [c for c in COLORS if c not in taken] or list(COLORS)
     others = sorted({b for b in bases.values() if b not in METHOD_COLORS})
     own = METHOD_COLORS | {b: free[i % len(free)] for i, b in enumerate(others)}
     return {m: own[b] for m, b in bases.items()}
 
 
-def shade(colour: str, place: int, of: int) -> tuple[float, ...]:
-    """`colour` mixed with white: the first of so many is the lightest, the last one the colour itself."""
+def shade(color: str, place: int, of: int) -> tuple[float, ...]:
+    """`color` mixed with white: the first of so many is the lightest, the last one the color itself."""
     from matplotlib.colors import to_rgb
 
     white = 0.0 if of < 2 else 0.55 * (1 - place / (of - 1))
-    return tuple(c + white * (1 - c) for c in to_rgb(colour))
+    return tuple(c + white * (1 - c) for c in to_rgb(color))
 
 
 @contextmanager

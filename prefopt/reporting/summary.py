@@ -1,64 +1,84 @@
 """The table of runs: one row each, over seeds, or by the values of a key."""
 
 import json
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import accuracy_percent
 from prefopt.reporting.config import ReportConfig
+from prefopt.reporting.evaluated import Value, flatten_value, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
-from prefopt.reporting.published import _of_paper, _paper, read_published
-from prefopt.reporting.tables import Tabular
+from prefopt.reporting.published import figures_of_method, paper_heading, read_published
+from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
 from prefopt.tracking.archive import Record, beta
-from prefopt.utils.stats import mean_and_error
+
+# A column for which no run has a figure is left out of the table of runs. `main_table` puts the post-hoc evaluations
+# behind these, and the run's name last.
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("objective", "objective", text=True),
+        Column("beta", "β"),
+        Column("accuracy", "held-out accuracy", 2),
+        Column("heldout_loss", "held-out loss", 3),  # of reward models alone: other objectives' losses do not compare
+        Column("calibration_error", "calibration error", 3),
+        Column("oracle_reward", "oracle reward ± s.e.", 3, error=True),
+        Column("kl", "KL to reference ± s.e. (nats)", 2, error=True),
+        Column("chosen_logps_drift", "chosen log-prob drift (nats)", 2),
+        Column("sample_length", "length (tokens)", 1),
+    )
+}
+RUN = Column("run", "run", text=True)
+# Over seeds each of these has an error, so their headings do not say it.
+MEASURES = [
+    replace(COLUMNS[key], heading=COLUMNS[key].heading.replace(" ± s.e.", ""), error=True)
+    for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
+]
 
 
-def evaluation_columns(record: Record) -> dict[str, tuple[float, float | None]]:
-    """What prefopt.harness and prefopt.alpaca have found of a run's final policy: percentages and standard errors. A
-    figure's name says the tasks, or the judge and the baseline, so that no two kinds share a column."""
+def evaluation_columns(record: Record) -> dict[str, Value]:
+    """The results of prefopt.harness and prefopt.alpaca for a run's final policy: percentages and standard errors. A
+    column's name says the tasks, or the judge and the baseline, so that no two kinds share a column."""
     suites: dict[str, list[Record]] = {}
-    for told in record["harness"]:
-        if told["checkpoint"] == "final" and "acc" in told["metrics"]:
-            suites.setdefault(json.dumps(told["settings"], sort_keys=True), []).append(told)
-    found: dict[str, tuple[float, float | None]] = {}
+    for result in record["harness"]:
+        if result["checkpoint"] == "final" and "acc" in result["metrics"]:
+            suites.setdefault(json.dumps(result["settings"], sort_keys=True), []).append(result)
+
+    columns: dict[str, Value] = {}
     for settings, suite in suites.items():
         tasks, how = [t["task"] for t in suite], json.loads(settings)
-        what = ", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
-        extra = [f"{k} {how[k]}" for k in ("limit", "num_fewshot") if how[k] is not None]
-        extra += ["chat template"] * how["chat_template"]
-        found[f"mean acc of {'; '.join([what, *extra])}"] = accuracy_percent(suite)
-    for told in record["alpaca"]:
-        if told["checkpoint"] != "final":
+        parts = [", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"]
+        parts += [f"{key} {how[key]}" for key in ("limit", "num_fewshot") if how[key] is not None]
+        if how["chat_template"]:
+            parts.append("chat template")
+        columns[f"mean acc of {'; '.join(parts)}"] = accuracy_percent(suite)
+
+    for result in record["alpaca"]:
+        if result["checkpoint"] != "final":
             continue
-        of = f"{told['judge']['name']}, against {told['baseline']['name']}, {told['figures']['n']} questions"
-        for figure, value, se in (
+        figures = result["figures"]
+        what = f"{result['judge']['name']}, against {result['baseline']['name']}, {figures['n']} questions"
+        for figure, value, error in (
             ("win rate", "win_rate", "standard_error"),
             ("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error"),
         ):
-            name = f"{figure} ({of})"
-            if name in found:  # the same with other settings
-                name += f" {Path(told['file']).parent.name.rpartition('-')[2]}"
-            if value in told["figures"]:
-                found[name] = told["figures"][value], told["figures"][se]
-    return found
+            name = f"{figure} ({what})"
+            if name in columns:  # the same with other settings: the folder's name ends with their digest
+                name += f" {Path(result['file']).parent.name.rpartition('-')[2]}"
+            if value in figures:
+                columns[name] = figures[value], figures[error]
+    return columns
 
 
-COLUMNS = {
-    "run": "run",
-    "objective": "objective",
-    "beta": "β",
-    "accuracy": "held-out accuracy",
-    "heldout_loss": "held-out loss",  # of reward models, whose losses alone can be compared with each other's
-    "calibration_error": "calibration error",
-    "oracle_reward": "oracle reward ± s.e.",
-    "kl": "KL to reference ± s.e. (nats)",
-    "chosen_logps_drift": "chosen log-prob drift (nats)",
-    "sample_length": "length (tokens)",
-}
+def evaluation_names(records: list[Record]) -> list[str]:
+    """The names of all `evaluation_columns`, in the order in which they come up."""
+    return list(dict.fromkeys(name for record in records for name in evaluation_columns(record)))
 
 
 def table_rows(records: list[Record]) -> list[dict[str, Any]]:
@@ -67,64 +87,50 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
     The drift is the mean log-prob of the held-out chosen completions at the end minus that at the start.
     """
     rows = []
-    seen = set()
+    initial = set()
     for record in records:
         key = record["initial_weights"], record["config"]["dataset"]["name"], record["config"]["seed"]
-        if key not in seen and record["evaluations"]:
-            seen.add(key)
+        if key not in initial and record["evaluations"]:
+            initial.add(key)
             row = _row(record["evaluations"][0], record["evaluations"][0])
             name = f"initial policy ({record['config']['model']['name']})"
             # Before training, accuracy is a matter of the objective's scores alone: a tie, or the reference's opinion.
             rows.append(row | {"run": "", "objective": name, "beta": None, "accuracy": None})
+
     for record, label in zip(records, labels(records), strict=True):
-        evaluations = record["evaluations"] or [{}]
-        row = _row(evaluations[-1], evaluations[0])
-        # beta has a column of its own; what else tells the run apart stays with the objective's name.
+        # beta has its own column; what else tells the run apart stays with the objective's name.
         objective = " ".join(part for part in label.split(" ") if not part.startswith("β="))
-        rows.append(row | {"run": record["name"], "objective": objective, "beta": beta(record)})
-    names = posthoc_names(records)
-    own: dict[str, dict[str, Any]] = {r["name"]: evaluation_columns(r) for r in records}
+        rows.append(_final_row(record) | {"run": record["name"], "objective": objective, "beta": beta(record)})
+
+    names = evaluation_names(records)
+    evaluations = {record["name"]: evaluation_columns(record) for record in records}
     for row in rows:
         for name in names:
-            row[name], row[f"{name}_se"] = own.get(row["run"], {}).get(name, (None, None))
+            row.update(flatten_value(name, evaluations.get(row["run"], {}).get(name)))
     return rows
-
-
-def posthoc_names(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in evaluation_columns(record)))
 
 
 def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
     """`table_rows` as people read them, with where they came from; the run comes last. A column for which no run has a
     figure is left out, and an initial policy of which nothing was measured."""
-    names = posthoc_names(records)
-    headings = {c: heading for c, heading in COLUMNS.items() if c != "run"}
-    headings |= {name: f"{name}, %" for name in names} | {"run": COLUMNS["run"]}
-    shown = [format_row(row, names) for row in rows]
-    own = [line for line in shown if line["run"] != "–"]
-    columns = [c for c in headings if c == "objective" or any(line[c] != "–" for line in own)]
-    texts = [[line[c] for c in columns] for line in shown]
-    texts = [text for text in texts if any(cell != "–" for cell in text[1:])]
-    return Tabular("table", [headings[c] for c in columns], texts, rows, provenance(records, command(config)))
-
-
-MEASURES = ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
+    evaluations = [Column(name, f"{name}, %", 1, error=True) for name in evaluation_names(records)]
+    columns = [*COLUMNS.values(), *evaluations, RUN]
+    runs = [row for row in rows if row["run"]]
+    columns = [c for c in columns if c.key == "objective" or any(c.format(row) != MISSING for row in runs)]
+    texts = [cells for cells in format_rows(columns, rows) if any(cell != MISSING for cell in cells[1:])]
+    return Tabular("table", columns, texts, rows, provenance(records, command(config)))
 
 
 def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
-    """A row per method whose runs differ in nothing but their seed: n, and of each of FIGURES, as they are at the end,
+    """A row per method whose runs differ in nothing but their seed: n, and of each of MEASURES, as they are at the end,
     the mean over seeds and its standard error (None for one alone)."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record, name in zip(records, labels(records, without=("seed",)), strict=True):
-        evaluations = record["evaluations"] or [{}]
-        groups.setdefault(name, []).append(_row(evaluations[-1], evaluations[0]))
+    finals = pd.DataFrame([_final_row(record) for record in records], dtype=object)
+    finals["method"] = labels(records, without=("seed",))
     rows = []
-    for name, finals in groups.items():
-        row: dict[str, Any] = {"method": name, "n": len(finals)}
-        for figure in MEASURES:
-            values = [f[figure] for f in finals if f[figure] is not None]
-            mean, error = mean_and_error(values) if len(values) == len(finals) else (None, None)
-            row |= {figure: mean, f"{figure}_se": error if len(values) > 1 else None}
+    for method, seeds in finals.groupby("method", sort=False):
+        row: dict[str, Any] = {"method": method, "n": len(seeds)}
+        for measure in MEASURES:
+            row |= flatten_value(measure.key, mean_over_seeds(seeds[measure.key]))
         rows.append(row)
     return rows
 
@@ -134,122 +140,96 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     rows = over_seeds(records)
     if all(row["n"] == 1 for row in rows):
         return None
-    digits = dict(zip(MEASURES, (2, 3, 2, 2, 1), strict=True))
-
-    def cell(row: dict[str, Any], figure: str) -> str:
-        if row[figure] is None:
-            return "–"
-        error = row[f"{figure}_se"]
-        return f"{row[figure]:.{digits[figure]}f}" + ("" if error is None else f" ± {error:.{digits[figure]}f}")
-
-    # Beside the table with `columns`, which has figures of the same kind, they are shown there.
+    # With `columns`, the published figures stand in that table, beside ours of the same kind.
     published = {} if config.columns else read_published(config)
     theirs = list(next(iter(published.values()))) if published else []
-    headers = ["method", "seeds", *(COLUMNS[f].replace(" ± s.e.", "") for f in MEASURES), *map(_of_paper, theirs)]
-    papers = [_paper(published, r["method"]) for r in rows]
-    texts = [
-        [r["method"], str(r["n"]), *(cell(r, f) for f in MEASURES), *(paper.get(name, "–") for name in theirs)]
-        for r, paper in zip(rows, papers, strict=True)
+    columns = [
+        Column("method", "method", text=True),
+        Column("n", "seeds"),
+        *MEASURES,
+        *(Column(f"paper_{name}", paper_heading(name)) for name in theirs),
     ]
-    notes = [
+    papers = [figures_of_method(published, row["method"]) for row in rows]
+    beside = [row | {f"paper_{k}": v for k, v in paper.items()} for row, paper in zip(rows, papers, strict=True)]
+    note = (
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
         "held-out prompts, whose choice is a further error that these do not show."
-        + (f" The paper's figures ({config.published}) are other metrics of another model." if published else ""),
-        *provenance(records, command(config)),
-    ]
-    return Tabular("over_seeds", headers, texts, rows, notes)
+    )
+    if published:
+        note += f" The paper's figures ({config.published}) are other metrics of another model."
+    notes = [note, *provenance(records, command(config))]
+    return Tabular("over_seeds", columns, format_rows(columns, beside), rows, notes)
 
 
-def by_column(records: list[Record], key: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """The values of `key`, and a row per method: {"method", value: {"mean", "se", "n", "over_prompts"}} of the final
-    oracle reward over the runs that differ in nothing but their seed. `se` is that over seeds (None for one alone),
-    `over_prompts` the median of the runs' own standard errors over the held-out prompts.
+def by_column(records: list[Record], key: str) -> list[dict[str, Any]]:
+    """The final oracle reward of each method for each value of `key`, over the runs that differ in nothing but their
+    seed: a row for each pair of the two that occurs.
+
+    A row has method; `key`, the value as text; mean; se, its standard error over seeds (None for one alone); n, their
+    number; over_prompts, the median of the runs' standard errors over the held-out prompts.
 
     Raises UserError where runs lack the key or an oracle.
     """
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    values: list[str] = []
-    flat = [flat_config(r) for r in records]
-    for record, config, name in zip(records, flat, labels(records, without=("seed", "dataset.name", key)), strict=True):
-        if key not in config or not record["evaluations"] or "oracle_reward" not in record["evaluations"][-1]:
+    finals = []
+    for record, method in zip(records, labels(records, without=("seed", "dataset.name", key)), strict=True):
+        config, last = flat_config(record), (record["evaluations"] or [{}])[-1]
+        if key not in config or "oracle_reward" not in last:
             raise UserError(f"run {record['name']} has no {key}, or was not evaluated by an oracle: it fits no column.")
-        value = str(config[key])
-        values += [value] * (value not in values)
-        found.setdefault(name, {}).setdefault(value, []).append(record["evaluations"][-1])
+        finals.append((method, str(config[key]), last["oracle_reward"], last["oracle_reward_se"]))
+
+    frame = pd.DataFrame(finals, columns=["method", "value", "reward", "error"])
     rows = []
-    for name, columns in found.items():
-        row: dict[str, Any] = {"method": name}
-        for value, finals in columns.items():
-            mean, error = mean_and_error([f["oracle_reward"] for f in finals])
-            over_prompts = statistics.median(f["oracle_reward_se"] for f in finals)
-            se = error if len(finals) > 1 else None
-            row[value] = {"mean": mean, "se": se, "n": len(finals), "over_prompts": over_prompts}
-        rows.append(row)
-    return values, rows
+    for (method, value), seeds in frame.groupby(["method", "value"], sort=False):
+        mean, error = mean_over_seeds(seeds["reward"]) or (None, None)
+        row = {"method": method, key: value, "mean": mean, "se": error, "n": len(seeds)}
+        rows.append(row | {"over_prompts": statistics.median(seeds["error"])})
+    return rows
 
 
 def by_column_table(records: list[Record], config: ReportConfig) -> Tabular:
-    """`config.published`: a CSV whose first column names the method, and whose others are shown beside ours."""
+    """`by_column`, a row per method and a column per value of `config.columns`.
+
+    `config.published`: a CSV whose column `method` names the method, and whose others are shown beside ours.
+    """
     assert config.columns
-    values, rows = by_column(records, config.columns)
+    key = config.columns
+    rows = by_column(records, key)
     published = read_published(config)
     theirs = list(next(iter(published.values()))) if published else []
+    methods, values = (list(dict.fromkeys(row[column] for row in rows)) for column in ("method", key))
     if all(any(column.startswith(value) for column in theirs) for value in values):  # in the paper's order
         values.sort(key=lambda value: next(i for i, column in enumerate(theirs) if column.startswith(value)))
-    headers = ["method", *values, *map(_of_paper, theirs)]
-    texts: list[list[str]] = []
-    table: list[dict[str, Any]] = []
-    for row in rows:
-        paper = _paper(published, row["method"])
-        shown = []
-        for value in values:
-            cell = row.get(value)
-            error = "" if cell is None or cell["se"] is None else f" ± {cell['se']:.3f}"
-            shown.append("–" if cell is None else f"{cell['mean']:.3f}{error} (n {cell['n']})")
-            if cell:
-                table.append({"method": row["method"], config.columns: value, **cell})
-        texts.append([row["method"], *shown, *(paper.get(name, "–") for name in theirs)])
-    first = records[0]["evaluations"][0]
-    error = statistics.median(t["over_prompts"] for t in table)
-    notes = [
-        f"Final oracle reward, mean over n seeds ± its standard error over seeds. A run's own standard error over its "
-        f"{first['samples']} held-out prompts, which are the same for all, is {error:.3f} (median). The initial policy "
-        f"has {first['oracle_reward']:.3f} ± {first['oracle_reward_se']:.3f}."
-        + (" The paper's figures are rewards of another oracle on another scale." if published else ""),
-        *provenance(records, command(config)),
+    rows.sort(key=lambda row: (methods.index(row["method"]), values.index(row[key])))
+
+    cells = {(row["method"], row[key]): f"{format_value(row['mean'], row['se'], 3)} (n {row['n']})" for row in rows}
+    texts = []
+    for method in methods:
+        paper = figures_of_method(published, method)
+        ours = [cells.get((method, value), MISSING) for value in values]
+        texts.append([method, *ours, *(paper.get(name, MISSING) for name in theirs)])
+    columns = [
+        Column("method", "method", text=True),
+        *(Column(value, value) for value in values),
+        *(Column(f"paper_{name}", paper_heading(name)) for name in theirs),
     ]
-    return Tabular("by_column", headers, texts, table, notes)
 
-
-def format_row(row: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
-    """A row as text, with its post-hoc figures `names`: what was not measured is a dash."""
-
-    def number(key: str, digits: int) -> str:
-        value = row.get(key)
-        if value is None or math.isnan(value):
-            return "–"
-        error = row.get(f"{key}_se")
-        return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-    return {
-        "run": row["run"] or "–",
-        "objective": row["objective"],
-        "beta": "–" if row["beta"] is None else f"{row['beta']:g}",
-        "accuracy": number("accuracy", 2),
-        "heldout_loss": number("heldout_loss", 3),
-        "calibration_error": number("calibration_error", 3),
-        "oracle_reward": number("oracle_reward", 3),
-        "kl": number("kl", 2),
-        "chosen_logps_drift": number("chosen_logps_drift", 2),
-        "sample_length": number("sample_length", 1),
-        **{name: number(name, 1) for name in names},
-    }
+    first = records[0]["evaluations"][0]
+    over_prompts = statistics.median(row["over_prompts"] for row in rows)
+    note = (
+        f"Final oracle reward, mean over n seeds ± its standard error over seeds. A run's own standard error over its "
+        f"{first['samples']} held-out prompts, which are the same for all, is {over_prompts:.3f} (median). The initial "
+        f"policy has {format_value(first['oracle_reward'], first['oracle_reward_se'], 3)}."
+    )
+    if published:
+        note += " The paper's figures are rewards of another oracle on another scale."
+    return Tabular("by_column", columns, texts, rows, [note, *provenance(records, command(config))])
 
 
 def command(config: ReportConfig) -> str:
+    """The command that makes these tables, for the notes below them."""
     keys = ("runs_dir", "output", "columns", "published")
-    given = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
-    return f"python -m prefopt.report {' '.join(given)}"
+    arguments = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
+    return f"python -m prefopt.report {' '.join(arguments)}"
 
 
 def provenance(records: list[Record], command: str) -> list[str]:
@@ -276,18 +256,24 @@ def provenance(records: list[Record], command: str) -> list[str]:
     ]
 
 
+def _final_row(record: Record) -> dict[str, Any]:
+    """The figures at the end of a run; of one that was not evaluated, None for each."""
+    evaluations = record["evaluations"] or [{}]
+    return _row(evaluations[-1], evaluations[0])
+
+
 def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    drift = last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None
-    calibration = last.get("calibration_error")
-    own = {} if calibration is None else {"heldout_loss": last["loss"], "calibration_error": calibration}
-    return {
+    """The figures of an evaluation, `last`, and the drift since `first`; run, objective and beta are for the caller."""
+    row = {
         "run": None,
         "objective": None,
         "beta": None,
         "accuracy": last.get("accuracy"),
         **{key: last.get(key) for key in ("oracle_reward", "oracle_reward_se", "kl", "kl_se")},
-        "chosen_logps_drift": drift,
+        "chosen_logps_drift": last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None,
         "sample_length": last.get("sample_length"),
         "step": last.get("step"),
-        **own,
     }
+    if last.get("calibration_error") is not None:  # a reward model
+        row |= {"heldout_loss": last["loss"], "calibration_error": last["calibration_error"]}
+    return row

@@ -1,25 +1,18 @@
-"""A table of results, as Markdown, CSV, LaTeX (booktabs) and HTML."""
+"""A table of results, as Markdown, CSV and LaTeX (booktabs); the HTML pages show it by templates/papers.html."""
 
 import csv
-import html
 import io
+import math
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefopt.utils.files import atomic_write
 
-TEXT_COLUMNS = (
-    "run",
-    "objective",
-    "method",
-    "model",
-    "source",
-    "commit",
-    "command",
-)  # set to the left; numbers to the right
+MISSING = "–"  # in a cell: not measured, or not published
 _LATEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -41,24 +34,74 @@ _LATEX = {
 }
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: which value of a row it shows, under which heading, and how.
+
+    digits: after the point; None: as many as the number needs, at most six (counts, β).
+    error: whether the standard error follows, which a row holds under KEY_se.
+    signed: whether a positive number has its sign.
+    text: names and sentences, set to the left; numbers are set to the right.
+    """
+
+    key: str
+    heading: str
+    digits: int | None = None
+    error: bool = False
+    signed: bool = False
+    text: bool = False
+
+    def format(self, row: Mapping[str, Any]) -> str:
+        """The cell of this column; a text (as published figures are) as it is."""
+        value = row.get(self.key)
+        if value is None or value == "":
+            return MISSING
+        if isinstance(value, str):
+            return value
+        if self.digits is None:
+            return str(value) if isinstance(value, int) else f"{value:g}"
+        return format_value(value, row.get(f"{self.key}_se") if self.error else None, self.digits, self.signed)
+
+
+def format_value(mean: float | None, error: float | None, digits: int, signed: bool = False) -> str:
+    """The text MEAN ± ERROR, or MEAN alone where the error is not known; a dash where the mean is not."""
+    if mean is None or math.isnan(mean):
+        return MISSING
+    sign = "+" if signed else ""
+    text = f"{mean:{sign}.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def format_rows(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of all rows, as people read them."""
+    return [[column.format(row) for column in columns] for row in rows]
+
+
+def text_columns(*headings: str) -> list[Column]:
+    """Columns of names or sentences, whose keys are their headings."""
+    return [Column(heading, heading, text=True) for heading in headings]
+
+
 @dataclass
 class Tabular:
     """`texts` are the cells as people read them, `rows` the numbers as they are, `notes` sentences for below."""
 
     name: str
-    headers: list[str]
+    columns: Sequence[Column]
     texts: list[list[str]]
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     title: str = ""
 
+    @property
+    def headings(self) -> list[str]:
+        return [column.heading for column in self.columns]
+
     def markdown(self) -> str:
-        rule = "|" + "|".join(" --- " if header in TEXT_COLUMNS else " ---: " for header in self.headers) + "|"
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in [self.headers, *self.texts]]
-        head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-        return "\n".join([head, rule, *body, "", *self.notes]) + "\n"
+        return "\n".join([markdown_table(self.columns, self.texts), "", *self.notes]) + "\n"
 
     def csv(self) -> str:
+        """The numbers with full precision; a column for every key that a row has."""
         stream = io.StringIO(newline="")
         writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in self.rows for key in row)))
         writer.writeheader()
@@ -67,27 +110,13 @@ class Tabular:
 
     def latex(self) -> str:
         r"""A `tabular` for \input, the notes above it as comments. It needs \usepackage{booktabs}."""
-        columns = "".join("l" if header in TEXT_COLUMNS else "r" for header in self.headers)
-        rows = [map(_latex_heading, self.headers), *(map(latex_text, line) for line in self.texts)]
+        alignment = "".join("l" if column.text else "r" for column in self.columns)
+        rows = [map(_latex_heading, self.headings), *(map(latex_text, cells) for cells in self.texts)]
         head, *body = [" & ".join(cells) + r" \\" for cells in rows]
         comments = ["% " + " ".join(note.split()) for note in [self.title, *self.notes] if note]
-        begin = rf"\begin{{tabular}}{{{columns}}}"
+        begin = rf"\begin{{tabular}}{{{alignment}}}"
         return "\n".join(
             [*comments, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
-        )
-
-    def html(self) -> str:
-        """A figure with its caption; everything that is not ours is escaped."""
-
-        def row(tag: str, cells: list[str]) -> str:
-            left = [' class="text"' * (header in TEXT_COLUMNS) for header in self.headers]
-            return "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for c, cell in zip(left, cells, strict=True))
-
-        body = "".join(f"<tr>{row('td', line)}</tr>" for line in self.texts)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f"<figure><h2>{html.escape(self.title or self.name)}</h2><div><table><thead><tr>{row('th', self.headers)}"
-            f"</tr></thead><tbody>{body}</tbody></table></div><figcaption>{notes}</figcaption></figure>"
         )
 
     def write(self, folder: Path) -> list[Path]:
@@ -99,14 +128,22 @@ class Tabular:
         return files
 
 
+def markdown_table(columns: Sequence[Column], texts: Sequence[Sequence[str]]) -> str:
+    """Heading, rule and rows in Markdown, without a newline at the end."""
+    rule = "|" + "|".join(" --- " if column.text else " ---: " for column in columns) + "|"
+    lines = [[column.heading for column in columns], *texts]
+    # A bar in a cell would end the cell.
+    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+    return "\n".join([head, rule, *body])
+
+
 def _latex_heading(text: str) -> str:
-    """In lines about as wide as a figure with its error: in one line the headings make a table wider than its page."""
+    """The heading in lines about as wide as a figure with its error: in one line the table is wider than a page."""
     lines = textwrap.wrap(text, 12, break_long_words=False, break_on_hyphens=False)
     stacked = r"\\".join(map(latex_text, lines))
     return rf"\shortstack[r]{{{stacked}}}" if len(lines) > 1 else stacked
 
 
 def latex_text(text: str) -> str:
-    """`text` with what LaTeX would take for a command, or has no sign for, written so that it is printed, and with the
-    signs of numbers where it would set hyphens."""
+    """`text` for LaTeX: what it would take for a command is escaped, the sign of a number is a minus, not a hyphen."""
     return "".join(_LATEX.get(c, c) for c in re.sub(r"(?<![\w.])-(?=\d)", "−", text))

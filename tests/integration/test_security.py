@@ -45,7 +45,7 @@ from prefopt.reporting.compare import page as compare_page
 from prefopt.reporting.html import page as papers_page
 from prefopt.reporting.paper_common import Figure
 from prefopt.reporting.style import plotting, save
-from prefopt.reporting.tables import Tabular
+from prefopt.reporting.tables import Tabular, text_columns
 from prefopt.tracking.policies import Checkpoint
 from prefopt.tracking.record import update_record
 from prefopt.tracking.status import RunsConfig, select
@@ -413,7 +413,7 @@ def paper(text: str, folder: Path) -> str:
         axis.set_title(text)
         axis.legend()
         files = save(figure, folder, "figure")
-    table = Tabular("t", [text], [[text]], [], [text], text)
+    table = Tabular("t", text_columns(text), [[text]], [], [text], text)
     record = {"name": text, "git": {"commit": text, "dirty": True}, "command": text}
     return papers_page(text, [table], [Figure(text, text, files)], [record], [text])
 

@@ -1,6 +1,7 @@
 """Tables, figures and pages of the papers from records that the tests write."""
 
 import csv
+import html
 import json
 import math
 import re
@@ -30,8 +31,8 @@ from prefopt.reporting.html import page
 from prefopt.reporting.mappo import academic_table, mappo
 from prefopt.reporting.mmpo import mmpo, peak_table
 from prefopt.reporting.published import join_published, matches_published, published_points, read_csv
-from prefopt.reporting.style import COLOURS, method_colors
-from prefopt.reporting.tables import Tabular, latex_text
+from prefopt.reporting.style import COLORS, method_colors
+from prefopt.reporting.tables import Column, Tabular, latex_text
 from prefopt.tracking.archive import MACHINE_KEYS, read_records, write_archive
 from tests.helpers.tiny import ROOT, run_program
 
@@ -384,7 +385,7 @@ def test_latex_has_a_tabular_with_escaped_cells_and_narrow_headings():
     special = r"a_b & 5 % of $1 #2 {x} ~ ^ \n"
     table = Tabular(
         "t",
-        ["method", "log-prob drift of β"],
+        [Column("method", "method", text=True), Column("drift", "log-prob drift of β")],
         [[special, "0.1 ± 2"], ["y", "–"]],
         [{"a": 1}],
         ["50 % of\nx_y."],
@@ -406,7 +407,12 @@ def test_latex_has_a_tabular_with_escaped_cells_and_narrow_headings():
 
 
 def test_markdown_and_csv_have_every_row():
-    table = Tabular("t", ["method", "x"], [["a|b", "1"]], [{"x": 0.1, "y": None}, {"x": 2, "z": "q,r"}])
+    table = Tabular(
+        "t",
+        [Column("method", "method", text=True), Column("x", "x")],
+        [["a|b", "1"]],
+        [{"x": 0.1, "y": None}, {"x": 2, "z": "q,r"}],
+    )
     assert table.markdown().splitlines()[:3] == ["| method | x |", "| --- | ---: |", "| a\\|b | 1 |"]
     assert list(csv.reader(table.csv().splitlines())) == [["x", "y", "z"], ["0.1", "", ""], ["2", "", "q,r"]]
 
@@ -481,9 +487,9 @@ def test_runs_without_evaluations_say_how_to_get_them(tmp_path):
         mmpo(read_records(tmp_path), config(tmp_path, tmp_path))
 
 
-def test_every_method_of_the_papers_has_a_colour_of_its_own():
+def test_every_method_of_the_papers_has_its_own_color():
     methods = ["mmpo", "dpo", "simpo", "ipo", "cpo", "madpo", "beta_dpo"]
-    assert sorted(method_colors(methods).values()) == sorted(COLOURS)
+    assert sorted(method_colors(methods).values()) == sorted(COLORS)
     assert method_colors(["dpo optimizer.lr=1", "mappo_dpo"]) == dict.fromkeys(
         ["dpo optimizer.lr=1", "mappo_dpo"], method_colors(methods)["dpo"]
     )
@@ -505,9 +511,8 @@ def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
     selected = [f"runs_dir={grid}", f"output={tmp_path / 'b'}", "tasks=[piqa]", f"judge_name={GPT}"]
     process = run_program("paper=mmpo", *selected, "baseline_name=policy-initial", program="papers")
     assert process.returncode == 0, process.stderr
-    assert f"'tasks=[piqa]' judge_name={GPT} baseline_name=policy-initial`" in (
-        tmp_path / "b" / "mmpo.html"
-    ).read_text().replace("&#x27;", "'")
+    text = html.unescape((tmp_path / "b" / "mmpo.html").read_text())
+    assert f"'tasks=[piqa]' judge_name={GPT} baseline_name=policy-initial`" in text
     process = run_program("paper=mnpo", f"output={tmp_path}", program="papers")
     assert process.returncode == 2
     assert "paper must be mmpo, mappo, madpo" in process.stderr
@@ -586,7 +591,7 @@ def test_the_academic_table_has_the_tasks_too_that_the_paper_does_not(tmp_path):
     metrics = {"acc": {"value": 0.6, "stderr": 0.07}}
     write(folder / "harness" / "final-piqa.json", told | {"metrics": metrics})
     table = academic_table(read_records(tmp_path), PUBLISHED, [])
-    assert table.headers[-3:] == ["gsm8k", "paper", "piqa"]
+    assert table.headings[-3:] == ["gsm8k", "paper", "piqa"]
     assert table.texts[0][-1] == "60.0 ± 7.0"
     assert table.texts[-1][-1] == "–"
     assert table.notes[0].endswith("acc of piqa; of each task the first 50 rows.")

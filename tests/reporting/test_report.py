@@ -108,7 +108,7 @@ def test_reward_models_have_their_loss_and_calibration_and_no_columns_of_a_polic
     (tmp_path / "reward-0" / "record.json").write_text(json.dumps(record))
     found = read_records(tmp_path)
     table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
-    assert table.headers == ["objective", "held-out accuracy", "held-out loss", "calibration error", "run"]
+    assert table.headings == ["objective", "held-out accuracy", "held-out loss", "calibration error", "run"]
     assert table.texts == [
         ["initial policy (model)", "–", "0.693", "0.100", "–"],
         ["reward", "0.66", "0.664", "0.100", "reward-0"],
@@ -117,7 +117,10 @@ def test_reward_models_have_their_loss_and_calibration_and_no_columns_of_a_polic
     # An initial policy of which nothing was measured is no row.
     found[0]["evaluations"] = [{k: v for k, v in e.items() if k in ("step", "accuracy", "n")} for e in ends]
     table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
-    assert (table.headers, table.texts) == (["objective", "held-out accuracy", "run"], [["reward", "0.66", "reward-0"]])
+    assert (table.headings, table.texts) == (
+        ["objective", "held-out accuracy", "run"],
+        [["reward", "0.66", "reward-0"]],
+    )
 
 
 def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):

@@ -1,9 +1,9 @@
-"""Do what a sweep's submitter has frozen, as the launchers start it:
+"""Run one job of a sweep from its folder, as the launchers start it:
 
     python -m prefopt.job FOLDER
 
-FOLDER/job.json holds the resolved config, and nothing is composed again. Exit code 0 means finished, 75 interrupted
-(saved, and to be started again), anything else failed: the traceback is then on stderr and in record.json.
+FOLDER/job.json holds the resolved config, so nothing is composed again. Exit code 0 means finished, and 75 interrupted:
+saved, and to be started again. Any other means failed: the traceback is then on stderr and in record.json.
 """
 
 import json
@@ -28,12 +28,15 @@ from prefopt.utils.signals import install_handlers
 
 
 def run(folder: Path) -> None:
-    """Raises UserError where another process works on it, or the data files are no longer those of the submission, and
-    stop.Interrupted."""
-    install_handlers()  # before anything that takes seconds
+    """Run the job in `folder`, and keep its status in its record.
+
+    Raises UserError where another process works on it, or the data files have changed since it was submitted, and
+    Interrupted where it was asked to stop and has saved.
+    """
+    install_handlers()  # first: what follows takes seconds, in which a signal would end the process
     if is_main_process():
         acquire_lock(folder)
-    if read_record(folder)["status"] == "finished":  # and its node was lost before Slurm knew of it
+    if read_record(folder)["status"] == "finished":  # its node was lost before Slurm knew of it, and it was requeued
         return
     if is_main_process():
         update_record(folder, status="running", **process_info())
@@ -41,10 +44,10 @@ def run(folder: Path) -> None:
     try:
         (_train if frozen["program"] == "train" else _run_pending)(folder, frozen)
     except (Interrupted, KeyboardInterrupt):
-        if frozen["program"] != "train":  # a training run has said so itself
+        if frozen["program"] != "train":  # a training run has recorded it itself
             update_record(folder, status="interrupted")
         raise
-    except BaseException as error:  # SystemExit too: whatever ends a job before its end is a failure, and is kept
+    except BaseException as error:  # SystemExit too: even with code 0 it ends a job that has not finished
         update_record(folder, status="failed", error=traceback.format_exc())
         if not isinstance(error, Exception):
             raise RuntimeError(f"{type(error).__name__} ended the job before it had finished") from error
@@ -64,9 +67,9 @@ def _train(folder: Path, frozen: dict[str, Any]) -> None:
 
 
 def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
-    """Whatever of the job is not done yet."""
+    """Do what is left of a job of a program other than train."""
     schema: type[Any]
-    match frozen["program"]:  # the other programs' modules need not be there, and take time to import
+    match frozen["program"]:  # imported one by one: they take seconds, and need packages that may not be installed
         case "online":
             from prefopt.training.online import run_pending
 

@@ -50,8 +50,8 @@ def prefetch(config: PrefetchConfig) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     todo = items(config.model, config.dataset, config.also)
-    off = any(_is_on_hub(item) and item.offline() for item in todo)
-    if not config.check and (off or (constants.HF_HUB_OFFLINE and (config.alpaca or config.tasks))):
+    is_offline = any(_is_on_hub(item) and item.offline() for item in todo)
+    if not config.check and (is_offline or (constants.HF_HUB_OFFLINE and (config.alpaca or config.tasks))):
         raise UserError(
             "prefetch needs the hub, and it is switched off: unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or look "
             "only: check=true"
@@ -61,7 +61,9 @@ def prefetch(config: PrefetchConfig) -> None:
         try:
             state = _check(item) if config.check else _fetch(item)
         except UserError as error:
-            failed[str(item)] = f"{error}" + f"\n    {item.command}" * (config.check and _is_on_hub(item))
+            failed[str(item)] = str(error)
+            if config.check and _is_on_hub(item):
+                failed[str(item)] += f"\n    {item.command}"
             state = f"{'MISSING' if config.check else 'FAILED'}: {error}"
         log.info(f"{item}: {state}")
     for name, load in evaluations(config).items():
@@ -81,10 +83,13 @@ def prefetch(config: PrefetchConfig) -> None:
 
 
 def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
-    """What prefopt.harness and prefopt.alpaca read, by name: functions that have lm-eval and alpaca-eval load it as
-    they will, from the hub where it is not here yet and `check` is not set. They raise UserError."""
-    found: dict[str, Callable[[], object]] = {}
+    """What prefopt.harness and prefopt.alpaca read: by name, functions that load it just as those programs will.
+
+    The functions fetch what is not here yet, unless `config.check`. They raise UserError.
+    """
+    loaders: dict[str, Callable[[], object]] = {}
     if (config.alpaca or config.tasks) and config.check:
+        # Both libraries have read HF_HUB_OFFLINE when they were imported: setting it now would be too late.
         constants.HF_HUB_OFFLINE = True
         import datasets
 
@@ -92,18 +97,18 @@ def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
     if config.alpaca:
         from prefopt.evaluation.alpaca import SHA256, hub_file
 
-        found |= {f"AlpacaEval's {name}": partial(hub_file, name) for name in SHA256}
+        loaders |= {f"AlpacaEval's {name}": partial(hub_file, name) for name in SHA256}
     if config.tasks:
         from prefopt.evaluation.harness import preflight
         from prefopt.evaluation.results import task_names
 
         names = task_names(config.tasks)
-        found[f"tasks {', '.join(names)}"] = partial(preflight, names)
-    return found
+        loaders[f"tasks {', '.join(names)}"] = partial(preflight, names)
+    return loaders
 
 
 def _fetch(item: Item) -> str:
-    """Fetch it; returns what became of it. Raises Lacking."""
+    """Fetch an item; returns a line on what was done. Raises MissingAssetError."""
     if item.local:
         return _check(item)
     _check_name(item)
@@ -115,7 +120,7 @@ def _fetch(item: Item) -> str:
             state = "already there"
         except MissingAssetError:
             state = "fetched"
-        item.fetch()  # also where all is there: the caches learn what commit the revision is
+        item.fetch()  # also where nothing is missing: the caches learn which commit the revision is
     except MissingAssetError:
         raise
     except GatedRepoError:
@@ -135,6 +140,7 @@ def _fetch(item: Item) -> str:
 
 
 def _check(item: Item) -> str:
+    """Look for an item without fetching it; returns a line on it. Raises MissingAssetError."""
     if item.local:
         if not resolve_path(item.path).exists():
             raise MissingAssetError("no such file")
@@ -157,7 +163,7 @@ def _size(size: float) -> str:
 
 
 def _how_to_copy() -> str:
-    """The two caches, not the whole of HF_HOME: that also holds the token."""
+    """The commands that copy the caches to a cluster. Not the whole of HF_HOME, which also holds the user's token."""
     import datasets
 
     caches = {"hub": Path(constants.HF_HUB_CACHE), "datasets": Path(datasets.config.HF_DATASETS_CACHE)}

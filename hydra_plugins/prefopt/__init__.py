@@ -1,5 +1,7 @@
-"""prefopt's plugins for Hydra, which looks for plugins in the namespace package hydra_plugins: every application of
-Hydra in the same environment imports this file."""
+"""prefopt's plugins for Hydra, which looks for plugins in the namespace package hydra_plugins.
+
+Every application of Hydra in the same environment imports this file, so it must change nothing for others.
+"""
 
 import copy
 import functools
@@ -19,19 +21,21 @@ from prefopt.utils.files import ROOT
 
 
 class SweepsSearchPath(SearchPathPlugin):
-    """Lets `+sweep=NAME` find sweeps/sweep/NAME.yaml, from whatever folder the program is called."""
+    """Lets `+sweep=NAME` find sweeps/sweep/NAME.yaml, whatever the current folder is."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         main = [entry.path for entry in search_path.get_path() if entry.provider == "main"]
-        if main and main[0].removeprefix("file://") == str(ROOT / "conf"):  # else it is another application
+        # Hydra asks all plugins for all applications: this one is for ours alone.
+        if main and main[0].removeprefix("file://") == str(ROOT / "conf"):
             search_path.append("prefopt", f"file://{ROOT / 'sweeps'}")
 
 
 class PointsSweeper(Sweeper):
-    """Gives a program that starts its jobs itself all points of a multirun at once.
+    """Composes all points of a multirun and hands them to the program at once, which starts the jobs itself.
 
-    Hydra's own sweeper composes every point twice, from all its files, at 0.1 s each time. Points that choose the same
-    files (objective=dpo) differ in values alone: they are composed once, and each has its values put into a copy.
+    Hydra's basic sweeper composes every point twice, from all its files, at 0.1 s each time. Points with the same
+    choice of files (objective=dpo) differ only in values. Here their files are composed once, and each point is a copy
+    with its values put in.
     """
 
     def __init__(self, params: dict[str, str] | None):
@@ -42,13 +46,14 @@ class PointsSweeper(Sweeper):
         self.config: Any = config
 
     def sweep(self, arguments: list[str]) -> None:
-        given = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
-        (grid,) = BasicSweeper.split_arguments(given, None)
+        ranges = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
+        (grid,) = BasicSweeper.split_arguments(ranges, None)
         parsed = functools.cache(OverridesParser.create().parse_override)
         is_group = functools.cache(self.loader.repository.group_exists)
         composed: dict[tuple[str, ...], DictConfig] = {}
         points = []
         for overrides in grid:
+            # KEY={...} sets values, also where KEY is a group.
             values = [o for o in map(parsed, overrides) if isinstance(o.value(), dict) or not is_group(o.key_or_group)]
             files = tuple(text for text in overrides if parsed(text) not in values)
             if files not in composed:

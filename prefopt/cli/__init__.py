@@ -1,1 +1,1 @@
-"""The command line: Hydra composes, errors are shown, the exit code tells."""
+"""The command line: programs, their help, hints for what cannot be composed, and the points of sweeps."""

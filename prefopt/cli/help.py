@@ -34,7 +34,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def show(program: str, arguments: Sequence[str]) -> int:
-    """Print `program_help`; the exit code."""
+    """Print `program_help`; the exit code, which is 2 for overrides that cannot be composed."""
     try:
         print(program_help(program, arguments), end="")
     except (HydraException, OmegaConfBaseException) as error:  # of the overrides beside --help
@@ -44,7 +44,7 @@ def show(program: str, arguments: Sequence[str]) -> int:
 
 
 def overview(programs: Sequence[str]) -> str:
-    """What `prefopt` alone prints: the programs, each with the first sentence of its docstring."""
+    """The text that `prefopt` alone prints: the programs with the first paragraph of their docstrings, and examples."""
     lines = ["prefopt PROGRAM [KEY=VALUE ...]", "", "Programs:"]
     for name in programs:
         summary = " ".join(_docstring(name).split("\n\n")[0].split())
@@ -61,23 +61,25 @@ def overview(programs: Sequence[str]) -> str:
 
 
 def program_help(program: str, arguments: Sequence[str]) -> str:
-    """The help of a program; overrides among `arguments` choose what is shown (`objective=mmpo --help`: its keys).
+    """The help of a program, with the values and keys that the overrides among `arguments` lead to.
 
-    Raises what Hydra raises for overrides that cannot be composed.
+    `objective=mmpo --help` shows the keys of MMPO. Raises what Hydra raises for overrides that cannot be composed.
     """
     register()
     known = ConfigStore.instance().repo
     for name in (f"{file.stem}_schema" for file in CONF.glob("*.yaml")):
-        if f"{name}.yaml" not in known:  # its program is not imported, since that takes seconds: the YAMLs suffice
+        # The YAMLs name their schemas, whose programs are not imported here, since that takes seconds.
+        if f"{name}.yaml" not in known:
             ConfigStore.instance().store(name=name, node={})
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     folders = [CONF, *config_dirs(arguments)]
     search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders[1:])}]"] if folders[1:] else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(program, [*search, *overrides], return_hydra_config=True)
+
     chosen = dict(cfg.hydra.runtime.choices)
     written = list(_written(program, "", folders, chosen))
-    if chosen["hydra/sweeper"] != "prefopt":  # no launcher starts jobs of this program
+    if chosen["hydra/sweeper"] != "prefopt":  # the program runs its points itself, without a launcher
         written = [key for key in written if key.group != "launcher"]
     groups = list(dict.fromkeys(key.group for key in written if key.group))
     groups += [group for group in _groups(program, folders) if group not in groups and chosen[group] is None]
@@ -88,7 +90,7 @@ def program_help(program: str, arguments: Sequence[str]) -> str:
     lines += ["", "Examples:"]
     for example in examples[:2]:
         lines += _command(example, width)
-    options = []
+
     if groups:
         lines += ["", "Groups (GROUP=CHOICE):"]
         for group in groups:
@@ -97,10 +99,10 @@ def program_help(program: str, arguments: Sequence[str]) -> str:
             lines += _two_columns(group, ", ".join(options) + default, GROUP_WIDTH, width)
     if sweeps := _sweeps(program):
         lines += _two_columns("+sweep", f"with -m: {', '.join(sweeps)}", GROUP_WIDTH, width)
+
     lines += ["", "Keys (KEY=VALUE), what they are now, and what they mean; ??? has to be given:"]
     keys = {key.name: key for key in written}  # of several files that write a key, the last one says what it means
-    own = [key for key in keys.values() if not key.group]
-    lines += _keys(own, cfg, width)
+    lines += _keys([key for key in keys.values() if not key.group], cfg, width)
     for group in groups:
         of_group = [key for key in keys.values() if key.group == group]
         if of_group:
@@ -121,7 +123,11 @@ class _Key:
 def _written(
     config: str, package: str, folders: Sequence[Path], chosen: dict[str, Any], group: str = ""
 ) -> Iterator[_Key]:
-    """The keys of conf/CONFIG.yaml and of what its defaults list names, in the order in which they are composed."""
+    """The keys of conf/`config`.yaml and of the files in its defaults list, in the order in which they are composed.
+
+    `package` is the key below which its keys stand; `folders` are conf/ and the user's --config-dir; `chosen` is what
+    Hydra has composed, {group: choice}; `group` is the group of the file.
+    """
     path = f"{config}.yaml".replace("objective/base/", "objective/")  # as config.register makes that group
     file = next((f for folder in folders if (f := folder / path).is_file()), None)
     if file is None:  # a schema
@@ -147,6 +153,7 @@ def _written(
 
 
 def _leaves(node: Any, prefix: str, lines: list[str], group: str) -> Iterator[_Key]:
+    """The keys of a parsed YAML file, whose text is `lines`: the parser drops the comments, but knows the places."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         name = _join(prefix, str(key.value))
         if not prefix and key.value in ("defaults", "hydra"):
@@ -166,23 +173,27 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _keys(keys: Sequence[_Key], cfg: DictConfig, width: int) -> list[str]:
+    """The lines of `keys` with their values in `cfg`."""
     root: Any = OmegaConf.to_container(cfg, resolve=False)
     lines = []
     for key in keys:
         value: Any = root
         for part in key.name.split("."):
             value = value.get(part, "???") if isinstance(value, dict) else "???"
-        shown = "{}" if key.empty else _text(value)
-        lines += _two_columns(f"{key.name}={shown}", key.comment, KEY_WIDTH, width)
+        text = "{}" if key.empty else _text(value)
+        lines += _two_columns(f"{key.name}={text}", key.comment, KEY_WIDTH, width)
     return lines
 
 
 def _text(value: Any) -> str:
+    """A value as one types it on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_text(each)}' for key, each in value.items())}}}"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not _is_number(value) else str(value)
+        return f"{{{','.join(f'{key}:{_text(item)}' for key, item in value.items())}}}"
+    if _is_number(value):  # before the next line, to which 1 is True
+        return str(value)
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))
 
 
 def _is_number(value: Any) -> bool:
@@ -190,7 +201,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _two_columns(left: str, right: str, column: int, width: int | None = None) -> list[str]:
-    """`left` indented by two, `right` beside it from `column` on, or below it where there is no room."""
+    """`left` indented by two blanks, and `right` beside it from `column` on, or below it where there is no room."""
     width = width or min(shutil.get_terminal_size().columns, 120)
     lines = textwrap.wrap(left, width - 2, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     if not right:
@@ -203,7 +214,7 @@ def _two_columns(left: str, right: str, column: int, width: int | None = None) -
 
 
 def _command(text: str, width: int) -> list[str]:
-    """A command in lines of at most `width`, with what a shell needs between them."""
+    """A command in lines of at most `width`, with the backslashes that a shell needs."""
     lines, line = [], "  "
     for word in re.findall(r"(?:'[^']*'|\S)+", text):
         if len(line) > 4 and len(line) + len(word) + 2 > width:
@@ -221,7 +232,7 @@ def _docstring(program: str) -> str:
 
 
 def _parts(program: str) -> tuple[list[str], list[str]]:
-    """The paragraphs of a program's docstring ("" between them), and the commands in it and at the head of its YAML."""
+    """The paragraphs of a program's docstring, with "" between them; the commands in it and at the head of its YAML."""
     paragraphs, examples = [], []
     for paragraph in _docstring(program).split("\n\n"):
         if paragraph.startswith("    "):
@@ -236,23 +247,23 @@ def _parts(program: str) -> tuple[list[str], list[str]]:
 
 
 def _groups(program: str, folders: Sequence[Path]) -> list[str]:
-    """The groups of the defaults list of a program, those too of which nothing is chosen yet."""
+    """The groups in the defaults list of a program, also those without a choice."""
     node: Any = yaml.safe_load((CONF / f"{program}.yaml").read_text())
-    found = []
+    groups = []
     for entry in node["defaults"]:
         if isinstance(entry, dict):
-            found += [name for name in map(str, entry) if "hydra/" not in name and not name.startswith("override ")]
+            groups += [name for name in map(str, entry) if "hydra/" not in name and not name.startswith("override ")]
         elif (CONF / f"{entry}.yaml").is_file():
-            found += _groups(str(entry), folders)
-    return found
+            groups += _groups(str(entry), folders)
+    return groups
 
 
 def _sweeps(program: str) -> list[str]:
-    """The files in sweeps/sweep that are made for this program, as their first line says."""
+    """The sweeps in sweeps/sweep that are made for this program: their files have its command as an example."""
     folder = ROOT / "sweeps" / "sweep"
-    found = []
+    sweeps = []
     for file in sorted(folder.rglob("*.yaml")):
         name = str(file.relative_to(folder).with_suffix(""))
         if f"prefopt.{program} -m +sweep={name}" in file.read_text():
-            found.append(name)
-    return found
+            sweeps.append(name)
+    return sweeps

@@ -1,4 +1,4 @@
-"""What is said of a command line that cannot be composed: what is wrong, and the line that would have worked."""
+"""Messages for a command line that Hydra cannot compose: what is wrong, and the line that would have worked."""
 
 import difflib
 import re
@@ -20,8 +20,10 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
 
 
 def refusal(error: Exception, arguments: Sequence[str]) -> str:
-    """What keeps Hydra from composing `arguments`, and what to write instead; not Hydra's own advice, to add a key with
-    a plus, which the schema would refuse."""
+    """The message for `error`, which Hydra raised for `arguments`.
+
+    It replaces Hydra's advice to add an unknown key with a plus, since the schema would refuse that key.
+    """
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return _no_such_choice(str(error.missing_cfg_file), arguments)
@@ -31,20 +33,21 @@ def refusal(error: Exception, arguments: Sequence[str]) -> str:
                 return f"cannot read {argument}: this text needs quotes. Did you mean\n  {shlex.quote(better)}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
         return _no_such_key(str(cause.full_key), cause.parent_node, arguments)
-    if not isinstance(error, HydraException):  # it does not say what it is about
+    if not isinstance(error, HydraException):  # OmegaConf's errors do not name the argument
         return f"{error or type(error).__name__} (in {shlex.join(arguments)})"
     message = str(error).partition("Config search path:")[0].strip()
     return f"{message}: {str(cause).splitlines()[0]}" if isinstance(cause, OmegaConfBaseException) else message
 
 
 def _no_such_choice(file: str, arguments: Sequence[str]) -> str:
-    """`file` is GROUP/CHOICE, as Hydra looks for it."""
+    """The message for a GROUP/CHOICE, `file`, that has no YAML: a path for a group of files, or a misspelt name."""
     for group in ("model", "dataset"):
         if not file.startswith(f"{group}/"):
             continue
-        given = file.removeprefix(f"{group}/").removesuffix(".yaml")
+        choice = file.removeprefix(f"{group}/").removesuffix(".yaml")
+        # Hydra may have dropped a leading slash and the suffix: as it was typed, it stands in the arguments.
         path = next(
-            (p for p in _values(group, arguments) if p.lstrip("/").removesuffix(".yaml") == given.lstrip("/")), given
+            (p for p in _values(group, arguments) if p.lstrip("/").removesuffix(".yaml") == choice.lstrip("/")), choice
         )
         if group == "model" and ("/" in path or Path(path).exists() or path.endswith(".gguf")):
             return f"model={path} is no choice of conf/model, but a path. Did you mean\n  model=hub model.path={path}"
@@ -63,23 +66,25 @@ def _no_such_choice(file: str, arguments: Sequence[str]) -> str:
 
 
 def _no_such_key(key: str, parent: Any, arguments: Sequence[str]) -> str:
+    """The message for a `key` that the node `parent` of the config does not have."""
     value = next((v for v in _values(key, arguments)), "VALUE")
     if _takes_any_key(parent):
         return f"{key} is not there yet; add it with a plus:\n  {shlex.quote(f'+{key}={value}')}"
-    known = [str(each) for each in parent]
-    if "." not in key:
-        last = [full for full in _dotted(parent) if full.rpartition(".")[2] == key]
-        if 0 < len(last) <= 3:
-            return f"unknown key {key}. Did you mean {' or '.join(shlex.quote(f'{full}={value}') for full in last)}?"
-    return unknown_key(key, known)
+    if "." not in key:  # perhaps the last part of a key further down: beta for objective.beta
+        full_keys = [full for full in _dotted(parent) if full.rpartition(".")[2] == key]
+        if 0 < len(full_keys) <= 3:
+            better = " or ".join(shlex.quote(f"{full}={value}") for full in full_keys)
+            return f"unknown key {key}. Did you mean {better}?"
+    return unknown_key(key, [str(name) for name in parent])
 
 
 def _takes_any_key(node: Any) -> bool:
-    """Of a field that is a mapping from our names to the user's (dataset.columns), or an empty one."""
+    """Whether a node is a mapping from our names to the user's (dataset.columns), or is empty."""
     return not len(node) or (OmegaConf.get_type(node) is dict and node._metadata.element_type is str)
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    """All keys below a node, with dots, without Hydra's."""
     for key in node if isinstance(node, DictConfig) else []:
         if (not prefix and key == "hydra") or OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             if key != "hydra":
@@ -90,7 +95,7 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _values(key: str, arguments: Sequence[str]) -> Iterator[str]:
-    """What the command line gives to `key`; of a grid, each."""
+    """The values of `key` on the command line: each as typed, and, for a grid, its parts."""
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if equals and name.lstrip("+") == key:
@@ -99,7 +104,7 @@ def _values(key: str, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _with_quotes(override: str) -> str | None:
-    """The override with quotes around the texts in its list, or around its value, where Hydra can read that."""
+    """The override with quotes around its value, or around the items of its list. None where that does not help."""
     key, _, value = override.partition("=")
     if value.startswith("[") and value.endswith("]"):
         parts = [part.strip() for part in value[1:-1].split(",")]
@@ -119,7 +124,7 @@ def _with_quotes(override: str) -> str | None:
 
 
 def choices(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
-    """The names that GROUP=NAME takes, from the YAML files in `folders`."""
+    """The names that `group`=NAME takes, sorted: of the YAML files in `folders`."""
     if group == "objective/base":  # made by config.register
         names = {file.stem for file in (CONF / "objective").glob("*.yaml") if "\nnll_weight:" in file.read_text()}
         return sorted(names)
@@ -128,9 +133,9 @@ def choices(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
 
 def config_dirs(arguments: Sequence[str]) -> list[Path]:
     """The folders that --config-dir (or -cd) names."""
-    found = []
+    folders = []
     for i, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            found.append(Path(value or "".join(arguments[i + 1 : i + 2])).absolute())
-    return found
+        if flag in ("--config-dir", "-cd"):  # --config-dir=FOLDER, or the folder is the next argument
+            folders.append(Path(value or "".join(arguments[i + 1 : i + 2])).absolute())
+    return folders

@@ -1,4 +1,4 @@
-"""The points of a sweep: composed by Hydra, handed over to a launcher."""
+"""The points of a sweep, which Hydra composes and a launcher starts."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 @dataclass
 class Point:
-    """A point of a sweep: the overrides that lead to it, and its config."""
+    """A point of a sweep: its overrides and the config that they lead to."""
 
     overrides: list[str]
     cfg: DictConfig
@@ -21,13 +21,13 @@ SWEEP_FOLDER = "hydra.sweep.dir="
 
 
 def overrides() -> list[str]:
-    """What the command line of the job in hand changes, as it was typed: an interpolation in it means the job's config,
-    and not Hydra's."""
-    found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    assert isinstance(found, list)
-    return [str(override) for override in found]
+    """The overrides of the job that runs now, as they were typed."""
+    # Not resolved: an interpolation in an override is one of the job's config, which is not Hydra's.
+    task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(task, list)
+    return [str(override) for override in task]
 
 
 def sweep_folder(cfg: DictConfig) -> Path:
-    """Where a sweep's job scripts and what its jobs leave besides their runs is kept."""
+    """A new folder for the files of a sweep: job scripts, and results that are no runs."""
     return Path(cfg.get("runs_dir", "runs")) / "multirun" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"

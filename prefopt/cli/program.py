@@ -1,4 +1,4 @@
-"""What every command-line program shares: Hydra composes, errors are shown, the exit code tells."""
+"""The frame of every command-line program: Hydra composes, errors become messages and exit codes."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ from prefopt.utils.files import ROOT
 from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
 
-# What the system says of a disk that is full, read-only, forbidden, failing or gone.
+# The errors of a disk that is full, read-only, forbidden, failing or gone: the user's to correct, and no fault of ours.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
            errno.ENOTCONN, errno.ENODEV)  # fmt: skip
 STORAGE_ADVICE = (
@@ -172,9 +172,11 @@ def compose_points(config_name: str, command_line: CommandLine, task: Task) -> N
 
 
 def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
-    """Call `job`. What it raises is shown on stderr, and its first line added to `failures`: 2 for a UserError and
-    for a disk that fails, 75 for a run that was asked to stop, 1 for any other exception. Otherwise what it returns,
-    or 0."""
+    """Call `job` and return its exit code: what it returns, or 0 for None.
+
+    An exception is printed on stderr, and its first line is added to `failures`. The code is 2 for a UserError and a
+    disk that fails, 75 for a run that was asked to stop, and 1 for any other exception.
+    """
     try:
         return job() or 0
     except UserError as error:
@@ -190,7 +192,7 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         if isinstance(error, OSError) and error.errno in STORAGE:
             print(f"error: {error}. {STORAGE_ADVICE}", file=sys.stderr)
             return 2
-        traceback.print_exc()  # a fault of ours, or of the machine: shown whole
+        traceback.print_exc()  # a fault of ours, or of the machine: all of it helps
         return 1
 
 
@@ -208,7 +210,7 @@ def _describe(error: Exception) -> str:
 
 
 def require_multirun() -> None:
-    """Raise UserError where a launcher was given to a program that was not asked for a sweep."""
-    asked = HydraConfig.get()
-    if asked.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in overrides()):
+    """Raise UserError where the command line names a launcher but no sweep."""
+    config = HydraConfig.get()
+    if config.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in overrides()):
         raise UserError("a launcher is for a sweep: add -m, or leave `launcher` out. This one would be run here.")

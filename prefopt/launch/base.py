@@ -1,4 +1,4 @@
-"""What a launcher is, and what it is given."""
+"""The interface of launchers, and the jobs that they start."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from prefopt.training.config import TrainConfig
 
 @dataclass
 class SweepJob:
-    """A point of a sweep that has passed all checks, as launchers start it: `python -m prefopt.job FOLDER`.
+    """A point of a sweep that has passed all checks. Launchers start it as `python -m prefopt.job FOLDER`.
 
-    `label` tells it from the others of its sweep; `model` is the one by whose size it gets its resources. `folder`
-    holds job.json, record.json and log.txt: that of its `run`, where it is a training run, whose `state` before the
-    sweep is one of `tracking.process.STATES`.
+    `label` are the overrides that tell it from the other jobs. `model` is the one whose size decides its resources.
+    `folder` holds job.json, record.json and log.txt. A training run is `run`, whose folder it is, and `state` is that
+    of the run before the sweep, one of `tracking.process.STATES`.
     """
 
     overrides: list[str]
@@ -41,27 +41,34 @@ class SweepJob:
 
     @property
     def to_run(self) -> bool:
+        """Whether the sweep starts it. It does not start what may be running on a machine that cannot be asked."""
         return self.state not in ("finished", "unknown", *ACTIVE_STATES)
 
 
 class Launcher(ABC):
-    """Has jobs run somewhere. Its fields are the keys of conf/launcher/NAME.yaml."""
+    """Starts jobs, here or on a cluster. Its fields are the keys of conf/launcher/NAME.yaml."""
 
     @abstractmethod
     def settle(self, config: TrainConfig) -> None:
-        """Put the hardware that the job will meet into its config. Raises UserError for what it cannot run."""
+        """Replace the `auto` values of a job's config by those of the machine that will run it.
+
+        Raises UserError for a config that this launcher cannot run.
+        """
 
     @abstractmethod
     def resources(self, job: SweepJob) -> str:
-        """What the job will get, in words."""
+        """The hardware and the time that the job will get, in words."""
 
     @abstractmethod
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
-        """Start all `jobs`, which are frozen, on the code in `code`. Files of the sweep go into `folder`."""
+        """Start `jobs`, which have their job.json, with the package in `code`. `folder` is for the sweep's files."""
 
 
 def configure_hardware(config: TrainConfig, launcher: Launcher) -> None:
-    """`launcher.settle`, micro-batches that suit the device, and UserError for a GPU of one's own choice."""
+    """Fill in device, precision and micro-batch size of a job's config (in place).
+
+    Raises UserError for a particular GPU, and for what the launcher cannot run.
+    """
     if config.device.startswith("cuda:"):
         raise UserError("device=cuda:N in a sweep: its launcher hands out the GPUs. Leave device=auto.")
     launcher.settle(config)

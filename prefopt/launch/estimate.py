@@ -1,5 +1,7 @@
-"""What a training job will take, for the dry run of a sweep: GPU hours and disk, from the sizes of model and data.
-Nothing is measured, and nothing is loaded but the model's config and the rows."""
+"""GPU hours and disk of a training job, for the dry run of a sweep: estimates from the sizes of model and data.
+
+Nothing is measured. Only the model's config and the rows are loaded.
+"""
 
 import functools
 import json
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 GPU = "an A100 at 40 % of its 312 TFLOP/s, which small models do not reach"
 FLOP_PER_HOUR = 0.4 * 312e12 * 3600
 CHARACTERS_PER_TOKEN = 4.0  # English text in a vocabulary of 32,000 to 150,000
-# Training rows, and characters in prompt, chosen and rejected (of a chat: in it), for where the rows are not here: as
-# the data sets' cards have it, lengths rounded.
+# For data sets that are not on this machine: training rows, and mean characters of prompt, chosen and rejected (of a
+# chat: of all of it), from the data sets' cards, with the lengths rounded.
 KNOWN = {
     "HuggingFaceH4/ultrafeedback_binarized": (61_135, (670, 1_270, 1_110)),
     "HuggingFaceH4/orca_dpo_pairs": (12_859, (1_000, 850, 1_300)),
@@ -34,19 +36,22 @@ Rows = tuple[int, tuple[float, ...]]
 @dataclass(frozen=True)
 class Estimate:
     gpu_hours: float
-    policies_gb: float  # what is kept
-    checkpoint_gb: float  # besides, until the run has finished
+    policies_gb: float  # stays
+    checkpoint_gb: float  # is removed when the run has finished
 
 
 def parameters(config: ModelConfig) -> int:
-    """How many a model has, from its config: no weight is read (but a GGUF is converted first, once). Of a model that
-    is not here, what its name says (Llama-3.2-1B). Raises UserError where that says nothing."""
+    """The number of parameters of a model, from its config: no weights are read, but a GGUF is converted once.
+
+    For a model that is not on this machine it is the number in its name (Llama-3.2-1B). Raises UserError where there is
+    none.
+    """
     return _parameters(config.name, config.path, config.revision)
 
 
 @functools.cache
 def _parameters(name: str, path: str, revision: str | None) -> int:
-    """Counted once for all the jobs of a sweep that have the model."""
+    """The arguments can be hashed, so that the jobs of a sweep with one model count it once."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,7 +59,7 @@ def _parameters(name: str, path: str, revision: str | None) -> int:
         from prefopt.models.load import check_model, checkpoint_path
 
         check_model(ModelConfig(name, path, revision))
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(
                     checkpoint_path(ModelConfig(name, path, revision)), revision=revision, trust_remote_code=False
@@ -62,20 +67,24 @@ def _parameters(name: str, path: str, revision: str | None) -> int:
             )
         return sum(p.numel() for p in model.parameters())
     except UserError:
-        for each in (Path(path).name, name):
-            if said := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([MB])(?![A-Za-z0-9])", each, re.IGNORECASE):
-                return round(float(said[1]) * (1e6 if said[2] in "Mm" else 1e9))
+        for text in (Path(path).name, name):
+            if size := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([MB])(?![A-Za-z0-9])", text, re.IGNORECASE):
+                return round(float(size[1]) * (1e6 if size[2] in "Mm" else 1e9))
         raise
 
 
 def rows(dataset: DatasetConfig) -> Rows | None:
-    """How many training items there are, and how many tokens each part of one has on average; None where they are not
-    here and not KNOWN."""
+    """The number of training items, and the mean number of tokens of their parts.
+
+    The parts are prompt, chosen and rejected, or the whole chat. None where the rows are not on this machine and not
+    KNOWN.
+    """
     from prefopt.data.dataset import sources
 
-    found = [_rows(json.dumps(asdict(source))) for source in sources(dataset).values()]
-    known = [each for each in found if each is not None]
-    if len(known) < len(found):
+    # As JSON, so that the jobs of a sweep with one data set count it once.
+    counted = [_rows(json.dumps(asdict(source))) for source in sources(dataset).values()]
+    known = [source for source in counted if source is not None]
+    if len(known) < len(counted):
         return None
     total = sum(n for n, _ in known)
     parts = zip(*(tuple(n * mean for mean in means) for n, means in known), strict=True)
@@ -107,22 +116,30 @@ def _rows(source: str) -> Rows | None:
 
 
 def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
-    """None where the length of the data is not known.
+    """The estimate for a training job; None where the length of the data is not known.
 
     A token costs 2 FLOP per parameter forwards and 4 backwards (2 where only an adapter is trained), 2 more with
     gradient checkpointing, and 2 for the reference: once with `reference=cached`, else in every epoch.
     """
-    found, n = rows(config.dataset), parameters(config.model)
-    if found is None:
+    counted, n = rows(config.dataset), parameters(config.model)
+    if counted is None:
         return None
-    count, parts = found
+    count, parts = counted
     limits = [config.max_prompt_tokens, config.max_completion_tokens, config.max_completion_tokens]
     tokens = sum(min(mean, limit) for mean, limit in zip(parts, limits, strict=False)) if len(parts) > 1 else parts[0]
     steps = config.steps or math.ceil(count * (config.epochs or 1) / config.batch_size)
-    trained, full = steps * config.batch_size * tokens, not config.peft.target_modules
-    flop = trained * n * ((6 if full else 4) + 2 * config.gradient_checkpointing)
+
+    trained = steps * config.batch_size * tokens
+    is_full = not config.peft.target_modules
+    flop_per_weight = (6 if is_full else 4) + (2 if config.gradient_checkpointing else 0)
+    flop = trained * n * flop_per_weight
     if "reference" in objective.needs:
         flop += 2 * n * (min(trained, count * tokens) if config.reference == "cached" else trained)
     flop += 2 * n * tokens * (config.heldout_pairs or 0) * (1 + steps // config.eval_every)
+
     state = 4 + (2 if config.optimizer.eight_bit else 8)  # bytes: the weight, and Adam's two moments
-    return Estimate(flop / FLOP_PER_HOUR, config.exports * 4 * n / 1e9, (state * n if full else 0) / 1e9)
+    return Estimate(
+        gpu_hours=flop / FLOP_PER_HOUR,
+        policies_gb=config.exports * 4 * n / 1e9,  # float32
+        checkpoint_gb=state * n / 1e9 if is_full else 0.0,  # that of an adapter is small
+    )

@@ -36,12 +36,15 @@ class Local(Launcher):
         return job.hardware
 
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
-        """Returns when all have ended. On Ctrl-C or SIGTERM the jobs are asked to save, and KeyboardInterrupt is
-        raised when they have left; on a second one they are killed."""
+        """Run the jobs; returns when all have ended.
+
+        On Ctrl-C or SIGTERM the jobs are asked to save, and KeyboardInterrupt is raised when they have ended. On a
+        second one they are killed.
+        """
         gpus = visible_gpus()
         slots = list(range(self.at_once or len(gpus) or 1))
         env = os.environ | python_environment(code)
-        if len(slots) > 1:
+        if len(slots) > 1:  # else each job would take all cores for its threads
             env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(slots))))
         waiting, running = deque(jobs), list[LocalProcess]()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -49,8 +52,8 @@ class Local(Launcher):
             while waiting or running:
                 while waiting and len(running) < len(slots):
                     slot = min(set(slots) - {child.slot for child in running})
-                    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-                    running.append(LocalProcess(waiting.popleft(), slot, env | own, alone=len(slots) == 1))
+                    gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+                    running.append(LocalProcess(waiting.popleft(), slot, env | gpu, alone=len(slots) == 1))
                 running = [child for child in running if not child.ended()]
                 time.sleep(0.05)
         except KeyboardInterrupt:
@@ -74,8 +77,11 @@ class Local(Launcher):
 
 
 class LocalProcess:
-    """A running job; what it writes into its log is shown here too. It has a session of its own: a Ctrl-C is not for
-    it, and it outlives a launcher that is killed."""
+    """A running job. What it writes into its log is also shown here, with the job's id unless it runs `alone`.
+
+    It has its own session: a Ctrl-C reaches the launcher only, which asks the jobs to save, and a job outlives a
+    launcher that is killed.
+    """
 
     def __init__(self, job: SweepJob, slot: int, env: dict[str, str], alone: bool):
         self.job, self.slot = job, slot
@@ -92,18 +98,18 @@ class LocalProcess:
                 start_new_session=True,
             )
             self.log = log.open(errors="replace")
-            self.log.seek(file.tell())
+            self.log.seek(file.tell())  # what earlier attempts have written is not shown again
 
     def ended(self) -> bool:
-        """Shows what is new in the log. A process that ended without saying so in its record failed."""
-        code = self.process.poll()
+        """Show what is new in the log; whether the process has ended. Its record then says how, also after a kill."""
+        code = self.process.poll()  # before the log is read, so that nothing of its end is missed
         for line in self.log:
             echo(f"{self.prefix}{line.rstrip()}")
         if code is None:
             return False
         self.log.close()
-        (found,) = inspect_runs([self.job.folder])
-        if found.state not in ("finished", "failed", "interrupted"):
+        (status,) = inspect_runs([self.job.folder])
+        if status.state not in ("finished", "failed", "interrupted"):
             how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
             update_record(
                 self.job.folder, status="failed", error=f"the process ended before the run had finished: {how}"
@@ -112,6 +118,7 @@ class LocalProcess:
 
 
 def visible_gpus() -> list[str]:
+    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     if "CUDA_VISIBLE_DEVICES" in os.environ:

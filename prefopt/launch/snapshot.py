@@ -1,4 +1,4 @@
-"""A copy of the package, named by its content, which the jobs of a sweep run."""
+"""A copy of the package for the jobs of a sweep, in a folder named by its content."""
 
 import hashlib
 import itertools
@@ -11,7 +11,10 @@ from prefopt.utils.files import PACKAGE, atomic_write
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy this package, with commit and uncommitted changes, into `folder`/DIGEST, once; an absolute path."""
+    """Copy this package into `folder`/DIGEST, unless it is there; the absolute path.
+
+    git.json in it names the commit, and changes.diff holds what is not committed.
+    """
     from prefopt.tracking.provenance import ask_git, git
 
     files = [f for f in sorted(PACKAGE.rglob("*")) if f.is_file() and "__pycache__" not in f.parts]
@@ -22,6 +25,7 @@ def snapshot(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError):  # not a checkout
         contents["changes.diff"] = b""
     digest = hashlib.sha256()
+    # Each part after its length: else text could move from one file to the next under the same digest.
     for part in itertools.chain.from_iterable((name.encode(), content) for name, content in sorted(contents.items())):
         digest.update(len(part).to_bytes(8, "big") + part)
     target = (folder / digest.hexdigest()[:16]).resolve()
@@ -39,6 +43,6 @@ def snapshot(folder: Path) -> Path:
 
 
 def python_environment(code: Path) -> dict[str, str]:
-    """Variables with which `python -m prefopt.job` is that of `code`, and modules of the user's are found as before."""
+    """Environment variables with which Python finds prefopt in `code`, and the user's modules where it does now."""
     path = [str(code), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), str(Path.cwd())]
-    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}  # safe: the current folder does not come first
+    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}  # else the current folder came first

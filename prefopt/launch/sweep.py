@@ -1,16 +1,14 @@
-"""Sweeps: check every job, freeze it, have it run by a process of its own, and say what became of it.
+"""Sweeps: check every job, freeze it, start it in its own process, and show how it ended.
 
     python -m prefopt.train -m objective=dpo,simpo objective.beta=0.01,0.1
     python -m prefopt.train -m launcher=slurm +sweep=objectives --dry-run
     python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo launcher=slurm launcher.partition=gpu
 
-Hydra composes the points of the sweep and no more. One job that is refused refuses the sweep. Then a job's resolved
-config goes into job.json in its folder, and the package, as it is now, into a folder named by its content
-(code/DIGEST beside the jobs' folders): the job runs that, whatever happens to YAMLs, branches and files meanwhile.
-`prefopt.job` runs it; its output is in log.txt of its folder.
+Hydra only composes the points of the sweep. If one job is refused, nothing is started. A job's resolved config is
+written into job.json in its folder, and the package is copied to code/DIGEST beside the jobs' folders. So later changes
+to YAMLs, branches and files do not reach a job that waits. `prefopt.job` runs it; its output is in log.txt.
 
-The same command again skips what is finished, waits for what is under way, and runs the rest, from the last checkpoint
-where there is one.
+The same command again skips finished jobs, waits for those under way, and starts the rest, from their last checkpoint.
 """
 
 import dataclasses
@@ -44,11 +42,11 @@ POLL_S = 3.0
 
 @dataclass(frozen=True)
 class Sweep:
-    """A program's sweep; calling it launches the points of one.
+    """How a program sweeps. Calling it launches the points of a sweep.
 
-    `plan(point, label, config, launcher, folder)` checks a point and returns its job, whose folder is `folder` unless
-    it has a run's. At the end the last `log_lines` lines of each job's log are shown (0: all), or, where that is None,
-    a table of the runs.
+    `plan(point, label, config, launcher, folder)` checks a point and returns its job. The job's folder is that of its
+    run, or, for a job that is no training run, `folder`. At the end the last `log_lines` lines of each job's log are
+    shown (0: all lines); with None it is a table of the runs.
     """
 
     program: str
@@ -57,10 +55,9 @@ class Sweep:
     log_lines: int | None = None
 
     def __call__(self, points: list[Point], folder: Path, dry_run: bool) -> int:
-        """Run the jobs; 0 when all have finished, else 1. With `dry_run` only the table of jobs is printed. `folder` is
-        the sweep's own.
+        """Run the jobs; the exit code: 0 when all have finished, else 1. With `dry_run` only the table is printed.
 
-        Raises UserError, and starts nothing, where any job is refused.
+        `folder` is for the files of the sweep itself. Raises UserError, and starts nothing, where any job is refused.
         """
         if world_size() > 1:
             raise UserError(
@@ -68,6 +65,7 @@ class Sweep:
             )
         if dry_run:
             return self.preview(points, folder)
+
         launcher, jobs = self.plan_jobs(points, folder)
         rows = [
             (job.label, job.folder.name, planned_action(job), launcher.resources(job) if job.to_run else "–")
@@ -78,39 +76,44 @@ class Sweep:
                 ("job", "folder", "what happens", "resources"), rows, self.title(len(jobs), jobs[0].folder.parent)
             )
         )
+
         if to_run := [job for job in jobs if job.to_run]:
             code = snapshot(to_run[0].folder.parent / "code")
             for job in to_run:
                 write_job_file(job, self.program, code)
             launcher.run(to_run, code, folder)
-        found = wait_for_runs([job.folder for job in jobs])
+
+        # Also for the jobs that were under way before.
+        runs = wait_for_runs([job.folder for job in jobs])
         if self.log_lines is None:
-            console().print(status_table(found))
+            console().print(status_table(runs))
         else:
             for job in jobs:
                 log = job.folder / "log.txt"
                 lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
                 print(job.label, *lines[-self.log_lines :], "", sep="\n")
-        return exit_status(found)
+        return exit_status(runs)
 
     def plan_jobs(self, points: list[Point], folder: Path) -> tuple[Launcher, list[SweepJob]]:
-        """The sweep's launcher, and its jobs; of several with one folder, the first. Raises UserError that names every
-        job that is refused."""
-        launcher, found = validate_points(points, self.schema, self._planner(folder))
-        jobs: dict[Path, SweepJob] = {}
-        for job in found:
-            jobs.setdefault(job.folder, job)
-        refresh_status(list(jobs.values()))
-        return launcher, list(jobs.values())
+        """The sweep's launcher and its jobs. Raises UserError that names every job that is refused."""
+        launcher, planned = validate_points(points, self.schema, self._planner(folder))
+        by_folder: dict[Path, SweepJob] = {}
+        for job in planned:  # points that differ in what changes no result (runs_dir, logger) are one run
+            by_folder.setdefault(job.folder, job)
+        jobs = list(by_folder.values())
+        refresh_status(jobs)
+        return launcher, jobs
 
     def preview(self, points: list[Point], folder: Path) -> int:
-        """Print what a sweep would do and, by estimate, take; 0. A model or data set that is not here yet is named
-        below the table, and refuses nothing."""
+        """Print what a sweep would do, with estimates of time and disk; the exit code 0.
+
+        A model or data set that is not on this machine is named below the table. Raises UserError for other refusals.
+        """
         from prefopt.launch.estimate import GPU, Estimate, estimate
         from prefopt.objectives.base import Objective
         from prefopt.training.config import TrainConfig
 
-        lacking: dict[str, None] = {}
+        lacking: dict[str, None] = {}  # in order, each once
         plan = self._planner(folder)
 
         def planned(point: Point, label: str, config: Any, launcher: Launcher) -> tuple[str, Any, SweepJob | None]:
@@ -120,11 +123,12 @@ class Sweep:
                 lacking.update(dict.fromkeys(str(error).splitlines()))
                 return label, config, None
 
-        launcher, found = validate_points(points, self.schema, planned)
-        refresh_status([job for _, _, job in found if job])
+        launcher, jobs = validate_points(points, self.schema, planned)
+        refresh_status([job for _, _, job in jobs if job])
+
         trains = self.schema is TrainConfig  # no estimate of other jobs yet
         rows, estimates = [], list[Estimate]()
-        for label, config, job in found:
+        for label, config, job in jobs:
             cells, sizes = ["–", "waits for what is lacking", "–"], ["–", "–"]
             if job:
                 cells = [job.folder.name, planned_action(job), launcher.resources(job) if job.to_run else "–"]
@@ -134,6 +138,7 @@ class Sweep:
                     estimates.append(size)
                     sizes = [f"{size.gpu_hours:.2g}", f"{size.policies_gb:.2g}"]
             rows.append([label, *cells, *sizes])
+
         caption = ""
         if trains:
             hours, kept = sum(e.gpu_hours for e in estimates), sum(e.policies_gb for e in estimates)
@@ -144,8 +149,8 @@ class Sweep:
                 "under way."
             )
         headings = ("job", "folder", "what happens", "resources", "GPU hours", "policies, GB")
-        parents = [job.folder.parent if job else Path(config.runs_dir) for _, config, job in found]
-        title = self.title(len(found), parents[0])
+        parents = [job.folder.parent if job else Path(config.runs_dir) for _, config, job in jobs]
+        title = self.title(len(jobs), parents[0])
         console().print(rows_table(headings, rows, title, caption))
         if lacking:
             print("\n".join(["lacking, before this can start:", *lacking]))
@@ -155,6 +160,7 @@ class Sweep:
         return f"{jobs} jobs of prefopt.{self.program}, folders in {parent}"
 
     def _planner(self, folder: Path) -> Callable[[Point, str, Any, Launcher], SweepJob]:
+        """`plan` with a new folder below `folder` at each call."""
         numbers = iter(range(sys.maxsize))
         return lambda point, label, config, launcher: self.plan(
             point, label, config, launcher, folder / f"job_{next(numbers)}"
@@ -162,7 +168,7 @@ class Sweep:
 
 
 def planned_action(job: SweepJob) -> str:
-    """What the sweep does with a job, in words."""
+    """What the sweep does with a job, in words: for the table of jobs."""
     from prefopt.training.checkpoint import complete_checkpoints
 
     if job.run is None:
@@ -176,22 +182,26 @@ def planned_action(job: SweepJob) -> str:
     return start if job.state == "new" else f"{job.state}: again {start}"
 
 
-def exit_status(found: list[RunStatus]) -> int:
-    """0 where all have finished; else 1, and why they have not on stderr."""
-    bad = [each for each in found if each.state != "finished"]
-    for each in bad:
-        log = f"\n    {each.log}" if each.log.is_file() else ""
-        print(f"{each.state}: {each.folder.name}: {each.why}{log}", file=sys.stderr)
-    if bad:
-        print(f"{len(bad)} of {len(found)} jobs have not finished; the same command tries them again", file=sys.stderr)
-    return 1 if bad else 0
+def exit_status(runs: list[RunStatus]) -> int:
+    """0 where all runs have finished; else 1, and the reasons are printed on stderr."""
+    unfinished = [run for run in runs if run.state != "finished"]
+    for run in unfinished:
+        log = f"\n    {run.log}" if run.log.is_file() else ""
+        print(f"{run.state}: {run.folder.name}: {run.why}{log}", file=sys.stderr)
+    if unfinished:
+        count = f"{len(unfinished)} of {len(runs)}"
+        print(f"{count} jobs have not finished; the same command tries them again", file=sys.stderr)
+    return 1 if unfinished else 0
 
 
 def validate_points(
     points: list[Point], schema: type[Any], make: Callable[[Point, str, Any, Launcher], T]
 ) -> tuple[Launcher, list[T]]:
-    """The sweep's launcher, and `make(point, label, config, launcher)` of each point, whose label is what tells it from
-    the others. Raises UserError that names every point that `make` or the schema refuses."""
+    """The sweep's launcher, and the results of `make(point, label, config, launcher)` for all points.
+
+    The label of a point are the overrides that not all points have. Raises UserError that names every point that the
+    schema or `make` refuses.
+    """
     first = parse(points[0].cfg, schema).launcher
     launcher = build(first, Launcher, "launcher")
     shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
@@ -211,21 +221,23 @@ def validate_points(
 
 
 def refresh_status(jobs: list[SweepJob]) -> None:
-    """See what became of the jobs' runs before. All at once: Slurm is asked for all of its jobs, however many.
+    """Set the `state` of the jobs that are training runs.
 
-    Raises UserError where a folder that is no run's belongs to a job under way: it may be another one.
+    Raises UserError where another job's folder is in use: a run's folder is named by what it computes, and is taken
+    for the same job, but this one may belong to a job with another config.
     """
-    folders = {job.folder: job for job in jobs}
-    for seen in inspect_runs([folder for folder in folders if (folder / "record.json").is_file()]):
-        job = folders[seen.folder]
+    by_folder = {job.folder: job for job in jobs}
+    # All at once, since each call asks Slurm for all of its jobs.
+    for status in inspect_runs([folder for folder in by_folder if (folder / "record.json").is_file()]):
+        job = by_folder[status.folder]
         if job.run:
-            job.state = seen.state
-        elif seen.state in ACTIVE_STATES:
+            job.state = status.state
+        elif status.state in ACTIVE_STATES:
             raise UserError(f"{job.folder} belongs to a sweep that is under way. Wait for it, or give another folder.")
 
 
 def command_of(program: str, overrides: list[str]) -> str:
-    """What does here, and alone, what a job of the sweep with these overrides does."""
+    """The command that does the work of one job of the sweep on this machine."""
     return f"python -m prefopt.{program} {shlex.join(o for o in overrides if not o.startswith('launcher'))}"
 
 
@@ -241,23 +253,23 @@ def write_job_file(job: SweepJob, program: str, code: Path) -> None:
 
 
 def wait_for_runs(folders: list[Path]) -> list[RunStatus]:
-    """Until none of the runs is under way, with a line for every change. What is seen last.
-
-    A run counts as dead when it has looked so three times: a file system may show a record late. One that has finished
-    is not looked at again.
-    """
-    before: dict[Path, str] = {}
-    dead = dict.fromkeys(folders, 0)
-    seen: dict[Path, RunStatus] = {}
+    """Wait until none of the runs is under way, and print a line for every change. The last status of all runs."""
+    latest: dict[Path, RunStatus] = {}
+    times_dead = dict.fromkeys(folders, 0)  # in a row
     while True:
-        seen |= {each.folder: each for each in inspect_runs([f for f in folders if before.get(f) != "finished"])}
-        found = [seen[folder] for folder in folders]
-        for each in found:
-            dead[each.folder] = dead[each.folder] + 1 if each.state == "died" else 0
-            if before.get(each.folder, each.state) != each.state:
-                log.info(f"{each.folder.name}: {each.state} {each.why}".rstrip())
-            before[each.folder] = each.state
-        asked = [each for each in found if each.state == "unknown" and each.record.get("slurm_job")]
-        if not asked and not any(f.state in ACTIVE_STATES or 0 < dead[f.folder] < 3 for f in found):
-            return found
+        pending = [f for f in folders if f not in latest or latest[f].state != "finished"]
+        for run in inspect_runs(pending):
+            before = latest.get(run.folder, run)
+            if before.state != run.state:
+                log.info(f"{run.folder.name}: {run.state} {run.why}".rstrip())
+            times_dead[run.folder] = times_dead[run.folder] + 1 if run.state == "died" else 0
+            latest[run.folder] = run
+
+        runs = [latest[folder] for folder in folders]
+        # A network file system may show a record late: a run is dead when it was found so three times.
+        is_active = any(run.state in ACTIVE_STATES or 0 < times_dead[run.folder] < 3 for run in runs)
+        # Slurm did not answer.
+        is_unclear = any(run.state == "unknown" and run.record.get("slurm_job") for run in runs)
+        if not is_active and not is_unclear:
+            return runs
         time.sleep(POLL_S)

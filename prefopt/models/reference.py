@@ -27,6 +27,7 @@ from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import LogprobComputer
+from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar, say
 from prefopt.utils.files import cache_dir
@@ -36,7 +37,6 @@ from prefopt.utils.tensor_store import TensorCache, hash_tokens
 SPOT_CHECKS = 2  # pairs read from the cache that are computed again
 # Nats per token by which the same pair's log-prob may differ between two layouts, micro-batches or machines.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
-SIDES = ("chosen", "rejected")
 
 
 class Reference(ABC):

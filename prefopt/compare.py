@@ -46,11 +46,11 @@ def compare(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The second run= on the command line is the baseline."""
-    given = [i for i, argument in enumerate(sys.argv) if argument.startswith("run=")]
-    if len(given) > 2:
+    runs = [i for i, argument in enumerate(sys.argv) if argument.startswith("run=")]
+    if len(runs) > 2:
         sys.exit("error: two runs are compared, and run= is there more often: python -m prefopt.compare run=A run=B")
-    if len(given) == 2:
-        sys.argv[given[1]] = f"baseline={Path(sys.argv[given[1]].removeprefix('run='))}"
+    if len(runs) == 2:
+        sys.argv[runs[1]] = f"baseline={Path(sys.argv[runs[1]].removeprefix('run='))}"
     compare()
 
 

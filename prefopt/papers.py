@@ -37,7 +37,7 @@ PAPERS: dict[str, tuple[str, Callable[[Sequence[Record], PapersConfig], Made]]] 
 
 
 def expand_glob(pattern: str) -> list[Path]:
-    """What the pattern stands for; itself where there is nothing of the kind."""
+    """The paths that match; where none does, the pattern itself, so that a message can name it."""
     path = Path(pattern)
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [path]
 
@@ -52,7 +52,8 @@ def main(cfg: DictConfig) -> None:
     records = sort_by_label(read_records(*expand_glob(config.runs_dir))) if config.runs_dir else []
     tables, figures = make(records, config)
     output = Path(config.output)
-    files = [file for table in tables for file in table.write(output)] + [f for each in figures for f in each.files]
+    files = [file for table in tables for file in table.write(output)]
+    files += [file for figure in figures for file in figure.files]
     target = output / f"{config.paper}.html"
     atomic_write(target, page(title, tables, figures, records, provenance_notes(records, config)))
     files.append(target)

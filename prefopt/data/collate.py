@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.objectives.base import SIDES
+from prefopt.objectives import SIDES
 
 
 @dataclass(frozen=True)

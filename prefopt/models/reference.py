@@ -28,7 +28,7 @@ from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import LogprobComputer
-from prefopt.objectives.base import SIDES
+from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar
 from prefopt.utils.files import cache_dir

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from prefopt.objectives import SIDES, Side
+
 Need = Literal["reference", "rewards", "entropies", "noise"]
 Scope = Literal["pair", "micro_batch", "step"]
-Side = Literal["chosen", "rejected"]
-SIDES: tuple[Side, Side] = ("chosen", "rejected")
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
 # declares a need can rely on the tensor, and one that reads a tensor without declaring it fails at once.
 _ABSENT: Any = None

@@ -86,7 +86,7 @@ def reward_gaps(split: Prepared) -> np.ndarray:
 
 
 def length_limits(config: DataReportConfig) -> dict[str, int]:
-    """The most tokens of each part; what is learnt of a chat has no limit of its own."""
+    """The most tokens of each part; what is learnt of a chat has no limit."""
     prompt, completion = config.max_prompt_tokens, config.max_completion_tokens
     return {"prompt": prompt, "chosen": completion, "rejected": completion, "whole chat": prompt + completion}
 
@@ -104,10 +104,10 @@ def count_sections(config: DataReportConfig, splits: Splits) -> list[Section]:
     for name, split in splits.items():
         rows += [(name, source, n) for source, n in split.counts["sources"].items()]
         rows.append((name, "all, within the length limits", split.counts["items"]))
-    found = {name: split.counts["dropped"] | split.counts["kept"] for name, split in splits.items()}
+    counted = {name: split.counts["dropped"] | split.counts["kept"] for name, split in splits.items()}
     policy = policies_of(config)
-    reasons = dict.fromkeys([*policy, *(reason for counts in found.values() for reason in counts)])
-    defects = [(r, policy.get(r, "keep"), *(counts.get(r, 0) for counts in found.values())) for r in reasons]
+    reasons = dict.fromkeys([*policy, *(reason for counts in counted.values() for reason in counts)])
+    defects = [(r, policy.get(r, "keep"), *(counts.get(r, 0) for counts in counted.values())) for r in reasons]
     return [
         Section("Counts", 2, ("split", "source", kind), rows),
         Section("Defects, and what is done about them", 2, ("defect", "policy", *splits), defects),
@@ -190,7 +190,8 @@ def overlap_section(config: DataReportConfig, splits: Splits, evaluation: dict[s
         hits = [key for key in keys[name] if key in known]
         rows.append((name, other, len(known), len(hits), len(hits) / len(keys[name])))
         examples = "; ".join(f"“{shortened(key, 80)}”" for key in list(dict.fromkeys(hits))[:3])
-        notes += [f"In {name} and {other}: {examples}"] if hits else []
+        if hits:
+            notes.append(f"In {name} and {other}: {examples}")
     if len(splits) > 1:
         counts = splits["train"].counts["dropped"] | splits["train"].counts["kept"]
         policy = policies_of(config)["prompt_in_heldout"]
@@ -241,6 +242,7 @@ def fenced(text: str) -> str:
 
 
 def markdown(section: Section) -> str:
+    """The section with its heading, its table and its notes."""
     columns = [Column(name, name, text=i < section.labels) for i, name in enumerate(section.columns)]
     return "\n\n".join([f"## {section.title}", markdown_table(columns, section.cells()), *section.notes])
 
@@ -259,6 +261,7 @@ def long_csv(sections: list[Section]) -> str:
 
 
 def show(section: Section) -> None:
+    """Print the section."""
     table = Table(title=section.title, title_justify="left")
     for i, column in enumerate(section.columns):
         table.add_column(column, justify="left" if i < section.labels else "right")

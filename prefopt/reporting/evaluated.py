@@ -1,5 +1,5 @@
-"""What the records of finished runs say of the policies that were evaluated after training, as points, curves and their
-extremes: the numbers behind the tables and figures of prefopt.papers."""
+"""The policies that were evaluated after training, from the records of finished runs: which of them may stand in one
+figure, their LM accuracies and win rates, and means of these over seeds."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import PAPER_JUDGES, accuracy_percent, task_names, two_judges
@@ -17,12 +16,11 @@ from prefopt.tracking.archive import Record
 from prefopt.utils.stats import mean_and_error
 
 Value = tuple[float, float | None]  # a figure and its standard error, where that is known
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A policy of a run, with what prefopt.harness (of each task) and prefopt.alpaca (of each judge) recorded of it."""
+    """A policy of a run, with its records of prefopt.harness (one per task) and prefopt.alpaca (one per judge)."""
 
     run: Record
     step: int
@@ -42,87 +40,101 @@ class Metric:
 
 def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Evaluated]:
     """The evaluated policies of these runs, with the records that the config chooses. Where a run has kept its last
-    policy twice, the final one alone.
+    policy twice, as the final one and as a checkpoint, the final one alone.
 
     Raises UserError where the records could not share a figure, naming what differs and where, and where the config
-    chooses what is not there.
+    chooses what no record has.
     """
-    wanted = None if config.tasks is None else set(task_names(config.tasks))
-    found = []
-    seen: dict[str, set[str]] = {"tasks": set(), "judge_name": set(), "baseline_name": set()}
+    tasks = None if config.tasks is None else set(task_names(config.tasks))
+    _check_choices(records, config, tasks)
+
+    policies = []
     for record in records:
-        steps: dict[int, dict[str, list[Record]]] = {}
-        for kind, content in [*(("harness", t) for t in record["harness"]), *(("alpaca", t) for t in record["alpaca"])]:
-            if kind == "harness":
-                seen["tasks"].add(content["task"])
-                keep = "acc" in content["metrics"] and (wanted is None or content["task"] in wanted)
-            else:
-                judge, baseline = content["judge"]["name"], content["baseline"]["name"]
-                seen["judge_name"].add(judge)
-                seen["baseline_name"].add(baseline)
-                keep = config.judge_name in (None, judge) and config.baseline_name in (None, baseline)
-            if keep:
-                steps.setdefault(content["step"], {"harness": [], "alpaca": []})[kind].append(content)
-        for step, kinds in sorted(steps.items()):
-            names = {t["checkpoint"] for told in kinds.values() for t in told}
-            one = "final" if "final" in names else min(names)
-            own = {kind: [t for t in told if t["checkpoint"] == one] for kind, told in kinds.items()}
-            found.append(Evaluated(record, step, **own))
-    asked = {"tasks": wanted, "judge_name": {config.judge_name or ""}, "baseline_name": {config.baseline_name or ""}}
-    for key, chosen in asked.items():
-        if lacking := sorted((chosen or set()) - seen[key] - {""}):
-            there = ", ".join(sorted(seen[key])) or "none"
-            raise UserError(f"{key}: no record in {config.runs_dir} has {', '.join(lacking)}. There is {there}.")
-    check_comparable(found, model_names(records), wanted)
-    return found
+        harness = [r for r in record["harness"] if "acc" in r["metrics"] and (tasks is None or r["task"] in tasks)]
+        alpaca = [
+            r for r in record["alpaca"]
+            if config.judge_name in (None, r["judge"]["name"]) and config.baseline_name in (None, r["baseline"]["name"])
+        ]  # fmt: skip
+        for step in sorted({r["step"] for r in [*harness, *alpaca]}):
+            names = {r["checkpoint"] for r in [*harness, *alpaca] if r["step"] == step}
+            key = step, "final" if "final" in names else min(names)
+            of_step = [[r for r in kind if (r["step"], r["checkpoint"]) == key] for kind in (harness, alpaca)]
+            policies.append(Evaluated(record, step, *of_step))
+    check_comparable(policies, model_names(records), tasks)
+    return policies
 
 
-def check_comparable(found: Sequence[Evaluated], models: dict[str, str], wanted: set[str] | None = None) -> None:
-    """Raise UserError unless all policies have the same tasks, limits, judges, questions and sampling, and those of a
-    model the same baseline, each once."""
-    seen: dict[str, dict[str, list[str]]] = {}
+def _check_choices(records: Sequence[Record], config: PapersConfig, tasks: set[str] | None) -> None:
+    """Raise UserError where the config chooses a task, judge or baseline that no record has."""
+    alpaca = [result for record in records for result in record["alpaca"]]
+    judges = set() if config.judge_name is None else {config.judge_name}
+    baselines = set() if config.baseline_name is None else {config.baseline_name}
+    choices = {
+        "tasks": (tasks or set(), {result["task"] for record in records for result in record["harness"]}),
+        "judge_name": (judges, {result["judge"]["name"] for result in alpaca}),
+        "baseline_name": (baselines, {result["baseline"]["name"] for result in alpaca}),
+    }
+    for key, (chosen, recorded) in choices.items():
+        if missing := sorted(chosen - recorded):
+            have = ", ".join(sorted(recorded)) or "none"
+            raise UserError(f"{key}: no record in {config.runs_dir} has {', '.join(missing)}. There is {have}.")
 
-    def note(what: str, value: Any, file: str) -> None:
-        seen.setdefault(what, {}).setdefault(str(value), []).append(file)
 
+def check_comparable(policies: Sequence[Evaluated], models: dict[str, str], tasks: set[str] | None = None) -> None:
+    """Raise UserError unless all policies have the same tasks (and all of `tasks`), limits, judges, questions and
+    sampling, and those of a model the same baseline, each once."""
     problems: list[str] = []
     missing: dict[str, list[str]] = {}
-    for policy in found:
-        for told in policy.harness:
-            for key in ("limit", "num_fewshot", "chat_template"):
-                note(key, told["settings"][key], told["file"])
-        tasks = sorted(t["task"] for t in policy.harness)
-        if tasks:
-            note("tasks", ", ".join(dict.fromkeys(tasks)), policy.harness[0]["file"])
-            if lacking := ", ".join(sorted((wanted or set()) - set(tasks))):
-                missing.setdefault(lacking, []).append(policy.harness[0]["file"])
-        judges = sorted(t["judge"]["name"] for t in policy.alpaca)
-        if judges and policy.run["objective"] != "sft":
-            note("judges", ", ".join(dict.fromkeys(judges)), policy.alpaca[0]["file"])
-            for told in policy.alpaca:
-                how, base = told["settings"], told["baseline"]
-                judge = hashlib.sha256(json.dumps(told["judge"], sort_keys=True).encode()).hexdigest()[:8]
-                note(f"settings of {told['judge']['name']}", judge, told["file"])
-                note("questions", f"{how['instructions'][:12]} ({told['figures']['n']})", told["file"])
-                sampling = {k: v for k, v in how["sampling"].items() if k != "batch_size"}
-                note("sampling", ", ".join(f"{k} {v}" for k, v in sampling.items()), told["file"])
-                weights = f"weights {base['weights'][:12]}" if base["weights"] else f"{base['name']} {how['revision']}"
-                note(f"baseline of {models[policy.run['name']]}", weights, told["file"])
-        for kind, names in (("task", tasks), ("judge", judges)):
-            if twice := sorted({n for n in names if names.count(n) > 1}):
-                files = [t["file"] for t in (policy.harness if kind == "task" else policy.alpaca)]
-                problems.append(f"{kind} {twice[0]} has two records of one policy: {', '.join(files)}")
-    for lacking, files in missing.items():
-        problems.append(f"no record of {lacking} beside {files[0]}, {len(files)} such policies in all")
-    for what, values in seen.items():
+    conditions: dict[str, dict[str, list[str]]] = {}  # by name and value, the files of the records that have it
+    for policy in policies:
+        for name, value, file in _conditions(policy, models):
+            conditions.setdefault(name, {}).setdefault(value, []).append(file)
+
+        measured = [result["task"] for result in policy.harness]
+        if measured and (lacking := sorted((tasks or set()) - set(measured))):
+            missing.setdefault(", ".join(lacking), []).append(policy.harness[0]["file"])
+        judges = [result["judge"]["name"] for result in policy.alpaca]
+        for kind, names, results in (("task", measured, policy.harness), ("judge", judges, policy.alpaca)):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                both = ", ".join(result["file"] for result in results)
+                problems.append(f"{kind} {twice[0]} has two records of one policy: {both}")
+
+    for names_of_tasks, files in missing.items():
+        problems.append(f"no record of {names_of_tasks} beside {files[0]}, {len(files)} such policies in all")
+    for name, values in conditions.items():
         if len(values) > 1:
             places = [f"{value} ({files[0]}, {len(files)} in all)" for value, files in values.items()]
-            problems.append(f"{what}: {'; '.join(places)}")
+            problems.append(f"{name}: {'; '.join(places)}")
     if problems:
         raise UserError(
             "\n  ".join(["these records cannot share a figure:", *problems])
             + "\nChoose by tasks=, judge_name= or baseline_name=, finish what is missing, or move the others away."
         )
+
+
+def _conditions(policy: Evaluated, models: dict[str, str]) -> Iterable[tuple[str, str, str]]:
+    """What must be the same for all policies: its name, its value as text, and the file of the record that has it."""
+    for result in policy.harness:
+        for key in ("limit", "num_fewshot", "chat_template"):
+            yield key, str(result["settings"][key]), result["file"]
+    if policy.harness:
+        yield "tasks", ", ".join(sorted({r["task"] for r in policy.harness})), policy.harness[0]["file"]
+
+    # An SFT policy is judged against another baseline, if at all: no figure shows its win rate.
+    if not policy.alpaca or policy.run["objective"] == "sft":
+        return
+    yield "judges", ", ".join(sorted({r["judge"]["name"] for r in policy.alpaca})), policy.alpaca[0]["file"]
+    for result in policy.alpaca:
+        settings, baseline, file = result["settings"], result["baseline"], result["file"]
+        judge = hashlib.sha256(json.dumps(result["judge"], sort_keys=True).encode()).hexdigest()[:8]
+        yield f"settings of {result['judge']['name']}", judge, file
+        yield "questions", f"{settings['instructions'][:12]} ({result['figures']['n']})", file
+        # The size of a batch changes no answer but for rounding.
+        sampling = [f"{key} {value}" for key, value in settings["sampling"].items() if key != "batch_size"]
+        yield "sampling", ", ".join(sampling), file
+        name = f"{baseline['name']} {settings['revision']}"  # of a baseline whose answers come from a file
+        weights = f"weights {baseline['weights'][:12]}" if baseline["weights"] else name
+        yield f"baseline of {models[policy.run['name']]}", weights, file
 
 
 def model_names(records: Sequence[Record]) -> dict[str, str]:
@@ -137,21 +149,21 @@ def model_names(records: Sequence[Record]) -> dict[str, str]:
     return names
 
 
-def metric_of(found: Sequence[Evaluated]) -> Metric | None:
-    """The win rate that all judged policies have, length-controlled if it can be; None where none was judged.
+def metric_of(policies: Sequence[Evaluated]) -> Metric | None:
+    """The win rate that all judged policies have, length-controlled if all have that; None where none was judged.
 
     Raises UserError for several judges other than the MMPO paper's two.
     """
-    told = [t for policy in found if policy.run["objective"] != "sft" for t in policy.alpaca]
-    if not told:
+    results = [result for policy in policies if policy.run["objective"] != "sft" for result in policy.alpaca]
+    if not results:
         return None
-    judges = sorted({t["judge"]["name"] for t in told})
+    judges = sorted({t["judge"]["name"] for t in results})
     if len(judges) > 1 and set(judges) != set(PAPER_JUDGES):
         raise UserError(f"several judges, whose mean means nothing: {', '.join(judges)}. Choose one: judge_name=NAME")
-    controlled = all("length_controlled_win_rate" in t["figures"] for t in told)
+    controlled = all("length_controlled_win_rate" in t["figures"] for t in results)
     who = judges[0] if len(judges) == 1 else f"the mean of {' and '.join(judges)}"
-    against = ", ".join(sorted({t["baseline"]["name"] for t in told}))
-    about = f"judged by {who}, against {against}, on {told[0]['figures']['n']} questions"
+    against = ", ".join(sorted({t["baseline"]["name"] for t in results}))
+    about = f"judged by {who}, against {against}, on {results[0]['figures']['n']} questions"
     if controlled:
         return Metric("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error", about)
     return Metric("win rate", "win_rate", "standard_error", about)
@@ -169,9 +181,9 @@ def win_rate_of(policy: Evaluated, metric: Metric | None) -> Value | None:
     their errors, which is the most it can be."""
     if not policy.alpaca or metric is None:
         return None
-    own = [t["figures"] for t in policy.alpaca]
-    mean = two_judges(policy.alpaca)[metric.key] if len(own) > 1 else own[0][metric.key]
-    return mean, statistics.fmean(f[metric.error] for f in own)
+    figures = [result["figures"] for result in policy.alpaca]
+    mean = two_judges(policy.alpaca)[metric.key] if len(figures) > 1 else figures[0][metric.key]
+    return mean, statistics.fmean(f[metric.error] for f in figures)
 
 
 def flatten_value(key: str, value: Value | None) -> dict[str, float | None]:
@@ -191,8 +203,10 @@ def mean_over_seeds(values: Iterable[float | None]) -> Value | None:
 
 
 def aggregate_seeds(values: Sequence[Value | None]) -> Value | None:
-    """The mean over training seeds. Its error is that over seeds and, since all share their questions, the mean of
-    their own, as independent parts."""
+    """The mean over training seeds; None where a seed has no value.
+
+    Its error has two parts, taken as independent: that over seeds, and the mean of the seeds' own errors, since all
+    share their questions. Where a seed's own error is not known, it is that over seeds alone."""
     known = [v for v in values if v is not None]
     if not known or len(known) < len(values):
         return None
@@ -200,5 +214,5 @@ def aggregate_seeds(values: Sequence[Value | None]) -> Value | None:
     errors = [error for _, error in known]
     if None in errors:
         return mean, None if len(known) == 1 else over_seeds
-    own = statistics.fmean(e for e in errors if e is not None)
-    return mean, own if len(known) == 1 else math.hypot(over_seeds, own)
+    over_questions = statistics.fmean(error for error in errors if error is not None)
+    return mean, over_questions if len(known) == 1 else math.hypot(over_seeds, over_questions)

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.objectives import SIDES
 from prefopt.reporting.curves import Point, at_last_epoch, drift, paths, sensitive_keys, sensitivity
-from prefopt.reporting.evaluated import SIDES, Value, model_names
+from prefopt.reporting.evaluated import Value, model_names
 from prefopt.reporting.published import normalize_model_name
 from prefopt.reporting.style import MARKERS, is_mappo, method_colors, plotting, save, shade
 from prefopt.tracking.archive import Record, beta
@@ -104,15 +105,15 @@ def _beta_handles(plt: Any, betas: Sequence[float]) -> list[Any]:
 
 
 def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) -> None:
-    """Below the figure, each group in rows of its own with at most so many columns."""
+    """A legend below the figure of at most so many columns, in which every group begins a new row."""
     most = max(1, int(columns))
     rows = [group[i : i + most] for group in groups for i in range(0, len(group), most)]
     wide = max(map(len, rows))
     blank = plt.Line2D([], [], linestyle="", label=" ")
     padded = [[*row, *[blank] * (wide - len(row))] for row in rows]
     handles = [row[i] for i in range(wide) for row in padded]  # matplotlib fills column by column
-    look = {"frameon": False, "fontsize": 7.5, "handlelength": 2.6, "columnspacing": 1.2}
-    figure.legend(handles=handles, loc="outside lower center", ncols=wide, **look)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 7.5, "handlelength": 2.6, "columnspacing": 1.2}
+    figure.legend(handles=handles, loc="outside lower center", ncols=wide, **style)
 
 
 def _arrows(axis: Any, path: Sequence[Point], style: dict[str, Any]) -> None:
@@ -152,18 +153,21 @@ def _over_epochs(axis: Any, path: Sequence[Point], style: dict[str, Any], faint:
 
 
 def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Path]:
-    """The win rates of all betas at the last epoch, by source of the points: a bar from the lowest to the highest, the
-    first source's marks filled. The other's are hollow, and of the models of the first alone."""
-    ends = {source: found for source, own in points.items() if (found := at_last_epoch(own))}
-    if not ends:
+    """The win rates of all betas at the last epoch, by source of the points: a bar from the lowest to the highest.
+
+    The marks of the first source are filled. Those of the second are hollow, and only of models that the first has."""
+    all_ends = {source: at_last_epoch(of_source) for source, of_source in points.items()}
+    sources = [source for source, ends in all_ends.items() if ends]
+    if not sources:
         return []
-    first = {normalize_model_name(model) for model, _ in next(iter(ends.values()))}
+    models = list(dict.fromkeys(model for model, _ in all_ends[sources[0]]))
+    names = [normalize_model_name(model) for model in models]
     ends = {
-        source: {k: v for k, v in own.items() if normalize_model_name(k[0]) in first} for source, own in ends.items()
+        source: {key: end for key, end in all_ends[source].items() if normalize_model_name(key[0]) in names}
+        for source in sources
     }
-    sources = [source for source, own in ends.items() if own]
-    models = list(dict.fromkeys(model for model, _ in ends[sources[0]]))
-    methods = sorted({method for own in ends.values() for _, method in own})
+    sources = [source for source in sources if ends[source]]
+    methods = sorted({method for of_source in ends.values() for _, method in of_source})
     colors = method_colors(methods)
     places = [(method, source) for method in methods for source in sources]
     with plotting() as plt:
@@ -171,10 +175,11 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         for source in sources:
             mark = {"marker": "o", "markersize": 3.5, "linestyle": "", "markeredgewidth": 0.8}
-            mark |= {"markerfacecolor": "white"} if source != sources[0] else {}
+            if source != sources[0]:
+                mark["markerfacecolor"] = "white"
             for (model, method), (_, by_beta) in ends[source].items():
                 place = (places.index((method, source)) + 0.5) / len(places) - 0.5
-                x = [normalize_model_name(m) for m in models].index(normalize_model_name(model)) + 0.8 * place
+                x = names.index(normalize_model_name(model)) + 0.8 * place
                 y = [value for value, _ in by_beta.values()]
                 color = colors[method]
                 axis.plot([x, x], [min(y), max(y)], color=color, linewidth=5, alpha=0.3, solid_capstyle="butt")
@@ -208,19 +213,21 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
         figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained", sharey="row")
         handles: dict[str, Any] = {}
         for row, panel in zip(axes, panels, strict=True):
+            # The two panels of a row share their log-prob axis, so that chosen and rejected can be compared.
             members = [r for r in measured if (models[r["name"]], r["config"]["dataset"]["name"]) == panel]
             for axis, side in zip(row, SIDES, strict=True):
                 curves = drift(members, side)
                 colors = method_colors(list(curves))
-                repeats: dict[tuple[str, bool], int] = {}  # methods of one color have markers of their own
+                repeats: dict[tuple[str, bool], int] = {}  # methods that share a color differ by marker
                 for label, curve in curves.items():
                     dashed = is_mappo(label)
-                    look = {"color": colors[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
+                    style = {"color": colors[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
                     again = repeats[colors[label], dashed] = repeats.get((colors[label], dashed), -1) + 1
-                    look |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
-                    look |= {"markerfacecolor": "white"} if dashed else {}
+                    style |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
+                    if dashed:
+                        style["markerfacecolor"] = "white"
                     steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]
-                    (handle,) = axis.plot(steps, means, label=label, **look)
+                    (handle,) = axis.plot(steps, means, label=label, **style)
                     if any(e is not None for *_, e in curve):
                         low, high = ([m + sign * (e or 0) for _, m, e in curve] for sign in (-1, 1))
                         axis.fill_between(steps, low, high, color=colors[label], alpha=0.15, linewidth=0)
@@ -239,30 +246,32 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
 def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list[Path]:
     """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error,
     over seeds or (of one seed alone) over its prompts."""
-    found = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
-    if not found:
+    panels = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
+    if not panels:
         return []
-    lines = max(map(len, found.values()))
+    lines = max(map(len, panels.values()))
 
-    def last(part: str) -> str:  # of a dotted key, and of a number a few digits; they say enough here
+    def shorten(part: str) -> str:
+        """Of KEY=VALUE the last part of a dotted key, and three digits of a long number."""
         part = re.sub(r"^.*\.(?=\w+=)", "", part)
         return re.sub(r"(?<==)\d+\.\d{3,}$", lambda number: f"{float(number[0]):.3g}", part)
 
     with plotting() as plt:
-        size = (max(3.4, 2.6 * len(found)), 2.6 + 0.17 * lines)
-        figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained", sharey=True)
-        for axis, (key, curves) in zip(axes[0], found.items(), strict=True):
+        size = (max(3.4, 2.6 * len(panels)), 2.6 + 0.17 * lines)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
+        for axis, (key, curves) in zip(axes[0], panels.items(), strict=True):
             colors = method_colors(list(curves))
+            # What all curves of a panel have in common stands in its title, the rest in its legend.
             shared = set.intersection(*(set(label.split(" ")) for label in curves))
             for place, (label, curve) in enumerate(curves.items()):
                 siblings = [other for other in curves if colors[other] == colors[label]]
-                look = {"color": shade(colors[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
-                look |= {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 0.8}
-                own = " ".join(last(part) for part in label.split(" ") if part not in shared)
+                style = {"color": shade(colors[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
+                style |= {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 0.8}
+                differing = " ".join(shorten(part) for part in label.split(" ") if part not in shared)
                 x, y, errors = ([point[i] or 0 for point in curve] for i in range(3))
-                axis.errorbar(x, y, yerr=errors if any(errors) else None, label=own, **look)
+                axis.errorbar(x, y, yerr=errors if any(errors) else None, label=differing, **style)
             title = " ".join(
-                last(part) for part in next(iter(curves)).split(" ") if part in shared and "=None" not in part
+                shorten(part) for part in next(iter(curves)).split(" ") if part in shared and "=None" not in part
             )
             axis.set_title(title, fontsize=9)
             axis.set_xlabel(key.removeprefix("objective."))
@@ -274,8 +283,8 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
 
 def draw(records: list[Record], output: Path) -> list[Path]:
     """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
-    set. The legend names objective and beta, which have a color and a marker of their own; runs that differ in
-    something else (a seed) share a name. Returns nothing if no run was evaluated by an oracle."""
+    set. The legend names objective and beta, by color and marker; runs that differ in something else (a seed) share a
+    name. Returns nothing if no run was evaluated by an oracle."""
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
@@ -287,7 +296,7 @@ def draw(records: list[Record], output: Path) -> list[Path]:
         for axis, panel in zip(axes[0], panels, strict=True):
             members = [r for r in sampled if _panel(r) == panel]
             named: set[str] = set()
-            for start in sorted({r["evaluations"][0]["oracle_reward"] for r in members}):  # each seed draws its own
+            for start in sorted({r["evaluations"][0]["oracle_reward"] for r in members}):  # one for each seed
                 label = None if named else "initial policy"
                 axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label=label, zorder=1)
                 named.add("initial policy")
@@ -339,4 +348,5 @@ def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, floa
 
 
 def _panel(record: Record) -> tuple[str, str]:
+    """The model and the data set: rewards of different ones do not compare."""
     return record["config"]["model"]["name"], record["config"]["dataset"]["name"]

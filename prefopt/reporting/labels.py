@@ -19,23 +19,25 @@ def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     for the keys `without`. The objective's own keys come without their `objective.`; a key that is null, or that the
     run lacks, is left out. Runs of one objective have the same label if and only if they agree in all these."""
     flat = [flat_config(r) for r in records]
+    # Of each objective, by key: the values in its runs, by their repr.
     values: dict[str, dict[str, dict[str, Any]]] = {r["objective"]: {} for r in records}
     for record, config in zip(records, flat, strict=True):
         for key, value in config.items():
             values[record["objective"]].setdefault(key, {})[repr(value)] = value
     for record, config in zip(records, flat, strict=True):
-        own = values[record["objective"]]
-        for key in own.keys() - config.keys():
-            own[key]["None"] = None
+        of_objective = values[record["objective"]]
+        for key in of_objective.keys() - config.keys():
+            of_objective[key]["None"] = None  # a key that this run lacks tells it apart from runs that have it
+
     apart = {
         objective: {
-            key: shortest_texts(own[key])
-            for key in sorted(own)
-            if len(own[key]) > 1
+            key: shortest_texts(of_objective[key])
+            for key in sorted(of_objective)
+            if len(of_objective[key]) > 1
             and key not in ("objective.beta", "objective.base.beta", *without)
             and key.split(".")[0] not in VOLATILE
         }
-        for objective, own in values.items()
+        for objective, of_objective in values.items()
     }
     names = []
     for record, config in zip(records, flat, strict=True):
@@ -48,7 +50,7 @@ def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
 
 
 def sort_by_label(records: list[Record]) -> list[Record]:
-    """By their labels, numbers in these by size; as they were, folders are ordered by digests."""
+    """The records by their labels, numbers in these by size. (By folder name they would be ordered by digests.)"""
     keys = [re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", label) for label in labels(records)]
     sizes = [[float(part) if i % 2 else part for i, part in enumerate(key)] for key in keys]
     return [records[i] for i in sorted(range(len(records)), key=sizes.__getitem__)]
@@ -63,6 +65,7 @@ def shortest_texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of all leaves of a nested dict."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.objectives import SIDES
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import Point, epoch_of, group_by_config, points_of
 from prefopt.reporting.evaluated import (
-    SIDES,
     Metric,
     Value,
     aggregate_seeds,

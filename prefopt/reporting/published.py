@@ -1,4 +1,4 @@
-"""Published figures, and ours beside them."""
+"""Published figures, and which of ours they belong to."""
 
 import csv
 import re
@@ -37,7 +37,7 @@ def _published_key(row: dict[str, str]) -> tuple[str, str]:
 
 
 def normalize_model_name(model: str) -> str:
-    """The name of a model without what is written in several ways."""
+    """The name of a model without case, hyphens, underscores and blanks, which differ from place to place."""
     return re.sub(r"[-_ ]", "", model.lower())
 
 
@@ -59,7 +59,7 @@ def published_points(folder: str) -> list[Point]:
 
 
 def read_csv(folder: str, name: str) -> list[dict[str, str]]:
-    """Raises UserError where the file is not there."""
+    """The rows of a file in the folder of published figures. Raises UserError where the file is not there."""
     file = Path(folder) / name
     if not file.is_file():
         raise UserError(f"published={folder} holds no {name}; the repository has it in results/published")
@@ -75,15 +75,15 @@ def read_published(config: ReportConfig) -> dict[str, dict[str, str]]:
     file = Path(config.published)
     if not file.is_file():
         raise UserError(f"published={config.published}: no such file")
-    found: dict[str, dict[str, str]] = {}
+    figures: dict[str, dict[str, str]] = {}
     with file.open(newline="") as stream:
         for line in csv.DictReader(stream):
             method = line.pop("method", None)
             line.pop("model", None)
-            if method is None or method in found:
+            if method is None or method in figures:
                 raise UserError(f"published={config.published} must have a column `method`, and one row for each.")
-            found[method] = line
-    return found
+            figures[method] = line
+    return figures
 
 
 def paper_heading(column: str) -> str:

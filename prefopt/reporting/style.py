@@ -1,4 +1,4 @@
-"""What all figures share: colors, style, and how they are written."""
+"""Colors and style of all figures, and how they are written."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 MARKERS = "osD^vP*X"
 # Okabe and Ito's palette, told apart with every kind of color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# The methods that the papers compare have theirs in every figure of every paper.
+# The methods that the papers compare have the same color in all figures.
 METHOD_COLORS = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLORS, strict=True))
 
 
@@ -19,15 +19,16 @@ def is_mappo(method: str) -> bool:
 
 
 def method_colors(methods: Sequence[str]) -> dict[str, str]:
-    """A color for each method. Its name begins with its objective's ("dpo optimizer.lr=1e-05"); MaPPO has that of its
-    base, and needs another line style, and an online form that of its objective; what no paper compares has a color
-    that is free here."""
+    """A color for each method, by the objective with which its name begins ("dpo optimizer.lr=1e-05").
+
+    MaPPO has the color of its base, so it needs another line style; an online form has that of its objective. Methods
+    that no paper compares get colors that are not taken by the others."""
     bases = {m: m.split(" ")[0].removeprefix("online-").removeprefix("mappo_") for m in methods}
     taken = [METHOD_COLORS[b] for b in bases.values() if b in METHOD_COLORS]
     free = [c for c in COLORS if c not in taken] or list(COLORS)
     others = sorted({b for b in bases.values() if b not in METHOD_COLORS})
-    own = METHOD_COLORS | {b: free[i % len(free)] for i, b in enumerate(others)}
-    return {m: own[b] for m, b in bases.items()}
+    by_base = METHOD_COLORS | {b: free[i % len(free)] for i, b in enumerate(others)}
+    return {m: by_base[b] for m, b in bases.items()}
 
 
 def shade(color: str, place: int, of: int) -> tuple[float, ...]:

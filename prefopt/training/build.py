@@ -20,7 +20,8 @@ from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.lora import adapter_layers, add_adapter, checkpoint_activations, merge_adapter
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
-from prefopt.objectives.base import SIDES, Objective
+from prefopt.objectives import SIDES
+from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import main_process_first

@@ -19,7 +19,8 @@ from prefopt.generation.sampler import Sample, sample
 from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import autocast
 from prefopt.models.reference import ROUNDING
-from prefopt.objectives.base import SIDES, PairInputs
+from prefopt.objectives import SIDES
+from prefopt.objectives.base import PairInputs
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState

@@ -95,7 +95,7 @@ def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
 
         datasets.config.HF_HUB_OFFLINE = True
     if config.alpaca:
-        from prefopt.evaluation.alpaca import SHA256, hub_file
+        from prefopt.evaluation.questions import SHA256, hub_file
 
         loaders |= {f"AlpacaEval's {name}": partial(hub_file, name) for name in SHA256}
     if config.tasks:

@@ -15,18 +15,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from huggingface_hub import hf_hub_download
 from rich.table import Table
 
 from prefopt.config.hardware import resolve_hardware
 from prefopt.config.parse import build
 from prefopt.config.schema import ModelConfig
-from prefopt.data.formats import Message, as_prompt
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.clients import alpaca_eval
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge
+from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Question, Questions, hub_file, read_questions
 from prefopt.evaluation.results import two_judges
 from prefopt.generation.responses import GenerationRequest, generate_resumable
 from prefopt.tracking.policies import Checkpoint, exported_policies
@@ -37,33 +36,8 @@ from prefopt.utils.files import cache_dir, write_json
 
 log = logging.getLogger(__name__)
 
-REPOSITORY = "tatsu-lab/alpaca_eval"  # a data set on the hub
-QUESTIONS = "alpaca_eval_gpt4_baseline.json"  # the 805 questions, with the answers of AlpacaEval 2's baseline
-GAMED = "df_gamed.csv"  # the data that regularize the GLM of the length-controlled win rate
-SHA256 = {
-    QUESTIONS: "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
-    GAMED: "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d",
-}
-N = 805  # questions of AlpacaEval
 RESAMPLES = 10_000  # of the bootstrap
 PACKAGES = ("alpaca_eval", "scikit-learn", "torch", "transformers")  # their versions are part of a record
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question as messages for a policy, and as the one text that judges read."""
-
-    prompt: list[Message]
-    instruction: str
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Different questions in the order of their rows. `is_alpaca_eval`: they are AlpacaEval's 805, so that a
-    length-controlled win rate can be computed."""
-
-    items: list[Question]
-    is_alpaca_eval: bool
 
 
 @dataclass(frozen=True)
@@ -74,54 +48,6 @@ class Answers:
     texts: list[str]
     finished: list[bool]  # False where the token limit cut the answer off
     weights: str | None  # the digest of the model's weights; None: the answers come from a file
-
-
-def hub_file(name: str) -> Path:
-    """The path of an AlpacaEval file in the hub's cache, downloaded if need be. Raises UserError where it cannot be
-    downloaded, or where its digest is not the one in SHA256."""
-    try:
-        file = Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
-    except Exception as error:  # the hub's clients raise a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"AlpacaEval's {name} is not here: {reason}\nFetch it on a machine with network: python -m "
-            "prefopt.prefetch alpaca=true (or take questions of your own: instructions=FILE, for a win rate without "
-            "length control)"
-        ) from None
-    if digest(str(file)) != SHA256[name]:
-        raise UserError(
-            f"{file} is not the {name} that published figures rest on: its SHA-256 is {digest(str(file))}, and not "
-            f"{SHA256[name]}. Remove it, and fetch it again: python -m prefopt.prefetch alpaca=true"
-        )
-    return file
-
-
-def read_questions(path: str | None, split: str | None) -> Questions:
-    """The questions of a file, or AlpacaEval's where `path` is None. A repeated question is left out. Raises UserError
-    for a row without a question."""
-    file = path or str(hub_file(QUESTIONS))
-    questions: dict[str, Question] = {}
-    repeated = 0
-    for where, row in read_rows(file, split):
-        try:
-            prompt = as_prompt(row["instruction"] if "instruction" in row else row["prompt"])
-        except KeyError:
-            fields = ", ".join(row) or "none"
-            raise UserError(f"{where} has neither a field 'instruction' nor 'prompt' (its fields: {fields}).") from None
-        except ValueError as error:
-            raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-        if len(prompt) == 1:
-            text = prompt[0]["content"]
-        else:
-            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-        if text in questions:
-            repeated += 1
-        questions[text] = Question(prompt, text)
-
-    if repeated:
-        log.info(f"{file}: {repeated} rows ask what another row asks, and are left out")
-    is_alpaca_eval = file.endswith(SUFFIXES) and digest(file) == SHA256[QUESTIONS]
-    return Questions(list(questions.values()), is_alpaca_eval)
 
 
 def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
@@ -344,7 +270,7 @@ def _pair_answers(questions: Sequence[Question], reference: Answers, model: Answ
 
 def _why_not_length_controlled(questions: Questions, figures: dict[str, Any]) -> str | None:
     if not questions.is_alpaca_eval:
-        return f"none: it needs AlpacaEval's {N} questions"
+        return f"none: it needs AlpacaEval's {NUM_QUESTIONS} questions"
     if "length_controlled_win_rate" not in figures:
         return "none: the answers do not differ in length"
     return None

@@ -21,8 +21,9 @@ import pytest
 
 from prefopt.data.formats import as_messages
 from prefopt.errors import UserError
-from prefopt.evaluation.alpaca import GAMED, QUESTIONS, bootstrap, hub_file, read_questions, summarize
+from prefopt.evaluation.alpaca import bootstrap, summarize
 from prefopt.evaluation.judges import Comparison, GeneratorNames, LanguageModelJudge, RewardJudge
+from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
 from prefopt.reporting.compare import page
 from prefopt.reporting.summary import evaluation_columns

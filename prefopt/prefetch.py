@@ -9,7 +9,6 @@ its repository that transformers reads, in the hub's cache; a data set is what `
 `datasets`. `missing` tells a job what it lacks before it does anything expensive.
 """
 
-import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -28,9 +27,8 @@ from prefopt.config.parse import parse
 from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.data.hub import Item, Model, _is_on_hub, items
 from prefopt.errors import MissingAssetError, UserError
+from prefopt.utils.console import echo
 from prefopt.utils.files import resolve_path
-
-log = logging.getLogger("prefopt.prefetch")
 
 
 @dataclass
@@ -65,21 +63,21 @@ def prefetch(config: PrefetchConfig) -> None:
             if config.check and _is_on_hub(item):
                 failed[str(item)] += f"\n    {item.command}"
             state = f"{'MISSING' if config.check else 'FAILED'}: {error}"
-        log.info(f"{item}: {state}")
+        echo(f"{item}: {state}")
     for name, load in evaluations(config).items():
         try:
             load()
-            log.info(f"{name}: already there" if config.check else f"{name}: there")
+            echo(f"{name}: already there" if config.check else f"{name}: there")
         except UserError as error:
             failed[name] = str(error)
-            log.info(f"{name}: {'MISSING' if config.check else 'FAILED'}")
+            echo(f"{name}: {'MISSING' if config.check else 'FAILED'}")
     if failed:
         raise UserError(
             f"{'missing' if config.check else 'not fetched'}: {'; '.join(failed)}"
             + "".join(f"\n  {name}: {why}" for name, why in failed.items())
         )
     if not config.check and (config.alpaca or config.tasks or any(_is_on_hub(item) for item in todo)):
-        log.info(_how_to_copy())
+        echo(_how_to_copy())
 
 
 def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:

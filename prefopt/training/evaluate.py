@@ -20,7 +20,7 @@ from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import autocast
 from prefopt.models.reference import ROUNDING
 from prefopt.objectives import SIDES
-from prefopt.objectives.base import PairInputs
+from prefopt.objectives.base import PairInputs, apply_objective
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
@@ -117,7 +117,7 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
         ]
     if objective.scope == "step":
         inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
-    scored = [(part, objective(part)) for part in inputs]
+    scored = [(part, apply_objective(objective, part)) for part in inputs]
 
     metrics = step_metrics(objective, scored)
     if objective.model_kind == "reward_model":

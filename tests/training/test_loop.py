@@ -351,3 +351,37 @@ def test_without_patience_nothing_is_kept(tmp_path):
     before = [p.detach().clone() for p in train_state.engine.policy.parameters()]
     early_stopping.restore(train_state)
     assert all(torch.equal(a, b) for a, b in zip(before, train_state.engine.policy.parameters(), strict=True))
+
+
+@dataclass(frozen=True)
+class Misshapen(DPO):
+    """DPO with a loss that breaks the contract."""
+
+    fault: str = "mean"
+
+    def losses(self, inputs, chosen, rejected):
+        right = super().losses(inputs, chosen, rejected)
+        faults = {"mean": right.mean(), "column": right[:, None], "number": 1.0, "whole": (right > 0).long()}
+        return faults.get(self.fault, right.detach())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("mean", r"its losses are of shape \(\)\. They must be floating point, of shape \(\d,\)"),
+        ("column", r"its losses are of shape \(\d, 1\)"),
+        ("number", "its losses are a float"),
+        ("whole", "its losses are of torch.int64"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_a_pair_is_refused_before_the_first_step(fault, message, tmp_path):
+    train_state = make_train_state(Misshapen(0.1, fault=fault), tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluate(train_state, 0)
+    with pytest.raises(UserError, match=message):
+        step(train_state, 0)
+
+
+def test_a_loss_without_gradient_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no gradient flows through its losses"):
+        step(make_train_state(Misshapen(0.1, fault="detached"), tmp_path), 0)

@@ -16,6 +16,7 @@ from prefopt.objectives.base import DIFFERENTIABLE, ObjectiveOutput, PairInputs,
 from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
 from prefopt.training.state import MicroBatch, TrainState
+from prefopt.training.step0 import check_step0
 from prefopt.utils.distributed import all_gather_object, is_main_process, rank, world_size
 from prefopt.utils.seed import mix_seed
 
@@ -49,6 +50,8 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         engine.discard()
         return {name: value for name, value in metrics.items() if math.isfinite(value)} | {"lr": lr, "skipped": 1}
 
+    if step == 0:
+        check_step0(train_state, [inputs for inputs, _ in scored], metrics["loss"], "in the first training step")
     with explain_oom(train_state, where, micro_batches):
         engine.step(lr)
     train_state.objective_state = scored[-1][1].state

@@ -198,7 +198,7 @@ TABLE = [
     config("a seed too large", "seed=99999999999", "seed must be from 0 to 4294967295, is 99999999999"),
     config("an unused parameter", "objective=f_dpo objective.alpha=0.5", "objective.alpha must be null unless"),
     config("micro-batches", "objective=mmpo objective.micro_batch_size=3", "must be a multiple of objective.micro_b"),
-    config("a missing device", "device=cuda:7", "device 'cuda:7' is not there. This machine has: auto, cpu"),
+    config("a missing device", "device=cuda:7", "device=cuda:7 is not on this machine. Give device=auto or device=cpu"),
     config("precision", "precision=float16", "precision must be auto, bfloat16 or float32, is 'float16'"),
     config("layout", "layout=dense", "layout must be packed or prefix_shared or padded, is 'dense'"),
     config("temperature", "sampling.temperature=-1", "sampling.temperature must not be negative"),

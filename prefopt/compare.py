@@ -50,7 +50,10 @@ def main() -> None:
     """The second run= on the command line is the baseline."""
     runs = [i for i, argument in enumerate(sys.argv) if argument.startswith("run=")]
     if len(runs) > 2:
-        print("error: run= is given more than twice: python -m prefopt.compare run=A run=B", file=sys.stderr)
+        print(
+            "error: two runs are compared, and run= is given more often: python -m prefopt.compare run=A run=B",
+            file=sys.stderr,
+        )
         sys.exit(2)
     if len(runs) == 2:
         sys.argv[runs[1]] = f"baseline={Path(sys.argv[runs[1]].removeprefix('run='))}"

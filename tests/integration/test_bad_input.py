@@ -241,7 +241,7 @@ TABLE = [
              "unknown key launcher.jobs. The keys here are: at"),
     other("train -m", "no jobs at once", "launcher.at_once=0 seed=1,2", "launcher.at_once must be at least 1, or null"),
     sweep("one bad point", "objective.beta=0.1,-1", "objective.beta=-1: objective.beta must be positive, got -1.0"),
-    sweep("a missing file", "seed=1,2 dataset.train=none.jsonl", "seed=1: data file none.jsonl does not exist"),
+    sweep("a missing file", "seed=1,2 dataset.train=none.jsonl", "seed=1; seed=2: data file none.jsonl does not exist"),
     sweep("two launchers", "launcher=local,slurm", "launcher=slurm: the jobs of a sweep have one launcher"),
     # Files of rows
     rows("empty", "", "is empty. It must hold at least one row"),

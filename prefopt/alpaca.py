@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, require_multirun
+from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import ModelConfig
 from prefopt.evaluation.alpaca import run_pending
@@ -38,7 +38,7 @@ def plan_job(point: Point, label: str, config: AlpacaConfig, _: Launcher, folder
 
 @program("alpaca", AlpacaConfig, Sweep("alpaca", AlpacaConfig, plan_job, log_lines=0))
 def main(cfg: DictConfig) -> None:
-    require_multirun()
+    refuse_launcher_without_multirun()
     run_pending(parse(cfg, AlpacaConfig))
 
 

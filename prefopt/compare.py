@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from prefopt.cli.program import program, require_multirun
+from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca import answers_of_baseline, evaluate_checkpoint, prepare_comparison
@@ -26,13 +26,15 @@ from prefopt.utils.files import atomic_write
 
 @program("compare", AlpacaConfig)
 def compare(cfg: DictConfig) -> None:
-    require_multirun()
+    refuse_launcher_without_multirun()
     config = parse(cfg, AlpacaConfig)
     if config.instructions is None:
         data = record_of(config.run)["config"]["dataset"]
         if not data["heldout"]:
             raise UserError(f"{config.run} has no held-out rows of one file: name the questions by instructions=FILE")
         config.instructions, config.split = data["heldout"], data["heldout_split"]
+    if config.checkpoints != "final":
+        raise UserError("a comparison is of the final policies: leave checkpoints out.")
     judge, questions = prepare_comparison(config)
     (checkpoint,) = exported_policies(config.run, "final")
     folder = evaluate_checkpoint(
@@ -48,7 +50,11 @@ def main() -> None:
     """The second run= on the command line is the baseline."""
     runs = [i for i, argument in enumerate(sys.argv) if argument.startswith("run=")]
     if len(runs) > 2:
-        sys.exit("error: two runs are compared, and run= is there more often: python -m prefopt.compare run=A run=B")
+        print(
+            "error: two runs are compared, and run= is given more often: python -m prefopt.compare run=A run=B",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     if len(runs) == 2:
         sys.argv[runs[1]] = f"baseline={Path(sys.argv[runs[1]].removeprefix('run='))}"
     compare()

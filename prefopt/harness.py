@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, require_multirun
+from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
 from prefopt.config.schema import ModelConfig
 from prefopt.evaluation.config import HarnessConfig, check_harness
@@ -36,7 +36,7 @@ def plan_job(point: Point, label: str, config: HarnessConfig, _: Launcher, folde
 
 @program("harness", HarnessConfig, Sweep("harness", HarnessConfig, plan_job, log_lines=0))
 def main(cfg: DictConfig) -> None:
-    require_multirun()
+    refuse_launcher_without_multirun()
     run_pending(parse(cfg, HarnessConfig))
 
 

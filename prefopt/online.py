@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, require_multirun
+from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
@@ -38,7 +38,7 @@ def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher,
 
 @program("online", OnlineConfig, Sweep("online", OnlineConfig, plan_job, log_lines=1))
 def main(cfg: DictConfig) -> None:
-    require_multirun()
+    refuse_launcher_without_multirun()
     run_pending(parse(cfg, OnlineConfig))
 
 

@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.config.schema import DatasetConfig, ModelConfig
-from prefopt.data.hub import Item, Model, _is_on_hub, items
+from prefopt.data.hub import Item, Model, is_on_hub, items
 from prefopt.errors import MissingAssetError, UserError
 from prefopt.utils.console import echo
 from prefopt.utils.files import resolve_path
@@ -48,7 +48,7 @@ def prefetch(config: PrefetchConfig) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     todo = items(config.model, config.dataset, config.also)
-    is_offline = any(_is_on_hub(item) and item.offline() for item in todo)
+    is_offline = any(is_on_hub(item) and item.offline() for item in todo)
     if not config.check and (is_offline or (constants.HF_HUB_OFFLINE and (config.alpaca or config.tasks))):
         raise UserError(
             "prefetch needs the hub, and it is switched off: unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or look "
@@ -60,7 +60,7 @@ def prefetch(config: PrefetchConfig) -> None:
             state = _check(item) if config.check else _fetch(item)
         except UserError as error:
             failed[str(item)] = str(error)
-            if config.check and _is_on_hub(item):
+            if config.check and is_on_hub(item):
                 failed[str(item)] += f"\n    {item.command}"
             state = f"{'MISSING' if config.check else 'FAILED'}: {error}"
         echo(f"{item}: {state}")
@@ -76,7 +76,7 @@ def prefetch(config: PrefetchConfig) -> None:
             f"{'missing' if config.check else 'not fetched'}: {'; '.join(failed)}"
             + "".join(f"\n  {name}: {why}" for name, why in failed.items())
         )
-    if not config.check and (config.alpaca or config.tasks or any(_is_on_hub(item) for item in todo)):
+    if not config.check and (config.alpaca or config.tasks or any(is_on_hub(item) for item in todo)):
         echo(_how_to_copy())
 
 
@@ -148,7 +148,7 @@ def _check(item: Item) -> str:
 
 
 def _check_name(item: Item) -> None:
-    if not _is_on_hub(item):
+    if not is_on_hub(item):
         raise MissingAssetError("neither a folder here nor a name on the hub (OWNER/NAME)")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prefopt.cli.multirun import Point
-from prefopt.cli.program import program, require_multirun
+from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
@@ -33,7 +33,7 @@ SWEEP = Sweep("train", TrainConfig, plan_job)
 
 @program("train", TrainConfig, SWEEP)
 def main(cfg: DictConfig) -> None:
-    require_multirun()
+    refuse_launcher_without_multirun()
     config = parse(cfg, TrainConfig)
     check(config)
     resolve(config)

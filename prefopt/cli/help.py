@@ -128,7 +128,7 @@ def _written(
     `package` is the key below which its keys stand; `folders` are conf/ and the user's --config-dir; `chosen` is what
     Hydra has composed, {group: choice}; `group` is the group of the file.
     """
-    path = f"{config}.yaml".replace("objective/base/", "objective/")  # as config.register makes that group
+    path = f"{config}.yaml".replace("objective/base/", "objective/")  # as parse.register makes that group
     file = next((f for folder in folders if (f := folder / path).is_file()), None)
     if file is None:  # a schema
         return

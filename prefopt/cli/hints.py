@@ -125,7 +125,7 @@ def _with_quotes(override: str) -> str | None:
 
 def choices(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
     """The names that `group`=NAME takes, sorted: of the YAML files in `folders`."""
-    if group == "objective/base":  # made by config.register
+    if group == "objective/base":  # made by parse.register
         names = {file.stem for file in (CONF / "objective").glob("*.yaml") if "\nnll_weight:" in file.read_text()}
         return sorted(names)
     return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})

@@ -209,7 +209,7 @@ def _describe(error: Exception) -> str:
     return f"{job}: {message}"
 
 
-def require_multirun() -> None:
+def refuse_launcher_without_multirun() -> None:
     """Raise UserError where the command line names a launcher but no sweep."""
     config = HydraConfig.get()
     if config.runtime.choices["launcher"] != "local" or any(o.startswith("launcher") for o in overrides()):

@@ -50,5 +50,5 @@ def hardware_problems(config: Hardware) -> list[str]:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
     if config.device not in devices:
-        problems.append(f"device {config.device!r} is not there. This machine has: {', '.join(devices)}")
+        problems.append(f"device={config.device} is not on this machine. Give device={' or device='.join(devices)}.")
     return problems

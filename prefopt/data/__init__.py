@@ -1,1 +1,1 @@
-"""From rows in a file to batches of token ids: formats -> tokenize -> sampler -> layout."""
+"""Rows become batches: sources, formats, dataset, tokenize, cache, sampler, collate; hub says what is missing."""

@@ -226,11 +226,11 @@ def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
         model_itself = isinstance(item, Model) and item.weights
         what = f"no model can be loaded from model.path={item.path}" if model_itself else f"no {item}"
         # With a path that is no valid name on the hub, a network would not help either.
-        if isinstance(item, Model) and not item.local and not _is_on_hub(item):
+        if isinstance(item, Model) and not item.local and not is_on_hub(item):
             messages.append(f"{what}: it is neither a folder here nor a name on the hub (OWNER/NAME).")
             continue
         try:
-            if _is_on_hub(item) and item.offline():
+            if is_on_hub(item) and item.offline():
                 item.there()
         except MissingAssetError as error:
             messages.append(
@@ -239,7 +239,7 @@ def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
     return messages
 
 
-def _is_on_hub(item: Item) -> bool:
+def is_on_hub(item: Item) -> bool:
     try:
         validate_repo_id(item.path)
     except HFValidationError:

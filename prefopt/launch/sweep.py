@@ -1,7 +1,7 @@
 """Sweeps: check every job, freeze it, start it in its own process, and show how it ended.
 
     python -m prefopt.train -m objective=dpo,simpo objective.beta=0.01,0.1
-    python -m prefopt.train -m launcher=slurm +sweep=objectives --dry-run
+    python -m prefopt.train -m launcher=slurm +sweep=objectives precision=bfloat16 --dry-run
     python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo launcher=slurm launcher.partition=gpu
 
 Hydra only composes the points of the sweep. If one job is refused, nothing is started. A job's resolved config is
@@ -205,7 +205,8 @@ def validate_points(
     first = parse(points[0].cfg, schema).launcher
     launcher = build(first, Launcher, "launcher")
     shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
-    problems, made = [], []
+    refused: dict[str, list[str]] = {}  # labels by the reason, which all points of a sweep may share
+    made = []
     for point in points:
         label = " ".join(o for o in point.overrides if o not in shared)
         try:
@@ -214,8 +215,9 @@ def validate_points(
                 raise UserError("the jobs of a sweep have one launcher; do not sweep over `launcher`")
             made.append(make(point, label, config, launcher))
         except UserError as error:
-            problems.append(f"{label}: {error}")
-    if problems:
+            refused.setdefault(str(error), []).append(label)
+    if refused:
+        problems = [f"{'; '.join(labels)}: {reason}" for reason, labels in refused.items()]
         raise UserError("\n".join(["nothing was started, because of these jobs:", *problems]))
     return launcher, made
 

@@ -1,1 +1,1 @@
-"""Models: loading, conversion, digests."""
+"""Policy and reference: loading, LoRA, packed attention, log-probabilities, the reference's cache."""

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -169,16 +170,28 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
 
 def finalize(model: torch.nn.Module, device: str) -> Any:
     """The model on `device`, in evaluation mode, with every dropout probability at 0 (in place)."""
+    switch_off_dropout(model)
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention modules
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Otherwise bitsandbytes repacks 4-bit weights with coarser scales at the first forward pass without
             # gradient, and has no backward pass for these.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0 (in place): of dropout modules, of layers that keep one as an attribute and
+    pass it to a function (`self.dropout`, `self.attention_dropout`, `self.layerdrop`), and of the configurations, which
+    some layers read in their forward pass."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        config = getattr(module, "config", None)
+        configs = [config, *vars(config).values()] if isinstance(config, PreTrainedConfig) else []
+        for holder in (module, *(c for c in configs if isinstance(c, PreTrainedConfig))):
+            for name, value in list(vars(holder).items()):
+                if isinstance(value, float) and "drop" in name.lower():
+                    setattr(holder, name, 0.0)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from prefopt.errors import UserError
 from prefopt.objectives import SIDES, Side
 
 Need = Literal["reference", "rewards", "entropies", "noise"]
@@ -94,6 +95,43 @@ class PairInputs:
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairInputs":
         """The inputs with `function` applied to every `(B,)` tensor; the state stays as it is."""
         return PairInputs(**{name: function(value) for name, value in self.tensors().items()}, state=self.state)
+
+
+def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOutput":
+    """`objective(inputs)`, held against the contract.
+
+    Raises UserError unless losses and scores are `(B,)` floats on the inputs' device, and losses carry gradient where
+    the inputs do. A mean over the pairs, say, would train: with another weight for every micro-batch, and one pair in
+    each metric.
+    """
+    output = objective(inputs)
+    expected = inputs.chosen_lengths
+    for name in ("losses", "chosen_scores", "rejected_scores"):
+        value = getattr(output, name)
+        if value is None and name != "losses":
+            continue
+        if not isinstance(value, Tensor):
+            what = f"a {type(value).__name__}"
+        elif value.shape != expected.shape:
+            what = f"of shape {tuple(value.shape)}"
+        elif not value.is_floating_point():
+            what = f"of {value.dtype}"
+        elif value.device != expected.device:
+            what = f"on {value.device}"
+        else:
+            continue
+        raise UserError(
+            f"objective {objective.name}: its {name} are {what}. They must be floating point, of shape "
+            f"{tuple(expected.shape)}, one for each pair, on {expected.device}. Return the loss of each pair, not "
+            "their mean or sum: the step takes that."
+        )
+    differentiable = any(value.requires_grad for value in inputs.tensors().values())
+    if torch.is_grad_enabled() and differentiable and not output.losses.requires_grad:
+        raise UserError(
+            f"objective {objective.name}: no gradient flows through its losses. They must depend on the policy's "
+            "log-probs (or rewards) without detach() or item()."
+        )
+    return output
 
 
 def concatenate(parts: Sequence[PairInputs]) -> PairInputs:

@@ -25,8 +25,8 @@ class MMPO(Pairwise):
 
     The paper's ablations (section 5) are switches:
     * `length_normalize`: lp / n and rp / n instead of sums;
-    * `entropy_bonus`: loss -= beta H, H the sum of the chosen and the rejected completion's entropy surrogates (over
-      n with `length_normalize`; appendix B.2);
+    * `entropy_bonus`: loss -= beta H, H the mean of the chosen and the rejected completion's entropy surrogates (over
+      n with `length_normalize`; appendix B.2, which takes the mean over the 2B completions);
     * `auxiliary_weight=0`: without the term a log sigma(s_w - s_l);
     * `normalization=none`: q as it is.
 
@@ -88,7 +88,8 @@ class MMPO(Pairwise):
         losses = -torch.logaddexp(chosen, rejected) - self.auxiliary_weight * logsigmoid(chosen - rejected)
         if self.entropy_bonus:
             chosen_n, rejected_n = self._tokens(inputs)
-            losses = losses - self.beta * (inputs.chosen_entropies / chosen_n + inputs.rejected_entropies / rejected_n)
+            entropies = inputs.chosen_entropies / chosen_n + inputs.rejected_entropies / rejected_n
+            losses = losses - self.beta * entropies / 2
         return losses
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

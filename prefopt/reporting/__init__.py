@@ -1,1 +1,1 @@
-"""Records become tables and figures; nothing is started or trained here."""
+"""Records and data sets become tables, figures and pages; nothing is started or trained here."""

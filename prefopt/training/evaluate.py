@@ -14,17 +14,16 @@ import prefopt.generation.sampler
 import prefopt.models.logprobs
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
-from prefopt.errors import UserError
 from prefopt.generation.sampler import Sample, sample
 from prefopt.models.load import resolved_config
 from prefopt.models.logprobs import autocast
-from prefopt.models.reference import ROUNDING
 from prefopt.objectives import SIDES
-from prefopt.objectives.base import PairInputs
+from prefopt.objectives.base import apply_objective
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
 from prefopt.training.step import forward_pairs, step_inputs
+from prefopt.training.step0 import check_step0
 from prefopt.utils.console import progress
 from prefopt.utils.distributed import on_main_process
 from prefopt.utils.files import atomic_write, cache_dir
@@ -32,9 +31,6 @@ from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.stats import mean_and_error
 
 log = logging.getLogger(__name__)
-
-# Policy and reference are the same function of the same weights before the first step; what is left is rounding.
-STEP0_TOLERANCE = 1e-3
 
 
 def evaluate_on_main(train_state: TrainState, step: int) -> dict[str, Any]:
@@ -117,47 +113,17 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
         ]
     if objective.scope == "step":
         inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
-    scored = [(part, objective(part)) for part in inputs]
+    scored = [(part, apply_objective(objective, part)) for part in inputs]
 
     metrics = step_metrics(objective, scored)
     if objective.model_kind == "reward_model":
         margins = [output.chosen_scores - output.rejected_scores for _, output in scored]  # type: ignore[operator]
         metrics |= calibration(torch.cat(margins))
     if step == 0:
-        check_step0(train_state, inputs, metrics["loss"])
+        agreed = check_step0(train_state, inputs, metrics["loss"], "before the first step")
+        if agreed:
+            log.info(f"  step 0: {agreed}")
     return metrics
-
-
-def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: float) -> None:
-    """Check that before the first step policy and reference agree: every log-ratio is 0, and the loss is known.
-
-    A reference scored in other micro-batches than the policy may differ by rounding, in bfloat16 or on hardware whose
-    products depend on the batch. Says so if all is well. Raises UserError for larger differences.
-    """
-    if train_state.config.reference_model:
-        return  # another model than the policy
-    agreed, exact = [], True
-    sides = [(part, side) for part in inputs for side in train_state.objective.completions if part.has_reference]
-    if sides:
-        logratios = torch.cat([getattr(part, f"{side}_logratios") for part, side in sides]).abs()
-        lengths = torch.cat([getattr(part, f"{side}_lengths") for part, side in sides])
-        largest = logratios.max().item()
-        exact = largest <= STEP0_TOLERANCE
-        # Written as `not all(<=)`, which NaN fails.
-        if not exact and not (logratios <= ROUNDING[train_state.config.precision] * lengths).all():
-            raise UserError(
-                f"before the first step the policy differs from the reference: largest |log-ratio| {largest:.3g} "
-                "nats over its pairs. They must be the same model, scored in the same way; this is a bug or a "
-                "model whose forward pass is random."
-            )
-        agreed.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
-    expected = train_state.objective.step0_loss
-    if expected is not None and exact:
-        if not abs(loss - expected) <= STEP0_TOLERANCE * max(1.0, abs(expected)):
-            raise UserError(f"before the first step the loss is {loss:.6f}; it must be {expected:.6f} there")
-        agreed.append(f"loss {loss:.6f} = {expected:.6f}")
-    if agreed:
-        log.info(f"  step 0: {', '.join(agreed)}")
 
 
 def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from prefopt.data.collate import Batch
 from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
 from prefopt.models.lora import seed_dropout, train_mode
-from prefopt.objectives.base import DIFFERENTIABLE, ObjectiveOutput, PairInputs, concatenate
+from prefopt.objectives.base import DIFFERENTIABLE, ObjectiveOutput, PairInputs, apply_objective, concatenate
 from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
 from prefopt.training.state import MicroBatch, TrainState
+from prefopt.training.step0 import check_step0
 from prefopt.utils.distributed import all_gather_object, is_main_process, rank, world_size
 from prefopt.utils.seed import mix_seed
 
@@ -49,6 +50,8 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         engine.discard()
         return {name: value for name, value in metrics.items() if math.isfinite(value)} | {"lr": lr, "skipped": 1}
 
+    if step == 0:
+        check_step0(train_state, [inputs for inputs, _ in scored], metrics["loss"], "in the first training step")
     with explain_oom(train_state, where, micro_batches):
         engine.step(lr)
     train_state.objective_state = scored[-1][1].state
@@ -112,7 +115,7 @@ def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[Micr
         inputs = forward_pairs(train_state, micro_batch)
         if train_state.objective.scope == "step":
             inputs = step_inputs(train_state, step, [inputs])
-        output = train_state.objective(inputs)
+        output = apply_objective(train_state.objective, inputs)
         loss = output.losses.sum() / denominator
         train_state.engine.backward(loss)
         # Detached: the graph would keep the model's activations.
@@ -138,7 +141,7 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         inputs = step_inputs(train_state, step, all_gather_pairs(train_state, parts))
 
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
-    output = objective(inputs)
+    output = apply_objective(objective, inputs)
     step_loss = output.losses.sum() / denominator
     by_logps = torch.autograd.grad(step_loss, list(leaves.values()), allow_unused=True)
     share = slice(rank(), None, world_size())  # this process's pairs; see `all_gather_pairs`

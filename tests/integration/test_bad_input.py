@@ -198,7 +198,7 @@ TABLE = [
     config("a seed too large", "seed=99999999999", "seed must be from 0 to 4294967295, is 99999999999"),
     config("an unused parameter", "objective=f_dpo objective.alpha=0.5", "objective.alpha must be null unless"),
     config("micro-batches", "objective=mmpo objective.micro_batch_size=3", "must be a multiple of objective.micro_b"),
-    config("a missing device", "device=cuda:7", "device 'cuda:7' is not there. This machine has: auto, cpu"),
+    config("a missing device", "device=cuda:7", "device=cuda:7 is not on this machine. Give device=auto or device=cpu"),
     config("precision", "precision=float16", "precision must be auto, bfloat16 or float32, is 'float16'"),
     config("layout", "layout=dense", "layout must be packed or prefix_shared or padded, is 'dense'"),
     config("temperature", "sampling.temperature=-1", "sampling.temperature must not be negative"),
@@ -241,7 +241,7 @@ TABLE = [
              "unknown key launcher.jobs. The keys here are: at"),
     other("train -m", "no jobs at once", "launcher.at_once=0 seed=1,2", "launcher.at_once must be at least 1, or null"),
     sweep("one bad point", "objective.beta=0.1,-1", "objective.beta=-1: objective.beta must be positive, got -1.0"),
-    sweep("a missing file", "seed=1,2 dataset.train=none.jsonl", "seed=1: data file none.jsonl does not exist"),
+    sweep("a missing file", "seed=1,2 dataset.train=none.jsonl", "seed=1; seed=2: data file none.jsonl does not exist"),
     sweep("two launchers", "launcher=local,slurm", "launcher=slurm: the jobs of a sweep have one launcher"),
     # Files of rows
     rows("empty", "", "is empty. It must hold at least one row"),

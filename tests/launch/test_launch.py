@@ -118,7 +118,10 @@ def test_what_was_submitted_is_what_runs(overrides, tmp_path):
         time.sleep(0.05)
     yaml = copy / "conf" / "optimizer" / "adamw.yaml"
     yaml.write_text(yaml.read_text().replace("weight_decay: 0.0", "weight_decay: 0.5"))
-    (copy / "prefopt" / "loop.py").write_text("raise RuntimeError('edited')")
+    for room in ("loop", "step"):
+        edited = copy / "prefopt" / "training" / f"{room}.py"
+        assert edited.is_file()
+        edited.write_text("raise RuntimeError('edited')")
     assert [r["status"] for r in records(tmp_path / "runs")].count("queued") == 1
     go.touch()
     assert process.wait() == 0, process.stderr and process.stderr.read()

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig
 
 from prefopt.config.schema import ModelConfig
 from prefopt.data.collate import Group, padded
 from prefopt.errors import UserError
 from prefopt.models.load import check_vocabulary, load_model, load_tokenizer, weights_digest
 from prefopt.models.logprobs import completion_logps
+from prefopt.models.lora import train_mode
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 
@@ -31,6 +33,28 @@ def test_dropout_is_off_even_in_training_mode(tmp_path):
     assert torch.equal(completion_logps(model, batch).sums, completion_logps(model, batch).sums)
     fresh = tiny_model(len(tiny_tokenizer()), attention_dropout=0.5).train()
     assert not torch.equal(completion_logps(fresh, batch).sums, completion_logps(fresh, batch).sums)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                  word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5),
+        GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+        PhiConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  resid_pdrop=0.5, embd_pdrop=0.5),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_no_layer_drops_anything_however_it_keeps_its_probability(config, tmp_path):
+    """As a module, as an attribute that it passes to F.dropout, or in its configuration."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(ModelConfig("tiny", str(tmp_path)), "cpu").train()
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    with train_mode(model.eval()):
+        assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):

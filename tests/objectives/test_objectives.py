@@ -745,9 +745,9 @@ def test_mmpo_ablations():
     )
     assert torch.allclose(MMPO(0.5, length_normalize=True)(x).losses, MMPO(0.5)(per_token).losses)
     bonus = MMPO(0.5)(x).losses - MMPO(0.5, entropy_bonus=True)(x).losses
-    assert torch.allclose(bonus, 0.5 * (x.chosen_entropies + x.rejected_entropies))
+    assert torch.allclose(bonus, 0.5 * (x.chosen_entropies + x.rejected_entropies) / 2)
     bonus = MMPO(0.5, length_normalize=True)(x).losses - MMPO(0.5, length_normalize=True, entropy_bonus=True)(x).losses
-    assert torch.allclose(bonus, 0.5 * (x.chosen_entropies / n_w + x.rejected_entropies / n_l))
+    assert torch.allclose(bonus, 0.5 * (x.chosen_entropies / n_w + x.rejected_entropies / n_l) / 2)
 
 
 def test_needs_and_scope_follow_the_switches():

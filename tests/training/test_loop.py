@@ -28,12 +28,13 @@ from prefopt.objectives.simpo import SimPO
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
-from prefopt.training.evaluate import check_step0, evaluate, evaluate_pairs
+from prefopt.training.evaluate import evaluate, evaluate_pairs
 from prefopt.training.loop import EarlyStopping
 from prefopt.training.metrics import Means
 from prefopt.training.optim import Cosine
 from prefopt.training.state import TrainState
 from prefopt.training.step import accumulate_gradients, train_step
+from prefopt.training.step0 import check_step0
 from prefopt.utils.stats import mean_and_error
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pairs
 
@@ -222,6 +223,8 @@ def test_the_squeezing_alarm(tmp_path, capsys):
 
     @dataclass(frozen=True)
     class Squeeze(DPO):
+        loss_at_reference = 0.0
+
         def losses(self, inputs, chosen, rejected):
             return chosen + 2 * rejected
 
@@ -291,11 +294,11 @@ def test_a_loss_that_is_not_its_constant_stops_the_run():
     ones = torch.ones(2)
     same = [PairInputs(zero, zero, ones, ones, reference_chosen_logps=zero, reference_rejected_logps=zero)]
     train_state = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32", reference_model=None))
-    check_step0(train_state, same, 0.693147)
+    check_step0(train_state, same, 0.693147, "before the first step")
     with pytest.raises(UserError, match=r"loss is 0\.700000; it must be 0\.693147"):
-        check_step0(train_state, same, 0.7)
+        check_step0(train_state, same, 0.7, "before the first step")
     with pytest.raises(UserError, match="differs from the reference"):
-        check_step0(train_state, [replace(same[0], policy_chosen_logps=lost)], 0.693147)
+        check_step0(train_state, [replace(same[0], policy_chosen_logps=lost)], 0.693147, "before the first step")
 
 
 def test_means_are_over_all_values_whatever_their_portions():
@@ -351,3 +354,53 @@ def test_without_patience_nothing_is_kept(tmp_path):
     before = [p.detach().clone() for p in train_state.engine.policy.parameters()]
     early_stopping.restore(train_state)
     assert all(torch.equal(a, b) for a, b in zip(before, train_state.engine.policy.parameters(), strict=True))
+
+
+@dataclass(frozen=True)
+class Misshapen(DPO):
+    """DPO with a loss that breaks the contract."""
+
+    fault: str = "mean"
+
+    def losses(self, inputs, chosen, rejected):
+        right = super().losses(inputs, chosen, rejected)
+        faults = {"mean": right.mean(), "column": right[:, None], "number": 1.0, "whole": (right > 0).long()}
+        return faults.get(self.fault, right.detach())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("mean", r"its losses are of shape \(\)\. They must be floating point, of shape \(\d,\)"),
+        ("column", r"its losses are of shape \(\d, 1\)"),
+        ("number", "its losses are a float"),
+        ("whole", "its losses are of torch.int64"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_a_pair_is_refused_before_the_first_step(fault, message, tmp_path):
+    train_state = make_train_state(Misshapen(0.1, fault=fault), tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluate(train_state, 0)
+    with pytest.raises(UserError, match=message):
+        step(train_state, 0)
+
+
+def test_a_loss_without_gradient_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no gradient flows through its losses"):
+        step(make_train_state(Misshapen(0.1, fault="detached"), tmp_path), 0)
+
+
+def test_a_layers_own_dropout_is_found_in_the_first_training_step(tmp_path):
+    """It is inert in evaluation mode, so the check before the first step passes."""
+    train_state = make_train_state(DPO(0.1), tmp_path)
+    attention = train_state.engine.policy.model.layers[0].self_attn
+    attention.attention_dropout, forward = 0.5, attention.forward
+
+    def drops(hidden_states, **others):  # as layers do that call F.dropout, in training mode alone
+        training = train_state.engine.policy.model.layers[0].training
+        return forward(torch.nn.functional.dropout(hidden_states, attention.attention_dropout, training), **others)
+
+    attention.forward = drops
+    evaluate(train_state, 0)
+    with pytest.raises(UserError, match="in the first training step the policy differs from the reference"):
+        step(train_state, 0)

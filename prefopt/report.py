@@ -13,7 +13,6 @@ Everything comes from record.json files, nothing from names or logs.
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.table import Table
 
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
@@ -23,7 +22,7 @@ from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.published import read_published
 from prefopt.reporting.summary import by_column_table, main_table, over_seeds_table, table_rows
 from prefopt.tracking.archive import read_records, write_archive_once
-from prefopt.utils.console import console
+from prefopt.utils.console import console, folding_table
 from prefopt.utils.files import check_folder
 
 
@@ -38,7 +37,7 @@ def main(cfg: DictConfig) -> None:
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    table = Table(*runs.headings[:-1])  # the run's name, which comes last, would not fit
+    table = folding_table(*runs.headings[:-1])  # the run's name, which comes last, would not fit
     for cells in runs.texts:
         table.add_row(*cells[:-1])
     console().print(table)

@@ -31,7 +31,7 @@ from prefopt.generation.responses import GenerationRequest, generate_resumable
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
-from prefopt.utils.console import console
+from prefopt.utils.console import console, folding_table
 from prefopt.utils.files import cache_dir, write_json
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def format_results(record: dict[str, Any]) -> Table:
         return f"{figures[value]:.2f} ± {figures[error]:.2f}   [{low:.2f}, {high:.2f}]"
 
     title = f"{record['model']} against {record['baseline']['name']}"
-    table = Table("", "%, ± standard error, [95 % interval]", title=title)
+    table = folding_table("", "%, ± standard error, [95 % interval]", title=title)
     table.add_row(f"win rate ({judge})", percent("win_rate", "standard_error", "interval"))
     controlled = record["why_not_length_controlled"] or percent(
         "length_controlled_win_rate", "lc_standard_error", "lc_interval"

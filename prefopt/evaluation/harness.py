@@ -20,7 +20,7 @@ from prefopt.evaluation.results import lm_accuracy, task_names
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
-from prefopt.utils.console import console
+from prefopt.utils.console import console, folding_table
 from prefopt.utils.files import check_folder, write_json
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def weights_of(lm: "HFLM") -> str:
 
 def format_results(records: list[dict[str, Any]], names: list[str]) -> Table:
     """A row per checkpoint: the first metric of every task, and the means over tasks."""
-    table = Table("checkpoint", *names, "mean acc", "mean acc_norm")
+    table = folding_table("checkpoint", *names, "mean acc", "mean acc_norm")
     for name in dict.fromkeys(r["checkpoint"] for r in records):
         by_task = {r["task"]: r for r in records if r["checkpoint"] == name}
         cells = []

@@ -264,7 +264,7 @@ def show(section: Section) -> None:
     """Print the section."""
     table = Table(title=section.title, title_justify="left")
     for i, column in enumerate(section.columns):
-        table.add_column(column, justify="left" if i < section.labels else "right")
+        table.add_column(column, overflow="fold", justify="left" if i < section.labels else "right")
     for row in section.cells():
         table.add_row(*map(Text, row))
     terminal = console()

@@ -143,6 +143,14 @@ def console() -> Console:
     return Console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
 
 
+def folding_table(*headings: str, title: str | None = None) -> Table:
+    """A table whose cells go on in the next line where the terminal is too narrow, and are never cut."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def rows_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", caption: str = "") -> Group:
     """A table under a heading. A column with one value in all rows is named in the heading, an empty one left out.
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from prefopt.utils.console import console, rows_table, without_common
+from prefopt.utils.console import console, folding_table, rows_table, without_common
 from tests.helpers.tiny import run_program
 
 HEADINGS = ("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age")
@@ -125,3 +125,13 @@ def test_the_dry_run_and_the_list_of_runs_fit(overrides, grid, tmp_path):
     for words in ("objective=dpo", "objective=ipo", "objective.beta=0.1", "objective.beta=0.2"):
         assert words in column(dry.stdout)
     assert "what happens: from the start" in dry.stdout
+
+
+def test_a_table_of_figures_goes_on_in_the_next_line_and_cuts_nothing(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = folding_table("objective", "oracle reward ± s.e.")
+    table.add_row("initial policy (a-model-with-a-long-name)", "0.550 ± 0.016")
+    with (shown := console()).capture() as printed:
+        shown.print(table)
+    assert "…" not in printed.get()
+    assert max(map(len, printed.get().splitlines())) <= 40

@@ -24,8 +24,8 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, 
     """Raises UserError for a job that cannot be run, or MissingAssetError where only a model or data set is lacking."""
     check(config)
     configure_hardware(config, launcher)
-    run = prepare_run(config).run
-    return SweepJob(point.overrides, label, config, config.model, run.folder, run)
+    planned = prepare_run(config).run
+    return SweepJob(point.overrides, label, config, config.model, planned.folder, planned)
 
 
 SWEEP = Sweep("train", TrainConfig, plan_job)

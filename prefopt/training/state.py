@@ -1,4 +1,4 @@
-"""What the loop carries from step to step."""
+"""What the loop is given: one run's data, models and optimizer, and how its pairs become micro-batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

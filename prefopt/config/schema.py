@@ -29,11 +29,25 @@ class Node:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Node):
     name: str = MISSING
     path: str = MISSING
     revision: str | None = None
     tokenizer: str | None = None
+    eos_token: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    system_message: str = "merge"
+    date: str = "2024-07-26"
+    resize_embeddings: bool = False
+    router_aux_loss_coef: float = 0.0
+
+    def rules(self) -> Rules:
+        yield (
+            self.system_message in ("merge", "drop", "fail"),
+            f"system_message must be merge, drop or fail, is {self.system_message!r}",
+        )
+        yield self.router_aux_loss_coef >= 0, "router_aux_loss_coef must not be negative (0: none)"
 
 
 @dataclass

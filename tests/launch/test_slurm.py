@@ -181,7 +181,7 @@ def test_evaluations_are_jobs_too(overrides, tmp_path):
 
 def test_stages_are_a_job_that_goes_on_when_it_was_preempted(tiny, tmp_path):  # noqa: F811
     """prefopt.online in an array of Slurm's, asked to leave in its second stage."""
-    settings = ["steps=150", "save_every=10", "eval_every=150", "stages=2"]
+    settings = ["steps=400", "save_every=50", "eval_every=400", "stages=2"]
     sweep = ["-m", *online(tiny, tmp_path / "runs", *settings), *PRESET, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     environment = ENVIRONMENT | {"PREFOPT_CACHE": str(tmp_path / "cache")}
     pipes = {"stdout": subprocess.PIPE, "text": True}
@@ -195,6 +195,8 @@ def test_stages_are_a_job_that_goes_on_when_it_was_preempted(tiny, tmp_path):  #
         return any('"step": 5,' in f.read_text() for f in tmp_path.glob("runs/*/stage_2/*/metrics.jsonl"))
 
     until(stepping, driver)
+    # A fast machine would be done before Slurm gets to preempt it. Slurm sends SIGCONT with SIGTERM.
+    os.kill(job()["pid"], signal.SIGSTOP)
     wrap = ["sbatch", "--partition=high", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"]
     subprocess.run(wrap, check=True, capture_output=True)
     until(lambda: job()["status"] == "interrupted", driver)

@@ -12,15 +12,19 @@ import reprlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = dict[str, Any]  # {"role": text, "content": text} and what else a template may read: tool_calls, ...
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it."""
+    """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it.
+
+    `*_fields` is what the assistant's message has besides role and content (tool_calls, ...), as the template gets it.
+    `tools` describes the functions that the assistant may call.
+    """
 
     id: str
     prompt: list[Message]
@@ -31,15 +35,19 @@ class Pair:
     chosen_reward: float | None = None
     rejected_reward: float | None = None
     source: str = ""
+    chosen_fields: Message = field(default_factory=dict)
+    rejected_fields: Message = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation to train on: the loss counts the tokens of every assistant turn."""
+    """A conversation to train on: the loss counts the tokens of every assistant turn. `tools` as in `Pair`."""
 
     id: str
     messages: list[Message]
     source: str = ""
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

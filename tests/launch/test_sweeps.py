@@ -180,7 +180,9 @@ def test_mappos_online_runs(name):
 
 def test_madpos_runs_are_its_settings():
     methods = {row["method"].replace("-", "_") for row in table("madpo_table_1")}
-    configs = [run.record for run in jobs("madpo/methods")]
+    beta_dpo = [run.record for run in jobs("madpo/methods_beta_dpo")]
+    assert {r["config"]["objective"]["margin_of"] for r in beta_dpo} == {"reward"}
+    configs = [run.record for run in jobs("madpo/methods")] + beta_dpo
     assert {r["objective"] for r in configs} == methods
     assert len(configs) == 4 * 3 * 3
     ablation = [run.record for run in jobs("madpo/ablation")]

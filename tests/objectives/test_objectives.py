@@ -50,6 +50,7 @@ VARIANTS = {
     "f_dpo-forward": FDPO(0.1, "forward_kl"),
     "f_dpo-alpha": FDPO(0.1, "alpha", 0.5),
     "mappo-simpo": MaPPO(SimPO(2.0, 0.5)),
+    "beta_dpo-reward": BetaDPO(0.1, "reward"),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
 } | {f"gpo-{function}": GPO(0.1, function) for function in FUNCTIONS}
 OBJECTIVES = {name: objective for name, (objective, _) in DEFAULTS.items()} | VARIANTS
@@ -251,7 +252,7 @@ SHIFT_SENSITIVE = {
     *("sppo", "orpo", "kto", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
 }
 SHIFT_INVARIANT = {
-    *("dpo", "dpo-smoothed", "beta_dpo", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo", "simpo-sums"),
+    *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo", "simpo-sums"),
     *(f"gpo-{function}" for function in FUNCTIONS),
 }
 
@@ -527,24 +528,41 @@ def test_the_hinge_and_robust_losses_expect_what_they_claim():
 # --- beta-DPO -------------------------------------------------------------------------------------------------------
 
 
-def test_beta_dpo_by_hand():
+@pytest.mark.parametrize("margin_of", ["log_ratio", "reward"])
+def test_beta_dpo_by_hand(margin_of):
+    """`log_ratio` is the authors' function, `reward` that of MADPO's baseline. Which pairs are drawn is read from the
+    output; its probabilities have a test of their own."""
     x = inputs(n=5)
-    objective = BetaDPO(0.3)
-    gaps = [0.3 * (ratios(p)[0] - ratios(p)[1]) for p in pairs(x)]
-    mean = sum(gaps) / 5
-    scale = math.sqrt(sum((g - mean) ** 2 for g in gaps) / 4)
+    objective = BetaDPO(0.3, margin_of)
+    u = [ratios(p)[0] - ratios(p)[1] for p in pairs(x)]
+    margins = u if margin_of == "log_ratio" else [0.3 * d for d in u]
+    mean = sum(margins) / 5
+    scale = math.sqrt(sum((m - mean) ** 2 for m in margins) / 4)
     running_mean, running_scale = 0.9 * 0.5 + 0.1 * mean, 0.9 * 2.0 + 0.1 * scale
-    beta = max(1e-3, 0.3 * (1 + 0.6 * (mean - running_mean)))
     output = objective(x)
     kept = output.diagnostics["kept"]
     assert kept.sum() == 4
-    expected = [-math.log(sigmoid(beta / 0.3 * g)) * 5 / 4 if k else 0.0 for g, k in zip(gaps, kept, strict=True)]
+    if margin_of == "log_ratio":
+        mean = sum(m for m, k in zip(margins, kept, strict=True) if k) / 4
+    beta = max(1e-3, 0.3 * (1 + 0.6 * (mean - running_mean)))
+    expected = [-math.log(sigmoid(beta * d)) * 5 / 4 if k else 0.0 for d, k in zip(u, kept, strict=True)]
     assert output.losses.tolist() == pytest.approx(expected)
     assert output.diagnostics["beta_batch"].item() == pytest.approx(beta)
     assert output.state["mean"].item() == pytest.approx(running_mean)
     assert output.state["scale"].item() == pytest.approx(running_scale)
     # Reported with the base beta, whatever the batch's.
     assert torch.allclose(output.chosen_scores, 0.3 * x.chosen_logratios)
+
+
+def test_beta_dpos_two_margins_differ_by_alpha_over_beta():
+    """From a state that fits each of them, with all pairs kept: alpha on beta * u is beta * alpha on u."""
+    x = inputs()
+    state = {"mean": torch.tensor(0.2).double(), "scale": torch.tensor(2.0).double()}
+    of_ratio = BetaDPO(0.3, "log_ratio", alpha=0.03 * 0.3, keep=1.0)(dataclasses.replace(x, state=state))
+    scaled = {name: 0.3 * value for name, value in state.items()}
+    of_reward = BetaDPO(0.3, "reward", alpha=0.03, keep=1.0)(dataclasses.replace(x, state=scaled))
+    assert torch.allclose(of_ratio.losses, of_reward.losses)
+    assert of_ratio.diagnostics["beta_batch"].item() != pytest.approx(0.3, rel=1e-3)
 
 
 def test_beta_dpo_without_its_two_devices_is_dpo():
@@ -777,6 +795,7 @@ def test_derived_quantities():
         lambda: MMPO(-0.1),
         lambda: MMPO(0.1, auxiliary_weight=-1.0),
         lambda: MMPO(0.1, normalization="batch"),
+        lambda: BetaDPO(0.1, margin_of="beta"),
         lambda: BetaDPO(0.1, keep=0.0),
         lambda: BetaDPO(0.1, momentum=1.0),
         lambda: MADPO(0.1, c_max=1.0),

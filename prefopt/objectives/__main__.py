@@ -45,7 +45,7 @@ def rows() -> list[tuple[str, ...]]:
         needs = ", ".join(sorted(objective.needs - {"noise"})) or "–"  # the loop draws noise, no user provides it
         equation = objective.equation
         if values.get("nll_weight") == 0:  # every pairwise objective has this term; it is listed where it is used
-            defaults = defaults.replace(", nll_weight=0, nll_reduction=sum", "")
+            defaults = defaults.replace(", nll_weight=0, nll_per=pair", "")
         table.append((name, equation, needs, objective.scope, defaults or "–", objective.paper))
     return table
 
@@ -82,8 +82,8 @@ def main() -> None:
     console.print(table, markup=False)
     console.print(NOTATION, highlight=False)
     console.print(
-        "Each pairwise objective also has nll_weight (0 unless listed) and nll_reduction (sum or token_mean): an added "
-        "-log-likelihood of the chosen completion.",
+        "Each pairwise objective also has nll_weight (0 unless listed) and nll_per (pair, own_token or chosen_token): "
+        "an added -log-likelihood of the chosen completion.",
         highlight=False,
     )
 

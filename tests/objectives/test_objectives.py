@@ -39,7 +39,8 @@ VARIANTS = {
     "dpo-smoothed": DPO(0.3, label_smoothing=0.1),
     "dpo-nll": DPO(0.3, nll_weight=0.1),
     "simpo-sums": SimPO(2.0, 0.5, length_normalize=False),
-    "simpo-nll": SimPO(2.0, 0.5, nll_weight=0.1, nll_reduction="token_mean"),
+    "simpo-nll": SimPO(2.0, 0.5, nll_weight=0.1, nll_per="own_token"),
+    "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
     "ipo-means": IPO(0.1, length_normalize=True),
     "mmpo-length": MMPO(0.1, length_normalize=True),
     "mmpo-entropy": MMPO(0.1, entropy_bonus=True),
@@ -69,6 +70,7 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
 
     needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise"})
     values = {"chosen_lengths": torch.arange(1, n + 1).double(), "rejected_lengths": torch.arange(n, 0, -1).double()}
+    values["mean_chosen_length"] = values["chosen_lengths"].mean().expand(n)
     logps = [draw() for _ in range(4)]
     if objective is not None and objective.model_kind == "reward_model":
         values |= {"policy_chosen_rewards": logps[0], "policy_rejected_rewards": logps[1]}
@@ -94,6 +96,8 @@ def swapped(x: PairInputs) -> PairInputs:
     other = {"chosen": "rejected", "rejected": "chosen"}
 
     def mirror(name: str) -> str:
+        if name == "mean_chosen_length":  # in `inputs` the same on both sides
+            return name
         return "_".join(other.get(part, part) for part in name.split("_"))
 
     return PairInputs(**{mirror(name): value for name, value in x.tensors().items()}, state=x.state)
@@ -248,11 +252,13 @@ def test_log_ratios_are_all_that_counts_where_there_is_a_reference(objective):
 
 # Only the difference of the two sides counts: a constant on both (a prompt's partition function) cancels. Not so in:
 SHIFT_SENSITIVE = {
-    *("dpo-nll", "simpo", "simpo-nll", "ipo-means", "cpo", "f_dpo", "f_dpo-forward", "f_dpo-alpha", "cal_dpo", "lmpo"),
+    *("dpo-nll", "simpo", "simpo-nll", "ipo-means", "cpo", "cpo-chosen_token", "f_dpo", "f_dpo-forward"),
+    *("f_dpo-alpha", "cal_dpo", "lmpo"),
     *("sppo", "orpo", "kto", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
 }
 SHIFT_INVARIANT = {
-    *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo", "simpo-sums"),
+    *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo"),
+    "simpo-sums",
     *(f"gpo-{function}" for function in FUNCTIONS),
 }
 
@@ -283,9 +289,12 @@ def test_mappo_at_a_gap_of_1_is_its_base_bit_for_bit(objective):
 def test_the_nll_term_is_what_it_says(objective):
     x = inputs(objective)
     without = dataclasses.replace(objective, nll_weight=0.0)(x).losses
-    for reduction, tokens in (("sum", 1), ("token_mean", x.chosen_lengths)):
-        losses = dataclasses.replace(objective, nll_weight=0.7, nll_reduction=reduction)(x).losses
+    for per, tokens in (("pair", 1), ("own_token", x.chosen_lengths)):
+        losses = dataclasses.replace(objective, nll_weight=0.7, nll_per=per)(x).losses
         assert torch.allclose(losses - without, -0.7 * x.policy_chosen_logps / tokens)
+    losses = dataclasses.replace(objective, nll_weight=0.7, nll_per="chosen_token")(x).losses
+    mean_over_tokens = -x.policy_chosen_logps.sum() / (1 + 2 + 3 + 4)  # the lengths
+    assert torch.allclose((losses - without).mean(), 0.7 * mean_over_tokens)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -321,7 +330,7 @@ def test_the_listing_names_everything():
     assert set(listed) == set(DEFAULTS) == {config.stem for config in CONFIGS}
     assert listed["mappo"][2:5] == ("reference, rewards", "pair", "base=DPO")
     assert listed["madpo"][4].startswith("beta=0.1, c_max=2, c_min=null")
-    assert listed["cpo"][4] == "beta=0.1, nll_weight=0.2, nll_reduction=sum"
+    assert listed["cpo"][4] == "beta=0.1, nll_weight=0.2, nll_per=pair"
     assert markdown().count("\n") == len(listed) + 1
 
 
@@ -419,8 +428,15 @@ FORMULAS = {
         ),
     ),
     "cpo-means": (
-        CPO(0.3, nll_weight=1.0, nll_reduction="token_mean"),
+        CPO(0.3, nll_weight=1.0, nll_per="own_token"),
         lambda p: -math.log(sigmoid(0.3 * (p["policy_chosen_logps"] - p["policy_rejected_logps"]))) - means(p)[0],
+    ),
+    "cpo-authors": (  # eight pairs of 1 to 8 tokens: 4.5 on average
+        CPO(0.3, nll_weight=1.0, nll_per="chosen_token"),
+        lambda p: (
+            -math.log(sigmoid(0.3 * (p["policy_chosen_logps"] - p["policy_rejected_logps"])))
+            - p["policy_chosen_logps"] / 4.5
+        ),
     ),
     "robust_dpo": (RobustDPO(0.3, 0.2), lambda p: (0.8 * dpo(p, 0.3) - 0.2 * dpo(p, -0.3)) / 0.6),
     "cal_dpo": (CalDPO(0.1), lambda p: cal_dpo(p, 0.1, 1.0)),
@@ -788,7 +804,7 @@ def test_derived_quantities():
         lambda: DPO(0.0),
         lambda: DPO(0.1, label_smoothing=0.5),
         lambda: DPO(0.1, nll_weight=-1.0),
-        lambda: DPO(0.1, nll_weight=1.0, nll_reduction="mean"),
+        lambda: DPO(0.1, nll_weight=1.0, nll_per="mean"),
         lambda: SimPO(-1.0, 0.5),
         lambda: IPO(0.0),
         lambda: CPO(0.0),

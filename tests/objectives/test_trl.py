@@ -56,6 +56,7 @@ class Data:
 def ours(objective: Objective, data: Data) -> torch.Tensor:
     chosen, rejected = data.sums(data.logits).chunk(2)
     values = {"chosen_lengths": data.lengths.float().chunk(2)[0], "rejected_lengths": data.lengths.float().chunk(2)[1]}
+    values["mean_chosen_length"] = values["chosen_lengths"].mean().expand(len(values["chosen_lengths"]))
     if objective.model_kind == "reward_model":
         values |= dict(zip(("policy_chosen_rewards", "policy_rejected_rewards"), data.scores.chunk(2), strict=True))
     else:

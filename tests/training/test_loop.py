@@ -19,6 +19,7 @@ from prefopt.models.reference import Resident
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
+from prefopt.objectives.cpo import CPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.madpo import MADPO
 from prefopt.objectives.mappo import MaPPO
@@ -30,7 +31,7 @@ from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate, evaluate_pairs
 from prefopt.training.loop import EarlyStopping
-from prefopt.training.metrics import Means
+from prefopt.training.metrics import Means, step_metrics
 from prefopt.training.optim import Cosine
 from prefopt.training.state import TrainState
 from prefopt.training.step import accumulate_gradients, train_step
@@ -95,7 +96,8 @@ INDEPENDENT = {name: o for name, o, _ in objectives() if o.scope != "micro_batch
     "mmpo-step": MMPO(0.1, normalization="step", auxiliary_weight=0.5),
     "mmpo-step-entropy": MMPO(0.1, normalization="step", auxiliary_weight=0.5, entropy_bonus=True),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
-    "beta_dpo-nll": BetaDPO(0.1, nll_weight=0.3),
+    "beta_dpo-nll": BetaDPO(0.1, nll_weight=0.3, nll_per="chosen_token"),
+    "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
 }
 
 
@@ -164,6 +166,23 @@ def test_the_state_of_an_objective_moves_with_each_step_and_not_with_evaluations
     assert train_state.objective_state["mean"] != after_one["mean"]
     assert metrics["beta_dpo/kept"] == 6 / 8
     assert metrics["beta_dpo/running_mean"] == pytest.approx(train_state.objective_state["mean"].item())
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 10_000])
+def test_the_likelihood_of_nll_per_chosen_token_is_sfts(tokens, tmp_path):
+    """At lambda 1 the step's loss and gradient are CPO's without the term, plus SFT's: the mean over chosen tokens."""
+
+    def of(objective):
+        train_state = make_train_state(objective, tmp_path, micro_batch_tokens=tokens)
+        micro_batches = train_state.step_micro_batches(0)
+        loss = step_metrics(objective, accumulate_gradients(train_state, 0, micro_batches))["loss"]
+        return loss, {name: p.grad for name, p in train_state.engine.parameters.items()}
+
+    loss, gradient = of(CPO(0.1, nll_weight=1.0, nll_per="chosen_token"))
+    (preference, by_preference), (likelihood, by_likelihood) = of(CPO(0.1, nll_weight=0.0)), of(SFT())
+    assert loss == pytest.approx(preference + likelihood, rel=1e-6)
+    for name, value in gradient.items():
+        assert torch.allclose(value, by_preference[name] + by_likelihood[name], atol=2e-6, rtol=1e-4), name
 
 
 def test_sft_is_the_mean_over_tokens(tmp_path):

@@ -26,6 +26,7 @@ from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.margin_matching import MarginMatching
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.orpo import ORPO
+from prefopt.objectives.reward import Reward
 from prefopt.objectives.robust_dpo import RobustDPO
 from prefopt.objectives.rrhf import RRHF
 from prefopt.objectives.sft import SFT
@@ -42,6 +43,7 @@ VARIANTS = {
     "simpo-nll": SimPO(2.0, 0.5, nll_weight=0.1, nll_per="own_token"),
     "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
     "ipo-means": IPO(0.1, length_normalize=True),
+    "reward-soft": Reward("soft", 2.2),
     "mmpo-length": MMPO(0.1, length_normalize=True),
     "mmpo-entropy": MMPO(0.1, entropy_bonus=True),
     "mmpo-entropy-length": MMPO(0.1, entropy_bonus=True, length_normalize=True),
@@ -400,6 +402,12 @@ def margin_matching(p, beta, gamma):
     return -q * math.log(sigmoid(z)) - (1 - q) * math.log(sigmoid(-z))
 
 
+def soft_reward(p, gamma):
+    q = 1 / (1 + math.exp(-gamma * (p["chosen_rewards"] - p["rejected_rewards"])))  # the authors' chosen_probs
+    z = p["policy_chosen_rewards"] - p["policy_rejected_rewards"]
+    return -math.log(sigmoid(z)) * q - math.log(sigmoid(-z)) * (1.0 - q)
+
+
 def madpo(p, beta, c_max, c_min, decay, tau):
     h = p["chosen_rewards"] - p["rejected_rewards"]
     c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * math.exp(decay * (abs(h) - tau)))
@@ -446,6 +454,8 @@ FORMULAS = {
     "rrhf": (RRHF(), lambda p: max(0.0, means(p)[1] - means(p)[0]) - p["policy_chosen_logps"]),
     "margin_matching": (MarginMatching(0.3, 2.0), lambda p: margin_matching(p, 0.3, 2.0)),
     "madpo": (MADPO(0.3, 4.0, None, 0.7, 0.4), lambda p: madpo(p, 0.3, 4.0, 0.25, 0.7, 0.4)),
+    "reward": (Reward(), lambda p: -math.log(sigmoid(p["policy_chosen_rewards"] - p["policy_rejected_rewards"]))),
+    "reward-soft": (Reward("soft", 2.2), lambda p: soft_reward(p, 2.2)),
     "sft": (SFT(), lambda p: -p["policy_chosen_logps"]),
     "gpo-hinge": (GPO(0.3), lambda p: max(0.0, 1 - 0.3 * (ratios(p)[0] - ratios(p)[1]))),
     "gpo-squared": (GPO(0.3, "squared"), lambda p: (0.3 * (ratios(p)[0] - ratios(p)[1]) - 1) ** 2),
@@ -464,7 +474,7 @@ FORMULAS = {
 def test_closed_forms(name):
     objective, formula = FORMULAS[name]
     for seed in range(3):
-        x = inputs(n=8, seed=seed)
+        x = inputs(objective if objective.model_kind == "reward_model" else None, n=8, seed=seed)
         assert objective(x).losses.tolist() == pytest.approx(by_hand(formula, x), rel=1e-9)
 
 
@@ -784,7 +794,18 @@ def test_mmpo_ablations():
     assert torch.allclose(bonus, 0.5 * (x.chosen_entropies / n_w + x.rejected_entropies / n_l) / 2)
 
 
+def test_soft_labels_of_a_wide_margin_are_hard_ones():
+    x = inputs(Reward("soft", 2.2))
+    wide = dataclasses.replace(x, chosen_rewards=x.chosen_rewards + 100)
+    assert torch.allclose(Reward("soft", 2.2)(wide).losses, Reward()(x).losses)
+    (gradient,) = torch.autograd.grad(Reward("soft", 2.2)(x).losses.sum(), x.policy_chosen_rewards)
+    z = x.policy_chosen_rewards - x.policy_rejected_rewards  # the loss is lowest where sigma(z) = p
+    assert torch.allclose(gradient, torch.sigmoid(z) - torch.sigmoid(2.2 * (x.chosen_rewards - x.rejected_rewards)))
+
+
 def test_needs_and_scope_follow_the_switches():
+    assert Reward().needs == set()
+    assert Reward("soft", 2.2).needs == {"rewards"}
     assert MMPO(0.1).needs == {"reference"}
     assert MMPO(0.1, entropy_bonus=True).needs == {"reference", "entropies"}
     assert SimPO(2.0, 0.5).needs == set()
@@ -829,6 +850,10 @@ def test_derived_quantities():
         lambda: ORPO(0.0),
         lambda: KTO(0.1, desirable_weight=-1.0),
         lambda: RobustDPO(0.1, 0.5),
+        lambda: Reward("soft"),
+        lambda: Reward("soft", 0.0),
+        lambda: Reward("hard", 2.2),
+        lambda: Reward("margin"),
     ],
 )
 def test_values_without_meaning_are_refused(make):

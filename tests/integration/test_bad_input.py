@@ -304,7 +304,7 @@ TABLE = [
     rows("no chat", pair(), "has no field 'messages'", "Chats rows are", given=format_("Chats")),
     config("no rewards", "objective=mappo dataset.train=bad.jsonl", "mappo_dpo needs the prior rewards",
            "1 of 1 train items have none", "chosen_reward and rejected_reward", files={"bad.jsonl": pair()}),
-    config("no rewards for soft labels", "objective=reward objective.labels=soft objective.gamma=2 dataset.train=bad.jsonl",
+    config("no prior for labels", "objective=reward objective.labels=soft objective.gamma=2 dataset.train=bad.jsonl",
            "objective reward needs the prior rewards", "1 of 1 train items have none", files={"bad.jsonl": pair()}),
     config("rewards above 1", "objective=mappo dataset.train=bad.jsonl", "needs rewards in [0, 1]", "has 5",
            "dataset.reward_scale", files={"bad.jsonl": pair(chosen_reward=5, rejected_reward=1)}),

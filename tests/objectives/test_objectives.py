@@ -44,6 +44,7 @@ VARIANTS = {
     "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
     "ipo-means": IPO(0.1, length_normalize=True),
     "reward-soft": Reward("soft", 2.2),
+    "rrhf-own_token": RRHF(nll_per="own_token"),
     "mmpo-length": MMPO(0.1, length_normalize=True),
     "mmpo-entropy": MMPO(0.1, entropy_bonus=True),
     "mmpo-entropy-length": MMPO(0.1, entropy_bonus=True, length_normalize=True),
@@ -452,6 +453,10 @@ FORMULAS = {
     "sppo": (SPPO(0.1), lambda p: (ratios(p)[0] - 5) ** 2 + (ratios(p)[1] + 5) ** 2),
     "orpo": (ORPO(0.4), lambda p: orpo(p, 0.4)),
     "rrhf": (RRHF(), lambda p: max(0.0, means(p)[1] - means(p)[0]) - p["policy_chosen_logps"]),
+    "rrhf-authors": (
+        RRHF(nll_per="own_token"),
+        lambda p: max(0.0, means(p)[1] - means(p)[0]) - p["policy_chosen_logps"] / p["chosen_lengths"],
+    ),
     "margin_matching": (MarginMatching(0.3, 2.0), lambda p: margin_matching(p, 0.3, 2.0)),
     "madpo": (MADPO(0.3, 4.0, None, 0.7, 0.4), lambda p: madpo(p, 0.3, 4.0, 0.25, 0.7, 0.4)),
     "reward": (Reward(), lambda p: -math.log(sigmoid(p["policy_chosen_rewards"] - p["policy_rejected_rewards"]))),

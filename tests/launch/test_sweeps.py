@@ -174,6 +174,7 @@ def test_mappos_online_runs(name):
     config = parse(cfg, OnlineConfig)
     check_online(config)
     assert (config.stages, config.samples_per_prompt, config.stage_sampling.temperature) == (3, 8, 1.0)
+    assert (config.stage_reference, config.epochs) == ("previous", 2)
     assert (config.batch_size, config.optimizer.lr, config.schedule["warmup"]) == (128, 5e-7, 100)
     assert build(config.objective, Objective, "objective").name == name.partition("_")[2].replace("mappo", "mappo_dpo")
 

@@ -42,7 +42,8 @@ def rows() -> list[tuple[str, ...]]:
         values = OmegaConf.to_container(node)
         assert isinstance(values, dict)
         defaults = ", ".join(f"{key!s}={_text(value)}" for key, value in values.items() if key != "_target_")
-        needs = ", ".join(sorted(objective.needs - {"noise"})) or "–"  # the loop draws noise, no user provides it
+        # The loop makes noise and mismatched completions, no user provides them.
+        needs = ", ".join(sorted(objective.needs - {"noise", "mismatched"})) or "–"
         equation = objective.equation
         if values.get("nll_weight") == 0:  # every pairwise objective has this term; it is listed where it is used
             defaults = defaults.replace(", nll_weight=0, nll_per=pair", "")

@@ -22,7 +22,7 @@ from torch.nn.functional import relu
 from prefopt.errors import UserError
 from prefopt.objectives import SIDES, Side
 
-Need = Literal["reference", "rewards", "entropies", "noise"]
+Need = Literal["reference", "rewards", "entropies", "noise", "mismatched"]
 Scope = Literal["pair", "micro_batch", "step"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
 # declares a need can rely on the tensor, and one that reads a tensor without declaring it fails at once.
@@ -54,6 +54,8 @@ class PairInputs:
     * `*_rewards` (`rewards`): prior rewards from the data.
     * `*_entropies` (`entropies`): the surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is
       that of the sequence entropy.
+    * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
+      pair of the step. They carry no gradient, and cost a forward pass of both models.
 
     Filled with scope `step` alone:
     * `noise` (`noise`): uniform in [0, 1), a fixed function of seed, step and the pair's place in the step.
@@ -71,6 +73,8 @@ class PairInputs:
     rejected_rewards: Tensor = _ABSENT
     chosen_entropies: Tensor = _ABSENT
     rejected_entropies: Tensor = _ABSENT
+    mismatched_chosen_logratios: Tensor = _ABSENT
+    mismatched_rejected_logratios: Tensor = _ABSENT
     policy_chosen_rewards: Tensor = _ABSENT
     policy_rejected_rewards: Tensor = _ABSENT
     noise: Tensor = _ABSENT

@@ -232,7 +232,29 @@ def forward_pairs(
         for side in train_state.objective.completions:
             rewards = torch.tensor([getattr(p, f"{side}_reward") for p in micro_batch.pairs], dtype=torch.float32)
             inputs[f"{side}_rewards"] = rewards.to(batch.lengths.device, non_blocking=True)
+    if "mismatched" in needs:
+        inputs |= split_completions(
+            train_state, "mismatched_{}_logratios", mismatched_logratios(train_state, micro_batch)
+        )
     return PairInputs(**inputs)
+
+
+@torch.no_grad()
+def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Tensor:
+    """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones.
+
+    Behind the pairs' own forward pass, whose dropout is drawn again in the second pass of `two_passes`.
+    """
+    assert train_state.reference is not None
+    parts: list[Tensor] = []
+    order: dict[int, int] = {}
+    for pairs, batch, _ in micro_batch.mismatched:
+        batch = batch.to(train_state.engine.device)
+        policy = train_state.score(train_state.engine.policy, batch).sums
+        parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
+        order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
+    places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
+    return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
 
 
 def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:

@@ -53,6 +53,7 @@ VARIANTS = {
     "mmpo-raw": MMPO(0.1, normalization="none"),
     "f_dpo-forward": FDPO(0.1, "forward_kl"),
     "f_dpo-alpha": FDPO(0.1, "alpha", 0.5),
+    "kto-own": KTO(0.1, reference_point="own"),
     "mappo-simpo": MaPPO(SimPO(2.0, 0.5)),
     "beta_dpo-reward": BetaDPO(0.1, "reward"),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
@@ -71,7 +72,7 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
     def draw() -> torch.Tensor:
         return -scale * torch.rand(n, generator=generator, dtype=torch.float64)
 
-    needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise"})
+    needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise", "mismatched"})
     values = {"chosen_lengths": torch.arange(1, n + 1).double(), "rejected_lengths": torch.arange(n, 0, -1).double()}
     values["mean_chosen_length"] = values["chosen_lengths"].mean().expand(n)
     logps = [draw() for _ in range(4)]
@@ -85,6 +86,8 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         values |= {"chosen_rewards": -draw() / scale, "rejected_rewards": -draw() / scale}
     if "entropies" in needs:
         values |= {"chosen_entropies": -draw(), "rejected_entropies": -draw()}
+    if "mismatched" in needs:
+        values |= {"mismatched_chosen_logratios": -draw(), "mismatched_rejected_logratios": -draw() / 2}
     if "noise" in needs:
         values |= {"noise": -draw() / scale}
     state = objective.initial_state() if objective else {"mean": torch.tensor(0.5), "scale": torch.tensor(2.0)}
@@ -172,7 +175,9 @@ def test_a_pair_scope_loss_does_not_look_at_other_pairs(objective):
 @every
 def test_needs_are_exactly_what_is_read(objective):
     """It works without what it does not declare (`inputs` leaves that out), and not without what it declares."""
-    needed = {"reference": "reference_", "rewards": "_rewards", "entropies": "_entropies", "noise": "noise"}
+    needed = {"reference": "reference_", "rewards": "_rewards", "entropies": "_entropies", "noise": "noise"} | {
+        "mismatched": "mismatched_"
+    }
     x = inputs(objective)
     assert objective(x).losses.isfinite().all()
     for need in objective.needs:
@@ -208,6 +213,8 @@ def test_step0_loss_is_what_equal_policy_and_reference_give(objective):
         x = dataclasses.replace(
             x, reference_chosen_logps=x.policy_chosen_logps, reference_rejected_logps=x.policy_rejected_logps
         )
+    zeros = {name: torch.zeros(4).double() for name in x.tensors() if name.startswith("mismatched")}
+    x = dataclasses.replace(x, **zeros)
     losses = objective(x).losses
     if objective.step0_loss is None:
         # Not left out by mistake: losses differ between pairs, or are no constant between steps.
@@ -257,7 +264,7 @@ def test_log_ratios_are_all_that_counts_where_there_is_a_reference(objective):
 SHIFT_SENSITIVE = {
     *("dpo-nll", "simpo", "simpo-nll", "ipo-means", "cpo", "cpo-chosen_token", "f_dpo", "f_dpo-forward"),
     *("f_dpo-alpha", "cal_dpo", "lmpo"),
-    *("sppo", "orpo", "kto", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
+    *("sppo", "orpo", "kto", "kto-own", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
 }
 SHIFT_INVARIANT = {
     *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo"),
@@ -484,15 +491,23 @@ def test_closed_forms(name):
 
 
 def test_kto_by_hand():
-    """The reference point is the mean log-ratio of all completions of the step, where that is positive."""
+    """The reference point is the mean log-ratio of the step's mismatched completions, or by name of the pairs' own,
+    where that is positive."""
     x = inputs()
     for shift in (20.0, -20.0):
         moved_x = moved(x, reference_chosen_logps=-shift, reference_rejected_logps=-shift)
+        moved_x = moved(moved_x, mismatched_chosen_logratios=shift + 3.0, mismatched_rejected_logratios=shift)
         u = [ratios(p) for p in pairs(moved_x)]
-        z = max(0.0, sum(a + b for a, b in u) / 8)
-        assert (z > 0) == (shift > 0)
-        expected = [(1.5 * (1 - sigmoid(0.3 * (u_w - z))) + 0.7 * (1 - sigmoid(0.3 * (z - u_l)))) / 2 for u_w, u_l in u]
-        assert KTO(0.3, 1.5, 0.7)(moved_x).losses.tolist() == pytest.approx(expected)
+        mismatched = [(p["mismatched_chosen_logratios"], p["mismatched_rejected_logratios"]) for p in pairs(moved_x)]
+        for name, of in (("mismatched", mismatched), ("own", u)):
+            z = max(0.0, sum(a + b for a, b in of) / 8)
+            assert (z > 0) == (shift > 0)
+            expected = [
+                (1.5 * (1 - sigmoid(0.3 * (u_w - z))) + 0.7 * (1 - sigmoid(0.3 * (z - u_l)))) / 2 for u_w, u_l in u
+            ]
+            output = KTO(0.3, 1.5, 0.7, name)(moved_x)
+            assert output.losses.tolist() == pytest.approx(expected)
+            assert output.diagnostics["reference_point"].item() == pytest.approx(z)
 
 
 def test_lmpo_by_hand():
@@ -810,6 +825,8 @@ def test_soft_labels_of_a_wide_margin_are_hard_ones():
 
 def test_needs_and_scope_follow_the_switches():
     assert Reward().needs == set()
+    assert KTO(0.1).needs == {"reference", "mismatched"}
+    assert KTO(0.1, reference_point="own").needs == {"reference"}
     assert Reward("soft", 2.2).needs == {"rewards"}
     assert MMPO(0.1).needs == {"reference"}
     assert MMPO(0.1, entropy_bonus=True).needs == {"reference", "entropies"}
@@ -854,6 +871,7 @@ def test_derived_quantities():
         lambda: SPPO(0.0),
         lambda: ORPO(0.0),
         lambda: KTO(0.1, desirable_weight=-1.0),
+        lambda: KTO(0.1, reference_point="batch"),
         lambda: RobustDPO(0.1, 0.5),
         lambda: Reward("soft"),
         lambda: Reward("soft", 0.0),

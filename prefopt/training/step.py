@@ -1,13 +1,15 @@
 """One optimizer step: forward, objective, backward, in micro-batches."""
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prefopt.data.collate import Batch
 from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
@@ -243,18 +245,32 @@ def forward_pairs(
 def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Tensor:
     """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones.
 
-    Behind the pairs' own forward pass, whose dropout is drawn again in the second pass of `two_passes`.
+    By the policy as it is evaluated, without an adapter's dropout: they measure how far it is from the reference.
     """
     assert train_state.reference is not None
     parts: list[Tensor] = []
     order: dict[int, int] = {}
-    for pairs, batch, _ in micro_batch.mismatched:
-        batch = batch.to(train_state.engine.device)
-        policy = train_state.score(train_state.engine.policy, batch).sums
-        parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
-        order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
+    with evaluation_mode(train_state.engine.policy):
+        for pairs, batch, _ in micro_batch.mismatched:
+            batch = batch.to(train_state.engine.device)
+            policy = train_state.score(train_state.engine.policy, batch).sums
+            parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
+            order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
     places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
     return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what `train_mode` has switched on is off."""
+    active = [module for module in model.modules() if module.training]
+    for module in active:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in active:
+            module.training = True
 
 
 def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:

@@ -1,1 +1,4 @@
-"""Rows become batches: sources (by readers), formats, dataset, tokenize, cache, sampler, collate; hub: what is missing."""
+"""Rows become batches: readers, sources, formats, dataset, tokenize, cache, sampler, collate.
+
+`hub` says what is missing.
+"""

@@ -109,7 +109,8 @@ def _json_rows(name: str, data: bytes) -> Iterator[tuple[str, Row]]:
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise UserError(
-            f"{name} must hold a list of JSON objects, or an object with one such list. It holds {_described(value)}."
+            f"{name} must hold a list of JSON objects, or an object with one such list. It holds {_described(value)}. "
+            "If that is a row, name the file .jsonl."
         )
     for n, row in enumerate(value, start=1):
         where = f"{name}, row {n}"

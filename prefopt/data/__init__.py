@@ -1,4 +1,4 @@
-"""Rows become batches: readers, sources, formats, dataset, tokenize, cache, sampler, collate.
+"""Rows become batches: readers, folders, sources, formats, dataset, tokenize, cache, sampler, collate.
 
 `hub` says what is missing.
 """

@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from prefopt.data.folders import folder_splits
 from prefopt.data.readers import CHUNK, KINDS, SUFFIXES, kind_of
-from prefopt.data.sources import digest, folder_splits, read_rows
+from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from tests.helpers.tiny import SHARED
 
@@ -359,6 +360,39 @@ def test_folders_that_cannot_be_read_say_why(files, message, tmp_path):
 def test_a_card_without_files_of_data_does_not_matter(tmp_path):
     card = "---\nlicense: mit\n---\n# Data\n"
     assert rows(lay(tmp_path, {"README.md": card, "train-0.jsonl": lines(A | {"x": None}), "train-1.jsonl": lines(B)}))
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "splits"),
+    [
+        ("'*-?.jsonl'", {"train": [A, B | {"source": "web"}]}),
+        ("[a-1.jsonl, 'more/**']", {"train": [B | {"source": "web"}, ROWS[0]]}),
+        ("{train_prefs: a-0.jsonl, test: [a-1.jsonl]}", {"train_prefs": [A], "test": [B | {"source": "web"}]}),
+        ("[{split: train, path: 'a-*.jsonl'}, {split: heldout, path: [more/train.csv]}]",
+         {"train": [A, B | {"source": "web"}], "heldout": [ROWS[0]]}),
+    ],
+)  # fmt: skip
+def test_a_card_names_the_files_of_splits(patterns, splits, tmp_path, monkeypatch):
+    """Shards may differ there, too: `datasets` would refuse them."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("`datasets` was asked"))
+    files = {"README.md": CARD.format(patterns), "a-0.jsonl": lines(A), "a-1.jsonl": lines(B | {"source": "web"})}
+    lay(tmp_path / "x[1]", files | {"more/train.csv": "\r\n".join(table().split("\r\n")[:2]), "more/notes.txt": "x"})
+    for split, expected in splits.items():
+        assert rows(tmp_path / "x[1]", split) == expected
+    assert "there are: " + ", ".join(sorted(splits)) in refusal(tmp_path / "x[1]", "none")
+
+
+def test_what_a_card_names_must_be_there(tmp_path):
+    assert "names data that are not there: b*.jsonl" in refusal(lay(tmp_path, {"README.md": CARD.format("b*.jsonl")}))
+
+
+def test_a_card_with_arguments_of_a_reader_is_for_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = {"README.md": CARD.format("a.csv\n  sep: ';'"), "a.csv": "prompt;chosen\na;x\n"}
+    assert rows(lay(tmp_path / "data", files)) == [{"prompt": "a", "chosen": "x"}]
 
 
 def test_every_file_of_a_folder_is_in_its_digest(tmp_path):

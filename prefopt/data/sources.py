@@ -141,7 +141,9 @@ def _load(path: str, split: str, revision: str | None) -> Any:
     local = resolve_path(path)
     try:
         if local.is_dir():
-            return datasets.load_dataset(str(local), split=split)
+            # By the content, because `datasets` may give the rows that it once read here, though a file has changed.
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / "prefopt" / digest(path, split)[:24]
+            return datasets.load_dataset(str(local), split=split, cache_dir=str(cache))
         if not (constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE):
             check_card(path, revision)
             return datasets.load_dataset(path, split=split, revision=revision)
@@ -159,7 +161,7 @@ def _load(path: str, split: str, revision: str | None) -> Any:
         ) from None
     except Exception as error:  # `datasets` raises a dozen kinds for what is not there
         cause = error.__cause__ or error  # of a failure while it reads, `datasets` says what failed in the cause
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise UserError(
             f"the data set {path} (split {split}) cannot be loaded: {reason}\nGive a file, a folder, or a hub name; "
             "its splits are chosen by dataset.train_split and dataset.heldout_split."

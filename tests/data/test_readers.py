@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from prefopt.data.folders import folder_splits
-from prefopt.data.readers import CHUNK, KINDS, SUFFIXES, kind_of
+from prefopt.data.readers import CHUNK, KINDS, kind_of
 from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from tests.helpers.tiny import SHARED
@@ -393,6 +393,10 @@ def test_a_card_with_arguments_of_a_reader_is_for_datasets(tmp_path, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     files = {"README.md": CARD.format("a.csv\n  sep: ';'"), "a.csv": "prompt;chosen\na;x\n"}
     assert rows(lay(tmp_path / "data", files)) == [{"prompt": "a", "chosen": "x"}]
+    (tmp_path / "data" / "a.csv").write_text("prompt;chosen\na;z\n")  # `datasets` alone would give the rows from before
+    assert rows(tmp_path / "data") == [{"prompt": "a", "chosen": "z"}]
+    (tmp_path / "data" / "a.csv").write_text("prompt;chosen\na;x\nb;y;z\n")
+    assert "cannot be loaded: Error tokenizing data" in refusal(tmp_path / "data")
 
 
 def test_every_file_of_a_folder_is_in_its_digest(tmp_path):
@@ -445,4 +449,3 @@ def test_the_values_of_the_cases_that_were_refused():
     assert [row.get("source") for row in rows(CASES / "shards_columns")] == [None] * 3 + ["web"] * 3
     assert rows(CASES / "pandas_null.parquet")[0]["chosen"] is None
     assert rows(CASES / "std_single")[0] == {"prompt": "q0", "chosen": "yes", "rejected": "no"}
-    assert set(SUFFIXES) > {".csv.gz", ".tsv.gz"}

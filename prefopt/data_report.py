@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from prefopt.cli.multirun import overrides
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.data.cache import Limits, prepare_dataset, tokenizer_digest
@@ -25,12 +26,14 @@ from prefopt.reporting.data import (
     draw,
     evaluation_keys,
     examples,
+    layout_section,
     length_sections,
     long_csv,
     markdown,
     overlap_section,
     reward_section,
     show,
+    training_command,
 )
 from prefopt.utils.files import atomic_write, check_folder
 
@@ -64,6 +67,8 @@ def main(cfg: DictConfig) -> None:
         *overlap_section(config, trained, evaluation),
     ]
     seen = examples(tokenizer, trained["train"])
+    training = training_command(overrides(), trained["train"].counts["kind"])
+    layout = layout_section(config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     figures = draw(config, splits, output)
@@ -72,7 +77,8 @@ def main(cfg: DictConfig) -> None:
         f"# The data set {config.dataset.name}",
         f"Made by `python -m prefopt.data_report {shlex.join(sys.argv[1:])}`. Digests of the data: {digests}; "
         f"of the tokenizer of {config.model.path}: {tokenizer_digest(tokenizer)[:16]}.",
-        *map(markdown, sections),
+        f"To train on it: `{training}`",
+        *map(markdown, (layout, *sections)),
         "## Histograms",
         *(f"![{file.stem}]({file.name})" for file in figures if file.suffix == ".png"),
         "## Three rows of train\n\nWhat the loss sees stands between ⟦ and ⟧.",
@@ -81,8 +87,9 @@ def main(cfg: DictConfig) -> None:
     atomic_write(output / "report.md", "\n\n".join(document) + "\n")
     atomic_write(output / "report.csv", long_csv(sections))
     print(f"{seen}\n")
-    for section in sections:
+    for section in (layout, *sections):
         show(section)
+    print(f"To train on it:\n  {training}\n")
     for file in (output / "report.md", output / "report.csv", *figures):
         print(file)
 

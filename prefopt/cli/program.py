@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from prefopt.cli.dataset_path import replace_path
 from prefopt.cli.help import show, wants_help
 from prefopt.cli.hints import refusal
 from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
@@ -68,6 +69,7 @@ def run(
     if wants_help(arguments):
         return show(config_name, arguments)
     try:
+        arguments = replace_path(arguments, config_name)
         command_line = parse_multirun_args(arguments, launches=launch is not None)
     except UserError as error:
         return _refuse(str(error))

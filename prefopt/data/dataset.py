@@ -79,7 +79,9 @@ def check_policies(policies: PoliciesConfig, where: str = "dataset") -> None:
 def check_columns(format_: Format, columns: dict[str, str], where: str) -> None:
     """Raise UserError for a name of ours in `columns` that the format does not read. `where`: the key for messages."""
     known = format_.fields()
-    for name in columns if known is not None else ():
+    if known is None:
+        return
+    for name in columns:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {where}.{near[0]}={columns[name]}?" if near else ""

@@ -118,9 +118,10 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class Pairs(Format):
-    """{prompt, chosen, rejected} and optionally id, system, tools, chosen_reward, rejected_reward.
+    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools and rewards.
 
-    `prompt` is text or messages that end with the user's turn; or Alpaca's `instruction` and `input`. `chosen` and
+    `prompt` is text or messages that end with the user's turn; or it is put together from Alpaca's `instruction` and
+    `input`, with a blank line between them. The rewards are `chosen_reward` and `rejected_reward`. `chosen` and
     `rejected` are text, a message, or a list of one message. `system` is text that opens the conversation.
     """
 
@@ -375,24 +376,25 @@ class TwoResponses(Format):
     """{prompt, response_1, response_2, label}: two responses and which is better, by a label or by votes.
 
     `labels` are the fields that hold the label or the votes (PandaLM: [annotator1, annotator2, annotator3]). A vote is
-    `first`, `second` or `tie`, compared as text without regard to case. More than half of the votes decide; without
-    such a majority, and with a majority of ties, the row is dropped (`no_preference`). A null is no vote.
+    `first`, `second` or one of `ties`, compared as text without regard to case. More than half of the votes decide;
+    without such a majority, and with a majority of ties, the row is dropped (`no_preference`). A null is no vote.
     """
 
     labels: list[str] = field(default_factory=lambda: ["label"])
     first: str = "1"
     second: str = "2"
-    tie: str = "0"
+    ties: list[str] = field(default_factory=lambda: ["0"])
 
     def __post_init__(self) -> None:
-        names = [name.lower() for name in (self.first, self.second, self.tie)]
-        if len(set(names)) < 3:
-            raise ValueError(f"first, second and tie must be three different labels, got {names}")
+        names = [name.lower() for name in (self.first, self.second, *self.ties)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"first, second and ties must be different labels, got {names}")
         if not self.labels:
             raise ValueError("labels must name at least one field")
 
     def __call__(self, row: Row) -> Pair | Dropped:
-        known = {self.first.lower(): "first", self.second.lower(): "second", self.tie.lower(): "tie"}
+        known = {self.first.lower(): "first", self.second.lower(): "second"}
+        known |= {name.lower(): "tie" for name in self.ties}
         votes = Counter[str]()
         for name in self.labels:
             vote = label_text(row[name])
@@ -401,8 +403,8 @@ class TwoResponses(Format):
             if vote not in known:
                 raise ValueError(
                     f"field {name!r} must be {self.first} (the first response is better), {self.second} (the second) "
-                    f"or {self.tie} (a tie), is {reprlib.repr(row[name])}; dataset.format.first, .second and .tie "
-                    "set other labels"
+                    f"or {' or '.join(self.ties)} (a tie), is {reprlib.repr(row[name])}; dataset.format.first, .second "
+                    "and .ties set other labels"
                 )
             votes[known[vote]] += 1
         prompt, first, second = read_prompt(row), answer(row, "response_1"), answer(row, "response_2")
@@ -476,7 +478,7 @@ class Chats(Format):
 
 @dataclass(frozen=True)
 class Completions(Format):
-    """{prompt, completion}: a prompt and its answer, for supervised fine-tuning; or Alpaca's `instruction` and `input`.
+    """{prompt (or instruction and input), completion}: a prompt and its answer, for supervised fine-tuning.
 
     Read as a `Chat`, of which every turn of the assistant is learnt; so a prompt may hold none.
     """

@@ -26,7 +26,7 @@ def replace_path(arguments: Sequence[str], program: str) -> list[str]:
     value = unquoted(arguments[places[0]].removeprefix("dataset="))
     known = choices("dataset", [ROOT / "conf", *config_dirs(arguments)])
     is_multirun = "-m" in arguments or "--multirun" in arguments
-    paths = [value] if is_path(value, known) or not is_multirun else [unquoted(v) for v in value.split(",")]
+    paths = [unquoted(v) for v in value.split(",")] if is_multirun and not exists(value) else [value]
     if not any(is_path(path, known) for path in paths):
         return list(arguments)
     if strays := [path for path in paths if not is_path(path, known)]:

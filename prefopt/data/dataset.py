@@ -159,7 +159,8 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     kinds: set[str] = set()
     num_scored = 0
     extremes: list[tuple[float, str]] = []  # (reward, id) of the lowest and of the highest reward so far
-    for item, defects in read_items(config, split, held_out, drops):
+    first: dict[str, str] = {}
+    for item, defects in read_items(config, split, held_out, drops, first):
         counts[item.source] += 1
         kept.update(defects)
         kinds.add("pairs" if isinstance(item, Pair) else "chats")
@@ -170,9 +171,10 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
 
     if not kinds:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
+        details = "".join(f"{detail}. " for detail in first.values())
         raise UserError(
-            f"nothing is left of the {split} split of data set {config.name} ({reasons}). Mend the rows; what is done "
-            "about a defect is set by dataset.policies.DEFECT."
+            f"nothing is left of the {split} split of data set {config.name} ({reasons}). {details}Mend "
+            "the rows; what is done about a defect is set by dataset.policies.DEFECT."
         )
     if len(kinds) > 1:
         raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
@@ -180,7 +182,7 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     low, high = extremes or (None, None)
     return Split(
         # Counted in the pass above; a later one counts into a Counter of its own.
-        read=lambda: (item for item, _ in read_items(config, split, held_out, Counter())),
+        read=lambda: (item for item, _ in read_items(config, split, held_out, Counter(), {})),
         kind=kinds.pop(),
         drops=drops,
         kept=kept,
@@ -190,9 +192,10 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
 
 
 def read_items(
-    config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str]
+    config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str], first: dict[str, str]
 ) -> Iterator[tuple[Item, list[str]]]:
-    """(item, its defects) for the items that are used. The others are counted in `drops`.
+    """(item, its defects) for the items that are used. The others are counted in `drops`, and `first` gets what is
+    wrong with the first row that is dropped for a reason.
 
     `held_out`: the `content_id` of every held-out prompt. Raises UserError for a bad row, and for a defect whose policy
     is to fail.
@@ -211,6 +214,8 @@ def read_items(
                 )
             if policy == "drop":
                 drops[reason] += 1
+                if detail:
+                    first.setdefault(reason, f"{where}: {detail}")
                 return False
         return True
 

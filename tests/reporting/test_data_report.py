@@ -172,7 +172,7 @@ def test_the_markdown_says_where_it_comes_from(finished):
     text = (finished[0] / "report.md").read_text()
     for part in ("python -m prefopt.data_report model=hub", "Digests of the data: train ", "![lengths](lengths.png)"):
         assert part in text
-    assert text.count("\n## ") == 8
+    assert text.count("\n## ") == 9
 
 
 def test_chats_count_what_the_assistant_wrote(tiny_folder, tmp_path):

@@ -32,7 +32,7 @@ from prefopt.errors import UserError
 # Defects of rows that nothing can be trained on; see `PoliciesConfig` for all of them.
 CANNOT_BE_KEPT = (
     "wrong_roles", "sides_part_early", "multi_turn_completion", "missing_text", "not_text", "no_preference",
-    "unpaired_label", "prompt_too_long", "identical_after_truncation",
+    "unpaired_label", "prompt_too_long", "rewritten_by_template", "identical_after_truncation",
 )  # fmt: skip
 
 

@@ -714,8 +714,10 @@ def as_text(value: Any, key: str) -> str:
     if not is_parts(value):
         raise RowDefect("not_text", f"field {key!r} must be text, is {type(value).__name__}")
     for part in value:
-        if part["type"] not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        if part["type"] not in TEXT_PARTS:
             raise RowDefect("not_text", f"field {key!r} has a part of type {part['type']!r}; only text is read")
+        if not isinstance(part.get("text"), str):
+            raise RowDefect("not_text", f"field {key!r} has a text part without 'text'")
     return "".join(part["text"] for part in value)
 
 

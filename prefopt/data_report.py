@@ -18,6 +18,7 @@ from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.data.cache import Limits, prepare_dataset, tokenizer_digest
 from prefopt.data.dataset import check_dataset, has_heldout, split_digest
+from prefopt.data.dataset_path import replace_path
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
 from prefopt.reporting.data import (
@@ -40,7 +41,7 @@ from prefopt.utils.files import atomic_write, check_folder
 log = logging.getLogger("prefopt.data_report")
 
 
-@program("data_report", DataReportConfig)
+@program("data_report", DataReportConfig, rewrite=replace_path)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, DataReportConfig)
     for key in ("max_prompt_tokens", "max_completion_tokens"):

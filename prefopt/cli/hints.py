@@ -54,6 +54,8 @@ def _no_such_choice(file: str, arguments: Sequence[str]) -> str:
             if ready := next((n for n in choices("dataset") if f"\ntrain: {path}\n" in _yaml("dataset", n)), None):
                 return f"dataset={path} is read as it lies on the hub by\n  dataset={ready}"
             line = shlex.join(["dataset=jsonl", f"dataset.train={path}"])
+            if Path(path).exists():  # of a program that trains on other rows, or whose rows are no data set
+                return f"dataset={path} is no choice of conf/dataset, but a path. Did you mean\n  {line}"
             return (
                 f"dataset={path} is no choice of conf/dataset, and no file or folder here. If it is on the hub, it is "
                 f"read by\n  {line}\nwith dataset.format and dataset.columns for its rows (docs/data.md)."

@@ -5,9 +5,9 @@ import json
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prefopt.cli.dataset_path import replace_path
 from prefopt.config.parse import parse, register
 from prefopt.data.dataset import Split, check_dataset, load_split
+from prefopt.data.dataset_path import replace_path
 from prefopt.data.formats import (
     Chat,
     Chats,

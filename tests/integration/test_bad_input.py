@@ -269,7 +269,7 @@ TABLE = [
     rows("a mapped field", pair(), "row 1 has no field 'prompt.deeper'", given="+dataset.columns.prompt=prompt.deeper"),
     rows("null", pair(chosen=None), "(missing_text: 1). bad.jsonl, row 1: field 'chosen' is null", "Mend the row"),
     rows("an empty prompt", pair(prompt=" "), "row 1: 'prompt' is empty"),
-    rows("parts for text", pair(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "'prompt' has a text part without 'text'"),
+    rows("parts", pair(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "has a text part without 'text'"),
     rows(
         "swapped roles",
         pair(prompt=[{"role": "assistant", "content": "Hi"}]),

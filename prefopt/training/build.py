@@ -1,6 +1,7 @@
 """The parts of a run, made from its config: tokenized data, policy, layout, reference, engine."""
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,14 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
 from prefopt.models.logprobs import LogprobComputer
-from prefopt.models.lora import adapter_layers, add_adapter, checkpoint_activations, merge_adapter
+from prefopt.models.lora import (
+    adapter_layers,
+    add_adapter,
+    checkpoint_activations,
+    freeze_unreached,
+    leaf_name,
+    merge_adapter,
+)
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
 from prefopt.objectives import SIDES
@@ -26,6 +34,8 @@ from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import main_process_first
 from prefopt.utils.memory import keep_freed_memory
+
+log = logging.getLogger(__name__)
 
 LAYOUT_CHECK_PAIRS = 256  # the layout is checked against the model on pairs from these
 
@@ -99,6 +109,7 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     load.check_vocabulary(policy, tokenizer)
     if config.peft.path:
         merge_adapter(policy, config.peft.path)
+    freeze_unreached(policy)
     if config.peft.target_modules:
         adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
     return policy
@@ -175,6 +186,7 @@ def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
     """Make `policy` trainable, with its new adapter and activation checkpointing, and give it an optimizer."""
     if config.peft.target_modules:
         add_adapter(policy, config.peft, config.seed)
+    log.info(f"  {format_trained(config, policy)}")
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     if config.engine.name == "single":
@@ -182,3 +194,17 @@ def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
     from prefopt.training.zero2 import Zero2
 
     return Zero2(policy, config.optimizer, config.engine.offload_optimizer)
+
+
+def format_trained(config: TrainConfig, policy: PreTrainedModel) -> str:
+    """How many of the policy's weights are trained; with an adapter, also on how many layers it lies."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # Weights in 4 bits lie two in a byte.
+    frozen = [
+        (p.numel() * 2 if hasattr(p, "quant_state") else p.numel()) for p in policy.parameters() if not p.requires_grad
+    ]
+    text = f"trained: {trained:,} of {trained + sum(frozen):,} parameters ({trained / (trained + sum(frozen)):.2%})"
+    if config.peft.target_modules:
+        names = [name for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+        text += f", an adapter on {len(names)} layers ({', '.join(sorted(set(map(leaf_name, names))))})"
+    return text

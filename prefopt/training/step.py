@@ -2,6 +2,7 @@
 
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from prefopt.data.collate import Batch
+from prefopt.models.dropout import seed_pairs
 from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
-from prefopt.models.lora import seed_dropout, train_mode
+from prefopt.models.lora import train_mode
 from prefopt.objectives.base import DIFFERENTIABLE, ObjectiveOutput, PairInputs, apply_objective, concatenate
 from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
@@ -107,8 +109,8 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
 def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], denominator: int) -> Scored:
     """Forward, objective, backward of one micro-batch after the other: the step's loss is the sum of their losses."""
     scored: Scored = []
-    for i, micro_batch in enumerate(micro_batches):
-        seed_dropout(train_state.config.seed, step, i, rank())
+    for micro_batch in micro_batches:
+        seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
@@ -130,12 +132,12 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     of all pairs without a graph, and the objective is differentiated by them. The second pass backpropagates
     sum(gradient * log-prob), one micro-batch at a time. Both passes draw the same dropout.
     """
-    config, objective, engine = train_state.config, train_state.objective, train_state.engine
+    objective, engine = train_state.objective, train_state.engine
 
     parts = []
     with torch.no_grad():
-        for i, micro_batch in enumerate(micro_batches):
-            seed_dropout(config.seed, step, i, rank())
+        for micro_batch in micro_batches:
+            seed_dropout(train_state, step, micro_batch)
             if micro_batch.pairs:
                 parts.append(forward_pairs(train_state, micro_batch))
         inputs = step_inputs(train_state, step, all_gather_pairs(train_state, parts))
@@ -148,8 +150,8 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     gradients = {name: g[share] for name, g in zip(leaves, by_logps, strict=True) if g is not None}
 
     start = 0
-    for i, micro_batch in enumerate(micro_batches):
-        seed_dropout(config.seed, step, i, rank())
+    for micro_batch in micro_batches:
+        seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
@@ -159,6 +161,14 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         engine.backward(loss)
         start = part.stop
     return [(inputs, output)]
+
+
+def seed_dropout(train_state: TrainState, step: int, micro_batch: MicroBatch) -> None:
+    """Make the adapter's dropout in the next passes over `micro_batch` a function of seed, step and pair. A resumed run
+    so draws the dropout that it would have drawn, and the two passes over a micro-batch draw the same."""
+    ids = [zlib.crc32(pair.id.encode()) for pair in micro_batch.pairs] or [0]
+    seeds = [mix_seed(train_state.config.seed, step, number) for number in ids]
+    seed_pairs(train_state.engine.policy, seeds, micro_batch.batch)
 
 
 def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:

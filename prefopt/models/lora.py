@@ -5,7 +5,7 @@ same model with the adapter switched off. `peft` is imported only if there is an
 """
 
 import contextlib
-import json
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.models.dropout import Noise, PairDropout
-from prefopt.utils.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ def unreached_modules(model: PreTrainedModel) -> set[str]:
     """The names of the modules that a loss on text does not reach: what lies beside the text decoder and the head, as
     the towers for images and sound."""
     # Of the model without its head: some models call their head `decoder`.
-    parts = [model.base_model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]
+    parts = [cast(Any, model.base_model).get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]
     reached = {id(p) for part in parts if part is not None for p in part.parameters()}
     return {
         name
@@ -241,14 +240,19 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
     """Write the adapter without the model below it, as `model.load_adapter(target)` and peft read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns if it cannot find the base model's config on the hub
-        model.save_pretrained(target)
-    if not hasattr(model, "score"):
-        return
-    # The head is trained whole; peft keeps such modules beside the adapter.
-    weights, described = target / "adapter_model.safetensors", target / "adapter_config.json"
-    head = {"base_model.model.score.weight": cast(nn.Linear, model.score).weight.detach().cpu().contiguous()}
-    save_file(load_file(weights) | head, weights, {"format": "pt"})
-    write_json(described, json.loads(described.read_text()) | {"modules_to_save": ["score"], "task_type": "SEQ_CLS"})
+        tensors = model.get_adapter_state_dict()
+    config = copy.deepcopy(cast(Any, model.peft_config["default"]))
+    if hasattr(model, "score"):
+        # The head is trained whole; peft keeps such modules beside the adapter.
+        tensors["score.weight"] = cast(nn.Linear, model.score).weight.detach()
+        config.modules_to_save, config.task_type = ["score"], "SEQ_CLS"
+    target.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(target)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        target / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def merge(model: PreTrainedModel) -> None:

@@ -46,6 +46,7 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
     Reads no weights. Raises UserError for a model that cannot be found, and for rows that model or objective cannot
     take.
     """
+    load.check_trainable(config.model)
     max_positions = load.check_model(config.model)
     if other := reference_model(config):
         load.check_model(other, "reference_model")
@@ -140,7 +141,7 @@ def build_reference(
     if config.reference_model:
         model = load_initial(config, layout)
         digest = load.weights_digest(model)
-        if model.config.vocab_size != policy.config.vocab_size:
+        if model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
             raise UserError(
                 f"reference_model={config.reference_model} has another vocabulary than the policy: give a model of the "
                 "same family."

@@ -185,6 +185,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
     check_initial_weights(plan, digest)
+    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
+    if is_main_process():
+        exporter.check()
     layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
@@ -197,7 +200,6 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
 
-    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     train_state = TrainState(
         config=config,
         run=run,

@@ -124,6 +124,11 @@ class Batch:
     last_token_index: Tensor
     longest: int
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the rows hold, without padding."""
+        return sum(n for owner, n in self.spans if owner is not None)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -28,6 +28,7 @@ from prefopt.models.lora import (
 )
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
+from prefopt.models.router import RouterLoss, balancing_loss, has_experts
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
@@ -111,6 +112,8 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     if config.peft.path:
         merge_adapter(policy, config.peft.path)
     freeze_unreached(policy)
+    if config.model.router_aux_loss_coef:
+        balancing_loss(policy)  # refuses a model that has none
     if config.peft.target_modules:
         adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
     return policy
@@ -181,6 +184,15 @@ def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
     if layout.name == "packed":
         enable_packed_attention(model)
     return model
+
+
+def build_router_loss(config: TrainConfig, policy: PreTrainedModel) -> RouterLoss | None:
+    """The load-balancing loss of a mixture of experts, where model.router_aux_loss_coef asks for it; says whether."""
+    coef = config.model.router_aux_loss_coef
+    if has_experts(policy):
+        what = f"added, times model.router_aux_loss_coef={coef:g}" if coef else "none (model.router_aux_loss_coef=0)"
+        log.info(f"  mixture of experts: load-balancing loss {what}")
+    return RouterLoss(policy, coef) if coef else None
 
 
 def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:

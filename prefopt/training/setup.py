@@ -171,7 +171,14 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     announce(plan)
 
     from prefopt.models.load import weights_digest
-    from prefopt.training.build import build_data, build_engine, build_layout, build_policy, build_reference
+    from prefopt.training.build import (
+        build_data,
+        build_engine,
+        build_layout,
+        build_policy,
+        build_reference,
+        build_router_loss,
+    )
     from prefopt.training.checkpoint import check_space, run_bytes
     from prefopt.training.export import PolicyExporter
     from prefopt.training.loop import train_loop
@@ -197,6 +204,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     with main_process_first():  # one process fills the cache of the reference, the others read it
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
     engine = build_engine(config, policy)
+    router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
 
@@ -214,6 +222,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         oracle=plan.oracle,
         layout=layout,
         export=exporter,
+        router_loss=router_loss,
     )
     evaluations = train_loop(train_state)
 

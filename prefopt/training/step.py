@@ -44,6 +44,8 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     if world_size() > 1:
         gradient_norm = gradient_norm.cpu()  # where the gathered outputs are
     metrics = step_metrics(train_state.objective, scored, gradient_norm=gradient_norm)
+    if train_state.router_loss:
+        metrics["router_aux_loss"] = sum(all_gather_object(float(train_state.router_loss.total)))
     lr = config.optimizer.lr * train_state.schedule(step, config.total_steps)
 
     bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
@@ -100,6 +102,9 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
     denominator = sum(pair.num_loss_tokens for pair in pairs) if by_token else len(pairs)
     denominator = sum(all_gather_object(denominator))
 
+    if train_state.router_loss:
+        train_state.router_loss.total = 0.0
+
     sees_whole_step = len(micro_batches) == 1 and world_size() == 1
     if objective.scope == "step" and not sees_whole_step:
         return two_passes(train_state, step, micro_batches, denominator)
@@ -109,6 +114,7 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
 def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], denominator: int) -> Scored:
     """Forward, objective, backward of one micro-batch after the other: the step's loss is the sum of their losses."""
     scored: Scored = []
+    tokens = step_tokens(micro_batches)
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
@@ -119,6 +125,8 @@ def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[Micr
             inputs = step_inputs(train_state, step, [inputs])
         output = apply_objective(train_state.objective, inputs)
         loss = output.losses.sum() / denominator
+        if train_state.router_loss:
+            loss = loss + train_state.router_loss(micro_batch.batch, tokens)
         train_state.engine.backward(loss)
         # Detached: the graph would keep the model's activations.
         scored.append((inputs.map(Tensor.detach), output))
@@ -149,7 +157,7 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     share = slice(rank(), None, world_size())  # this process's pairs; see `all_gather_pairs`
     gradients = {name: g[share] for name, g in zip(leaves, by_logps, strict=True) if g is not None}
 
-    start = 0
+    start, tokens = 0, step_tokens(micro_batches)
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
@@ -158,9 +166,16 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         tensors = forward_policy(train_state, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         loss = torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum()
+        if train_state.router_loss:
+            loss = loss + train_state.router_loss(micro_batch.batch, tokens)
         engine.backward(loss)
         start = part.stop
     return [(inputs, output)]
+
+
+def step_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """The tokens in the rows of a step, of all processes, without padding."""
+    return sum(all_gather_object(sum(m.batch.tokens for m in micro_batches if m.pairs)))
 
 
 def seed_dropout(train_state: TrainState, step: int, micro_batch: MicroBatch) -> None:

@@ -118,7 +118,7 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def logit_cap(model: PreTrainedModel) -> LogitTransform:
     """What the architecture does to its logits after the output embedding: scaling (Cohere, Granite, Falcon-H1) and
     soft-capping (Gemma 2)."""
-    config = model.config
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0

@@ -1,4 +1,4 @@
-"""Public architectures, tiny and random: each is trained, evaluated, sampled from and exported, or refused with a reason.
+"""Public architectures, tiny and random: each trains, samples and exports, or is refused with a reason.
 
 docs/models.md has the table of these lists.
 """

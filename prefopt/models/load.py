@@ -284,6 +284,16 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
                     setattr(holder, name, 0.0)
 
 
+def check_decoder(config: ModelConfig) -> None:
+    """Raise UserError for an encoder-decoder model, of which a causal language model would lack a half."""
+    values = AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
+    if values.is_encoder_decoder:
+        raise UserError(
+            f"model.path={config.path} is an encoder-decoder model ({values.model_type}). prefopt trains decoder-only "
+            "models, which read the prompt and write the answer in one sequence: take one of these."
+        )
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile the MLPs and norms of the layers, in place. Attention and the head stay as they are. Row lengths
     are dynamic, so nothing is compiled twice. Inductor keeps its kernels on disk (TORCHINDUCTOR_CACHE_DIR)."""

@@ -50,6 +50,7 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
     """
     load.check_trainable(config.model)
     max_positions = load.check_model(config.model)
+    load.check_decoder(config.model)
     if other := reference_model(config):
         load.check_model(other, "reference_model")
     tokenizer = load.load_tokenizer(config.model)

@@ -182,7 +182,7 @@ def test_scores_on_a_known_scale():
         ({"chosen": "x", "rejected": "y"}, "row 1 has no field 'prompt'"),
         ({"prompt": "Hi", "chosen": "x"}, "row 1 has no field 'rejected'"),
         ({"prompt": "Hi", "responses": []}, "responses must be a list of texts"),
-        ({"prompt": "Hi", "responses": ["x", 3]}, "'responses' must be a list of texts"),
+        ({"prompt": "Hi", "responses": ["x", 3]}, "'responses' must be text, is int"),
         ({"prompt": "Hi", "responses": ["x"], "finished": []}, "and finished, if there, as long"),
         ({"prompt": "Hi", "chosen": "x", "rejected": "y"}, "row 1 has no number 'score_chosen'"),
         ({"prompt": "Hi", "chosen": "x", "rejected": "y", "score_chosen": math.nan}, "must be a finite number"),

@@ -12,6 +12,7 @@ import prefopt.models.reference
 from prefopt.config.schema import ModelConfig
 from prefopt.data import cache
 from prefopt.data.collate import Layout
+from prefopt.data.mismatch import MismatchedOfRun, with_mismatched
 from prefopt.data.sampler import run_indices
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
@@ -49,7 +50,7 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
             config.logger.progress,
         )
 
-    longest = max(split.longest for split in data.values())
+    longest = max(longest_row(split, objective, max_positions) for split in data.values())
     if max_positions is not None and longest > max_positions:
         raise UserError(
             f"the longest row has {longest} tokens, and {config.model.path} was made for {max_positions} "
@@ -59,6 +60,14 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.completions:
         raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
     return tokenizer, data
+
+
+def longest_row(split: cache.Prepared, objective: Objective, max_positions: int | None) -> int:
+    """Tokens of the longest prompt with its longer completion; with mismatched ones, with the longest of all."""
+    if max_positions is None or "mismatched" not in objective.needs:
+        return split.longest
+    lengths = [(len(pair.prompt), max(len(pair.chosen), len(pair.rejected))) for pair in split.pairs]
+    return max(prompt for prompt, _ in lengths) + max(completion for _, completion in lengths)
 
 
 def check_rewards(objective: Objective, split: str, rewards: dict[str, Any]) -> None:
@@ -148,6 +157,9 @@ def build_reference(
         indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
     # Read one by one from the disk: all of them may be more than the memory holds.
     parts: list[Any] = [heldout_pairs, Subset(train_pairs, indices)]  # type: ignore[arg-type]  # any sequence will do
+    if "mismatched" in objective.needs:
+        parts.append([pair.mismatched for pair in with_mismatched(heldout_pairs)])
+        parts.append(MismatchedOfRun(train_pairs, config.seed, config.total_steps, config.batch_size))
     pairs: Any = ConcatDataset(parts)
     return prefopt.models.reference.cached(
         model, digest, pairs, layout, config.micro_batch_tokens, score, load_again, config.logger.progress

@@ -67,6 +67,11 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
+    if "mismatched" in objective.needs and config.batch_size < 2:
+        raise UserError(
+            f"objective {objective.name} takes the completions of another pair of the step, and batch_size=1 has none: "
+            "take more pairs, or reference_point=own below the objective."
+        )
     check_optimizer(config.optimizer)
     check_engine(config.engine, config.device)
     check_logger(config.logger)

@@ -267,6 +267,11 @@ def test_from_a_reward_model_to_mappo_on_the_command_line(overrides, tiny_folder
     assert len(rows) == 12
     assert any(row["rejected_reward"] < 0 for row in rows)
     assert all(row["chosen_reward_01"] == pytest.approx(1 / (1 + math.exp(-row["chosen_reward"]))) for row in rows)
+    soft = ["objective=reward", "objective.labels=soft", "objective.gamma=2.2"]
+    taken = run_program(
+        *overrides(tmp_path / "soft"), *soft, f"dataset.train={scored}", "dataset.heldout=null", env=environment
+    )
+    assert taken.returncode == 0, taken.stderr
     mappo = [*overrides(tmp_path / "mappo"), "objective=mappo", f"dataset.train={scored}", "dataset.heldout=null"]
     refused = run_program(*mappo, env=environment)
     assert refused.returncode == 2

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from prefopt.config.parse import file_name_problems
 from prefopt.data.formats import (
     ROLES,
@@ -117,10 +119,9 @@ def quoted(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(quoted, value))}]"
     text = str(value)
-    if re.fullmatch(r"[\w./:@%+-]+", text) and as_number(text) is None and not is_keyword(text):
+    if re.fullmatch(r"[\w./:@%+-]+", text, re.ASCII) and as_number(text) is None and not is_keyword(text):
         return text
-    escaped = re.sub(r'(\\*)(["])', r"\1\1\\\2", text)
-    return f'"{escaped}"'
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def is_keyword(text: str) -> bool:

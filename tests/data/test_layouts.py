@@ -4,6 +4,7 @@ import json
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from prefopt.config.parse import parse, register
 from prefopt.data.dataset import Split, check_dataset, load_split
@@ -24,6 +25,7 @@ from prefopt.data.formats import (
     TwoResponses,
     role_problem,
 )
+from prefopt.data.layouts import quoted
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
 from tests.helpers.tiny import ROOT
@@ -263,6 +265,17 @@ def test_what_the_user_gives_stays(tmp_path):
     split = load("dataset.policies.duplicate_prompt=drop", f"dataset={file}", "+dataset.columns.prompt=a")
     assert [p.prompt[0]["content"] for p in split.pairs] == ["p"]
     assert dict(split.sources) == {"my rows _1_.jsonl": 1}  # a run's folder is named by it
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a=b,c", "it's", 'say "x"', "ü", "back\\", 'q\\"x', "1", "null", "a:b", "-a", "$x", "#"]
+)
+def test_fields_of_any_name_can_be_columns(name, tmp_path):
+    row = {"prompt": "p", f"chosen {name}": "x", f"rejected {name}": "y"}
+    file = write(tmp_path / "rows.jsonl", [row])
+    assert [(p.chosen, p.rejected) for p in load(f"dataset={file}").pairs] == [("x", "y")]
+    value = OverridesParser.create().parse_override(f"k={quoted(name)}").value()
+    assert getattr(value, "text", value) == name
 
 
 def test_a_sweep_over_files_needs_one_layout(tmp_path):

@@ -56,7 +56,12 @@ OPPOSITES = (
 )  # fmt: skip
 ABOUT_A_SIDE = re.compile(r"(model|source|id|name|score|rating|reward)s?$")  # what says something about a completion
 RESPONSE = re.compile(r"(response|output|answer|completion|candidate|generation|reply)[_ -]?(1|a|0)$", re.IGNORECASE)
-VOTE = re.compile(r"label|preference|preferred|winner|choice|vote|better|annotator|rater", re.IGNORECASE)
+VOTE = re.compile(r"label|preference|preferred|winner|choice|chosen|vote|better|annotator|rater", re.IGNORECASE)
+# A list of messages that became text, as in a CSV file: JSON, or as Python writes it.
+WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[?\s*\{\s*['"](role['"]\s*:.*?['"]content|content['"]\s*:.*?['"]role|from['"]\s*:.*?['"]value)['"]\s*:""",
+    re.DOTALL,
+)
 GOOD_OR_BAD = re.compile(r"label|kto_tag|is_good|good|desirable|thumbs_up|accepted", re.IGNORECASE)
 TIES = ("tie", "both", "equal", "same", "draw", "neither")
 RESPONSE_LISTS = ("responses", "completions", "outputs", "answers", "candidates", "generations")
@@ -163,6 +168,12 @@ def find_layout(path: str, split: str | None, columns: dict[str, str], command: 
     if "prompt" in look.names or "prompt" in layout.columns:
         known -= {"instruction", "input", "history"}  # the prompt is there already
     unread = [name for name in look.names if name not in read and (name not in known or name in layout.columns)]
+    for name in look.names:
+        if name not in unread and look.mostly(name, lambda v: isinstance(v, str) and WRITTEN_MESSAGES.match(v)):
+            raise UserError(
+                f"{path}: field {name!r} holds messages that were written as text, which would be learnt with all its "
+                "brackets. Write the rows as JSON lines or Parquet, with lists of messages."
+            )
     return Found(layout, unread, reward_columns(look) if not layout.is_chats else [])
 
 

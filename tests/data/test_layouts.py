@@ -377,6 +377,26 @@ def test_turns_with_tools():
     assert chat.tools == [TOOL]
 
 
+def test_sharegpt_calls_of_functions_are_tool_calls():
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    turns = [human("Weather?"), {"from": "function_call", "value": call}, {"from": "observation", "value": "rain"}]
+    chat = Chats()({"conversations": None, "messages": [*turns, gpt("Rain.")], "tools": json.dumps([TOOL])})
+    assert isinstance(chat, Chat)
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
+    with pytest.raises(ValueError, match="a function_call of 'messages' must be JSON text"):
+        Chats()({"messages": [human("?"), {"from": "function_call", "value": "weather(Oslo)"}]})
+
+
+def test_messages_that_were_written_as_text_are_refused(tmp_path):
+    """As a table of texts does with lists: `str` of Python's, or JSON."""
+    for kind in (str, json.dumps):
+        row = {"prompt": "p", "chosen": kind(WHOLE[0][1:]), "rejected": kind(WHOLE[1][1:])}
+        with pytest.raises(UserError, match="field 'chosen' holds messages that were written as text"):
+            load(f"dataset={write(tmp_path / 'rows.jsonl', [row])}")
+
+
 def test_fields_that_a_template_may_read_stay_and_those_that_choose_what_is_learnt_are_refused():
     answer = said("assistant", "Two.", reasoning_content="1 + 1", thinking="", weight=1, score=3)
     chat = Chats()({"messages": [said("user", "1 + 1?", weight=0), answer]})

@@ -1,6 +1,8 @@
 """Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,8 @@ from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message
 from prefopt.data.tokenize import encode_prompt
 from prefopt.utils.console import Bar
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,15 @@ def sample(
         (p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)
     ]
     batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
+    padded = any(len({len(encoded[p]) for p, _ in batch}) > 1 for batch in batches)
+    if padded and not reads_padding(model, encoded[jobs[0][0]]):
+        log.info(f"  {model.config.model_type} computes padded prompts wrongly: a batch holds prompts of one length")
+        batches = [
+            group[i : i + sampling.batch_size]
+            for _, same in itertools.groupby(jobs, lambda job: len(encoded[job[0]]))
+            for group in [list(same)]
+            for i in range(0, len(group), sampling.batch_size)
+        ]
     results: dict[tuple[int, int], Sample] = {}
     eos = tokenizer.eos_token_id
     with Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar:  # counts token positions
@@ -107,6 +120,29 @@ def sample(
             # A batch that ends early has fewer steps than the bar counts for it.
             bar.advance(by=n * sampling.max_new_tokens - bar.done)
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel, prompt: list[int]) -> bool:
+    """Whether the model's next tokens behind `prompt` are the same with padding before it. Some recurrent models (RWKV,
+    MiniMax) do not look at the mask, and take up the padding into their state."""
+    found = []
+    for padding in (0, 8):
+        mask = torch.tensor([[0] * padding + [1] * len(prompt)], device=model.device)
+        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+            input_ids=torch.tensor([[prompt[0]] * padding + prompt], device=model.device),
+            attention_mask=mask,
+            max_new_tokens=4,  # in some it shows in the second one
+            do_sample=False,
+            pad_token_id=prompt[0],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        found.append(torch.stack(output.logits).float())
+    tolerance = 0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3  # of the largest logit
+    return found[1].shape == found[0].shape and bool(
+        (found[1] - found[0]).abs().max() <= tolerance * found[0].abs().max()
+    )
 
 
 # A function (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt.

@@ -23,7 +23,8 @@ Message = dict[str, Any]  # {"role": text, "content": text} and what else a temp
 Row = dict[str, Any]
 
 # Other tools' names of the roles.
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system",
+         "observation": "tool"}  # fmt: skip
 # What a chat template may read of a message besides role and content. Other fields are ignored.
 TEMPLATE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 # Fields by which other tools choose what is learnt. Here the loss decides that, so only the same choice is accepted.
@@ -646,6 +647,8 @@ def as_message(value: Any, key: str) -> Message:
             f"each message of {key!r} must have the text fields 'role' and 'content' (or 'from' and 'value')"
         )
     speaker = value[role].strip().lower()
+    if speaker == "function_call":  # ShareGPT's: the call is JSON text
+        return {"role": "assistant", "content": "", "tool_calls": function_calls(value[content], key)}
     speaker = ROLES.get(speaker, speaker)
     for name in LEARNING_FIELDS:
         # The assistant's turns are learnt and no others, which a flag may say again, but not otherwise.
@@ -661,6 +664,19 @@ def as_message(value: Any, key: str) -> Message:
     if words is None and "tool_calls" in fields:
         words = ""
     return {"role": speaker, "content": as_text(words, key), **fields}
+
+
+def function_calls(value: Any, key: str) -> list[dict[str, Any]]:
+    """ShareGPT's JSON text {"name", "arguments"}, or a list of them, as `tool_calls`. Raises ValueError for another."""
+    try:
+        parsed = json.loads(value)
+        calls = parsed if isinstance(parsed, list) else [parsed]
+        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(
+            f"a function_call of {key!r} must be JSON text {{name, arguments}}, is {reprlib.repr(value)}"
+        ) from None
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def extra_fields(message: Message) -> Message:

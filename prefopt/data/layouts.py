@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from prefopt.config.parse import file_name_problems
 from prefopt.data.formats import (
     ROLES,
@@ -54,7 +56,12 @@ OPPOSITES = (
 )  # fmt: skip
 ABOUT_A_SIDE = re.compile(r"(model|source|id|name|score|rating|reward)s?$")  # what says something about a completion
 RESPONSE = re.compile(r"(response|output|answer|completion|candidate|generation|reply)[_ -]?(1|a|0)$", re.IGNORECASE)
-VOTE = re.compile(r"label|preference|preferred|winner|choice|vote|better|annotator|rater", re.IGNORECASE)
+VOTE = re.compile(r"label|preference|preferred|winner|choice|chosen|vote|better|annotator|rater", re.IGNORECASE)
+# A list of messages that became text, as in a CSV file: JSON, or as Python writes it.
+WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[?\s*\{\s*['"](role['"]\s*:.*?['"]content|content['"]\s*:.*?['"]role|from['"]\s*:.*?['"]value)['"]\s*:""",
+    re.DOTALL,
+)
 GOOD_OR_BAD = re.compile(r"label|kto_tag|is_good|good|desirable|thumbs_up|accepted", re.IGNORECASE)
 TIES = ("tie", "both", "equal", "same", "draw", "neither")
 RESPONSE_LISTS = ("responses", "completions", "outputs", "answers", "candidates", "generations")
@@ -117,10 +124,9 @@ def quoted(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(quoted, value))}]"
     text = str(value)
-    if re.fullmatch(r"[\w./:@%+-]+", text) and as_number(text) is None and not is_keyword(text):
+    if re.fullmatch(r"[\w./:@%+-]+", text, re.ASCII) and as_number(text) is None and not is_keyword(text):
         return text
-    escaped = re.sub(r'(\\*)(["])', r"\1\1\\\2", text)
-    return f'"{escaped}"'
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def is_keyword(text: str) -> bool:
@@ -162,6 +168,12 @@ def find_layout(path: str, split: str | None, columns: dict[str, str], command: 
     if "prompt" in look.names or "prompt" in layout.columns:
         known -= {"instruction", "input", "history"}  # the prompt is there already
     unread = [name for name in look.names if name not in read and (name not in known or name in layout.columns)]
+    for name in look.names:
+        if name not in unread and look.mostly(name, lambda v: isinstance(v, str) and WRITTEN_MESSAGES.match(v)):
+            raise UserError(
+                f"{path}: field {name!r} holds messages that were written as text, which would be learnt with all its "
+                "brackets. Write the rows as JSON lines or Parquet, with lists of messages."
+            )
     return Found(layout, unread, reward_columns(look) if not layout.is_chats else [])
 
 

@@ -71,7 +71,10 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
             f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.completions:
-        raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
+        raise UserError(
+            f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats; "
+            "objective=sft trains on them."
+        )
     return tokenizer, data
 
 

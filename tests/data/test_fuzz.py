@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
 from prefopt.data.dataset import CANNOT_BE_KEPT, load_split
+from prefopt.data.dataset_path import replace_path
 from prefopt.data.formats import (
     Chat,
     Chats,
@@ -229,6 +231,24 @@ def test_a_split_is_pairs_or_refused(content, place):
         return
     for item in split:
         check_item(item)
+
+
+@given(content=st.lists(ROW | NEARLY | JSON, min_size=1, max_size=3))
+@example(content=[{"prompt": 3, "completion": {}, "label": [1]}])
+@example(content=[{"response_1": "a", "response_2": "b", "label": [1]}])
+@example(content=[{"prompt": "a", "completions": [{"response": [], "overall_score": None}]}])
+@example(content=[{"chosen": [{"role": 3}], "rejected": [{"from": None, "role": "user"}]}])
+@fuzz
+def test_a_layout_is_found_or_refused(content, place):
+    """And the command that reads it composes: each override has a key and a value that Hydra takes."""
+    file = place / "layout.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in content))
+    overrides, refusal = attempt(lambda: replace_path([f"dataset={file}"], "train"), UserError)
+    if refusal is not None:
+        assert "layout.jsonl" in refusal
+        return
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    assert {o.key_or_group for o in parsed} >= {"dataset", "dataset.train"}
 
 
 @given(row=ROW | NEARLY)

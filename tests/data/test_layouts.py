@@ -4,6 +4,7 @@ import json
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from prefopt.config.parse import parse, register
 from prefopt.data.dataset import Split, check_dataset, load_split
@@ -24,6 +25,7 @@ from prefopt.data.formats import (
     TwoResponses,
     role_problem,
 )
+from prefopt.data.layouts import quoted
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
 from tests.helpers.tiny import ROOT
@@ -265,6 +267,17 @@ def test_what_the_user_gives_stays(tmp_path):
     assert dict(split.sources) == {"my rows _1_.jsonl": 1}  # a run's folder is named by it
 
 
+@pytest.mark.parametrize(
+    "name", ["a b", "a=b,c", "it's", 'say "x"', "ü", "back\\", 'q\\"x', "1", "null", "a:b", "-a", "$x", "#"]
+)
+def test_fields_of_any_name_can_be_columns(name, tmp_path):
+    row = {"prompt": "p", f"chosen {name}": "x", f"rejected {name}": "y"}
+    file = write(tmp_path / "rows.jsonl", [row])
+    assert [(p.chosen, p.rejected) for p in load(f"dataset={file}").pairs] == [("x", "y")]
+    value = OverridesParser.create().parse_override(f"k={quoted(name)}").value()
+    assert getattr(value, "text", value) == name
+
+
 def test_a_sweep_over_files_needs_one_layout(tmp_path):
     row = {"question": "p", "chosen": "x", "rejected": "y"}
     a, b = (write(tmp_path / f"{name}.jsonl", [row]) for name in "ab")
@@ -362,6 +375,26 @@ def test_turns_with_tools():
     assert isinstance(chat, Chat)
     assert chat.messages[1]["tool_calls"] == [CALL]
     assert chat.tools == [TOOL]
+
+
+def test_sharegpt_calls_of_functions_are_tool_calls():
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    turns = [human("Weather?"), {"from": "function_call", "value": call}, {"from": "observation", "value": "rain"}]
+    chat = Chats()({"conversations": None, "messages": [*turns, gpt("Rain.")], "tools": json.dumps([TOOL])})
+    assert isinstance(chat, Chat)
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
+    with pytest.raises(ValueError, match="a function_call of 'messages' must be JSON text"):
+        Chats()({"messages": [human("?"), {"from": "function_call", "value": "weather(Oslo)"}]})
+
+
+def test_messages_that_were_written_as_text_are_refused(tmp_path):
+    """As a table of texts does with lists: `str` of Python's, or JSON."""
+    for kind in (str, json.dumps):
+        row = {"prompt": "p", "chosen": kind(WHOLE[0][1:]), "rejected": kind(WHOLE[1][1:])}
+        with pytest.raises(UserError, match="field 'chosen' holds messages that were written as text"):
+            load(f"dataset={write(tmp_path / 'rows.jsonl', [row])}")
 
 
 def test_fields_that_a_template_may_read_stay_and_those_that_choose_what_is_learnt_are_refused():

@@ -24,7 +24,9 @@ Sides = tuple[str, str, str]  # the user's last words, chosen, rejected
 
 
 def raw(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file."""
+    """The rows of a file, or of all files of a folder."""
+    if file.is_dir():
+        return [row for member in sorted(file.iterdir()) for row in raw(member)]
     if file.suffix == ".parquet":
         return pyarrow.parquet.read_table(file).to_pylist()
     if file.suffix in (".csv", ".tsv"):
@@ -138,10 +140,17 @@ def test_two_responses_and_votes():
     "name",
     ["argilla_uf_cleaned.jsonl", "dict_chosen.jsonl", "prompt_repeated.jsonl", "roles_human_gpt.jsonl",
      "sharegpt_pairs.jsonl", "system_column.jsonl", "terminator_inside.jsonl", "thinking.jsonl",
-     "tool_completion_text.jsonl", "with_system.jsonl"],
+     "tool_completion_text.jsonl", "with_system.jsonl", "pairs.csv", "pairs.tsv", "shards", "shards_columns",
+     "null_extras.jsonl"],
 )  # fmt: skip
 def test_cases_of_pairs(name):
     assert pairs_of(load(f"dataset={CASES / name}")) == [shape(row) for row in raw(CASES / name)]
+
+
+def test_a_folder_that_datasets_saved():
+    with pyarrow.ipc.open_stream(CASES / "std_single" / "data-00000-of-00001.arrow") as stream:
+        expected = [shape(row) for row in stream.read_all().to_pylist()]
+    assert pairs_of(load(f"dataset={CASES / 'std_single'}")) == expected
 
 
 def test_cases_of_other_shapes():

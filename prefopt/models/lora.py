@@ -248,8 +248,9 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
         config.modules_to_save, config.task_type = ["score"], "SEQ_CLS"
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(target)
+    # Copies: resized embeddings, which peft keeps beside the adapter, may be tied, and a file holds no memory twice.
     save_file(
-        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        {f"base_model.model.{name}": tensor.clone().contiguous() for name, tensor in tensors.items()},
         target / "adapter_model.safetensors",
         {"format": "pt"},
     )

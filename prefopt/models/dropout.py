@@ -29,6 +29,7 @@ class PairDropout(nn.Module):
         super().__init__()
         self.p, self.number, self.noise = p, number, noise
 
+    @torch.compiler.disable  # every batch has other spans, for each of which it would be compiled anew
     def forward(self, x: Tensor) -> Tensor:
         """`x`: (..., d), the batch's tokens in their order."""
         if not self.training:

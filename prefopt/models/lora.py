@@ -50,7 +50,7 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
         problems = differing_tensors(peft_model, path)
     except Exception as error:  # peft raises anything for an adapter that does not fit
         raise UserError(
-            f"peft.path={path} cannot be loaded into the model: {first_line(error)}. {ADAPTER_ADVICE}"
+            f"peft.path={path} cannot be loaded into the model: {reason_of(error)}. {ADAPTER_ADVICE}"
         ) from None
     if problems:
         raise UserError(f"peft.path={path} does not fit the model: {'; '.join(problems)}. {ADAPTER_ADVICE}")
@@ -66,7 +66,7 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
             warnings.simplefilter("ignore")
             merged = peft_model.merge_and_unload()
     except Exception as error:  # a layer of a kind that peft cannot merge
-        raise UserError(f"peft.path={path} cannot be merged into the weights: {first_line(error)}") from None
+        raise UserError(f"peft.path={path} cannot be merged into the weights: {reason_of(error)}") from None
     assert merged is model
     # An optimizer on weights that became bfloat16 would lose small updates.
     changed = [name for name, p in model.named_parameters() if dtypes.get(name, torch.float32) != p.dtype]
@@ -118,10 +118,12 @@ def untie_adapted_embeddings(model: PreTrainedModel) -> None:
     log.info("  peft.path: its adapter on embeddings or head unties the two, which share a matrix in the base model")
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The reason in words: of torch's errors, which begin with a heading, the line below it."""
     if isinstance(error, KeyError):
         return f"it lacks {error.args[0]}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return (others[0].strip() if others and first.endswith(":") else first).rstrip(".")
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
@@ -248,8 +250,9 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
         config.modules_to_save, config.task_type = ["score"], "SEQ_CLS"
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(target)
+    # Copies: resized embeddings, which peft keeps beside the adapter, may be tied, and a file holds no memory twice.
     save_file(
-        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        {f"base_model.model.{name}": tensor.clone().contiguous() for name, tensor in tensors.items()},
         target / "adapter_model.safetensors",
         {"format": "pt"},
     )

@@ -235,5 +235,7 @@ def format_trained(config: TrainConfig, policy: PreTrainedModel) -> str:
     text = f"trained: {trained:,} of {trained + sum(frozen):,} parameters ({trained / (trained + sum(frozen)):.2%})"
     if config.peft.target_modules:
         names = [name for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+        if config.model.resize_embeddings:
+            text += "; the new embeddings are frozen"
         text += f", an adapter on {len(names)} layers ({', '.join(sorted(set(map(leaf_name, names))))})"
     return text

@@ -136,7 +136,7 @@ def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
 def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], total: StepCounts) -> Scored:
     """Forward, objective, backward of one micro-batch after the other: the step's loss is the sum of their losses."""
     scored: Scored = []
-    tokens = step_tokens(micro_batches)
+    tokens = step_tokens(micro_batches) if train_state.router_loss else 0
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
@@ -179,7 +179,8 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     share = slice(rank(), None, world_size())  # this process's pairs; see `all_gather_pairs`
     gradients = {name: g[share] for name, g in zip(leaves, by_logps, strict=True) if g is not None}
 
-    start, tokens = 0, step_tokens(micro_batches)
+    start = 0
+    tokens = step_tokens(micro_batches) if train_state.router_loss else 0
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:

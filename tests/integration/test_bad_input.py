@@ -354,7 +354,7 @@ TABLE = [
              loads=True),
     model("weights are not numbers", weights(lambda name, tensor: tensor * float("nan")), "gives nan", "again",
              loads=True),
-    model("no such layers", lambda folder: None, "peft.target_modules=['nope']: there are none in llama. Its",
+    model("no such layers", lambda folder: None, "none with the name nope in llama. All layers",
           given="peft.target_modules=[nope]", loads=True),
     # The environment
     config("two processes", "", "WORLD_SIZE", "engine=single trains in one: add engine=zero2", env={"WORLD_SIZE": "2"}),

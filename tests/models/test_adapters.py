@@ -151,3 +151,48 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(tmp_path):
     folder = trained(base(), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), tmp_path)
     with pytest.raises(UserError, match="PREFIX_TUNING adapter, which cannot be merged"):
         merge_adapter(base(), str(folder))
+
+
+def test_an_adapter_with_added_tokens_fits_the_grown_model_alone(tmp_path):
+    grown = base()
+    grown.resize_token_embeddings(60, mean_resizing=False)
+    folder = trained(grown, LoraConfig(**LORA, modules_to_save=["embed_tokens"]), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"size mismatch for .*embed_tokens"):
+        merge_adapter(base(), str(folder))
+    model = base()
+    model.resize_token_embeddings(60, mean_resizing=False)
+    merge_adapter(model, str(folder))
+    saved = load_file(folder / "adapter_model.safetensors")
+    (embeddings,) = (tensor for name, tensor in saved.items() if name.endswith("embed_tokens.weight"))
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+
+
+def test_an_adapter_on_experts_of_their_own_is_merged_into_the_fused_ones(tmp_path):
+    """As transformers 4 stored them: peft brings the file into the fused form."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    targets = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(targets))
+    sizes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}
+    tensors, changes = {}, {}
+    for layer in range(2):
+        for expert in range(2):
+            for name, (rows, columns) in sizes.items():
+                a, b = torch.randn(2, columns), torch.randn(rows, 2)
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+                changes[layer, expert, name] = 2 * b @ a
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    before = copy.deepcopy(model)
+    merge_adapter(model, str(tmp_path))
+    for layer in range(2):
+        new, old = (m.model.layers[layer].mlp.experts for m in (model, before))
+        for expert in range(2):
+            w1, w2, w3 = (changes[layer, expert, name] for name in sizes)
+            assert torch.allclose(new.gate_up_proj[expert] - old.gate_up_proj[expert], torch.cat([w1, w3]), atol=1e-5)
+            assert torch.allclose(new.down_proj[expert] - old.down_proj[expert], w2, atol=1e-5)
+    fewer = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(fewer, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 4 tensors of its layers \(.*layers\.1\.mlp\.experts"):
+        merge_adapter(before, str(tmp_path))

@@ -123,11 +123,12 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
 
 def logit_cap(model: PreTrainedModel) -> LogitTransform:
     """What the architecture does to its logits after the output embedding: scaling (Cohere, Granite, Falcon-H1) and
-    soft-capping (Gemma 2, RecurrentGemma)."""
-    config = model.config
+    soft-capping (Gemma 2)."""
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
+    # RecurrentGemma has a name of its own for it.
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return LogitTransform(scale, cap)
 

@@ -123,7 +123,7 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
 
 def logit_cap(model: PreTrainedModel) -> LogitTransform:
     """What the architecture does to its logits after the output embedding: scaling (Cohere, Granite, Falcon-H1) and
-    soft-capping (Gemma 2)."""
+    soft-capping (Gemma 2, RecurrentGemma)."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0

@@ -19,6 +19,7 @@ from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.kto import KTO
 from prefopt.objectives.reward import Reward
 from prefopt.training import step
 from prefopt.training.engine import Engine
@@ -112,7 +113,7 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
         assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(first, drawn, strict=True))
 
 
-@pytest.mark.parametrize("objective", [DPO(0.5), BetaDPO(0.5)], ids=["pair", "step"])
+@pytest.mark.parametrize("objective", [DPO(0.5), BetaDPO(0.5), KTO(0.5)], ids=["pair", "step", "mismatched"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dropout_does_not_depend_on_the_micro_batches(layout, objective, tmp_path):
     losses = []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -122,29 +123,6 @@ def sample(
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
 
 
-@torch.no_grad()
-def reads_padding(model: PreTrainedModel, prompt: list[int]) -> bool:
-    """Whether the model's next tokens behind `prompt` are the same with padding before it. Some recurrent models (RWKV,
-    MiniMax) do not look at the mask, and take up the padding into their state."""
-    found = []
-    for padding in (0, 8):
-        mask = torch.tensor([[0] * padding + [1] * len(prompt)], device=model.device)
-        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
-            input_ids=torch.tensor([[prompt[0]] * padding + prompt], device=model.device),
-            attention_mask=mask,
-            max_new_tokens=4,  # in some it shows in the second one
-            do_sample=False,
-            pad_token_id=prompt[0],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        found.append(torch.stack(output.logits).float())
-    tolerance = 0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3  # of the largest logit
-    return found[1].shape == found[0].shape and bool(
-        (found[1] - found[0]).abs().max() <= tolerance * found[0].abs().max()
-    )
-
-
 # A function (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt.
 Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[list[Sample]]]
 
@@ -204,6 +182,30 @@ def vllm_sampler(
         return [[as_sample(ids, o) for o in answer.outputs] for ids, answer in zip(encoded, answers, strict=True)]
 
     return sampler, f"{path}@{config.revision}", {}
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel, prompt: list[int]) -> bool:
+    """Whether the model's next tokens behind `prompt` are the same with padding before it. Some recurrent models (RWKV,
+    MiniMax) do not look at the mask, and take up the padding into their state."""
+    found = []
+    own, model.generation_config = model.generation_config, GenerationConfig()  # it may hold a penalty, or beams
+    try:
+        for padding in (0, 8):
+            output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+                input_ids=torch.tensor([[prompt[0]] * padding + prompt], device=model.device),
+                attention_mask=torch.tensor([[0] * padding + [1] * len(prompt)], device=model.device),
+                max_new_tokens=4,  # in some it shows in the second one
+                do_sample=False,
+                pad_token_id=prompt[0],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            found.append(torch.stack(output.logits).float())
+    finally:
+        model.generation_config = own
+    tolerance = 0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3  # of the largest logit
+    return bool((found[1] - found[0]).abs().max() <= tolerance * found[0].abs().max())
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

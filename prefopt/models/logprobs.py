@@ -128,6 +128,7 @@ def logit_cap(model: PreTrainedModel) -> LogitTransform:
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
+    # RecurrentGemma has a name of its own for it.
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return LogitTransform(scale, cap)
 

@@ -241,3 +241,9 @@ def test_the_exported_template_writes_the_date_of_the_training(name, train):
     tokenizer = AutoTokenizer.from_pretrained(train(CASES[name]))
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert ("date: 2024-07-26<|end|>" if name == "gpt-oss" else "Date: 26 Jul 2024") in text
+
+
+def test_the_page_has_the_table():
+    lines = [f"| {case.models} | {case.remark.replace('|', chr(92) + '|')} |" for case in CASES.values()]
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert "\n".join(lines) + "\n\n" in page, "docs/models.md lacks:\n" + "\n".join(lines)

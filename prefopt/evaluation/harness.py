@@ -156,10 +156,17 @@ def first_request(lm: "HFLM", sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
-    """lm-eval's model of a checkpoint. It runs no code that comes with a model, and reads no pickles."""
-    from lm_eval.models.huggingface import HFLM
+    """lm-eval's model of a checkpoint. It runs no code that comes with a model, and reads no pickles.
 
-    return HFLM(
+    lm-eval gives `generate` the task's own settings (of which greedy decoding is the default) and the longest length,
+    and leaves the rest to the model's generation_config. That is taken away but for its stop tokens.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    from prefopt.models.generation_config import stop_tokens
+
+    lm = HFLM(
         pretrained=checkpoint.path,
         revision=checkpoint.revision or "main",
         dtype=config.precision,
@@ -168,6 +175,9 @@ def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
         trust_remote_code=False,
         use_safetensors=True,
     )
+    stops = stop_tokens(lm.tokenizer, lm.model.config, lm.model.generation_config)
+    lm.model.generation_config = GenerationConfig(eos_token_id=stops)
+    return lm
 
 
 def weights_of(lm: "HFLM") -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -18,12 +19,14 @@ from transformers import (
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message
 from prefopt.data.tokenize import encode_prompt
+from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.utils.console import Bar
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. `tokens` end with the terminator if `finished`; otherwise `max_new_tokens` cut the response off."""
+    """One response. `tokens` end with a stop token if `finished`; otherwise `max_new_tokens` cut the response off.
+    `text` is without the stop token and other special tokens."""
 
     prompt_tokens: list[int]
     tokens: list[int]
@@ -70,8 +73,9 @@ def sample(
     """Sample `samples_per_prompt` responses to each prompt: one list per prompt, in the order of `prompts`.
 
     Tokens come from softmax(logits / temperature), without top-k, and with `top_p` below 1 from its nucleus. At
-    temperature 0 the most likely token is taken. Each response has its own random stream, seeded by `seed`, the
-    prompt's token ids and the number of the response.
+    temperature 0 the most likely token is taken. The model's own generation_config has no part in that; but a response
+    ends at any of the model's `stop_tokens`. Each response has its own random stream, seeded by `seed`, the prompt's
+    token ids and the number of the response.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Prompts of similar length share a batch, which saves padding.
@@ -80,33 +84,41 @@ def sample(
     ]
     batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
     results: dict[tuple[int, int], Sample] = {}
-    eos = tokenizer.eos_token_id
-    with Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar:  # counts token positions
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0]
+    )
+    # The bar counts token positions.
+    with (
+        Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar,
+        without_own_generation_config(model),
+    ):
         for n, batch in enumerate(batches, start=1):
             width = max(len(encoded[p]) for p, _ in batch)
             # generate() wants padding on the left. The value there does not matter, because the mask hides it.
-            ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
+            ids = torch.tensor([[stops[0]] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
             mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
             seeds = [_seed(seed, encoded[p], k) for p, k in batch]
             output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,
-                eos_token_id=eos,
-                pad_token_id=eos,
+                generation_config=settings,
                 logits_processor=LogitsProcessorList(
                     [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
                 ),
             )
             for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
-                finished = eos in tokens
-                tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
-                text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
-                results[p, k] = Sample(encoded[p], tokens, text, finished)
+                results[p, k] = as_sample(tokenizer, encoded[p], tokens, stops)
             # A batch that ends early has fewer steps than the bar counts for it.
             bar.advance(by=n * sampling.max_new_tokens - bar.done)
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+def as_sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], stops: list[int]) -> Sample:
+    """The response in `tokens`, which ends at the first stop token."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+    return Sample(prompt, tokens if end is None else tokens[: end + 1], text, end is not None)
 
 
 # A function (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt.
@@ -139,33 +151,35 @@ def vllm_sampler(
     other prompts of a call. Weights are named by path and revision, not by a digest. Not yet run: it needs a GPU."""
     from vllm import LLM, SamplingParams
 
-    from prefopt.models.load import checkpoint_path
+    from prefopt.models.load import checkpoint_path, load_configs
 
     path = checkpoint_path(config)
-    llm = LLM(model=path, revision=config.revision, dtype=precision, load_format="safetensors")
-    eos = tokenizer.eos_token_id
+    # generation_config="vllm": without the sampling settings, and the limit of a response, that come with the model.
+    llm = LLM(
+        model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
+    )
+    stops = stop_tokens(tokenizer, *load_configs(config))
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        distinct = n if sampling.temperature else 1  # vLLM refuses to take the same, most likely response n times
         parameters = [
             SamplingParams(
-                n=n,
+                n=distinct,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                stop_token_ids=[eos],
+                stop_token_ids=stops,
                 seed=_seed(seed, ids, 0) % 2**31,
             )
             for ids in encoded
         ]
         answers = llm.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
 
-        def as_sample(ids: list[int], output: Any) -> Sample:
-            tokens, finished = list(output.token_ids), output.finish_reason == "stop"
-            text = [t for t in tokens if t != eos]
-            return Sample(ids, tokens, str(tokenizer.decode(text, skip_special_tokens=True)), finished)
-
-        return [[as_sample(ids, o) for o in answer.outputs] for ids, answer in zip(encoded, answers, strict=True)]
+        return [
+            [as_sample(tokenizer, ids, list(output.token_ids), stops) for output in answer.outputs] * (n // distinct)
+            for ids, answer in zip(encoded, answers, strict=True)
+        ]
 
     return sampler, f"{path}@{config.revision}", {}
 

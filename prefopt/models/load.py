@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -62,6 +63,16 @@ def check_model(config: ModelConfig, key: str = "model.path") -> int | None:
         raise
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("model", f"{key}={config.path}", config.path, error)) from None
+
+
+def load_configs(config: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """The model's configuration and, where it has one, its generation_config. Reads no weights."""
+    path, revision = checkpoint_path(config), config.revision
+    model_config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    try:
+        return model_config, GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:
+        return model_config, None
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

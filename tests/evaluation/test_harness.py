@@ -13,12 +13,12 @@ from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
-from prefopt.evaluation.harness import checkpoints, record_file
+from prefopt.evaluation.harness import checkpoints, load, record_file
 from prefopt.models.load import checkpoint_path
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import Checkpoint
-from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 pytest.importorskip("lm_eval")
 REAL = SHARED / "lm_harness" / "hub"
@@ -195,3 +195,21 @@ def test_a_job_that_fails_says_so(run, hub, tmp_path):
     assert process.returncode == 1
     assert "failed: job_0" in process.stderr
     assert not (broken / "harness").exists()
+
+
+def test_the_generation_config_of_the_model_changes_no_generated_text(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    folder = save_tiny(tmp_path / "model")
+    config = HarnessConfig(precision="float32", device="cpu", batch_size=1)
+
+    def generated() -> list[str]:
+        lm = load(Checkpoint("model", str(folder)), config)
+        request = ("Review the kettle", {"until": ["\n\n"], "max_gen_toks": 12})
+        return lm.generate_until([Instance("generate_until", {}, request, 0)], disable_tqdm=True)
+
+    expected = generated()
+    foreign = {"repetition_penalty": 3.0, "suppress_tokens": [70, 71, 72], "max_new_tokens": 3, "eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(foreign))
+    assert generated() == expected
+    assert load(Checkpoint("model", str(folder)), config).model.generation_config.eos_token_id == [2, 5]

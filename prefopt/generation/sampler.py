@@ -1,6 +1,7 @@
 """Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
 
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,9 +128,10 @@ Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[lis
 
 def transformers_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str, dict[str, Any]]:
-    """(`sample` with this model, the digest of its weights, its resolved configuration)."""
-    from prefopt.models.load import load_model, resolved_config, weights_digest
+) -> tuple[Sampler, str, list[Any]]:
+    """(`sample` with this model, the digest of its weights, and everything about it that decides a response)."""
+    from prefopt.models.fingerprint import loaded_model
+    from prefopt.models.load import load_model, weights_digest
     from prefopt.models.logprobs import autocast
     from prefopt.utils.memory import keep_freed_memory
 
@@ -141,16 +143,19 @@ def transformers_sampler(
         with autocast(model.device, precision):
             return sample(model, tokenizer, prompts, sampling, seed, n)
 
-    return sampler, weights_digest(model), resolved_config(model)
+    weights = weights_digest(model)
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
+    return sampler, weights, [*loaded_model(model, weights), stops]
 
 
 def vllm_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str, dict[str, Any]]:
+) -> tuple[Sampler, str, list[Any]]:
     """The same with vLLM. It forms its own batches, so a response may change with the version of vLLM and with the
-    other prompts of a call. Weights are named by path and revision, not by a digest. Not yet run: it needs a GPU."""
+    other prompts of a call. The digest of the weights is that of their files. Not yet run: it needs a GPU."""
     from vllm import LLM, SamplingParams
 
+    from prefopt.models.fingerprint import model_files
     from prefopt.models.load import checkpoint_path, load_configs
 
     path = checkpoint_path(config)
@@ -181,7 +186,9 @@ def vllm_sampler(
             for ids, answer in zip(encoded, answers, strict=True)
         ]
 
-    return sampler, f"{path}@{config.revision}", {}
+    files = model_files(config)  # complete, since vLLM has read them
+    version = importlib.metadata.version("vllm")
+    return sampler, files.get("weights", f"{path}@{config.revision}"), [path, config.revision, files, stops, version]
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

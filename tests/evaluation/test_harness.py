@@ -125,10 +125,11 @@ def test_tasks_that_cannot_be_loaded_are_all_named_before_a_model_is(run, hub, t
 def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):
     files = []
     for path in ("a/policy", "b/policy"):
-        config = HarnessConfig(run=None, output=str(tmp_path))
-        files.append(record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": None}))
-        assert files[-1] == record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": None})
-        assert files[-1] != record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": 5})
+        config = HarnessConfig(run=None, output=str(tmp_path), chat_template=False)
+        checkpoint = Checkpoint("policy", ModelConfig("policy", path))
+        files.append(record_file(config, tmp_path, checkpoint, "arc_easy", {"limit": None}))
+        assert files[-1] == record_file(config, tmp_path, checkpoint, "arc_easy", {"limit": None})
+        assert files[-1] != record_file(config, tmp_path, checkpoint, "arc_easy", {"limit": 5})
     assert files[0] != files[1]
 
 
@@ -201,10 +202,12 @@ def test_the_generation_config_of_the_model_changes_no_generated_text(tmp_path):
     from lm_eval.api.instance import Instance
 
     folder = save_tiny(tmp_path / "model")
-    config = HarnessConfig(precision="float32", device="cpu", batch_size=1)
+    config = HarnessConfig(precision="float32", device="cpu", batch_size=1, chat_template=False)
+
+    checkpoint = Checkpoint("model", ModelConfig("model", str(folder)))
 
     def generated() -> list[str]:
-        lm = load(Checkpoint("model", str(folder)), config)
+        lm = load(checkpoint, config)
         request = ("Review the kettle", {"until": ["\n\n"], "max_gen_toks": 12})
         return lm.generate_until([Instance("generate_until", {}, request, 0)], disable_tqdm=True)
 
@@ -212,4 +215,4 @@ def test_the_generation_config_of_the_model_changes_no_generated_text(tmp_path):
     foreign = {"repetition_penalty": 3.0, "suppress_tokens": [70, 71, 72], "max_new_tokens": 3, "eos_token_id": [2, 5]}
     (folder / "generation_config.json").write_text(json.dumps(foreign))
     assert generated() == expected
-    assert load(Checkpoint("model", str(folder)), config).model.generation_config.eos_token_id == [2, 5]
+    assert load(checkpoint, config).model.generation_config.eos_token_id == [2, 5]

@@ -143,7 +143,8 @@ def test_a_response_ends_at_every_stop_token_of_model_and_tokenizer(monkeypatch)
     monkeypatch.setattr(MODEL.config, "eos_token_id", [second])
     monkeypatch.setattr(MODEL, "generation_config", GenerationConfig(eos_token_id=[third, second]))
     stops = stop_tokens(TOKENIZER, MODEL.config, MODEL.generation_config)
-    assert stops == [first, second, third] and TOKENIZER.eos_token_id == first
+    assert stops == [first, second, third]
+    assert TOKENIZER.eos_token_id == first
     samples = [s for responses in draw(n=60, batch_size=64) for s in responses]
     endings = {s.tokens[-1] for s in samples if s.finished}
     assert endings == set(stops)
@@ -192,4 +193,5 @@ def test_vllm_reads_no_generation_config_and_stops_at_the_same_tokens(tmp_path, 
 
     # vLLM refuses several responses at temperature 0, where they are all the same.
     ((a, b),) = sampler(PROMPTS[:1], SamplingConfig(0.0, 1.0, 3, 1), 0, 2)
-    assert asked[-1]["n"] == 1 and a == b
+    assert asked[-1]["n"] == 1
+    assert a == b

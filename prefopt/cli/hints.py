@@ -16,7 +16,7 @@ from prefopt.config.parse import unknown_key
 from prefopt.utils.files import ROOT
 
 CONF = ROOT / "conf"
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 
 
 def refusal(error: Exception, arguments: Sequence[str]) -> str:

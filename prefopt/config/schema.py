@@ -77,6 +77,8 @@ class PoliciesConfig:
     duplicate_prompt: str = "keep"  # the prompt came before in this split
     prompt_in_heldout: str = "drop"  # a training prompt that is also held out
     prompt_too_long: str = "drop"  # drop, fail, or cut: it loses its beginning
+    template_in_text: str = "drop"  # the text holds special tokens, or a turn's markup, of the chat template
+    rewritten_by_template: str = "fail"  # the template leaves out a part of what the row says (cannot be kept)
     identical_after_truncation: str = "drop"
 
 

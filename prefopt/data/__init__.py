@@ -1,1 +1,4 @@
-"""Rows become batches: sources, formats, dataset, tokenize, cache, sampler, collate; hub says what is missing."""
+"""Rows become batches: readers, folders, sources, formats, dataset, tokenize, cache, sampler, collate.
+
+`hub` says what is missing.
+"""

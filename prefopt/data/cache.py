@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 import prefopt.data.dataset
 from prefopt.config.parse import build
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data import formats
+from prefopt.data import folders, formats, readers
 from prefopt.data import sources as data_sources
 from prefopt.data import tokenize as tokenizing
 from prefopt.data.dataset import Split, dataset_fingerprint, has_heldout, load_split, prompt_of, sources, split_digest
@@ -150,9 +150,11 @@ def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits
     """24 hexadecimal digits: the name of the folder of the splits `names`."""
     digests = {name: split_digest(dataset, name) for name in names}
     # A format may be the user's own class, in a file beside the data: its source counts, too.
-    readers = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
+    of_formats = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
     decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
-    return fingerprint(decides, prefopt.data.dataset, data_sources, tokenizing, formats, *readers)[:24]
+    return fingerprint(decides, prefopt.data.dataset, data_sources, folders, readers, tokenizing, formats, *of_formats)[
+        :24
+    ]
 
 
 def build_cache(

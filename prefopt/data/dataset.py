@@ -16,7 +16,10 @@ from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError
 
 # Defects of rows that nothing can be trained on; see `PoliciesConfig` for all of them.
-CANNOT_BE_KEPT = ("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long", "identical_after_truncation")
+CANNOT_BE_KEPT = (
+    *("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long"),
+    *("identical_after_truncation", "rewritten_by_template"),
+)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,23 @@
 
 A chat template writes every special token itself, so the tokenizer must not add a second BOS. The boundary between
 prompt and completion is decided by tokens, not by characters: a token across the boundary belongs to the completion.
+
+Every row is proved: the conversation holds the completion's text (`rewritten_by_template` otherwise), the learnt tokens
+spell that text, and a turn ends no later than where the next message begins.
 """
 
+import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.config.schema import PoliciesConfig
+from prefopt.data.chat_template import USER, markup, merges_system
 from prefopt.data.formats import Chat, Item, Message, Pair, common_prefix
 from prefopt.errors import UserError
 
@@ -53,7 +59,13 @@ class Tokenized(NamedTuple):
     * `cut_prompts`: prompts that lost their beginning;
     * `cut_completions`: completions that lost their end (chosen and rejected are counted separately);
     * `shrunk_prompts`: prompts whose end counts as part of the completion, because a finished turn does not begin with
-      the template's generation prompt.
+      the template's generation prompt;
+    * `merged_system`: system messages that became a part of the user's first turn;
+    * `whitespace_changed`: completions in which the template changed blanks and newlines, mostly at the ends;
+    * `changed_by_tokenizer`: completions whose tokens spell another text (unknown or normalized characters);
+    * `inner_turns_without_terminator`: turns of a chat that are learnt without their end, because the template closes
+      inner turns otherwise than the last one;
+    * `template_in_text`: items with special tokens or other markup of the template in their text.
     """
 
     pairs: list[TokenizedPair]
@@ -61,7 +73,29 @@ class Tokenized(NamedTuple):
     noted: Counter[str]
 
 
+class Defect(Exception):
+    """An item that cannot be trained on. `reason` is a field of `PoliciesConfig`."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Rendered(NamedTuple):
+    """What the template writes of one pair.
+
+    `alone`: the prompt; `opened`: the prompt with the generation prompt; `chosen` and `rejected`: whole conversations.
+    """
+
+    alone: str
+    opened: str
+    chosen: str
+    rejected: str
+
+
 DEFAULTS = PoliciesConfig()
+# Fields of a message that hold a part of what is said, beside its content.
+SPOKEN_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
@@ -76,8 +110,9 @@ def encode_completion(
 
     Text that the template writes behind the terminator is left out. Raises UserError if it writes no terminator at all.
     """
-    opened, whole = encode(tokenizer, _rendered(tokenizer, prompt, completion))
-    return _to_the_end(tokenizer, whole, common_prefix(whole, opened), finished)
+    _, opened, text = _rendered(tokenizer, prompt, [{"role": "assistant", "content": completion}])
+    start, whole = encode(tokenizer, [opened, text])
+    return _to_the_end(tokenizer, whole, common_prefix(whole, start), finished, completion.count(tokenizer.eos_token))
 
 
 def tokenize(
@@ -99,33 +134,83 @@ def tokenize(
     policy = asdict(policies)
     kept: list[TokenizedPair] = []
     dropped, noted = Counter[str](), Counter[str]()
-    # All pairs' texts in one call: prompt, chosen conversation and rejected conversation of each pair in turn.
-    pairs = [item for item in items if isinstance(item, Pair)]
-    texts = [text for p in pairs for text in _rendered(tokenizer, p.prompt, p.chosen, p.rejected)]
-    ids = iter(encode(tokenizer, texts))
-    for item in items:
-        result: TokenizedPair | str  # or the reason why there is none
-        changes = Counter[str]()
-        if isinstance(item, Pair):
-            rendered = next(ids), next(ids), next(ids)
-            cut_prompt = policy["prompt_too_long"] == "cut"
-            result = _pair(tokenizer, item, *rendered, max_prompt_tokens, max_completion_tokens, cut_prompt, changes)
-        else:
-            result = _chat(tokenizer, item, max_prompt_tokens, max_completion_tokens, changes)
+    pattern, merged = markup(tokenizer), merges_system(tokenizer)
 
-        if isinstance(result, TokenizedPair):
-            kept.append(result)
-            noted += changes
-        elif policy[result] == "fail":
-            raise UserError(f"{item.source} {item.id}: {result.replace('_', ' ')}; dataset.policies.{result} is fail.")
-        else:
-            dropped[result] += 1
+    def prepare(item: Item) -> Rendered | Defect | None:
+        """What the template makes of a pair (of a chat: None), or why the item is not used."""
+        try:
+            if policy["template_in_text"] != "keep" and (found := _search(pattern, item)):
+                raise Defect("template_in_text", f"it holds {found!r}")
+            return _render_pair(tokenizer, item) if isinstance(item, Pair) else None
+        except Defect as defect:
+            return defect
+
+    prepared = [prepare(item) for item in items]
+    # All pairs' texts in one call: prompt, chosen conversation and rejected conversation of each pair in turn.
+    ids = iter(encode(tokenizer, [text for r in prepared if isinstance(r, Rendered) for text in r[1:]]))
+    for item, rendered in zip(items, prepared, strict=True):
+        changes = Counter[str]()
+        try:
+            if isinstance(rendered, Defect):
+                raise rendered
+            if isinstance(item, Pair):
+                assert rendered is not None
+                side_ids = next(ids), next(ids), next(ids)
+                cut = policy["prompt_too_long"] == "cut"
+                limits = max_prompt_tokens, max_completion_tokens, cut
+                result = _pair(tokenizer, item, rendered, *side_ids, *limits, changes)
+            else:
+                result = _chat(tokenizer, item, max_prompt_tokens, max_completion_tokens, changes)
+        except Defect as defect:
+            if policy[defect.reason] == "fail":
+                raise UserError(_refusal(tokenizer, item, defect)) from None
+            dropped[defect.reason] += 1
+            continue
+        kept.append(result)
+        opening = item.prompt if isinstance(item, Pair) else item.messages
+        changes["merged_system"] += merged and opening[0]["role"] == "system"
+        changes["template_in_text"] += policy["template_in_text"] == "keep" and _search(pattern, item) is not None
+        noted += changes
     return Tokenized(kept, dropped, noted)
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, item: Item, defect: Defect) -> str:
+    what = defect.reason.replace("_", " ") + (f" ({defect.detail})" if defect.detail else "")
+    other = ""
+    if defect.reason == "rewritten_by_template":
+        other = f", or use another template than that of {tokenizer.name_or_path}: model.chat_template=FILE"
+    return (
+        f"{item.source} {item.id}: {what}. Leave such rows out with dataset.policies.{defect.reason}=drop{other} "
+        f"(in a mixture dataset.sources.NAME.policies.{defect.reason})."
+    )
+
+
+def _search(pattern: re.Pattern[str], item: Item) -> str | None:
+    """The first match of `pattern` in the texts of an item."""
+    if isinstance(item, Pair):
+        texts = [*(m.get("content") or "" for m in item.prompt), item.chosen, item.rejected]
+    else:
+        texts = [m.get("content") or "" for m in item.messages]
+    return next((match[0] for text in texts if (match := pattern.search(text))), None)
+
+
+def _render_pair(tokenizer: PreTrainedTokenizerBase, item: Pair) -> Rendered:
+    """Raises Defect where the template leaves out something that the prompt says, and UserError as `_rendered` does."""
+    answers = [
+        {"role": "assistant", "content": text, **fields}
+        for text, fields in ((item.chosen, item.chosen_fields), (item.rejected, item.rejected_fields))
+    ]
+    rendered = Rendered(*_rendered(tokenizer, item.prompt, answers, item.tools))
+    _check_written(tokenizer, item.prompt, item.tools, rendered.alone)
+    for answer, text in zip(answers, rendered[2:], strict=True):
+        _check_fields(tokenizer, [*item.prompt, answer], item.tools, text, len(item.prompt))
+    return rendered
 
 
 def _pair(
     tokenizer: PreTrainedTokenizerBase,
     item: Pair,
+    rendered: Rendered,
     prompt: list[int],
     chosen: list[int],
     rejected: list[int],
@@ -133,11 +218,20 @@ def _pair(
     max_completion_tokens: int,
     cut_prompt: bool,
     changes: Counter[str],
-) -> TokenizedPair | str:
-    """The pair, or the reason to drop it. `prompt`, `chosen`, `rejected`: ids of the prompt with its generation prompt
-    and of both whole conversations. Counts what it changes in `changes`."""
-    chosen = _to_the_end(tokenizer, chosen, common_prefix(chosen, prompt), item.chosen_finished)
-    rejected = _to_the_end(tokenizer, rejected, common_prefix(rejected, prompt), item.rejected_finished)
+) -> TokenizedPair:
+    """The pair. `prompt`, `chosen`, `rejected`: ids of the prompt with its generation prompt and of both whole
+    conversations. Counts what it changes in `changes`. Raises Defect for a pair that cannot be trained on."""
+    sides = []
+    for text, ids, answer, fields, finished in (
+        (rendered.chosen, chosen, item.chosen, item.chosen_fields, item.chosen_finished),
+        (rendered.rejected, rejected, item.rejected, item.rejected_fields, item.rejected_finished),
+    ):
+        _locate(text, common_prefix(rendered.alone, text), answer, changes)
+        start = common_prefix(ids, prompt)
+        _check_spelling(tokenizer, ids[start:], text[common_prefix(rendered.opened, text) :], text, changes)
+        inside = f"{answer} {json.dumps(fields, ensure_ascii=False)}".count(tokenizer.eos_token)
+        sides.append(_to_the_end(tokenizer, ids, start, finished, inside))
+    chosen, rejected = sides
     # The tokens at the seam may merge otherwise with each completion. The prompt ends where all three still agree.
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     shared = prompt[:start]
@@ -153,11 +247,12 @@ def _pair(
     chosen = chosen[start : start + max_completion_tokens]
     rejected = rejected[start : start + max_completion_tokens]
     if not chosen or not rejected:
-        return "empty_completion"
+        raise Defect("empty_completion")
     if len(shared) > max_prompt_tokens:
-        return "prompt_too_long"
-    if chosen == rejected and item.chosen != item.rejected:  # equal texts are the defect `identical`, not this one
-        return "identical_after_truncation"
+        raise Defect("prompt_too_long")
+    # Equal texts are the defect `identical`, not this one.
+    if chosen == rejected and (item.chosen, item.chosen_fields) != (item.rejected, item.rejected_fields):
+        raise Defect("identical_after_truncation")
     return TokenizedPair(
         item.id, shared, chosen, rejected, item.chosen_reward, item.rejected_reward, source=item.source
     )
@@ -169,43 +264,149 @@ def _chat(
     max_prompt_tokens: int,
     max_completion_tokens: int,
     changes: Counter[str],
-) -> TokenizedPair | str:
-    """The chat, or the reason to drop it. The loss counts every assistant turn, from where the conversation leaves the
-    turn's generation prompt to its terminator. Counts what it changes in `changes`."""
-    whole = encode(tokenizer, [render(tokenizer, item.messages, False)])[0]
+) -> TokenizedPair:
+    """The chat. The loss counts every assistant turn, from where the conversation leaves the turn's generation prompt
+    to its terminator, which must stand before the next message. Counts what it changes in `changes`. Raises Defect for
+    a chat that cannot be trained on."""
+    text = render(tokenizer, item.messages, False, item.tools)
+    whole = encode(tokenizer, [text])[0]
+    _check_written(tokenizer, item.messages, item.tools, text)
     mask = [False] * len(whole)
     first = end = 0  # where the first assistant turn begins, and where the last one ends
     for i, message in enumerate(item.messages):
-        if message["role"] == "assistant":
-            # Only the prompt is used; with the answer, `_rendered` checks that the template does not rewrite it.
-            opened, _ = _rendered(tokenizer, item.messages[:i], message["content"])
-            start = common_prefix(whole, encode(tokenizer, [opened])[0])
-            end = len(_to_the_end(tokenizer, whole, start, True))
-            mask[start:end] = [True] * (end - start)
-            first = first or start
+        if message["role"] != "assistant":
+            continue
+        alone, opened, _ = _rendered(tokenizer, item.messages[:i], [message], item.tools)
+        if not text.startswith((alone, opened)):
+            raise Defect("rewritten_by_template", f"the turns before turn {i + 1} are written otherwise in the whole")
+        _check_fields(tokenizer, item.messages, item.tools, text, i)
+        _, answer_end = _locate(text, common_prefix(alone, text), message["content"], changes)
+        start = common_prefix(whole, encode(tokenizer, [opened])[0])
+        inside = message["content"].count(tokenizer.eos_token)
+        if tokenizer.eos_token in _closing(tokenizer, item, i):
+            end = len(_to_the_end(tokenizer, whole, start, True, inside))
+        else:
+            changes["inner_turns_without_terminator"] += 1
+            end = common_prefix(whole, encode(tokenizer, [text[:answer_end]])[0])
+        learnt = text[common_prefix(opened, text) : answer_end]
+        _check_spelling(tokenizer, whole[start:end], learnt, None, changes)
+        mask[start:end] = [True] * (end - start)
+        first = first or start
 
     if first > max_prompt_tokens:
-        return "prompt_too_long"
+        raise Defect("prompt_too_long")
     limit = max_prompt_tokens + max_completion_tokens
     if end > limit:
         changes["cut_completions"] += 1
         end = limit
     chat = TokenizedPair(item.id, whole[:first], whole[first:end], [], loss_mask=mask[first:end], source=item.source)
-    return chat if chat.num_loss_tokens else "empty_completion"
+    if not chat.num_loss_tokens:
+        raise Defect("empty_completion")
+    return chat
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, item: Chat, i: int) -> str:
+    """What the template writes between the words of message `i` and those of the next one: the markup that closes the
+    turn and opens the next; of the last message, all that follows."""
+    messages, answer = item.messages[: i + 2], item.messages[i]["content"]
+    if i + 1 < len(item.messages):
+        messages[-1] = {**messages[-1], "content": USER}  # the real words may be empty, or look like markup
+    text = render(tokenizer, messages, False, item.tools)
+    alone = render(tokenizer, messages[:i], False, item.tools)
+    _, end = _locate(text, common_prefix(alone, text), answer, Counter())
+    return text[end : text.find(USER, end)] if i + 1 < len(item.messages) else text[end:]
+
+
+def _locate(text: str, start: int, answer: str, changes: Counter[str]) -> tuple[int, int]:
+    """(begin, end) of the answer in `text` from `start` on. The template may change blanks and newlines, which is
+    counted in `changes`, and nothing else: raises Defect."""
+    if (begin := text.find(answer, start)) >= 0:
+        return begin, begin + len(answer)
+    changes["whitespace_changed"] += 1
+    if (begin := text.find(answer.strip(), start)) >= 0:
+        return begin, begin + len(answer.strip())
+    places = [i for i in range(start, len(text)) if not text[i].isspace()]
+    begin = "".join(text[i] for i in places).find(wanted := _squash(answer))
+    if begin < 0:
+        raise Defect(
+            "rewritten_by_template",
+            f"the completion {_short(answer)} is written as {_short(text[start:])}",
+        )
+    return places[begin], places[begin + len(wanted) - 1] + 1
+
+
+def _check_spelling(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: str, text: str | None, changes: Counter[str]
+) -> None:
+    """Count a completion whose tokens `ids` do not spell `learnt`. With `text`, which is all that the template wrote,
+    they must spell it up to its end."""
+    spelt = _squash(str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)))
+    wanted = _squash(learnt)
+    # The first token may reach back into the prompt, so `spelt` may be longer.
+    right = wanted in spelt if text is None else spelt.endswith(wanted) and _squash(text).endswith(spelt)
+    changes["changed_by_tokenizer"] += not right
+
+
+def _check_written(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]], text: str
+) -> None:
+    """Raises Defect where `text`, which the template wrote, lacks the words of a user, the result of a tool, or the
+    tools. What a template does with earlier answers (it may leave out their thoughts) is its own affair."""
+    for i, message in enumerate(messages):
+        content = message.get("content") or ""
+        if message["role"] == "user":
+            if content.strip() not in text and _squash(content) not in _squash(text):
+                raise Defect("rewritten_by_template", f"it does not write the user's words {_short(content)}")
+        elif message["role"] == "tool":
+            blank = [*messages[:i], {**message, "content": ""}, *messages[i + 1 :]]
+            if content.strip() and not _matters(tokenizer, blank, tools, text):
+                raise Defect("rewritten_by_template", f"it does not write the tool's result {_short(content)}")
+        elif message.get("tool_calls"):
+            _check_fields(tokenizer, messages, tools, text, i, ("tool_calls",))
+    if tools and not _matters(tokenizer, messages, [], text):
+        raise Defect("rewritten_by_template", "it does not write the row's `tools`")
+
+
+def _check_fields(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict[str, Any]],
+    text: str,
+    i: int,
+    fields: Sequence[str] = SPOKEN_FIELDS,
+) -> None:
+    """Raises Defect where `text`, which the template wrote, would be the same without a field of message `i`."""
+    for field in fields:
+        if messages[i].get(field):
+            without = {key: value for key, value in messages[i].items() if key != field}
+            if not _matters(tokenizer, [*messages[:i], without, *messages[i + 1 :]], tools, text):
+                raise Defect("rewritten_by_template", f"it does not write the field {field!r}")
+
+
+def _matters(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]], text: str
+) -> bool:
+    """Whether the template writes something else than `text`, or fails, without what was left out of `messages`."""
+    try:
+        return render(tokenizer, messages, False, tools) != text
+    except UserError:
+        return True
+
+
+def _squash(text: str) -> str:
+    """The text without blanks and newlines."""
+    return "".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 70 else f"{text[:70]}...")
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a tokenizer without chat template or eos token, or whose template opens with two BOS. Print a
-    message if a finished turn begins otherwise than the generation prompt."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template. Use an instruction-tuned model, or save "
-            "a tokenizer with a template beside this one."
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos token, so no completion could end.")
+    """Raise UserError for a template that opens with two BOS. Say it if a finished turn begins otherwise than the
+    generation prompt."""
     prompt = [{"role": "user", "content": "Hello"}]
-    opened, closed = _rendered(tokenizer, prompt, "Hi")
+    _, opened, closed = _rendered(tokenizer, prompt, [{"role": "assistant", "content": "Hi"}])
     if encode(tokenizer, [closed])[0][:2] == [tokenizer.bos_token_id] * 2:
         raise UserError(f"the chat template of {tokenizer.name_or_path} opens with two BOS tokens: {closed[:60]!r}.")
     if not closed.startswith(opened) or not closed[len(opened) :].lstrip().startswith("Hi"):
@@ -217,31 +418,47 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *completions: str) -> list[str]:
-    """Texts: the prompt with its generation prompt; then, for every completion, the whole conversation.
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    answers: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+) -> list[str]:
+    """Texts: the prompt; the prompt with its generation prompt; then, for every answer, the whole conversation.
 
     Raises UserError where the template writes the prompt otherwise in one of them: the difference would count as part
     of the completion.
     """
-    alone = render(tokenizer, prompt, False)
-    answers = [[*prompt, {"role": "assistant", "content": c}] for c in completions]
-    texts = [render(tokenizer, prompt, True), *(render(tokenizer, answer, False) for answer in answers)]
-    for text in texts:
-        if not text.startswith(alone):
-            at = common_prefix(alone, text)
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} writes this prompt otherwise once it is answered: "
-                f"after {alone[max(0, at - 40) : at]!r} comes {text[at : at + 40]!r}, not "
-                f"{alone[at : at + 40]!r}. Use a template that does not (leave out system messages if it moves them)."
-            )
-    return texts
+    alone, opened = (render(tokenizer, prompt, generation_prompt, tools) for generation_prompt in (False, True))
+    texts = [render(tokenizer, [*prompt, answer], False, tools) for answer in answers]
+    # A template may close an unanswered conversation (Phi-3 writes its eos token); then the opened one tells.
+    if not all(text.startswith(opened) for text in texts):
+        for text in (opened, *texts):
+            if not text.startswith(alone):
+                at = common_prefix(alone, text)
+                raise UserError(
+                    f"the chat template of {tokenizer.name_or_path} writes this prompt otherwise once it is answered: "
+                    f"after {alone[max(0, at - 40) : at]!r} comes {text[at : at + 40]!r}, not "
+                    f"{alone[at : at + 40]!r}. Use a template that does not: model.chat_template=FILE."
+                )
+    return [alone, opened, *texts]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     """The conversation as the template writes it. Raises UserError where the template fails, refuses the messages, or
     does something that jinja2's sandbox forbids."""
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=[*tools] if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
     except Exception as error:  # a template is somebody's program, and may refuse turns that it does not know
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -257,14 +474,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _to_the_end(tokenizer: PreTrainedTokenizerBase, whole: list[int], start: int, finished: bool) -> list[int]:
-    """`whole` up to the first eos token from `start` on, with it if `finished`. Raises UserError if there is none."""
-    try:
-        end = whole.index(tokenizer.eos_token_id, start)
-    except ValueError:
+def _to_the_end(
+    tokenizer: PreTrainedTokenizerBase, whole: list[int], start: int, finished: bool, inside: int
+) -> list[int]:
+    """`whole` up to the terminator, with it if `finished`. The terminator is the first eos token from `start` on, after
+    `inside` others that are a part of the answer's own text. Raises UserError if there is none."""
+    ends = [i for i in range(start, len(whole)) if whole[i] == tokenizer.eos_token_id]
+    if not ends:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with the eos token "
-            f"{tokenizer.eos_token!r}, so the policy could not learn to stop. Set the tokenizer's eos_token to the "
-            "token that its template writes there."
-        ) from None
+            f"the chat template of {tokenizer.name_or_path} does not close this turn with the eos token "
+            f"{tokenizer.eos_token!r}, so the policy could not learn to stop. Use a template that does: "
+            "model.chat_template=FILE."
+        )
+    end = ends[min(inside, len(ends) - 1)]
     return whole[: end + 1] if finished else whole[:end]

@@ -1,5 +1,6 @@
 """Load a causal language model and its tokenizer by name, folder, or GGUF file."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prefopt.config.schema import ModelConfig
+from prefopt.data.chat_template import resolve
 from prefopt.data.tokenize import check_chat_template
 from prefopt.errors import UserError
 from prefopt.models.gguf import convert_gguf
@@ -38,8 +40,8 @@ if not torch.cuda.is_available():
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in `config.tokenizer`, or the one beside the model. Raises UserError if it cannot be loaded, or has
-    no chat template or no eos token."""
+    """The tokenizer in `config.tokenizer`, or the one beside the model, with template and terminator as `config` says
+    (`chat_template.resolve`). Raises UserError if it cannot be loaded, or as `resolve` does."""
     if config.tokenizer is None:
         path, revision, key = checkpoint_path(config), config.revision, "model.path"
     else:
@@ -48,8 +50,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("tokenizer", f"{key}={path}", path, error)) from None
+    resolve(tokenizer, config, stop_ids(config))
     check_chat_template(tokenizer)
     return tokenizer
+
+
+def stop_ids(config: ModelConfig) -> set[int]:
+    """The tokens that end a generation, as the model's generation_config.json and config.json name them."""
+    path, revision = checkpoint_path(config), config.revision or "main"
+    found: list[Any] = []
+    # Neither file has to be there: a tokenizer may stand alone, and a broken config is refused by `check_model`.
+    with contextlib.suppress(Exception):
+        found.append(GenerationConfig.from_pretrained(path, revision=revision).eos_token_id)
+    with contextlib.suppress(Exception):
+        values = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        found += [values.get_text_config().eos_token_id, getattr(values, "eos_token_id", None)]
+    return {i for ids in found for i in ([ids] if isinstance(ids, int) else ids or [])}
 
 
 def check_model(config: ModelConfig, key: str = "model.path") -> int | None:

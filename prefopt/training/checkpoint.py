@@ -23,6 +23,7 @@ from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
+from prefopt.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +189,25 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
     policy.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    if policy.can_generate():
+        write_terminator(policy, tokenizer, aside)
     shutil.rmtree(target, ignore_errors=True)
     publish(aside, target)
+
+
+def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the terminator that was trained into config.json and generation_config.json in `folder`, before the tokens
+    that end a generation there already. So `generate` and `pipeline` stop where the policy learnt to stop."""
+    found = [policy.config.get_text_config().eos_token_id, policy.generation_config.eos_token_id]
+    old = [i for ids in found for i in ([ids] if isinstance(ids, int) else ids or [])]
+    stops = list(dict.fromkeys([tokenizer.eos_token_id, *old]))
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        values = json.loads(file.read_text()) if file.is_file() else {}
+        values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        if "text_config" in values:
+            values["text_config"]["eos_token_id"] = values["eos_token_id"]
+        atomic_write(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def publish(aside: Path, target: Path) -> None:

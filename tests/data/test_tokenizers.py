@@ -213,11 +213,12 @@ def up_to_the_end(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], ans
     opened = rendered(tokenizer, prompt, True)
     text = rendered(tokenizer, [*prompt, message("assistant", answer)])
     assert text.startswith(opened)
-    end = text.index(tokenizer.eos_token, len(opened))
+    end = text.rindex(tokenizer.eos_token)  # one that stands in the answer is a part of it
     return text[: end + len(tokenizer.eos_token)] if finished else text[:end]
 
 
 def one(tokenizer, pair: Pair | Chat, max_prompt=LONG, max_completion=LONG, **policies) -> TokenizedPair | dict:
+    policies = {"template_in_text": "keep"} | policies
     kept, counts, _ = tokenize(tokenizer, [pair], max_prompt, max_completion, PoliciesConfig(**policies))
     return kept[0] if kept else dict(counts)
 
@@ -243,9 +244,9 @@ def test_prompt_and_completion_are_the_ids_of_the_rendered_conversation(kind, dr
     # The prompt is as long as it can be: where it is shorter than the rendered one, a side goes on in another way.
     following = opened[len(result.prompt) : len(result.prompt) + 1]
     assert not following or [result.chosen[:1], result.rejected[:1]] != [following, following]
-    for side, ends in ((result.chosen, chosen_ends), (result.rejected, rejected_ends)):
-        assert side.count(tokenizer.eos_token_id) == ends
-        assert (side[-1] == tokenizer.eos_token_id) == ends
+    for side, text, ends in ((result.chosen, chosen, chosen_ends), (result.rejected, rejected, rejected_ends)):
+        assert side.count(tokenizer.eos_token_id) == text.count(tokenizer.eos_token) + ends
+        assert side[-1] == tokenizer.eos_token_id or not ends
         assert all(type(token) is int for token in result.prompt + side)
 
 
@@ -367,8 +368,9 @@ def test_each_sequence_has_its_own_budget(kind, prompt, chosen, rejected, limit,
         assert result["identical_after_truncation"] == 1
         return
     assert (result.chosen, result.rejected) == (whole.chosen[:limit], whole.rejected[:limit])
-    for side, full in ((result.chosen, whole.chosen), (result.rejected, whole.rejected)):
-        assert (tokenizer.eos_token_id in side) == (len(full) <= limit)
+    for side, full, text in ((result.chosen, whole.chosen, chosen), (result.rejected, whole.rejected, rejected)):
+        if tokenizer.eos_token not in text:
+            assert (tokenizer.eos_token_id in side) == (len(full) <= limit)
     assert len(result.prompt) == min(prompt_limit, len(whole.prompt))
     if len(whole.prompt) <= prompt_limit:
         assert result.prompt == whole.prompt
@@ -476,7 +478,7 @@ def test_chats_learn_each_turn_of_the_assistant_and_nothing_else(kind, drawn):
             opened = rendered(tokenizer, messages[:i], True)
             assert opened.endswith(messages[i - 1]["content"] + SEAMS[kind])
             assert text.startswith(opened)
-            end = text.index(eos, len(opened)) + len(eos)
+            end = text.index(eos, len(opened) + len(m["content"])) + len(eos)
             answers |= set(range(len(opened), end))
             seams |= set(range(len(opened) - len(SEAMS[kind]), len(opened)))
     rest = [False] * (len(whole["input_ids"]) - len(mask))  # what the template writes after the last terminator
@@ -488,7 +490,8 @@ def test_chats_learn_each_turn_of_the_assistant_and_nothing_else(kind, drawn):
         assert not learnt or covered <= answers | seams
     turns = sum(m["role"] == "assistant" for m in messages)
     terminators = [t for t, learnt in zip(ids_, mask, strict=True) if learnt and t == tokenizer.eos_token_id]
-    assert len(terminators) == turns
+    inside = sum(m["content"].count(eos) for m in messages if m["role"] == "assistant")
+    assert len(terminators) == turns + inside
     assert mask[-1]
     assert ids_[-1] == tokenizer.eos_token_id
     batch = LAYOUTS["padded"].collate([result, result], ("chosen",))

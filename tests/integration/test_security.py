@@ -221,7 +221,7 @@ def test_a_data_sets_script_is_not_run(mark, tmp_path):
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(code(mark))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="holds no file of rows"):
         list(read_rows(str(folder)))
 
 

@@ -1,7 +1,6 @@
 """Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message
 from prefopt.data.tokenize import encode_prompt
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
+from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
 
 
@@ -156,14 +156,14 @@ def vllm_sampler(
     from vllm import LLM, SamplingParams
 
     from prefopt.models.fingerprint import model_files
-    from prefopt.models.load import checkpoint_path, load_configs
+    from prefopt.models.load import checkpoint_path, stop_ids
 
     path = checkpoint_path(config)
     # generation_config="vllm": without the sampling settings, and the limit of a response, that come with the model.
     llm = LLM(
         model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
     )
-    stops = stop_tokens(tokenizer, *load_configs(config))
+    stops = list(dict.fromkeys([tokenizer.eos_token_id, *sorted(stop_ids(config))]))
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -187,8 +187,8 @@ def vllm_sampler(
         ]
 
     files = model_files(config)  # complete, since vLLM has read them
-    version = importlib.metadata.version("vllm")
-    return sampler, files.get("weights", f"{path}@{config.revision}"), [path, config.revision, files, stops, version]
+    weights = files.get("weights", f"{path}@{config.revision}")
+    return sampler, weights, [path, config.revision, files, stops, version("vllm")]
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

@@ -81,16 +81,6 @@ def check_model(config: ModelConfig, key: str = "model.path") -> int | None:
         raise UserError(_cannot_load("model", f"{key}={config.path}", config.path, error)) from None
 
 
-def load_configs(config: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """The model's configuration and, where it has one, its generation_config. Reads no weights."""
-    path, revision = checkpoint_path(config), config.revision
-    model_config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    try:
-        return model_config, GenerationConfig.from_pretrained(path, revision=revision or "main")
-    except OSError:
-        return model_config, None
-
-
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError for a tokenizer with more tokens than the model has embeddings."""
     rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings

@@ -30,7 +30,8 @@ class TokenizedPair:
     """Token ids of one pair: both completions follow the same prompt and hold at least one token.
 
     Of a chat, `chosen` is everything behind the first prompt and `rejected` is empty; `loss_mask`, as long as `chosen`,
-    is True for tokens that the assistant wrote. Of a pair, `loss_mask` is None.
+    is True for tokens that the assistant wrote. Of a pair, `loss_mask` is None. `mismatched` is no part of the data:
+    `prefopt.data.mismatch` fills it for the pairs of a step.
     """
 
     id: str
@@ -41,6 +42,7 @@ class TokenizedPair:
     rejected_reward: float | None = None
     loss_mask: list[bool] | None = None
     source: str = ""
+    mismatched: "TokenizedPair | None" = None
 
     @property
     def mask(self) -> list[bool]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.formats import Message, as_prompt
+from prefopt.data.formats import Dropped, ImplicitPrompt, Message, as_prompt
 from prefopt.data.sources import Row, read_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils import signals
@@ -74,16 +74,29 @@ class PartialFile:
 
 
 def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Message]]]:
-    """The rows of a file, and the prompt of each. Raises UserError for a row without a prompt."""
-    rows, prompts = [], []
+    """The rows of a file, and the prompt of each: its field `prompt`, or what the conversations `chosen` and `rejected`
+    of a preference pair have in common. Pairs that differ before their last turn are left out, and counted in the log.
+
+    Raises UserError for a row without a prompt.
+    """
+    rows, prompts, without = [], [], 0
     for where, row in read_rows(path, split):
         try:
-            prompts.append(as_prompt(row["prompt"]))
+            if "prompt" not in row and all(isinstance(row.get(side), list) for side in ("chosen", "rejected")):
+                pair = ImplicitPrompt()(row)
+                if isinstance(pair, Dropped):
+                    without += 1
+                    continue
+                prompts.append(pair.prompt)
+            else:
+                prompts.append(as_prompt(row["prompt"]))
         except KeyError:
             raise UserError(f"{where} has no field 'prompt' (its fields: {', '.join(row) or 'none'}).") from None
         except ValueError as error:
             raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
         rows.append(row)
+    if without:
+        log.info(f"  {without} rows of {path} left out: their conversations differ before the last turn")
     return rows, prompts
 
 

@@ -1,6 +1,8 @@
 """Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ from prefopt.data.tokenize import encode_prompt
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,15 @@ def sample(
         (p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)
     ]
     batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
+    padded = any(len({len(encoded[p]) for p, _ in batch}) > 1 for batch in batches)
+    if padded and not reads_padding(model, encoded[jobs[0][0]]):
+        log.info(f"  {model.config.model_type} computes padded prompts wrongly: a batch holds prompts of one length")
+        batches = [
+            group[i : i + sampling.batch_size]
+            for _, same in itertools.groupby(jobs, lambda job: len(encoded[job[0]]))
+            for group in [list(same)]
+            for i in range(0, len(group), sampling.batch_size)
+        ]
     results: dict[tuple[int, int], Sample] = {}
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
     settings = GenerationConfig(
@@ -120,6 +133,33 @@ def as_sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: lis
     end = next((i for i, token in enumerate(tokens) if token in stops), None)
     text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
     return Sample(prompt, tokens if end is None else tokens[: end + 1], text, end is not None)
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel, prompt: list[int]) -> bool:
+    """Whether the model's next tokens behind `prompt` are the same with padding before it. Some recurrent models (RWKV,
+    MiniMax) do not look at the mask, and take up the padding into their state."""
+    found = []
+    settings = GenerationConfig(
+        max_new_tokens=4,  # in some it shows in the second one
+        do_sample=False,
+        pad_token_id=prompt[0],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for padding in (0, 8):
+        mask = torch.tensor([[0] * padding + [1] * len(prompt)], device=model.device)
+        with without_own_generation_config(model):
+            output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+                input_ids=torch.tensor([[prompt[0]] * padding + prompt], device=model.device),
+                attention_mask=mask,
+                generation_config=settings,
+            )
+        found.append(torch.stack(output.logits).float())
+    tolerance = 0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3  # of the largest logit
+    return found[1].shape == found[0].shape and bool(
+        (found[1] - found[0]).abs().max() <= tolerance * found[0].abs().max()
+    )
 
 
 # A function (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt.

@@ -135,6 +135,8 @@ def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
     flop = trained * n * flop_per_weight
     if "reference" in objective.needs:
         flop += 2 * n * (min(trained, count * tokens) if config.reference == "cached" else trained)
+    if "mismatched" in objective.needs:
+        flop += 2 * 2 * n * trained  # policy and reference once more, without gradient
     flop += 2 * n * tokens * (config.heldout_pairs or 0) * (1 + steps // config.eval_every)
 
     state = 4 + (2 if config.optimizer.eight_bit else 8)  # bytes: the weight, and Adam's two moments

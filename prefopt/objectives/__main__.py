@@ -42,10 +42,11 @@ def rows() -> list[tuple[str, ...]]:
         values = OmegaConf.to_container(node)
         assert isinstance(values, dict)
         defaults = ", ".join(f"{key!s}={_text(value)}" for key, value in values.items() if key != "_target_")
-        needs = ", ".join(sorted(objective.needs - {"noise"})) or "–"  # the loop draws noise, no user provides it
+        # The loop makes noise and mismatched completions, no user provides them.
+        needs = ", ".join(sorted(objective.needs - {"noise", "mismatched"})) or "–"
         equation = objective.equation
         if values.get("nll_weight") == 0:  # every pairwise objective has this term; it is listed where it is used
-            defaults = defaults.replace(", nll_weight=0, nll_reduction=sum", "")
+            defaults = defaults.replace(", nll_weight=0, nll_per=pair", "")
         table.append((name, equation, needs, objective.scope, defaults or "–", objective.paper))
     return table
 
@@ -82,8 +83,8 @@ def main() -> None:
     console.print(table)
     console.print(NOTATION, highlight=False)
     console.print(
-        "Each pairwise objective also has nll_weight (0 unless listed) and nll_reduction (sum or token_mean): an added "
-        "-log-likelihood of the chosen completion.",
+        "Each pairwise objective also has nll_weight (0 unless listed) and nll_per (pair, own_token or chosen_token): "
+        "an added -log-likelihood of the chosen completion.",
         highlight=False,
     )
 

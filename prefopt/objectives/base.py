@@ -22,7 +22,7 @@ from torch.nn.functional import relu
 from prefopt.errors import UserError
 from prefopt.objectives import SIDES, Side
 
-Need = Literal["reference", "rewards", "entropies", "noise"]
+Need = Literal["reference", "rewards", "entropies", "noise", "mismatched"]
 Scope = Literal["pair", "micro_batch", "step"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
 # declares a need can rely on the tensor, and one that reads a tensor without declaring it fails at once.
@@ -46,12 +46,16 @@ class PairInputs:
     * `policy_*_logps`: sums over the completion's tokens (its terminator included) of log pi(token | tokens before), in
       nats. With `model_kind` `reward_model`, `policy_*_rewards` instead: the outputs of the model in training.
     * `*_lengths`: the number of those tokens.
+    * `mean_chosen_length`: the mean of `chosen_lengths` over all pairs that are averaged, those of the whole optimizer
+      step, and so the same number in every place. With it a term of a pair can be one of the step's mean over tokens.
 
     Filled if `needs` names them, else perhaps None:
     * `reference_*_logps` (`reference`): as `policy_*_logps`, of the reference model.
     * `*_rewards` (`rewards`): prior rewards from the data.
     * `*_entropies` (`entropies`): the surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is
       that of the sequence entropy.
+    * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
+      pair of the step. They carry no gradient, and cost a forward pass of both models.
 
     Filled with scope `step` alone:
     * `noise` (`noise`): uniform in [0, 1), a fixed function of seed, step and the pair's place in the step.
@@ -62,12 +66,15 @@ class PairInputs:
     policy_rejected_logps: Tensor = _ABSENT
     chosen_lengths: Tensor = _ABSENT
     rejected_lengths: Tensor = _ABSENT
+    mean_chosen_length: Tensor = _ABSENT
     reference_chosen_logps: Tensor = _ABSENT
     reference_rejected_logps: Tensor = _ABSENT
     chosen_rewards: Tensor = _ABSENT
     rejected_rewards: Tensor = _ABSENT
     chosen_entropies: Tensor = _ABSENT
     rejected_entropies: Tensor = _ABSENT
+    mismatched_chosen_logratios: Tensor = _ABSENT
+    mismatched_rejected_logratios: Tensor = _ABSENT
     policy_chosen_rewards: Tensor = _ABSENT
     policy_rejected_rewards: Tensor = _ABSENT
     noise: Tensor = _ABSENT
@@ -219,23 +226,28 @@ class Pairwise(Objective):
     all of these objectives:
 
     * MaPPO, which scales the rejected term (`compare`).
-    * A negative log-likelihood of the chosen completion is added to the loss: nll_weight * -lp_w (`nll_reduction=sum`)
-      or nll_weight * -lp_w / n_w (`token_mean`). It keeps lp_w from falling together with lp_l.
+    * A negative log-likelihood of the chosen completion, times `nll_weight`, is added to the loss. It keeps lp_w from
+      falling together with lp_l. `nll_per` says what it is a mean over, in the step's loss:
 
-    Raises ValueError for a negative `nll_weight` or another `nll_reduction`.
+      - `pair`: the pairs, of -lp_w.
+      - `own_token`: the pairs, of -lp_w / n_w, so that every pair counts the same.
+      - `chosen_token`: all chosen tokens of the optimizer step, whatever the micro-batches, so that every token counts
+        the same: sum(-lp_w) / sum(n_w).
+
+    Raises ValueError for a negative `nll_weight` or another `nll_per`.
     """
 
     # `step0_loss` where nll_weight is 0. With the likelihood term the loss depends on the data.
     loss_at_reference: ClassVar[float | None] = None
 
     nll_weight: float = 0.0
-    nll_reduction: str = "sum"
+    nll_per: str = "pair"
 
     def __post_init__(self) -> None:
         require(self.nll_weight >= 0, f"nll_weight must not be negative, got {self.nll_weight}")
         require(
-            self.nll_reduction in ("sum", "token_mean"),
-            f"nll_reduction must be sum or token_mean, got {self.nll_reduction!r}",
+            self.nll_per in ("pair", "own_token", "chosen_token"),
+            f"nll_per must be pair, own_token or chosen_token, got {self.nll_per!r}",
         )
 
     @abstractmethod
@@ -266,13 +278,20 @@ class Pairwise(Objective):
         scaled = rejected_scale * rejected
         losses = self.losses(inputs, chosen, scaled)
         if self.nll_weight:
-            tokens = inputs.chosen_lengths if self.nll_reduction == "token_mean" else 1
-            losses = losses - self.nll_weight * inputs.policy_chosen_logps / tokens
+            losses = losses + self.nll_weight * self._nll(inputs)
 
         terms = chosen.detach(), scaled.detach()
         with torch.no_grad():
             diagnostics, state = self.diagnostics(inputs, *terms), self.next_state(inputs, *terms)
         return ObjectiveOutput(losses, chosen.detach(), rejected.detach(), diagnostics, state)
+
+    def _nll(self, inputs: PairInputs) -> Tensor:
+        """The likelihood term of each pair, `(B,)`, whose mean over the step's pairs is what `nll_per` says."""
+        if self.nll_per == "pair":
+            return -inputs.policy_chosen_logps
+        # The mean over B pairs of lp / mean(n) is sum(lp) / (B mean(n)), and B mean(n) is the number of tokens.
+        tokens = inputs.chosen_lengths if self.nll_per == "own_token" else inputs.mean_chosen_length
+        return -inputs.policy_chosen_logps / tokens
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
         return self.compare(inputs)

@@ -12,9 +12,11 @@ from prefopt.objectives.base import PairInputs, Pairwise, require, saturated
 class CPO(Pairwise):
     """loss = -log sigma(beta (lp_w - lp_l)) - nll_weight lp_w;  no reference.
 
-    The likelihood term is part of this objective: `nll_weight` is the papers' lambda (0.2 in arXiv 2507.21183, Eq. 15).
-    `nll_reduction=sum` is the formula as written; with `token_mean`, lambda weighs -lp_w / n_w as in public code, and
-    the same number weighs about n_w times less. Scores are beta * lp. Raises ValueError for beta <= 0.
+    The likelihood term is part of this objective, and `nll_weight` is the papers' lambda. The defaults, lambda 0.2 on
+    the sum of each pair (`nll_per=pair`), are the formula of both papers with the value of arXiv 2507.21183, Eq. 15,
+    where CPO is a base of MaPPO. The CPO authors' code (github.com/fe1ixxu/ALMA, and TRL after it) takes lambda 1 on
+    the mean over all chosen tokens: `nll_weight=1 nll_per=chosen_token`. The same lambda weighs there as many times
+    less as a completion has tokens. Scores are beta * lp. Raises ValueError for beta <= 0.
     """
 
     equation = "−log σ(β(lp_w − lp_l)) − λ lp_w, λ = nll_weight"

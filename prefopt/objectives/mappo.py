@@ -10,8 +10,12 @@ class MaPPO(Objective):
     """The base objective with its rejected term times delta_r = r_w - r_l, the gap of the prior rewards.
 
     For DPO: -log sigma(beta u_w - delta_r beta u_l). It adds no hyperparameter, and at delta_r = 1 it is its base. The
-    rewards of the data must lie in [0, 1] (the output of a raw reward model goes through a sigmoid first). Scores,
-    and so accuracy and margin, are the base's, unscaled.
+    rewards of the data must lie in [0, 1] (the output of a raw reward model goes through a sigmoid first). Scores, and
+    so accuracy and margin, are the base's, unscaled.
+
+    The paper has delta_r in [0, 1] too. Where the rewards contradict the label, delta_r < 0, and the loss falls as the
+    *rejected* completion becomes more likely: both completions are raised, and nothing is preferred. Nothing is clamped
+    here; such pairs are a defect of the data, which its policy counts and drops before.
     """
 
     equation = "the base's loss with Δr = r_w − r_l times its rejected term"

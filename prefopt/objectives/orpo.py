@@ -23,7 +23,7 @@ class ORPO(Pairwise):
 
     odds_weight: float
     nll_weight: float = field(default=1.0, kw_only=True)
-    nll_reduction: str = field(default="token_mean", kw_only=True)
+    nll_per: str = field(default="own_token", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,13 @@ from prefopt.objectives.base import PairInputs, Pairwise
 class RRHF(Pairwise):
     """loss = max(0, s_l - s_w) - nll_weight lp_w,  s = lp / n;  no reference, no margin, no beta.
 
-    The ranking term is zero as soon as the chosen completion scores higher. Scores are s.
+    The ranking term is zero as soon as the chosen completion scores higher. The likelihood term is the paper's, the sum
+    over the chosen completion (`nll_per=pair`). The authors' code (github.com/GanjinZero/RRHF) takes a mean over
+    tokens, `nll_per=own_token` here; theirs divides by the length of the padded row with its prompt.
+
+    The paper ranks n candidates of a prompt; a pair has two. With `dataset.format.pairing=all` every two responses of a
+    prompt become a pair. The ranking terms are then the paper's, each pair by itself, but the likelihood term counts
+    the better response of every pair, and not the best one alone. Scores are s.
     """
 
     equation = "max(0, lp_l/n_l − lp_w/n_w) − lp_w"

@@ -24,7 +24,7 @@ from prefopt.objectives.base import apply_objective
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
-from prefopt.training.step import forward_pairs, step_inputs
+from prefopt.training.step import count_step, forward_pairs, step_inputs
 from prefopt.training.step0 import check_step0
 from prefopt.utils.console import progress
 from prefopt.utils.distributed import on_main_process
@@ -105,12 +105,13 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     """
     objective = train_state.objective
     micro_batches = train_state.micro_batches(pairs)
+    total = count_step(micro_batches)
     # Log-ratios are metrics also of objectives that do not read the reference.
     has_reference = train_state.reference is not None and objective.completions == SIDES
     show = train_state.config.logger.progress
     with explain_oom(train_state, f"evaluation after step {step}", micro_batches):
         inputs = [
-            forward_pairs(train_state, micro_batch, reference=has_reference)
+            forward_pairs(train_state, micro_batch, total, reference=has_reference)
             for micro_batch in progress(micro_batches, "held-out pairs", show)
         ]
     if objective.scope == "step":

@@ -67,6 +67,11 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
+    if "mismatched" in objective.needs and config.batch_size < 2:
+        raise UserError(
+            f"objective {objective.name} takes the completions of another pair of the step, and batch_size=1 has none: "
+            "take more pairs, or reference_point=own below the objective."
+        )
     check_optimizer(config.optimizer)
     check_engine(config.engine, config.device)
     check_logger(config.logger)
@@ -187,7 +192,14 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     from prefopt.data.cache import tokenizer_digest
     from prefopt.models.load import weights_digest
-    from prefopt.training.build import build_data, build_engine, build_layout, build_policy, build_reference
+    from prefopt.training.build import (
+        build_data,
+        build_engine,
+        build_layout,
+        build_policy,
+        build_reference,
+        build_router_loss,
+    )
     from prefopt.training.checkpoint import check_space, run_bytes
     from prefopt.training.export import PolicyExporter
     from prefopt.training.loop import train_loop
@@ -203,6 +215,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     # Once more, since other code, or another version of transformers, may read the same files differently.
     loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
     run.refuse_changed_model(loaded)
+    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
+    if is_main_process():
+        exporter.check()
     layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
@@ -213,10 +228,10 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     with main_process_first():  # one process fills the cache of the reference, the others read it
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
     engine = build_engine(config, policy)
+    router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
 
-    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     train_state = TrainState(
         config=config,
         run=run,
@@ -231,6 +246,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         oracle=plan.oracle,
         layout=layout,
         export=exporter,
+        router_loss=router_loss,
     )
     evaluations = train_loop(train_state)
 

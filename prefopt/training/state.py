@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.collate import LAYOUTS, Batch, Layout
 from prefopt.data.formats import Message
+from prefopt.data.mismatch import with_mismatched
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Reference
+from prefopt.models.router import RouterLoss
 from prefopt.objectives.base import Objective
 from prefopt.rewards.oracle import Oracle
 from prefopt.tracking.run import Run
@@ -28,7 +30,8 @@ class TrainState:
     """Everything one run needs.
 
     `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
-    it is into a folder, and `objective_state` is what the objective carries from step to step.
+    it is into a folder, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
+    what the objective carries from step to step.
     """
 
     config: TrainConfig
@@ -44,6 +47,7 @@ class TrainState:
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
     export: Callable[[Path], Any] | None = None
+    router_loss: RouterLoss | None = None
     objective_state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class TrainState:
         too few pairs gets micro-batches without pairs.
         """
         indices = step_indices(len(self.train_pairs), self.config.seed, step, self.config.batch_size)
-        parts = self.split_micro_batches([self.train_pairs[i] for i in indices])
+        parts = self.split_micro_batches(self.complete([self.train_pairs[i] for i in indices]))
         n = world_size()
         if n == 1:
             return self.collate(parts)
@@ -79,21 +83,32 @@ class TrainState:
 
     def micro_batches(self, pairs: Sequence[TokenizedPair]) -> list["MicroBatch"]:
         """`pairs` as the micro-batches that are computed at a time, collated on the CPU; a function of `pairs`."""
-        return self.collate(self.split_micro_batches(pairs))
+        return self.collate(self.split_micro_batches(self.complete(pairs)))
+
+    def complete(self, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
+        """All pairs of a step, with mismatched completions where the objective needs them."""
+        return with_mismatched(pairs) if "mismatched" in self.objective.needs else pairs
 
     def split_micro_batches(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
         size = self.objective.micro_batch_size if self.objective.scope == "micro_batch" else None
         return self.layout.micro_batches(pairs, self.config.micro_batch_tokens, size, self.objective.completions)
 
     def collate(self, parts: Sequence[list[TokenizedPair]]) -> list["MicroBatch"]:
+        mismatched = [[pair.mismatched for pair in part if pair.mismatched] for part in parts]
+        # Another prompt's completions may be longer: these micro-batches keep to `micro_batch_tokens` by themselves.
+        extra = [self.collate(self.split_micro_batches(pairs)) if pairs else [] for pairs in mismatched]
         batches = [self.layout.collate(part, self.objective.completions) for part in parts]
         if self.engine.device.type == "cuda":  # pinned memory is copied to the GPU while it computes
             batches = [batch.pin() for batch in batches]
-        return [MicroBatch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        return [MicroBatch(*values) for values in zip(parts, batches, extra, strict=True)]
 
 
 class MicroBatch(NamedTuple):
-    """Pairs and their collated batch. Without `pairs` the batch holds a stand-in, whose gradient must count nothing."""
+    """Pairs and their collated batch. Without `pairs` the batch holds a stand-in, whose gradient must count nothing.
+
+    `mismatched` holds the pairs' mismatched completions, where the objective needs them, in an order of its own.
+    """
 
     pairs: list[TokenizedPair]
     batch: Batch
+    mismatched: "Sequence[MicroBatch]" = ()

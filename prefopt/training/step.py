@@ -2,17 +2,26 @@
 
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefopt.data.collate import Batch
+from prefopt.models.dropout import seed_pairs, without_dropout
 from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
-from prefopt.models.lora import seed_dropout, train_mode
-from prefopt.objectives.base import DIFFERENTIABLE, ObjectiveOutput, PairInputs, apply_objective, concatenate
+from prefopt.models.lora import train_mode
+from prefopt.objectives.base import (
+    DIFFERENTIABLE,
+    Objective,
+    ObjectiveOutput,
+    PairInputs,
+    apply_objective,
+    concatenate,
+)
 from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
 from prefopt.training.state import MicroBatch, TrainState
@@ -42,6 +51,8 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     if world_size() > 1:
         gradient_norm = gradient_norm.cpu()  # where the gathered outputs are
     metrics = step_metrics(train_state.objective, scored, gradient_norm=gradient_norm)
+    if train_state.router_loss:
+        metrics["router_aux_loss"] = sum(all_gather_object(float(train_state.router_loss.total)))
     lr = config.optimizer.lr * train_state.schedule(step, config.total_steps)
 
     bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
@@ -93,72 +104,108 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
     gradient does not depend on the micro-batches unless `objective.scope` is "micro_batch".
     """
     objective = train_state.objective
-    pairs = [pair for micro_batch in micro_batches for pair in micro_batch.pairs]
-    by_token = objective.normalize_by == "chosen_token"
-    denominator = sum(pair.num_loss_tokens for pair in pairs) if by_token else len(pairs)
-    denominator = sum(all_gather_object(denominator))
+    counts = [StepCounts(*share) for share in all_gather_object(tuple(count_step(micro_batches)))]
+    total = StepCounts(sum(share.pairs for share in counts), sum(share.chosen_tokens for share in counts))
+
+    if train_state.router_loss:
+        train_state.router_loss.total = 0.0
 
     sees_whole_step = len(micro_batches) == 1 and world_size() == 1
     if objective.scope == "step" and not sees_whole_step:
-        return two_passes(train_state, step, micro_batches, denominator)
-    return single_pass(train_state, step, micro_batches, denominator)
+        return two_passes(train_state, step, micro_batches, total)
+    return single_pass(train_state, step, micro_batches, total)
 
 
-def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], denominator: int) -> Scored:
+class StepCounts(NamedTuple):
+    """What a step's means are taken over, in all micro-batches of all processes."""
+
+    pairs: int
+    chosen_tokens: int
+
+    def denominator(self, objective: Objective) -> int:
+        """What the sum of the losses is divided by."""
+        return self.chosen_tokens if objective.normalize_by == "chosen_token" else self.pairs
+
+
+def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
+    """The counts of these micro-batches."""
+    pairs = [pair for micro_batch in micro_batches for pair in micro_batch.pairs]
+    return StepCounts(len(pairs), sum(pair.num_loss_tokens for pair in pairs))
+
+
+def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], total: StepCounts) -> Scored:
     """Forward, objective, backward of one micro-batch after the other: the step's loss is the sum of their losses."""
     scored: Scored = []
-    for i, micro_batch in enumerate(micro_batches):
-        seed_dropout(train_state.config.seed, step, i, rank())
+    tokens = step_tokens(micro_batches)
+    for micro_batch in micro_batches:
+        seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
-        inputs = forward_pairs(train_state, micro_batch)
+        inputs = forward_pairs(train_state, micro_batch, total)
         if train_state.objective.scope == "step":
             inputs = step_inputs(train_state, step, [inputs])
         output = apply_objective(train_state.objective, inputs)
-        loss = output.losses.sum() / denominator
+        loss = output.losses.sum() / total.denominator(train_state.objective)
+        if train_state.router_loss:
+            loss = loss + train_state.router_loss(micro_batch.batch, tokens)
         train_state.engine.backward(loss)
         # Detached: the graph would keep the model's activations.
         scored.append((inputs.map(Tensor.detach), output))
     return scored
 
 
-def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], denominator: int) -> Scored:
+def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], total: StepCounts) -> Scored:
     """The gradient of an objective over the whole step, which cannot be computed one micro-batch at a time.
 
     By the chain rule it is (loss by log-probs) x (log-probs by weights). The first pass collects the `(B,)` log-probs
     of all pairs without a graph, and the objective is differentiated by them. The second pass backpropagates
     sum(gradient * log-prob), one micro-batch at a time. Both passes draw the same dropout.
     """
-    config, objective, engine = train_state.config, train_state.objective, train_state.engine
+    objective, engine = train_state.objective, train_state.engine
 
     parts = []
     with torch.no_grad():
-        for i, micro_batch in enumerate(micro_batches):
-            seed_dropout(config.seed, step, i, rank())
+        for micro_batch in micro_batches:
+            seed_dropout(train_state, step, micro_batch)
             if micro_batch.pairs:
-                parts.append(forward_pairs(train_state, micro_batch))
+                parts.append(forward_pairs(train_state, micro_batch, total))
         inputs = step_inputs(train_state, step, all_gather_pairs(train_state, parts))
 
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
     output = apply_objective(objective, inputs)
-    step_loss = output.losses.sum() / denominator
+    step_loss = output.losses.sum() / total.denominator(objective)
     by_logps = torch.autograd.grad(step_loss, list(leaves.values()), allow_unused=True)
     share = slice(rank(), None, world_size())  # this process's pairs; see `all_gather_pairs`
     gradients = {name: g[share] for name, g in zip(leaves, by_logps, strict=True) if g is not None}
 
-    start = 0
-    for i, micro_batch in enumerate(micro_batches):
-        seed_dropout(config.seed, step, i, rank())
+    start, tokens = 0, step_tokens(micro_batches)
+    for micro_batch in micro_batches:
+        seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
         tensors = forward_policy(train_state, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         loss = torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum()
+        if train_state.router_loss:
+            loss = loss + train_state.router_loss(micro_batch.batch, tokens)
         engine.backward(loss)
         start = part.stop
     return [(inputs, output)]
+
+
+def step_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """The tokens in the rows of a step, of all processes, without padding."""
+    return sum(all_gather_object(sum(m.batch.tokens for m in micro_batches if m.pairs)))
+
+
+def seed_dropout(train_state: TrainState, step: int, micro_batch: MicroBatch) -> None:
+    """Make the adapter's dropout in the next passes over `micro_batch` a function of seed, step and pair. A resumed run
+    so draws the dropout that it would have drawn, and the two passes over a micro-batch draw the same."""
+    ids = [zlib.crc32(pair.id.encode()) for pair in micro_batch.pairs] or [0]
+    seeds = [mix_seed(train_state.config.seed, step, number) for number in ids]
+    seed_pairs(train_state.engine.policy, seeds, micro_batch.batch)
 
 
 def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:
@@ -191,8 +238,11 @@ def step_inputs(train_state: TrainState, step: int, parts: Sequence[PairInputs])
     return replace(inputs, noise=noise, state=train_state.objective_state)
 
 
-def forward_pairs(train_state: TrainState, micro_batch: MicroBatch, reference: bool = False) -> PairInputs:
-    """Score B pairs with the policy, and with the reference where the objective needs it or `reference` asks for it."""
+def forward_pairs(
+    train_state: TrainState, micro_batch: MicroBatch, total: StepCounts, reference: bool = False
+) -> PairInputs:
+    """Score B pairs with the policy, and with the reference where the objective needs it or `reference` asks for it.
+    `total` counts the pairs that are averaged, these among them."""
     needs = train_state.objective.needs
     batch = micro_batch.batch.to(train_state.engine.device)
     inputs = forward_policy(train_state, batch)
@@ -202,11 +252,33 @@ def forward_pairs(train_state: TrainState, micro_batch: MicroBatch, reference: b
             train_state, "reference_{}_logps", train_state.reference.logps(micro_batch.pairs, batch)
         )
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths)
+    inputs["mean_chosen_length"] = torch.full_like(inputs["chosen_lengths"], total.chosen_tokens / total.pairs)
     if "rewards" in needs:
         for side in train_state.objective.completions:
             rewards = torch.tensor([getattr(p, f"{side}_reward") for p in micro_batch.pairs], dtype=torch.float32)
             inputs[f"{side}_rewards"] = rewards.to(batch.lengths.device, non_blocking=True)
+    if "mismatched" in needs:
+        inputs |= split_completions(
+            train_state, "mismatched_{}_logratios", mismatched_logratios(train_state, micro_batch)
+        )
     return PairInputs(**inputs)
+
+
+@torch.no_grad()
+def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Tensor:
+    """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones. They measure how
+    far the policy is from the reference, so an adapter's dropout is off."""
+    assert train_state.reference is not None
+    parts: list[Tensor] = []
+    order: dict[int, int] = {}
+    for pairs, batch, _ in micro_batch.mismatched:
+        batch = batch.to(train_state.engine.device)
+        with without_dropout(train_state.engine.policy):
+            policy = train_state.score(train_state.engine.policy, batch).sums
+        parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
+        order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
+    places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
+    return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
 
 
 def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:

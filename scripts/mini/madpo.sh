@@ -3,7 +3,8 @@
 # rates at one seed of the high quality, and with the best one at two other seeds of all qualities. Of MADPO itself also the
 # sensitivity to c_max and tau, and amplification and damping each by itself.
 . "$(dirname "$0")/../common.sh"
-methods=madpo,beta_dpo,dpo,ipo
+methods=madpo,dpo,ipo
+beta_dpo=(objective.margin_of=reward) # as in the paper's experiment
 runs=runs/mini/madpo
 results=results/mini/madpo
 
@@ -15,8 +16,11 @@ rows=$runs/rows.jsonl
 }
 score_sentiment $runs $rows
 one=(+sweep=mini/madpo dataset.format.quality=high)
-sweep train "${one[@]}" "runs_dir=$runs/tuning" seed=100 optimizer.lr=5e-5,1e-4,2e-4 "objective=$methods"
+tuning=("runs_dir=$runs/tuning" seed=100 optimizer.lr=5e-5,1e-4,2e-4)
+sweep train "${one[@]}" "${tuning[@]}" "objective=$methods"
+sweep train "${one[@]}" "${tuning[@]}" objective=beta_dpo "${beta_dpo[@]}"
 train_best $methods $runs/tuning +sweep=mini/madpo
+train_best beta_dpo $runs/tuning +sweep=mini/madpo "${beta_dpo[@]}"
 one+=(objective=madpo "optimizer.lr=$(best $runs/tuning madpo optimizer.lr)" "runs_dir=$runs/variants" seed=0)
 sweep train "${one[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
 sweep train "${one[@]}" objective.only=amplification,damping

@@ -6,7 +6,7 @@ runs=runs/paper/madpo
 results=results/paper/madpo
 
 score_sentiment $runs package://prefopt/data/sentiment_offline.jsonl.gz precision=bfloat16
-for name in methods sensitivity ablation; do
+for name in methods methods_beta_dpo sensitivity ablation; do
     sweep train +sweep=madpo/$name
 done
 [[ -n $dry ]] && exit

@@ -5,14 +5,16 @@
 # engine=zero2 and GPUs. MODELS (with spaces) is what to do.
 . "$(dirname "$0")/../common.sh"
 runs=runs/paper/mappo
-prompts=HuggingFaceH4/ultrafeedback_binarized
+prompts=HuggingFaceH4/ultrafeedback_binarized # with held-out ones
+online_prompts=RLHFlow/UltraFeedback-preference-standard # the paper's; its rows repeat the prompts, which are taken once
 reward_model=sfairXC/FsfairX-LLaMA3-RM-v0.1
 plugin=Qwen/Qwen2.5-7B-Instruct # where MaPPO is a plug-in for the other methods too
 models=(Qwen/Qwen2.5-{1.5B,3B,7B,14B,32B}-Instruct mistralai/Mistral-7B-Instruct-v0.3 meta-llama/Meta-Llama-3-8B-Instruct)
 [[ -z ${MODELS:-} ]] || read -ra models <<< "$MODELS"
 
 online=(env -u HF_HUB_OFFLINE "$python" -m prefopt.prefetch) # needs network; what is here already is left
-unless_dry "${online[@]}" model=hub "model.path=$reward_model" dataset=ultrafeedback_binarized tasks=mappo alpaca=true
+unless_dry "${online[@]}" model=hub "model.path=$reward_model" dataset=ultrafeedback_binarized "also=[$online_prompts]" \
+    tasks=mappo alpaca=true
 for model in "${models[@]}"; do
     unless_dry "${online[@]}" model=hub "model.path=$model" dataset=ultrafeedback_binarized
     for split in train_prefs test_prefs; do
@@ -30,11 +32,12 @@ for model in "${models[@]}"; do
         sweep train "+sweep=mappo/offline_$method" "model.path=$model" "${data[@]}"
     done
     for method in dpo mappo; do # in one process each
-        unless_dry sweep online "+sweep=mappo/online_$method" "model.path=$model" "prompts=$prompts"
+        unless_dry sweep online "+sweep=mappo/online_$method" "model.path=$model" "prompts=$online_prompts"
     done
 done
 [[ -n $dry ]] && exit
 
 sweep harness "run=$(runs_in $runs)" checkpoints=initial,final tasks=mappo
-sweep alpaca "run=$(runs_in $runs)" baseline=gpt4_turbo "judge=${JUDGE:-gpt4o_mini}" # the paper does not name its judge
+# The paper's judge is GPT-4 Turbo (Preview-1106): JUDGE=gpt4_turbo, where the vendor still has it.
+sweep alpaca "run=$(runs_in $runs)" baseline=gpt4_turbo "judge=${JUDGE:-gpt4o_mini}"
 prefopt papers paper=mappo runs_dir=$runs output=results/paper/mappo

@@ -19,18 +19,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
-from prefopt.data.dataset import load_split
+from prefopt.data.dataset import CANNOT_BE_KEPT, load_split
 from prefopt.data.formats import (
     Chat,
     Chats,
+    Completions,
     Dropped,
     Format,
     ImplicitPrompt,
+    Labelled,
+    LabelledCompletions,
     NoisyPreferences,
     Pair,
     Pairs,
+    ScoredCompletions,
     ScoredResponses,
     Transcripts,
+    TwoResponses,
     role_problem,
 )
 from prefopt.data.sources import SUFFIXES, read_rows, write_rows
@@ -52,7 +57,8 @@ TURNS = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_si
 TEXT = st.text("ab \n", max_size=8) | st.just("\n\nHuman: a\n\nAssistant: b")
 FIELDS = [
     "prompt", "chosen", "rejected", "messages", "system", "id", "chosen_reward", "rejected_reward", "responses",
-    "rewards", "finished", "rewards_high", "split",
+    "rewards", "finished", "rewards_high", "split", "instruction", "input", "history", "tools", "completion", "label",
+    "response_1", "response_2", "completions",
 ]  # fmt: skip
 NUMBERS = st.lists(st.floats() | st.integers() | JSON, max_size=6)
 ROW = st.dictionaries(
@@ -62,12 +68,16 @@ ROW = st.dictionaries(
 NEARLY = st.fixed_dictionaries(
     {"prompt": TEXT | TURNS, "chosen": TEXT | TURNS, "rejected": TEXT | TURNS, "messages": TURNS,
      "responses": st.lists(st.text(max_size=4), min_size=4, max_size=4),
-     "rewards": st.lists(st.floats() | st.integers(), min_size=4, max_size=4)},
-    optional={"rewards_high": NUMBERS, "finished": st.lists(st.booleans() | JSON, max_size=4), "chosen_reward": JSON},
+     "rewards": st.lists(st.floats() | st.integers(), min_size=4, max_size=4),
+     "completion": TEXT | TURNS, "response_1": TEXT | TURNS, "response_2": TEXT | TURNS, "label": st.integers(0, 2),
+     "completions": st.lists(st.fixed_dictionaries({"response": TEXT, "overall_score": st.floats()}), max_size=3)},
+    optional={"rewards_high": NUMBERS, "tools": JSON, "system": TEXT,
+              "finished": st.lists(st.booleans() | JSON, max_size=4), "chosen_reward": JSON},
 )  # fmt: skip
 FORMATS: list[Format] = [
     Pairs(), ImplicitPrompt(), Transcripts(), ScoredResponses(), ScoredResponses("best_random"), ScoredResponses("all"),
-    NoisyPreferences("high"), NoisyPreferences("low"), Chats(),
+    NoisyPreferences("high"), NoisyPreferences("low"), Chats(), Completions(), LabelledCompletions(), TwoResponses(),
+    ScoredCompletions(),
 ]  # fmt: skip
 
 
@@ -95,12 +105,14 @@ def check_item(item: object) -> None:
         assert item.chosen_finished in (True, False)
         for reward in (item.chosen_reward, item.rejected_reward):
             assert reward is None or (isinstance(reward, float) and math.isfinite(reward))
+    elif isinstance(item, Labelled):
+        assert is_chat([*item.prompt, item.completion])
     elif isinstance(item, Chat):
         assert is_chat(item.messages)
         assert role_problem(item.messages[:-1], item.messages[-1]["role"]) is None
     else:
         assert isinstance(item, Dropped)
-        assert item.reason in ("wrong_roles", "sides_part_early", "no_preference")
+        assert item.reason in (*CANNOT_BE_KEPT, "bad_reward")
 
 
 @pytest.mark.parametrize("format_", FORMATS, ids=repr)
@@ -118,7 +130,7 @@ def check_item(item: object) -> None:
 def test_a_format_gives_items_or_says_what_is_wrong(format_, row):
     made, refusal = attempt(lambda: format_(row), KeyError, ValueError)
     if refusal is not None:
-        assert any(name in refusal for name in (*FIELDS, "response", "transcript"))
+        assert any(name in refusal for name in (*FIELDS, "response", "transcript", "tool_calls"))
         return
     for item in made if isinstance(made, list) else [made]:
         check_item(item)

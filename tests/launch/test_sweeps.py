@@ -174,13 +174,16 @@ def test_mappos_online_runs(name):
     config = parse(cfg, OnlineConfig)
     check_online(config)
     assert (config.stages, config.samples_per_prompt, config.stage_sampling.temperature) == (3, 8, 1.0)
+    assert (config.stage_reference, config.epochs) == ("previous", 2)
     assert (config.batch_size, config.optimizer.lr, config.schedule["warmup"]) == (128, 5e-7, 100)
     assert build(config.objective, Objective, "objective").name == name.partition("_")[2].replace("mappo", "mappo_dpo")
 
 
 def test_madpos_runs_are_its_settings():
     methods = {row["method"].replace("-", "_") for row in table("madpo_table_1")}
-    configs = [run.record for run in jobs("madpo/methods")]
+    beta_dpo = [run.record for run in jobs("madpo/methods_beta_dpo")]
+    assert {r["config"]["objective"]["margin_of"] for r in beta_dpo} == {"reward"}
+    configs = [run.record for run in jobs("madpo/methods")] + beta_dpo
     assert {r["objective"] for r in configs} == methods
     assert len(configs) == 4 * 3 * 3
     ablation = [run.record for run in jobs("madpo/ablation")]

@@ -178,3 +178,20 @@ def test_a_grid_pays_for_its_reference_once_and_modes_agree(overrides, tiny_fold
             for mode in ("cached", "resident"))  # fmt: skip
     assert a["final_weights"] == b["final_weights"]
     assert a["evaluations"] == b["evaluations"]
+
+
+def test_the_cache_holds_ktos_mismatched_completions(overrides, tmp_path):
+    """Of two epochs, whose steps hold other pairs together, and of the held-out pairs."""
+    environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    common = [*overrides(tmp_path / "runs"), "steps=6", "objective=kto"]
+    cached = run_program(*common, env=environment)
+    assert cached.returncode == 0, cached.stderr
+    # 18 pairs; 6 held-out ones and 24 of steps with other completions, of which two come together in both epochs.
+    assert "reference: 0 of 46 pairs from the cache, 46 computed" in cached.stderr
+    resident = run_program(*common, "reference=resident", env=environment)
+    assert resident.returncode == 0, resident.stderr
+    a, b = records(tmp_path / "runs")
+    assert a["config"]["reference"] != b["config"]["reference"]
+    assert a["final_weights"] == b["final_weights"]
+    assert a["evaluations"] == b["evaluations"]
+    assert a["evaluations"][-1]["kto/reference_point"] >= 0

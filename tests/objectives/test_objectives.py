@@ -26,6 +26,7 @@ from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.margin_matching import MarginMatching
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.orpo import ORPO
+from prefopt.objectives.reward import Reward
 from prefopt.objectives.robust_dpo import RobustDPO
 from prefopt.objectives.rrhf import RRHF
 from prefopt.objectives.sft import SFT
@@ -39,8 +40,11 @@ VARIANTS = {
     "dpo-smoothed": DPO(0.3, label_smoothing=0.1),
     "dpo-nll": DPO(0.3, nll_weight=0.1),
     "simpo-sums": SimPO(2.0, 0.5, length_normalize=False),
-    "simpo-nll": SimPO(2.0, 0.5, nll_weight=0.1, nll_reduction="token_mean"),
+    "simpo-nll": SimPO(2.0, 0.5, nll_weight=0.1, nll_per="own_token"),
+    "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
     "ipo-means": IPO(0.1, length_normalize=True),
+    "reward-soft": Reward("soft", 2.2),
+    "rrhf-own_token": RRHF(nll_per="own_token"),
     "mmpo-length": MMPO(0.1, length_normalize=True),
     "mmpo-entropy": MMPO(0.1, entropy_bonus=True),
     "mmpo-entropy-length": MMPO(0.1, entropy_bonus=True, length_normalize=True),
@@ -49,7 +53,9 @@ VARIANTS = {
     "mmpo-raw": MMPO(0.1, normalization="none"),
     "f_dpo-forward": FDPO(0.1, "forward_kl"),
     "f_dpo-alpha": FDPO(0.1, "alpha", 0.5),
+    "kto-own": KTO(0.1, reference_point="own"),
     "mappo-simpo": MaPPO(SimPO(2.0, 0.5)),
+    "beta_dpo-reward": BetaDPO(0.1, "reward"),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
 } | {f"gpo-{function}": GPO(0.1, function) for function in FUNCTIONS}
 OBJECTIVES = {name: objective for name, (objective, _) in DEFAULTS.items()} | VARIANTS
@@ -66,8 +72,9 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
     def draw() -> torch.Tensor:
         return -scale * torch.rand(n, generator=generator, dtype=torch.float64)
 
-    needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise"})
+    needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise", "mismatched"})
     values = {"chosen_lengths": torch.arange(1, n + 1).double(), "rejected_lengths": torch.arange(n, 0, -1).double()}
+    values["mean_chosen_length"] = values["chosen_lengths"].mean().expand(n)
     logps = [draw() for _ in range(4)]
     if objective is not None and objective.model_kind == "reward_model":
         values |= {"policy_chosen_rewards": logps[0], "policy_rejected_rewards": logps[1]}
@@ -79,6 +86,8 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         values |= {"chosen_rewards": -draw() / scale, "rejected_rewards": -draw() / scale}
     if "entropies" in needs:
         values |= {"chosen_entropies": -draw(), "rejected_entropies": -draw()}
+    if "mismatched" in needs:
+        values |= {"mismatched_chosen_logratios": -draw(), "mismatched_rejected_logratios": -draw() / 2}
     if "noise" in needs:
         values |= {"noise": -draw() / scale}
     state = objective.initial_state() if objective else {"mean": torch.tensor(0.5), "scale": torch.tensor(2.0)}
@@ -93,6 +102,8 @@ def swapped(x: PairInputs) -> PairInputs:
     other = {"chosen": "rejected", "rejected": "chosen"}
 
     def mirror(name: str) -> str:
+        if name == "mean_chosen_length":  # in `inputs` the same on both sides
+            return name
         return "_".join(other.get(part, part) for part in name.split("_"))
 
     return PairInputs(**{mirror(name): value for name, value in x.tensors().items()}, state=x.state)
@@ -164,7 +175,9 @@ def test_a_pair_scope_loss_does_not_look_at_other_pairs(objective):
 @every
 def test_needs_are_exactly_what_is_read(objective):
     """It works without what it does not declare (`inputs` leaves that out), and not without what it declares."""
-    needed = {"reference": "reference_", "rewards": "_rewards", "entropies": "_entropies", "noise": "noise"}
+    needed = {"reference": "reference_", "rewards": "_rewards", "entropies": "_entropies", "noise": "noise"} | {
+        "mismatched": "mismatched_"
+    }
     x = inputs(objective)
     assert objective(x).losses.isfinite().all()
     for need in objective.needs:
@@ -200,6 +213,8 @@ def test_step0_loss_is_what_equal_policy_and_reference_give(objective):
         x = dataclasses.replace(
             x, reference_chosen_logps=x.policy_chosen_logps, reference_rejected_logps=x.policy_rejected_logps
         )
+    zeros = {name: torch.zeros(4).double() for name in x.tensors() if name.startswith("mismatched")}
+    x = dataclasses.replace(x, **zeros)
     losses = objective(x).losses
     if objective.step0_loss is None:
         # Not left out by mistake: losses differ between pairs, or are no constant between steps.
@@ -247,11 +262,13 @@ def test_log_ratios_are_all_that_counts_where_there_is_a_reference(objective):
 
 # Only the difference of the two sides counts: a constant on both (a prompt's partition function) cancels. Not so in:
 SHIFT_SENSITIVE = {
-    *("dpo-nll", "simpo", "simpo-nll", "ipo-means", "cpo", "f_dpo", "f_dpo-forward", "f_dpo-alpha", "cal_dpo", "lmpo"),
-    *("sppo", "orpo", "kto", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
+    *("dpo-nll", "simpo", "simpo-nll", "ipo-means", "cpo", "cpo-chosen_token", "f_dpo", "f_dpo-forward"),
+    *("f_dpo-alpha", "cal_dpo", "lmpo"),
+    *("sppo", "orpo", "kto", "kto-own", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
 }
 SHIFT_INVARIANT = {
-    *("dpo", "dpo-smoothed", "beta_dpo", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo", "simpo-sums"),
+    *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo"),
+    "simpo-sums",
     *(f"gpo-{function}" for function in FUNCTIONS),
 }
 
@@ -282,9 +299,12 @@ def test_mappo_at_a_gap_of_1_is_its_base_bit_for_bit(objective):
 def test_the_nll_term_is_what_it_says(objective):
     x = inputs(objective)
     without = dataclasses.replace(objective, nll_weight=0.0)(x).losses
-    for reduction, tokens in (("sum", 1), ("token_mean", x.chosen_lengths)):
-        losses = dataclasses.replace(objective, nll_weight=0.7, nll_reduction=reduction)(x).losses
+    for per, tokens in (("pair", 1), ("own_token", x.chosen_lengths)):
+        losses = dataclasses.replace(objective, nll_weight=0.7, nll_per=per)(x).losses
         assert torch.allclose(losses - without, -0.7 * x.policy_chosen_logps / tokens)
+    losses = dataclasses.replace(objective, nll_weight=0.7, nll_per="chosen_token")(x).losses
+    mean_over_tokens = -x.policy_chosen_logps.sum() / (1 + 2 + 3 + 4)  # the lengths
+    assert torch.allclose((losses - without).mean(), 0.7 * mean_over_tokens)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -320,7 +340,7 @@ def test_the_listing_names_everything():
     assert set(listed) == set(DEFAULTS) == {config.stem for config in CONFIGS}
     assert listed["mappo"][2:5] == ("reference, rewards", "pair", "base=DPO")
     assert listed["madpo"][4].startswith("beta=0.1, c_max=2, c_min=null")
-    assert listed["cpo"][4] == "beta=0.1, nll_weight=0.2, nll_reduction=sum"
+    assert listed["cpo"][4] == "beta=0.1, nll_weight=0.2, nll_per=pair"
     assert markdown().count("\n") == len(listed) + 1
 
 
@@ -390,6 +410,12 @@ def margin_matching(p, beta, gamma):
     return -q * math.log(sigmoid(z)) - (1 - q) * math.log(sigmoid(-z))
 
 
+def soft_reward(p, gamma):
+    q = 1 / (1 + math.exp(-gamma * (p["chosen_rewards"] - p["rejected_rewards"])))  # the authors' chosen_probs
+    z = p["policy_chosen_rewards"] - p["policy_rejected_rewards"]
+    return -math.log(sigmoid(z)) * q - math.log(sigmoid(-z)) * (1.0 - q)
+
+
 def madpo(p, beta, c_max, c_min, decay, tau):
     h = p["chosen_rewards"] - p["rejected_rewards"]
     c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * math.exp(decay * (abs(h) - tau)))
@@ -418,8 +444,15 @@ FORMULAS = {
         ),
     ),
     "cpo-means": (
-        CPO(0.3, nll_weight=1.0, nll_reduction="token_mean"),
+        CPO(0.3, nll_weight=1.0, nll_per="own_token"),
         lambda p: -math.log(sigmoid(0.3 * (p["policy_chosen_logps"] - p["policy_rejected_logps"]))) - means(p)[0],
+    ),
+    "cpo-authors": (  # eight pairs of 1 to 8 tokens: 4.5 on average
+        CPO(0.3, nll_weight=1.0, nll_per="chosen_token"),
+        lambda p: (
+            -math.log(sigmoid(0.3 * (p["policy_chosen_logps"] - p["policy_rejected_logps"])))
+            - p["policy_chosen_logps"] / 4.5
+        ),
     ),
     "robust_dpo": (RobustDPO(0.3, 0.2), lambda p: (0.8 * dpo(p, 0.3) - 0.2 * dpo(p, -0.3)) / 0.6),
     "cal_dpo": (CalDPO(0.1), lambda p: cal_dpo(p, 0.1, 1.0)),
@@ -427,8 +460,14 @@ FORMULAS = {
     "sppo": (SPPO(0.1), lambda p: (ratios(p)[0] - 5) ** 2 + (ratios(p)[1] + 5) ** 2),
     "orpo": (ORPO(0.4), lambda p: orpo(p, 0.4)),
     "rrhf": (RRHF(), lambda p: max(0.0, means(p)[1] - means(p)[0]) - p["policy_chosen_logps"]),
+    "rrhf-authors": (
+        RRHF(nll_per="own_token"),
+        lambda p: max(0.0, means(p)[1] - means(p)[0]) - p["policy_chosen_logps"] / p["chosen_lengths"],
+    ),
     "margin_matching": (MarginMatching(0.3, 2.0), lambda p: margin_matching(p, 0.3, 2.0)),
     "madpo": (MADPO(0.3, 4.0, None, 0.7, 0.4), lambda p: madpo(p, 0.3, 4.0, 0.25, 0.7, 0.4)),
+    "reward": (Reward(), lambda p: -math.log(sigmoid(p["policy_chosen_rewards"] - p["policy_rejected_rewards"]))),
+    "reward-soft": (Reward("soft", 2.2), lambda p: soft_reward(p, 2.2)),
     "sft": (SFT(), lambda p: -p["policy_chosen_logps"]),
     "gpo-hinge": (GPO(0.3), lambda p: max(0.0, 1 - 0.3 * (ratios(p)[0] - ratios(p)[1]))),
     "gpo-squared": (GPO(0.3, "squared"), lambda p: (0.3 * (ratios(p)[0] - ratios(p)[1]) - 1) ** 2),
@@ -447,20 +486,28 @@ FORMULAS = {
 def test_closed_forms(name):
     objective, formula = FORMULAS[name]
     for seed in range(3):
-        x = inputs(n=8, seed=seed)
+        x = inputs(objective if objective.model_kind == "reward_model" else None, n=8, seed=seed)
         assert objective(x).losses.tolist() == pytest.approx(by_hand(formula, x), rel=1e-9)
 
 
 def test_kto_by_hand():
-    """The reference point is the mean log-ratio of all completions of the step, where that is positive."""
+    """The reference point is the mean log-ratio of the step's mismatched completions, or by name of the pairs' own,
+    where that is positive."""
     x = inputs()
     for shift in (20.0, -20.0):
         moved_x = moved(x, reference_chosen_logps=-shift, reference_rejected_logps=-shift)
+        moved_x = moved(moved_x, mismatched_chosen_logratios=shift + 3.0, mismatched_rejected_logratios=shift)
         u = [ratios(p) for p in pairs(moved_x)]
-        z = max(0.0, sum(a + b for a, b in u) / 8)
-        assert (z > 0) == (shift > 0)
-        expected = [(1.5 * (1 - sigmoid(0.3 * (u_w - z))) + 0.7 * (1 - sigmoid(0.3 * (z - u_l)))) / 2 for u_w, u_l in u]
-        assert KTO(0.3, 1.5, 0.7)(moved_x).losses.tolist() == pytest.approx(expected)
+        mismatched = [(p["mismatched_chosen_logratios"], p["mismatched_rejected_logratios"]) for p in pairs(moved_x)]
+        for name, of in (("mismatched", mismatched), ("own", u)):
+            z = max(0.0, sum(a + b for a, b in of) / 8)
+            assert (z > 0) == (shift > 0)
+            expected = [
+                (1.5 * (1 - sigmoid(0.3 * (u_w - z))) + 0.7 * (1 - sigmoid(0.3 * (z - u_l)))) / 2 for u_w, u_l in u
+            ]
+            output = KTO(0.3, 1.5, 0.7, name)(moved_x)
+            assert output.losses.tolist() == pytest.approx(expected)
+            assert output.diagnostics["reference_point"].item() == pytest.approx(z)
 
 
 def test_lmpo_by_hand():
@@ -527,24 +574,41 @@ def test_the_hinge_and_robust_losses_expect_what_they_claim():
 # --- beta-DPO -------------------------------------------------------------------------------------------------------
 
 
-def test_beta_dpo_by_hand():
+@pytest.mark.parametrize("margin_of", ["log_ratio", "reward"])
+def test_beta_dpo_by_hand(margin_of):
+    """`log_ratio` is the authors' function, `reward` that of MADPO's baseline. Which pairs are drawn is read from the
+    output; its probabilities have a test of their own."""
     x = inputs(n=5)
-    objective = BetaDPO(0.3)
-    gaps = [0.3 * (ratios(p)[0] - ratios(p)[1]) for p in pairs(x)]
-    mean = sum(gaps) / 5
-    scale = math.sqrt(sum((g - mean) ** 2 for g in gaps) / 4)
+    objective = BetaDPO(0.3, margin_of)
+    u = [ratios(p)[0] - ratios(p)[1] for p in pairs(x)]
+    margins = u if margin_of == "log_ratio" else [0.3 * d for d in u]
+    mean = sum(margins) / 5
+    scale = math.sqrt(sum((m - mean) ** 2 for m in margins) / 4)
     running_mean, running_scale = 0.9 * 0.5 + 0.1 * mean, 0.9 * 2.0 + 0.1 * scale
-    beta = max(1e-3, 0.3 * (1 + 0.6 * (mean - running_mean)))
     output = objective(x)
     kept = output.diagnostics["kept"]
     assert kept.sum() == 4
-    expected = [-math.log(sigmoid(beta / 0.3 * g)) * 5 / 4 if k else 0.0 for g, k in zip(gaps, kept, strict=True)]
+    if margin_of == "log_ratio":
+        mean = sum(m for m, k in zip(margins, kept, strict=True) if k) / 4
+    beta = max(1e-3, 0.3 * (1 + 0.6 * (mean - running_mean)))
+    expected = [-math.log(sigmoid(beta * d)) * 5 / 4 if k else 0.0 for d, k in zip(u, kept, strict=True)]
     assert output.losses.tolist() == pytest.approx(expected)
     assert output.diagnostics["beta_batch"].item() == pytest.approx(beta)
     assert output.state["mean"].item() == pytest.approx(running_mean)
     assert output.state["scale"].item() == pytest.approx(running_scale)
     # Reported with the base beta, whatever the batch's.
     assert torch.allclose(output.chosen_scores, 0.3 * x.chosen_logratios)
+
+
+def test_beta_dpos_two_margins_differ_by_alpha_over_beta():
+    """From a state that fits each of them, with all pairs kept: alpha on beta * u is beta * alpha on u."""
+    x = inputs()
+    state = {"mean": torch.tensor(0.2).double(), "scale": torch.tensor(2.0).double()}
+    of_ratio = BetaDPO(0.3, "log_ratio", alpha=0.03 * 0.3, keep=1.0)(dataclasses.replace(x, state=state))
+    scaled = {name: 0.3 * value for name, value in state.items()}
+    of_reward = BetaDPO(0.3, "reward", alpha=0.03, keep=1.0)(dataclasses.replace(x, state=scaled))
+    assert torch.allclose(of_ratio.losses, of_reward.losses)
+    assert of_ratio.diagnostics["beta_batch"].item() != pytest.approx(0.3, rel=1e-3)
 
 
 def test_beta_dpo_without_its_two_devices_is_dpo():
@@ -750,7 +814,20 @@ def test_mmpo_ablations():
     assert torch.allclose(bonus, 0.5 * (x.chosen_entropies / n_w + x.rejected_entropies / n_l) / 2)
 
 
+def test_soft_labels_of_a_wide_margin_are_hard_ones():
+    x = inputs(Reward("soft", 2.2))
+    wide = dataclasses.replace(x, chosen_rewards=x.chosen_rewards + 100)
+    assert torch.allclose(Reward("soft", 2.2)(wide).losses, Reward()(x).losses)
+    (gradient,) = torch.autograd.grad(Reward("soft", 2.2)(x).losses.sum(), x.policy_chosen_rewards)
+    z = x.policy_chosen_rewards - x.policy_rejected_rewards  # the loss is lowest where sigma(z) = p
+    assert torch.allclose(gradient, torch.sigmoid(z) - torch.sigmoid(2.2 * (x.chosen_rewards - x.rejected_rewards)))
+
+
 def test_needs_and_scope_follow_the_switches():
+    assert Reward().needs == set()
+    assert KTO(0.1).needs == {"reference", "mismatched"}
+    assert KTO(0.1, reference_point="own").needs == {"reference"}
+    assert Reward("soft", 2.2).needs == {"rewards"}
     assert MMPO(0.1).needs == {"reference"}
     assert MMPO(0.1, entropy_bonus=True).needs == {"reference", "entropies"}
     assert SimPO(2.0, 0.5).needs == set()
@@ -770,13 +847,14 @@ def test_derived_quantities():
         lambda: DPO(0.0),
         lambda: DPO(0.1, label_smoothing=0.5),
         lambda: DPO(0.1, nll_weight=-1.0),
-        lambda: DPO(0.1, nll_weight=1.0, nll_reduction="mean"),
+        lambda: DPO(0.1, nll_weight=1.0, nll_per="mean"),
         lambda: SimPO(-1.0, 0.5),
         lambda: IPO(0.0),
         lambda: CPO(0.0),
         lambda: MMPO(-0.1),
         lambda: MMPO(0.1, auxiliary_weight=-1.0),
         lambda: MMPO(0.1, normalization="batch"),
+        lambda: BetaDPO(0.1, margin_of="beta"),
         lambda: BetaDPO(0.1, keep=0.0),
         lambda: BetaDPO(0.1, momentum=1.0),
         lambda: MADPO(0.1, c_max=1.0),
@@ -793,7 +871,12 @@ def test_derived_quantities():
         lambda: SPPO(0.0),
         lambda: ORPO(0.0),
         lambda: KTO(0.1, desirable_weight=-1.0),
+        lambda: KTO(0.1, reference_point="batch"),
         lambda: RobustDPO(0.1, 0.5),
+        lambda: Reward("soft"),
+        lambda: Reward("soft", 0.0),
+        lambda: Reward("hard", 2.2),
+        lambda: Reward("margin"),
     ],
 )
 def test_values_without_meaning_are_refused(make):

@@ -37,6 +37,9 @@ class Data:
         self.ids = torch.randint(0, VOCABULARY, (2 * PAIRS, WIDTH), generator=generator)[rows]
         self.logits = torch.randn(2 * PAIRS, WIDTH, VOCABULARY, generator=generator)[rows].requires_grad_()
         self.reference = self.sums(torch.randn(2 * PAIRS, WIDTH, VOCABULARY, generator=generator)[rows])
+        # Of completions under other prompts, policy and reference: their log-probs are what KTO's trainer is given too.
+        self.mismatched = torch.randn(2 * PAIRS, generator=generator)[rows] - 10.0
+        self.mismatched_reference = torch.randn(2 * PAIRS, generator=generator)[rows] - 11.0
         self.scores = torch.randn(2 * PAIRS, generator=generator)[rows].requires_grad_()
 
     @property
@@ -56,6 +59,7 @@ class Data:
 def ours(objective: Objective, data: Data) -> torch.Tensor:
     chosen, rejected = data.sums(data.logits).chunk(2)
     values = {"chosen_lengths": data.lengths.float().chunk(2)[0], "rejected_lengths": data.lengths.float().chunk(2)[1]}
+    values["mean_chosen_length"] = values["chosen_lengths"].mean().expand(len(values["chosen_lengths"]))
     if objective.model_kind == "reward_model":
         values |= dict(zip(("policy_chosen_rewards", "policy_rejected_rewards"), data.scores.chunk(2), strict=True))
     else:
@@ -63,6 +67,9 @@ def ours(objective: Objective, data: Data) -> torch.Tensor:
     names = ("reference_chosen_logps", "reference_rejected_logps")
     if "reference" in objective.needs:
         values |= dict(zip(names, data.reference.chunk(2), strict=True))
+    if "mismatched" in objective.needs:
+        ratios = (data.mismatched - data.mismatched_reference).chunk(2)
+        values |= {"mismatched_chosen_logratios": ratios[0], "mismatched_rejected_logratios": ratios[1]}
     losses = objective(PairInputs(**values)).losses
     return losses.sum() / (values["chosen_lengths"].sum() if objective.normalize_by == "chosen_token" else len(losses))
 
@@ -127,10 +134,9 @@ def theirs(trainer: str, text: str, data: Data) -> torch.Tensor:
         batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return trl.DPOTrainer._compute_loss(stand_in, lambda **_: fused, batch, False)
     if trainer == "KTO":
-        policy = data.sums(data.logits).detach()
-        stand_in = trl_trainer(args, _compute_kl_logps=lambda model, batch: policy)
+        stand_in = trl_trainer(args, _compute_kl_logps=lambda model, batch: data.mismatched)
         labels = torch.tensor([True] * (len(data.ids) // 2) + [False] * (len(data.ids) // 2))
-        batch |= {"label": labels, "ref_logps": data.reference, "ref_KL_logps": data.reference}
+        batch |= {"label": labels, "ref_logps": data.reference, "ref_KL_logps": data.mismatched_reference}
         return trl.KTOTrainer._compute_loss(stand_in, lambda **_: fused, batch, False)
     if trainer == "Reward":
         scored = SimpleNamespace(logits=data.scores[:, None])

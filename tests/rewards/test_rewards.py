@@ -182,7 +182,7 @@ def test_scores_on_a_known_scale():
         ({"chosen": "x", "rejected": "y"}, "row 1 has no field 'prompt'"),
         ({"prompt": "Hi", "chosen": "x"}, "row 1 has no field 'rejected'"),
         ({"prompt": "Hi", "responses": []}, "responses must be a list of texts"),
-        ({"prompt": "Hi", "responses": ["x", 3]}, "'responses' must be a list of texts"),
+        ({"prompt": "Hi", "responses": ["x", 3]}, "'responses' must be text, is int"),
         ({"prompt": "Hi", "responses": ["x"], "finished": []}, "and finished, if there, as long"),
         ({"prompt": "Hi", "chosen": "x", "rejected": "y"}, "row 1 has no number 'score_chosen'"),
         ({"prompt": "Hi", "chosen": "x", "rejected": "y", "score_chosen": math.nan}, "must be a finite number"),
@@ -270,6 +270,11 @@ def test_from_a_reward_model_to_mappo_on_the_command_line(overrides, tiny_folder
     assert len(rows) == 12
     assert any(row["rejected_reward"] < 0 for row in rows)
     assert all(row["chosen_reward_01"] == pytest.approx(1 / (1 + math.exp(-row["chosen_reward"]))) for row in rows)
+    soft = ["objective=reward", "objective.labels=soft", "objective.gamma=2.2"]
+    taken = run_program(
+        *overrides(tmp_path / "soft"), *soft, f"dataset.train={scored}", "dataset.heldout=null", env=environment
+    )
+    assert taken.returncode == 0, taken.stderr
     mappo = [*overrides(tmp_path / "mappo"), "objective=mappo", f"dataset.train={scored}", "dataset.heldout=null"]
     refused = run_program(*mappo, env=environment)
     assert refused.returncode == 2

@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefopt.config.schema import OptimizerConfig
 from prefopt.data.collate import LAYOUTS
+from prefopt.data.mismatch import with_mismatched
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Resident, cached
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.kto import KTO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
 from prefopt.training.step import accumulate_gradients, train_step
@@ -43,8 +45,9 @@ def one_step(objective, tmp_path, layout: str, logits: str, mode: str, tokens: i
     if mode == "resident":
         train_state.reference = Resident.copy_of(policy, score)
     elif mode == "cached" and objective.completions == ("chosen", "rejected"):
+        pairs = [*train_state.train_pairs, *(p.mismatched for p in with_mismatched(train_state.train_pairs[:7]))]
         train_state.reference = cached(
-            policy, layout, train_state.train_pairs, train_state.layout, 200, score, lambda: policy, show=False
+            policy, layout, pairs, train_state.layout, 200, score, lambda: policy, show=False
         )
     with_adapter(train_state)
     if mode == "adapter_off":
@@ -65,6 +68,7 @@ OBJECTIVES = {
     "dpo": DPO(0.5),
     "beta_dpo": BetaDPO(0.5, nll_weight=0.1),
     "mmpo-entropy": MMPO(0.1, normalization="none", auxiliary_weight=0.5, entropy_bonus=True),
+    "kto": KTO(0.5),
     "sft": SFT(),
 }
 

@@ -19,7 +19,9 @@ from prefopt.models.reference import Resident
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
+from prefopt.objectives.cpo import CPO
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.kto import KTO
 from prefopt.objectives.madpo import MADPO
 from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.mmpo import MMPO
@@ -30,10 +32,10 @@ from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate, evaluate_pairs
 from prefopt.training.loop import EarlyStopping
-from prefopt.training.metrics import Means
+from prefopt.training.metrics import Means, step_metrics
 from prefopt.training.optim import Cosine
 from prefopt.training.state import TrainState
-from prefopt.training.step import accumulate_gradients, train_step
+from prefopt.training.step import accumulate_gradients, count_step, forward_pairs, train_step
 from prefopt.training.step0 import check_step0
 from prefopt.utils.stats import mean_and_error
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pairs
@@ -95,7 +97,8 @@ INDEPENDENT = {name: o for name, o, _ in objectives() if o.scope != "micro_batch
     "mmpo-step": MMPO(0.1, normalization="step", auxiliary_weight=0.5),
     "mmpo-step-entropy": MMPO(0.1, normalization="step", auxiliary_weight=0.5, entropy_bonus=True),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
-    "beta_dpo-nll": BetaDPO(0.1, nll_weight=0.3),
+    "beta_dpo-nll": BetaDPO(0.1, nll_weight=0.3, nll_per="chosen_token"),
+    "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
 }
 
 
@@ -164,6 +167,55 @@ def test_the_state_of_an_objective_moves_with_each_step_and_not_with_evaluations
     assert train_state.objective_state["mean"] != after_one["mean"]
     assert metrics["beta_dpo/kept"] == 6 / 8
     assert metrics["beta_dpo/running_mean"] == pytest.approx(train_state.objective_state["mean"].item())
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 10_000])
+def test_the_likelihood_of_nll_per_chosen_token_is_sfts(tokens, tmp_path):
+    """At lambda 1 the step's loss and gradient are CPO's without the term, plus SFT's: the mean over chosen tokens."""
+
+    def of(objective):
+        train_state = make_train_state(objective, tmp_path, micro_batch_tokens=tokens)
+        micro_batches = train_state.step_micro_batches(0)
+        loss = step_metrics(objective, accumulate_gradients(train_state, 0, micro_batches))["loss"]
+        return loss, {name: p.grad for name, p in train_state.engine.parameters.items()}
+
+    loss, gradient = of(CPO(0.1, nll_weight=1.0, nll_per="chosen_token"))
+    (preference, by_preference), (likelihood, by_likelihood) = of(CPO(0.1, nll_weight=0.0)), of(SFT())
+    assert loss == pytest.approx(preference + likelihood, rel=1e-6)
+    for name, value in gradient.items():
+        assert torch.allclose(value, by_preference[name] + by_likelihood[name], atol=2e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 10_000])
+def test_ktos_reference_point_is_that_of_the_steps_mismatched_completions(tokens, tmp_path):
+    """Each prompt with the next pair's completions, by plain forward passes of policy and reference."""
+    train_state = make_train_state(KTO(0.1), tmp_path, micro_batch_tokens=tokens)
+    for n in range(2):
+        step(train_state, n)
+    pairs = [train_state.train_pairs[i] for i in step_indices(16, 0, 2, 8)]
+    assert len({tuple(p.prompt) for p in pairs}) == 8
+
+    @torch.no_grad()
+    def logp(model, prompt, completion):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logits[range(len(completion)), completion].sum().item()
+
+    expected = {}
+    for pair, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True):
+        models = train_state.engine.policy, train_state.reference.frozen
+        logps = [[logp(m, pair.prompt, y) for m in models] for y in (other.chosen, other.rejected)]
+        expected[pair.id] = [policy - reference for policy, reference in logps]
+    micro_batches = train_state.step_micro_batches(2)
+    assert len(micro_batches) == {1: 8, 10_000: 1}.get(tokens, len(micro_batches))
+    for micro_batch in micro_batches:
+        inputs = forward_pairs(train_state, micro_batch, count_step(micro_batches))
+        ratios = torch.stack([inputs.mismatched_chosen_logratios, inputs.mismatched_rejected_logratios], 1)
+        assert not ratios.requires_grad
+        assert torch.allclose(ratios, torch.tensor([expected[p.id] for p in micro_batch.pairs]), atol=1e-4)
+    mean = sum(map(sum, expected.values())) / 16
+    assert abs(mean) > 1e-2
+    metrics = step(train_state, 2)
+    assert metrics["kto/reference_point"] == pytest.approx(max(0.0, mean), abs=1e-5)
 
 
 def test_sft_is_the_mean_over_tokens(tmp_path):

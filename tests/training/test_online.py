@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 import prefopt.generation.sampler
 from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig
-from prefopt.data.sources import read_rows
+from prefopt.data.sources import read_rows, write_rows
 from prefopt.errors import Interrupted, UserError
+from prefopt.generation.responses import read_prompts
 from prefopt.models.load import load_reward_model
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
@@ -85,6 +86,27 @@ def test_parts_hold_every_prompt_once_and_do_not_depend_on_its_place():
     assert split_prompts(prompts[::-1], 5) == found
     with pytest.raises(UserError, match="2 different prompts do not suffice for stages=3"):
         split_prompts([prompts[0], prompts[1], prompts[0]], 3)
+
+
+def test_prompts_of_preference_pairs_are_what_their_conversations_share(tmp_path):
+    """RLHFlow/UltraFeedback-preference-standard: two conversations a row, no `prompt`, and a prompt in several rows."""
+    turn = {"role": "user", "content": "Review the kettle."}
+    more = [turn, {"role": "assistant", "content": "Good."}, {"role": "user", "content": "And the train?"}]
+
+    def pair(prompt: list, *texts: str) -> dict:
+        sides = [[*prompt, {"role": "assistant", "content": text}] for text in texts]
+        return dict(zip(("chosen", "rejected"), sides, strict=True))
+
+    early = pair(more, "Late.", "Fast.") | {"rejected": [*more[:1], {"role": "assistant", "content": "Bad."}]}
+    rows = [pair([turn], "Fine.", "Hot."), early, pair(more, "Late.", "Fast."), pair([turn], "Hot.", "Cold.")]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    kept, prompts = read_prompts(str(tmp_path / "pairs.jsonl"), None)
+    assert prompts == [[turn], more, [turn]]
+    assert kept == [rows[0], rows[2], rows[3]]
+    assert split_prompts(prompts, 2) in ([[[turn]], [more]], [[more], [[turn]]])
+    write_rows(tmp_path / "texts.jsonl", [{"chosen": "Fine.", "rejected": "Hot."}])
+    with pytest.raises(UserError, match="no field 'prompt'"):
+        read_prompts(str(tmp_path / "texts.jsonl"), None)
 
 
 @pytest.fixture(scope="module")

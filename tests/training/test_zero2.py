@@ -58,11 +58,12 @@ LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0", "reference=adap
     "options",
     [
         ["objective=dpo"],
-        ["objective=beta_dpo", *LORA],
+        ["objective=beta_dpo", "objective.nll_weight=0.1", "objective.nll_per=chosen_token", *LORA],
+        ["objective=kto"],
         ["objective=mmpo", "objective.auxiliary_weight=0.5", "objective.micro_batch_size=2", "batch_size=6"],
         ["objective=sft", "gradient_checkpointing=true", "engine.offload_optimizer=true"],
     ],
-    ids=["full", "step-lora", "micro_batch", "token-offload"],
+    ids=["full", "step-lora", "mismatched", "micro_batch", "token-offload"],
 )
 def test_two_processes_one_and_the_plain_engine_run_the_same(options, overrides, tmp_path):
     cache = {"PREFOPT_CACHE": str(tmp_path / "cache")}

@@ -49,6 +49,20 @@ class ModelConfig(Node):
         )
         yield self.router_aux_loss_coef >= 0, "router_aux_loss_coef must not be negative (0: none)"
 
+    def exported(self, path: str) -> "ModelConfig":
+        """The model in `path` that a run of this model has exported. Its tokenizer lies beside it, with the template
+        and the eos token that the run had."""
+        return dataclasses.replace(
+            self,
+            path=path,
+            revision=None,
+            tokenizer=None,
+            eos_token=None,
+            chat_template=None,
+            chat_template_kwargs={},
+            resize_embeddings=False,
+        )
+
 
 @dataclass
 class PoliciesConfig:

@@ -321,16 +321,23 @@ def resolved_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and values of all parameters, in the order of their names."""
+    """SHA-256 over the names and values of all parameters, and of the buffers that a checkpoint holds (the routing bias
+    of some mixtures of experts), in the order of their names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    computed = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in computed]
+    for name, parameter in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
         digest.update(name.encode())
         values = parameter.detach()
         if hasattr(parameter, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
 
             values = dequantize_4bit(values, parameter.quant_state)
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(values.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

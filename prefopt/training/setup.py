@@ -118,7 +118,22 @@ def prepare_run(config: TrainConfig) -> RunPlan:
     run = Run.open(
         dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names}
     )
+    if run.begun:
+        run.refuse_changed_model(model_parts(config))
     return RunPlan(config, objective, schedule, oracle, run)
+
+
+def model_parts(config: TrainConfig) -> dict[str, str]:
+    """Digests of the files of every model that a run reads, by their names in messages."""
+    from prefopt.models.fingerprint import adapter_files, model_files
+    from prefopt.training.build import reference_model
+
+    parts = {f"its {part}": value for part, value in model_files(config.model).items()}
+    if config.peft.path:
+        parts |= {f"the {part} in peft.path": value for part, value in adapter_files(config.peft.path).items()}
+    if other := reference_model(config):
+        parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
+    return parts
 
 
 def run(plan: RunPlan, **facts: Any) -> None:
@@ -175,6 +190,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         return
     announce(plan)
 
+    from prefopt.data.cache import tokenizer_digest
     from prefopt.models.load import weights_digest
     from prefopt.training.build import (
         build_data,
@@ -196,7 +212,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     began = time.monotonic()
     policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
-    check_initial_weights(plan, digest)
+    # Once more, since other code, or another version of transformers, may read the same files differently.
+    loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
+    run.refuse_changed_model(loaded)
     exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     if is_main_process():
         exporter.check()
@@ -204,7 +222,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     config.count_steps(len(train_pairs))
     counts = {name: split.counts for name, split in data.items()}
-    run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, data=counts)
+    model = model_parts(config) | loaded
+    run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
     with main_process_first():  # one process fills the cache of the reference, the others read it
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
@@ -258,12 +277,3 @@ def format_objective(objective: "Objective") -> str:
     """The objective's hyperparameters, and the values derived from them."""
     derived = ", ".join(f"{name} = {value:g}" for name, value in objective.derived.items())
     return f"{objective!r}: {derived}" if derived else repr(objective)
-
-
-def check_initial_weights(plan: RunPlan, digest: str) -> None:
-    """Raise UserError where an interrupted run began from weights with another digest."""
-    if plan.run.record.get("initial_weights", digest) != digest:
-        raise UserError(
-            f"{plan.run.folder} was begun from other weights than model.path={plan.config.model.path} holds now. "
-            "Remove the folder to begin again, or bring the old weights back."
-        )

@@ -230,6 +230,9 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypat
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     found = rewards(CustomRewardModel(str(folder), trust_remote_code=True))
     assert len({round(r, 4) for r in found}) == 3
+    # Its code decides the rewards as its weights do.
+    (folder / "modeling_gated.py").write_text(CUSTOM.replace("score=self", "score=-self"))
+    assert rewards(CustomRewardModel(str(folder), trust_remote_code=True)) == pytest.approx([-r for r in found])
 
 
 def test_the_reliability_table():

@@ -231,8 +231,8 @@ def write_split(
     if not counted.total():
         reasons = ", ".join(f"{reason} {k}" for reason, k in dropped.items()) or "none"
         raise UserError(
-            f"nothing is left of the {name} split (dropped: {reasons}). Raise max_prompt_tokens={limits.prompt}, or "
-            "look at the data."
+            f"nothing is left of the {name} split (dropped: {reasons}). Raise max_prompt_tokens={limits.prompt} where "
+            "prompts are too long; what is done about another defect is set by dataset.policies.DEFECT."
         )
     counts = {
         "items": counted.total(),

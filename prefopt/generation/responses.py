@@ -119,6 +119,7 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
     """
     # Imported here, so that bad input is refused before transformers is loaded.
     from prefopt.data.cache import tokenizer_digest
+    from prefopt.data.chat_template import markup
     from prefopt.data.tokenize import encode_prompt
     from prefopt.generation import sampler as sampler_module
     from prefopt.generation.sampler import transformers_sampler, vllm_sampler
@@ -128,6 +129,12 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
     signals.install_handlers()
     sampling, n, prompts = request.sampling, request.samples_per_prompt, request.prompts
     tokenizer = load_tokenizer(request.model)
+    pattern = markup(tokenizer)
+    if doubled := sum(any(pattern.search(m.get("content") or "") for m in prompt) for prompt in prompts):
+        log.warning(
+            f"{doubled} of {len(prompts)} prompts hold special tokens or other markup of the chat template, which is "
+            "written around them once more"
+        )
     make = vllm_sampler if request.backend == "vllm" else transformers_sampler
     sampler, weights, model = make(request.model, tokenizer, request.device, request.precision)
 

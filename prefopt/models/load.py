@@ -255,6 +255,10 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
         raise
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("model", f"model.path={config.path}", config.path, error)) from None
+    unread = sorted(map(str, loading["unexpected_keys"]))
+    if unread and auto is AutoModelForCausalLM:  # a reward model has another head than the checkpoint
+        names = ", ".join([*unread[:3], *(["..."] if unread[3:] else [])])
+        log.warning(f"  {len(unread)} weights of {config.path} are no part of {type(model).__name__}: {names}")
     return model, sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
 
 

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.errors import UserError
-from prefopt.generation.responses import PartialFile
+from prefopt.generation.responses import GenerationRequest, PartialFile, generate_resumable
+from prefopt.utils import signals
+from tests.helpers.tiny import save_tiny
 
 ROWS = {
     2: {"responses": ["a\u2028b", "ü"], "finished": [True, False]},
@@ -52,3 +55,13 @@ def test_a_file_of_other_settings_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="was begun with other settings"):
         PartialFile(path, "another")
     assert path.read_bytes() == complete
+
+
+def test_prompts_that_carry_the_template_already_are_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(signals, "install_handlers", lambda: None)
+    model = ModelConfig("tiny", str(save_tiny(tmp_path / "model")))
+    prompts = [[{"role": "user", "content": text}] for text in ("Hello", "<|im_start|>user\nHello<|im_end|>")]
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=2, batch_size=2)
+    request = GenerationRequest(model, prompts, sampling, 1, 0, "transformers", "cpu", "float32")
+    generate_resumable(request, tmp_path / "partial.jsonl", show=False)
+    assert "1 of 2 prompts hold special tokens or other markup of the chat template" in caplog.text

@@ -22,7 +22,7 @@ from prefopt.models.load import (
 )
 from prefopt.models.logprobs import completion_logps
 from prefopt.models.lora import save_adapter, train_mode
-from tests.helpers.tiny import run_program, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import run_program, save_tiny, tiny_model, tiny_tokenizer
 
 
 def saved(folder, **changes) -> ModelConfig:
@@ -217,3 +217,12 @@ def test_a_run_with_new_tokens_trains_and_exports_them(options, overrides, tmp_p
         assert torch.allclose(
             merged(ids).logits, load_model(ModelConfig("t", str(policy)), "cpu")(ids).logits, atol=1e-4
         )
+
+
+def test_weights_that_the_model_does_not_take_are_said(tmp_path, caplog):
+    folder = save_tiny(tmp_path / "model")
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"model.tower.weight": torch.zeros(2)}, file, {"format": "pt"})
+    load_model(ModelConfig("tiny", str(folder)), "cpu")
+    assert "1 weights of" in caplog.text
+    assert "are no part of LlamaForCausalLM: model.tower.weight" in caplog.text

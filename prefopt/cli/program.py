@@ -22,15 +22,10 @@ from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.console import configure_logging
 from prefopt.utils.files import ROOT
+from prefopt.utils.os_errors import ADVICE, explain
 from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
 
-# The errors of a disk that is full, read-only, forbidden, failing or gone: the user's to correct, and no fault of ours.
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-           errno.ENOTCONN, errno.ENODEV)  # fmt: skip
-STORAGE_ADVICE = (
-    "Make room there, or bring the disk or the rights back. What was done is kept; the same command goes on from it."
-)
 Launch = Callable[[list[Point], Path, bool], int]
 
 
@@ -189,8 +184,10 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         return EXIT_CODE
     except Exception as error:
         failures.append(_describe(error))
-        if isinstance(error, OSError) and error.errno in STORAGE:
-            print(f"error: {error}. {STORAGE_ADVICE}", file=sys.stderr)
+        # A file that is not there may be a fault of ours; with any other of these errors the disk is the user's matter.
+        if isinstance(error, OSError) and error.errno in ADVICE and error.errno != errno.ENOENT:
+            kept = "What was done is kept; the same command goes on from it."
+            print(f"error: {explain(error)} {kept}", file=sys.stderr)
             return 2
         traceback.print_exc()  # a fault of ours, or of the machine: all of it helps
         return 1

@@ -100,7 +100,7 @@ class Run:
         self.update(status="finished", finished=utc_now(), **facts)
 
     def interrupt(self, why: str) -> None:
-        if owns_lock(self.folder):
+        if owns_lock(self.folder) and not self.finished:  # a finished run that was only tidying up stays finished
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
@@ -108,7 +108,9 @@ class Run:
 
         Any process of a group may call it: the first one to fail is the one that knows why.
         """
-        if not (self.folder / "record.json").is_file() or (is_main_process() and not owns_lock(self.folder)):
+        if self.finished or not (self.folder / "record.json").is_file():
+            return
+        if is_main_process() and not owns_lock(self.folder):
             return
         with contextlib.suppress(OSError):  # that nothing can be written may be what the error is
             # The other processes fail after the first, with an error that says only that it has gone: keep the first.

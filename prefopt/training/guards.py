@@ -3,18 +3,19 @@
 import contextlib
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from prefopt.errors import UserError
-from prefopt.training.checkpoint import complete_checkpoints, gib, not_finite
+from prefopt.training.checkpoint import complete_checkpoints, not_finite
 from prefopt.training.loggers import read_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.distributed import is_main_process
-from prefopt.utils.files import write_json
+from prefopt.utils.files import cache_dir, write_json
+from prefopt.utils.os_errors import explain, from_text
 
 if TYPE_CHECKING:
     from prefopt.tracking.run import Run
@@ -90,15 +91,17 @@ def explain_os_errors(run: "Run") -> Iterator[None]:
     from."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as failure:
+        if isinstance(failure, SafetensorError) and "os error" not in str(failure):  # a file that is none of its kind
+            raise
+        error = failure if isinstance(failure, OSError) else from_text(str(failure))
         if error.errno is None:  # not the system's: transformers raises its own, with its own advice
             raise
-        kept, room = "the first step", ""
+        kept = "the first step"
         with contextlib.suppress(OSError):
-            room = f" ({gib(shutil.disk_usage(run.folder).free)} are free there)"
             if checkpoints := complete_checkpoints(run.checkpoints):
                 kept = f"its last checkpoint, {max(checkpoints).name}, which is kept"
+        places = {"the run's folder": run.folder, "the cache": cache_dir()}
         raise UserError(
-            f"{run.folder}: {error}. Make room there{room}, or bring the disk or the rights back; the same command "
-            f"then goes on from {kept}."
+            f"{run.folder}: {explain(error, places)} The same command then goes on from {kept}."
         ) from error

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import shutil
 import time
 import traceback
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
 from prefopt.utils.distributed import is_main_process, main_process_first, process_group, start_watchdog, world_size
-from prefopt.utils.files import check_folder
+from prefopt.utils.files import check_folder, remove
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
@@ -218,18 +217,23 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         layout=layout,
         export=exporter,
     )
-    evaluations = train_loop(train_state)
+    trained = train_loop(train_state)
 
     if is_main_process():
         final_weights = exporter.final(run.policy_folder)
-        run.finish(evaluations=evaluations, final_weights=final_weights, seconds=time.monotonic() - began)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        run.finish(
+            evaluations=trained.evaluations,
+            metrics=trained.metrics,
+            final_weights=final_weights,
+            seconds=time.monotonic() - began,
+        )
+        remove(run.checkpoints)
         log.info(f"  finished; the policy is in {run.policy_folder}")
 
 
 def skip_finished(run: "Run") -> None:
     if is_main_process():  # a run that was killed right after its end has its checkpoints still
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        remove(run.checkpoints)
     log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
 
 

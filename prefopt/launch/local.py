@@ -109,7 +109,7 @@ class LocalProcess:
             return False
         self.log.close()
         (status,) = inspect_runs([self.job.folder])
-        if status.state not in ("finished", "failed", "interrupted"):
+        if status.state not in ("finished", "failed", "interrupted", "damaged"):
             how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
             update_record(
                 self.job.folder, status="failed", error=f"the process ended before the run had finished: {how}"

@@ -6,6 +6,7 @@ config without the keys in VOLATILE, and the digests of the data files. So the s
 
 import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ class Run:
     def finished(self) -> bool:
         return self.record["status"] == "finished"
 
+    def identity(self) -> dict[str, Any]:
+        """What all processes of the run must have been given alike: config and digests, by keys with dots."""
+        return dict(_flatten(self._inputs["config"])) | {
+            f"digest of {name}": digest for name, digest in self._inputs["data_digests"].items()
+        }
+
     def hold(self) -> None:
         """Keep other processes off this run (`process.acquire_lock`). Only the main process does; may be called again.
 
@@ -116,3 +123,11 @@ class Run:
             # The other processes fail after the first, with an error that says only that it has gone: keep the first.
             if world_size() == 1 or read_record(self.folder)["status"] != "failed":
                 update_record(self.folder, status="failed", finished=utc_now(), error=error)
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

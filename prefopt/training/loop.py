@@ -14,7 +14,7 @@ from torch import Tensor
 from prefopt.errors import Interrupted, UserError
 from prefopt.tracking.metrics import metrics_damage
 from prefopt.tracking.run import Run
-from prefopt.training.checkpoint import damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
+from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
 from prefopt.training.config import TrainConfig
 from prefopt.training.evaluate import evaluate_on_main
 from prefopt.training.loggers import Loggers, read_metrics
@@ -22,7 +22,7 @@ from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
 from prefopt.utils.console import Bar
-from prefopt.utils.distributed import all_gather_object, heartbeat, is_main_process, on_main_process
+from prefopt.utils.distributed import all_gather_object, check_agreement, heartbeat, is_main_process, on_main_process
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any
     if not checkpoint:
         return 0, EarlyStopping(), None
     tensors, meta = load_checkpoint(checkpoint)
+    check_agreement("go on from different checkpoints", {SUMS: (checkpoint / SUMS).read_text()})
     train_state.engine.load_state(tensors)
     train_state.objective_state = tensors["objective"]
     log.info(f"  going on from step {meta['step']} of {config.total_steps} ({checkpoint})")

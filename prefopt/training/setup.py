@@ -19,7 +19,14 @@ from prefopt.config.parse import build
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
-from prefopt.utils.distributed import is_main_process, main_process_first, process_group, start_watchdog, world_size
+from prefopt.utils.distributed import (
+    check_agreement,
+    is_main_process,
+    main_process_first,
+    process_group,
+    start_watchdog,
+    world_size,
+)
 from prefopt.utils.files import check_folder, remove
 
 if TYPE_CHECKING:
@@ -139,6 +146,8 @@ def run(plan: RunPlan, **facts: Any) -> None:
         signals.install_handlers()
         # The error of one process is recorded inside of the group: leaving it makes it an error of all the others.
         with process_group(plan.config.device, plan.config.engine.name != "single"):
+            # Before anything is recorded: the folder of a process with other arguments is another run's.
+            check_agreement("were started with different arguments or data", run.identity())
             try:
                 run_training(plan, facts)
             except (Interrupted, KeyboardInterrupt) as error:
@@ -160,7 +169,7 @@ def refuse_active_run(run: "Run") -> None:
     (status,) = inspect_runs([run.folder])
     # A queued run is not locked yet by its job, and a requeued stage of an online run still names its Slurm job.
     job = process_info()["slurm_job"]
-    ours = status.record["pid"] == os.getpid() or (job and job == status.record.get("slurm_job"))
+    ours = status.record.get("pid") == os.getpid() or (job and job == status.record.get("slurm_job"))
     if status.state in ACTIVE_STATES and not ours:
         place = describe_owner(status.record)
         raise UserError(f"{run.folder} is {status.state} already, as {place}. Wait for it, or stop it first.")
@@ -174,6 +183,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         return
     announce(plan)
 
+    from prefopt.data.cache import tokenizer_digest
     from prefopt.models.load import weights_digest
     from prefopt.training.build import build_data, build_engine, build_layout, build_policy, build_reference
     from prefopt.training.checkpoint import check_space, run_bytes
@@ -188,6 +198,10 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     began = time.monotonic()
     policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
+    check_agreement(
+        "have read different models",
+        {"the tokenizer's digest": tokenizer_digest(tokenizer), "the weights' digest": digest},
+    )
     check_initial_weights(plan, digest)
     layout = build_layout(config, policy, train_pairs)
 

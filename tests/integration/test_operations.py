@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from functools import partial
@@ -20,7 +21,7 @@ from prefopt.tracking.metrics import metrics_damage
 from prefopt.training.checkpoint import complete_checkpoints, latest_checkpoint, save_checkpoint
 from prefopt.utils.os_errors import explain, from_text
 from tests.helpers.forks import At, run, start
-from tests.helpers.tiny import ENVIRONMENT, ROOT, records, run_program
+from tests.helpers.tiny import ENVIRONMENT, ROOT, records, run_program, save_tiny
 from tests.integration.test_faults import FAULTY, STEPS, env, fill, folder_of, mounted, result, whole  # noqa: F401
 
 
@@ -220,3 +221,172 @@ def test_ctrl_c_while_a_finished_run_tidies_up_leaves_it_finished(overrides, who
     code, said = run(tmp_path / "log", *overrides(tmp_path / "runs"), *STEPS, env=env)
     assert (code, "finished, skipped" in said) == (0, True), said
     assert result(tmp_path / "runs") == whole
+
+
+# Records.
+
+
+def mutations(node: dict, path: tuple = (), depth: int = 4):
+    """The paths of all keys of a record down to `depth`, and in the first and last row of its evaluations."""
+    for key, value in node.items() if isinstance(node, dict) else [(0, node[0]), (-1, node[-1])] if node else []:
+        yield (*path, key)
+        if depth > 1 and (isinstance(value, dict) or key == "evaluations"):
+            yield from mutations(value, (*path, key), depth - 1)
+
+
+def changed(record: dict, path: tuple, value) -> dict:
+    record = json.loads(json.dumps(record))
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    if value is LOST:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return record
+
+
+LOST = object()
+
+
+def test_whatever_a_record_lacks_or_holds_ends_no_listing_and_no_report_in_a_traceback(grid, tmp_path, monkeypatch):
+    from prefopt.report import main as report  # noqa: F401  # imported before the loop, which is long
+    from prefopt.reporting.config import ReportConfig
+    from prefopt.reporting.html import page
+    from prefopt.reporting.labels import sort_by_label
+    from prefopt.reporting.summary import by_column_table, main_table, over_seeds_table, table_rows
+    from prefopt.tracking.archive import read_records
+    from prefopt.tracking.status import RunsConfig, select, status_table
+    from prefopt.utils.console import console
+
+    runs, _ = grid
+    records_of_grid = records(runs)
+    good, other = records_of_grid[:2]
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "good" / "record.json").write_text(json.dumps(other))
+    file = tmp_path / "bad" / "record.json"
+    config = ReportConfig(str(tmp_path), str(tmp_path / "out"))
+    texts = ["", " ", "null", "[]", "3", '"finished"', "{}", "{", "[" * 100_000, '{"status": "finished"}', "\0" * 9]
+    wrong = [LOST, None, "text", -1, [1], {}]
+    cases = [(text, text[:20]) for text in texts]
+    cases += [(json.dumps(changed(good, path, value)), (path, value)) for path in mutations(good) for value in wrong]
+    left_out = 0
+    for text, what in cases:
+        file.write_text(text)
+        try:
+            read = read_records(tmp_path)
+            left_out += len(read) == 1
+            ordered = sort_by_label(read)
+            main_table(table_rows(ordered), ordered, config)
+            over_seeds_table(ordered, config)
+            by_column_table(ordered, ReportConfig(str(tmp_path), str(tmp_path / "out"), "seed"))
+            page("title", [], [], ordered, [])
+            with (shown := console()).capture():
+                shown.print(status_table(select(RunsConfig(str(tmp_path), "*"))))
+        except Exception as error:
+            raise AssertionError(f"{what}: {error!r}") from error
+    assert left_out > len(texts)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"status": 7}', "\0\0\0"])
+def test_an_empty_record_is_named_and_left_out_or_refused(text, grid, tmp_path, capsys):
+    from prefopt.tracking.archive import read_records
+
+    runs, _ = grid
+    kept = records(runs)[0]
+    for name in ("kept", "lost"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kept" / "record.json").write_text(json.dumps(kept))
+    file = tmp_path / "lost" / "record.json"
+    file.write_text(text)
+    assert [record["name"] for record in read_records(tmp_path)] == [kept["name"]]
+    assert f"left out: {file}" in capsys.readouterr().err
+    shown = run_program(f"runs_dir={tmp_path}", program="runs")
+    assert shown.returncode == 0, shown.stderr
+    assert "damaged" in shown.stdout
+    assert str(file) in shown.stdout.replace("\n", "")
+    shown = run_program(f"run={file.parent}", "tasks=mmpo", program="harness")
+    assert shown.returncode == 2
+    assert str(file) in shown.stderr
+
+
+def test_a_run_whose_record_is_lost_is_refused_and_goes_on_without_it_bit_for_bit(overrides, whole, tmp_path, env):  # noqa: F811
+    arguments = [*overrides(tmp_path / "runs"), *STEPS]
+    at = At("prefopt.training.loop:train_step", 5)
+    assert run(tmp_path / "log", *arguments, env=env, at=at)[0] == -signal.SIGKILL
+    file = folder_of(tmp_path / "runs") / "record.json"
+    file.write_text("")
+    for program in ([], ["-m"]):
+        code, said = run(tmp_path / "log", *program, *arguments, env=env)
+        assert code == 2, said
+        assert "Traceback" not in said
+        assert str(file) in said
+        assert "remove this file alone" in said
+    file.unlink()
+    code, said = run(tmp_path / "log", *arguments, env=env)
+    assert code == 0, said
+    assert "going on from step 4 of 6" in said
+    assert result(tmp_path / "runs") == whole
+
+
+# Ranks.
+
+
+def two_ranks(tmp_path: Path, env: dict, *arguments: list[str], cwds=(None, None)) -> list[tuple[int, str]]:  # noqa: F811
+    """Exit code and output of two processes of a group with arguments of their own, each in its folder."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    processes = [
+        start(log, *own, "engine=zero2", env=env | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=cwds[rank])
+        for rank, (log, own) in enumerate(zip(logs, arguments, strict=True))
+    ]
+    ends = []
+    for process, log in zip(processes, logs, strict=True):
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(f"it hangs: {log.read_text()}")
+        ends.append((process.exitcode, log.read_text()))
+    return ends
+
+
+def test_ranks_with_different_arguments_say_so_before_the_first_step(overrides, tiny_folder, tmp_path, env):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    (tmp_path / "data.jsonl").write_text((tiny_folder / "train.jsonl").read_text() * 2)
+    common = [*overrides(tmp_path / "runs"), *STEPS]
+    cases = {
+        "optimizer.lr": ("0.001", "0.002"),
+        "seed": ("0", "5"),
+        "steps": ("6", "7"),
+        "batch_size": ("4", "6"),
+        "objective.beta": ("0.1", "0.2"),
+    }
+    other = [f"{key}={theirs}" for key, (_, theirs) in cases.items()]
+    other += ["peft=lora_attention", f"dataset.train={tmp_path / 'data.jsonl'}"]
+    for code, said in two_ranks(tmp_path, env, common, [*common, *other]):
+        assert code == 2, said
+        assert "Traceback" not in said
+        assert said.count("error:") == 1
+        for key, (ours, theirs) in cases.items():
+            assert f"{key} is {ours} in rank 0 and {theirs} in rank 1" in said
+        assert "peft.target_modules is " in said
+        assert "digest of train is " in said
+    assert not list((tmp_path / "runs").glob("*/record.json"))
+
+
+def test_ranks_with_different_weights_or_tokenizers_say_so(overrides, tmp_path, tiny_folder, env):  # noqa: F811
+    """One path, as on two machines: the second process finds another model there."""
+    pytest.importorskip("deepspeed")
+    machines = tmp_path / "first", tmp_path / "second"
+    for seed, machine in enumerate(machines):
+        save_tiny(machine / "model", seed)
+    common = [*overrides(tmp_path / "runs"), *STEPS, "model.path=model", "engine.hang_s=60"]
+    for code, said in two_ranks(tmp_path, env, common, common, cwds=machines):
+        assert code == 2, said
+        assert "Traceback" not in said
+        assert "the weights' digest is " in said
+        assert "in rank 1" in said

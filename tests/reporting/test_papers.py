@@ -564,7 +564,8 @@ def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
         record = json.loads((folder / "record.json").read_text())
         record["config"]["model"] = {"name": name, "path": f"lab/{name}x", "revision": None}
         write(folder / "record.json", record)
-        told = {"checkpoint": "final", "step": 20, "task": "gsm8k", "settings": {"limit": None}, "git": None}
+        settings = {"limit": None, "num_fewshot": None, "chat_template": False}
+        told = {"checkpoint": "final", "step": 20, "task": "gsm8k", "settings": settings, "git": None}
         metric = {"exact_match,strict-match": {"value": value, "stderr": 0.03}}
         write(folder / "harness" / "final-gsm8k.json", told | {"metrics": metric})
     told |= {

@@ -1,13 +1,16 @@
 """record.json of a run, or of a job of a sweep: the place that reads, checks and writes it."""
 
+import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.tracking.process import STATES
+from prefopt.tracking.process import STATES, resolve_status
 from prefopt.utils.files import refresh_nfs, write_json
+from prefopt.utils.locks import open_lock
 
 # The kinds of values in a record. A bool is an int in Python, and is no number here.
 TEXT, NUMBER, WHOLE, MAPPING, ROWS = (str,), (int, float), (int,), (dict,), (list,)
@@ -224,6 +227,24 @@ def update_record(folder: Path, **facts: object) -> None:
     """Merge `facts` into the record of a run that no other process writes."""
     record = json.loads((folder / "record.json").read_text())
     write_record(folder, record | facts)
+
+
+@contextlib.contextmanager
+def amending(folder: Path) -> Iterator[None]:
+    """Inside, no other process that is not its owner amends the record in `folder`. Whoever is not the owner has to
+    look at the record in here, and may change it only where the owner is gone, or it is queued by this process."""
+    with open_lock(folder / "record.lock"):
+        yield
+
+
+def give_up(folder: Path, pids: tuple[int, ...], **facts: object) -> None:
+    """Merge `facts` into the record in `folder`, unless it has ended, or a process other than `pids` has it: then
+    another sweep has taken it over."""
+    with amending(folder):
+        record = read_record(folder)
+        ours = record.get("host") == socket.gethostname() and record.get("pid") in pids
+        if record["status"] in ("queued", "running") and (ours or resolve_status(record) == "died"):
+            write_record(folder, record | facts)
 
 
 def record_of(run: str) -> dict[str, Any]:

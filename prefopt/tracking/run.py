@@ -52,10 +52,11 @@ class Run:
     def open(cls, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]) -> "Run":
         """The run with what record.json in its folder says, if there is one. Raises UserError for a damaged one."""
         run = cls(config, objective_name, data_digests)
-        run._read_record()
+        run.reload()
         return run
 
-    def _read_record(self) -> None:
+    def reload(self) -> None:
+        """Read record.json, if there is one. Raises UserError for a damaged one."""
         if (self.folder / "record.json").is_file():
             self.record = load_record(self.folder / "record.json")
         # VOLATILE keys may have changed since; a finished run keeps those that it was finished with.
@@ -80,7 +81,7 @@ class Run:
         """
         if is_main_process() and not owns_lock(self.folder):
             acquire_lock(self.folder)
-            self._read_record()  # another process may have worked on it since this one looked
+            self.reload()  # another process may have worked on it since this one looked
             if self.finished:
                 raise UserError(f"{self.folder} has been finished meanwhile by another process; nothing is left to do.")
 

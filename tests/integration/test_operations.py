@@ -18,11 +18,24 @@ import torch
 
 from prefopt.errors import UserError
 from prefopt.tracking.metrics import metrics_damage
+from prefopt.tracking.process import process_info, process_start_time
+from prefopt.tracking.record import give_up
 from prefopt.training.checkpoint import complete_checkpoints, latest_checkpoint, save_checkpoint
 from prefopt.utils.os_errors import explain, from_text
 from tests.helpers.forks import At, run, start
 from tests.helpers.tiny import ENVIRONMENT, ROOT, records, run_program, save_tiny
-from tests.integration.test_faults import FAULTY, STEPS, env, fill, folder_of, mounted, result, whole  # noqa: F401
+from tests.integration.test_faults import (  # noqa: F401
+    FAULTY,
+    STEPS,
+    await_file,
+    await_text,
+    env,
+    fill,
+    folder_of,
+    mounted,
+    result,
+    whole,
+)
 
 
 def cut_line(file: Path) -> None:
@@ -390,3 +403,53 @@ def test_ranks_with_different_weights_or_tokenizers_say_so(overrides, tmp_path, 
         assert "Traceback" not in said
         assert "the weights' digest is " in said
         assert "in rank 1" in said
+
+
+# Two sweeps.
+
+
+def test_a_second_equal_sweep_changes_nothing_of_the_first(overrides, tmp_path, env):  # noqa: F811
+    """It has planned its jobs before the first one began, and is told to stop while the first is at work."""
+    go = tmp_path / "go"
+    arguments = ["-m", *overrides(tmp_path / "runs"), "steps=2", FAULTY, f"+objective.fault={go}", "seed=1,2"]
+    held = tmp_path / "held"
+    behind = start(
+        tmp_path / "behind.log",
+        *arguments,
+        env=env,
+        at=At("prefopt.launch.sweep:snapshot", 1, partial(await_file, held)),
+    )
+    await_text(behind, tmp_path / "behind.log", "from the start")
+    first = start(tmp_path / "first.log", *arguments, env=env)
+    while "running" not in [r["status"] for r in records(tmp_path / "runs")]:
+        assert first.is_alive(), (tmp_path / "first.log").read_text()
+        time.sleep(0.05)
+    before = records(tmp_path / "runs")
+    held.touch()
+    await_text(behind, tmp_path / "behind.log", "meanwhile, by process")
+    os.kill(behind.pid, signal.SIGINT)
+    behind.join()
+    assert records(tmp_path / "runs") == before
+    go.touch()
+    first.join()
+    assert first.exitcode == 0, (tmp_path / "first.log").read_text()
+    assert [r["attempt"] for r in records(tmp_path / "runs")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "changes"),
+    [
+        ({"status": "queued"}, True),  # by this process
+        ({"status": "finished"}, False),
+        ({"status": "running", "pid": 1}, False),  # another process, which is there
+        ({"status": "running", "pid": 2**22 + 1, "pid_born": "5"}, True),  # one that is gone
+        ({"status": "running", "host": "elsewhere"}, False),
+    ],
+)
+def test_a_record_is_amended_only_for_its_owner_or_after_it(facts, changes, tmp_path):
+    record = {**process_info(), "slurm_job": None, "name": "x"} | facts
+    if record["pid"] == 1:
+        record["pid_born"] = process_start_time(1)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    give_up(tmp_path, (os.getpid(),), status="failed")
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == ("failed" if changes else facts["status"])

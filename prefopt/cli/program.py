@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -26,6 +27,7 @@ from prefopt.utils.os_errors import ADVICE, explain
 from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
 
+LOCAL_RANK = re.compile(r"--local[_-]rank=(\d+)")
 Launch = Callable[[list[Point], Path, bool], int]
 
 
@@ -58,6 +60,7 @@ def run(
     """Run a program on the command line `arguments`; the exit code. The other parameters are those of `program`."""
     install_redaction()
     configure_logging()
+    arguments = take_local_rank(arguments)
     if secret := find_secret("\n".join(arguments)):  # first of all, so that nothing shows it
         return _refuse(f"the command line holds {secret}. {NO_KEYS}")
     if wants_help(arguments):
@@ -87,6 +90,18 @@ def run(
     if not task.points and (len(task.failures) > 1 or (task.failures and command_line.multirun)):
         print("failed:", *task.failures, sep="\n  ", file=sys.stderr)
     return task.code
+
+
+def take_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without the --local_rank=N that the `deepspeed` launcher puts before them; LOCAL_RANK says it
+    then."""
+    others = []
+    for argument in arguments:
+        if found := LOCAL_RANK.fullmatch(argument):
+            os.environ.setdefault("LOCAL_RANK", found[1])
+        else:
+            others.append(argument)
+    return others
 
 
 def install_redaction() -> None:

@@ -78,6 +78,7 @@ class Sweep:
         )
 
         if to_run := [job for job in jobs if job.to_run]:
+            launcher.check()
             code = snapshot(to_run[0].folder.parent / "code")
             to_run = [job for job in to_run if write_job_file(job, self.program, code)]
             if to_run:

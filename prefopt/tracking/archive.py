@@ -35,9 +35,8 @@ def read_records(*places: Path) -> list[Record]:
             if record["status"] == "finished":
                 records.setdefault(record["name"], record)
             else:
-                log.warning(
-                    f"left out: {record.get('folder', record.get('name'))} is {record['status']}; run it again: {record.get('command')}"
-                )
+                run = record.get("folder", record.get("name"))
+                log.warning(f"left out: {run} is {record['status']}; run it again: {record.get('command')}")
     if not records:
         folder = " ".join(map(str, places))
         raise UserError(f"no finished run in {folder}. Train one first: python -m prefopt.train runs_dir={folder}")

@@ -150,7 +150,9 @@ def record_problems(record: dict[str, Any], finished: bool = False) -> Iterator[
     if isinstance(record.get("git"), dict):
         yield from shape_problems(record, {}, ("git.commit", "git.dirty"))
     evaluations = record.get("evaluations")
-    for row in evaluations if isinstance(evaluations, list) else []:
+    if not isinstance(evaluations, list):
+        return
+    for row in evaluations:
         if not isinstance(row, dict) or not is_kind(row.get("step"), WHOLE):
             yield f"a row of its evaluations is {str(row)[:60]}"
             return

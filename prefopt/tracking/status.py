@@ -113,7 +113,10 @@ def status_table(runs: list[RunStatus]) -> Group:
     rows = []
     for run in runs:
         metrics, record = run.metrics(), run.record
-        figures = [f"{metrics[key]:.3f}" if is_kind(metrics.get(key), NUMBER) else "–" for key in ("accuracy", "oracle_reward", "kl")]
+        figures = [
+            f"{metrics[key]:.3f}" if is_kind(metrics.get(key), NUMBER) else "–"
+            for key in ("accuracy", "oracle_reward", "kl")
+        ]
         where = record.get("slurm_job") and f"{record.get('host') or 'Slurm'} {record['slurm_job']}"
         rows.append(
             [

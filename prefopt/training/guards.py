@@ -102,6 +102,4 @@ def explain_os_errors(run: "Run") -> Iterator[None]:
             if checkpoints := complete_checkpoints(run.checkpoints):
                 kept = f"its last checkpoint, {max(checkpoints).name}, which is kept"
         places = {"the run's folder": run.folder, "the cache": cache_dir()}
-        raise UserError(
-            f"{run.folder}: {explain(error, places)} The same command then goes on from {kept}."
-        ) from error
+        raise UserError(f"{run.folder}: {explain(error, places)} The same command then goes on from {kept}.") from error

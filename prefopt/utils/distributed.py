@@ -160,7 +160,8 @@ def main_process_first() -> Iterator[None]:
 
 def check_agreement(what: str, values: dict[str, Any]) -> None:
     """Compare `values` with those of the other processes. A collective: all raise the same UserError where any value
-    differs from the main process's, which names keys, values and ranks. `what` leads it; values are compared as JSON."""
+    differs from the main process's, which names keys, values and ranks. `what` leads it; values are compared as
+    JSON."""
     if world_size() == 1:
         return
     texts = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}

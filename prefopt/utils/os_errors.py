@@ -58,7 +58,9 @@ def explain(error: OSError, places: dict[str, Path] | None = None) -> str:
     if isinstance(error.filename, str | bytes | os.PathLike):
         disk = describe_disk(Path(os.fsdecode(error.filename)), error.errno)
         return f"{error}. {advice} ({disk})."
-    disks = [f"{name}: {describe_disk(place, error.errno)}" for name, place in (places or {"cache": cache_dir()}).items()]
+    disks = [
+        f"{name}: {describe_disk(place, error.errno)}" for name, place in (places or {"cache": cache_dir()}).items()
+    ]
     return f"{error}. {advice}. The system names no file; it may be of {'; or of '.join(disks)}."
 
 

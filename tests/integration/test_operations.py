@@ -1,29 +1,27 @@
-"""What an operator meets: damaged metrics and records, stray files, disks that fill up at the end, ranks and sweeps that
-do not fit together."""
+"""What an operator meets: damaged metrics and records, stray files, disks that fill up at the end, ranks and sweeps
+that do not fit together."""
 
-import contextlib
 import errno
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from prefopt.errors import UserError
 from prefopt.tracking.metrics import metrics_damage
 from prefopt.tracking.process import process_info, process_start_time
 from prefopt.tracking.record import give_up
 from prefopt.training.checkpoint import complete_checkpoints, latest_checkpoint, save_checkpoint
 from prefopt.utils.os_errors import explain, from_text
 from tests.helpers.forks import At, run, start
-from tests.helpers.tiny import ENVIRONMENT, ROOT, records, run_program, save_tiny
+from tests.helpers.tiny import records, run_program, save_tiny
 from tests.integration.test_faults import (  # noqa: F401
     FAULTY,
     STEPS,
@@ -453,3 +451,79 @@ def test_a_record_is_amended_only_for_its_owner_or_after_it(facts, changes, tmp_
     (tmp_path / "record.json").write_text(json.dumps(record))
     give_up(tmp_path, (os.getpid(),), status="failed")
     assert json.loads((tmp_path / "record.json").read_text())["status"] == ("failed" if changes else facts["status"])
+
+
+# Sites.
+
+
+def fake_sbatch(folder: Path, script: str) -> dict[str, str]:
+    (folder / "bin").mkdir()
+    file = folder / "bin" / "sbatch"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+SLURM = ["launcher=slurm", "launcher.gpus=0", "device=cpu", "seed=1,2"]
+
+
+def test_a_sweep_without_sbatch_writes_nothing(overrides, tmp_path, env):  # noqa: F811
+    code, said = run(tmp_path / "log", "-m", *overrides(tmp_path / "runs"), *SLURM, env=env | {"PATH": "/nowhere"})
+    assert code == 2, said
+    assert "there is no sbatch here" in said
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_jobs_that_sbatch_refuses_are_failed_with_its_words(overrides, tmp_path, env):  # noqa: F811
+    path = fake_sbatch(tmp_path, "echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1")
+    code, said = run(tmp_path / "log", "-m", *overrides(tmp_path / "runs"), *SLURM, env=env | path)
+    assert code == 2, said
+    assert "invalid partition specified: nope" in said
+    found = records(tmp_path / "runs")
+    assert [r["status"] for r in found] == ["failed", "failed"]
+    assert all("invalid partition specified: nope" in r["error"] for r in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines", "absent"),
+    [
+        ({"memory_gib": None}, [], "--mem"),
+        ({"memory_gib": 4, "memory_gib_per_billion": 0}, ["--mem=4G"], "null"),
+        ({"gpus": 2, "gpu_type": "a100"}, ["--gres=gpu:a100:2"], "--gpus"),
+        ({"gpus": 2, "gpu_option": "gpus-per-node"}, ["--gpus-per-node=2"], "--gres"),
+        ({"gpus": 2, "nodes": 3, "gpu_option": "gpus", "gpu_type": "h100"}, ["--gpus=h100:6"], "--gres"),
+        ({"gpus": 0, "gpu_type": "a100"}, [], "a100"),
+    ],
+)
+def test_the_script_asks_for_memory_and_gpus_as_the_site_takes_them(changes, lines, absent, tmp_path, monkeypatch):
+    import prefopt.launch.slurm
+    from tests.launch.test_launch import slurm
+
+    monkeypatch.setattr(prefopt.launch.slurm, "parameters", lambda _: 10**9)
+    launcher = slurm(**changes)
+    text = launcher.script(1, launcher.limits(SimpleNamespace(model=None)), tmp_path / "jobs.txt", tmp_path)
+    for line in lines:
+        assert f"#SBATCH {line}\n" in text
+    assert absent not in text
+    assert text.startswith("#!/bin/bash\n#SBATCH --job-name")
+
+
+def test_watching_ends_when_all_is_done_also_without_a_terminal(tmp_path):
+    folder = tmp_path / "runs" / "dpo-a"
+    folder.mkdir(parents=True)
+    record = {**process_info(), "slurm_job": None, "status": "running", "config": {"steps": 4}}
+    (folder / "record.json").write_text(json.dumps(record))
+    watching = start(tmp_path / "log", f"runs_dir={tmp_path / 'runs'}", "watch=true", program="runs")
+    await_text(watching, tmp_path / "log", "running")
+    assert watching.is_alive()
+    (folder / "record.json").write_text(json.dumps(record | {"status": "finished"}))
+    watching.join(30)
+    assert watching.exitcode == 0
+    assert "finished" in (tmp_path / "log").read_text()
+
+
+def test_the_local_rank_of_the_deepspeed_launcher_is_taken(overrides, tmp_path, env):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    common = ["--local_rank=0", *overrides(tmp_path / "runs"), "steps=1"]
+    for code, said in two_ranks(tmp_path, env, common, ["--local_rank=1", *common[1:]]):
+        assert code == 0, said

@@ -23,6 +23,7 @@ from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.console import configure_logging
 from prefopt.utils.files import ROOT
+from prefopt.utils.memory import OTHERS, is_out_of_memory
 from prefopt.utils.os_errors import ADVICE, explain
 from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
@@ -199,6 +200,10 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         return EXIT_CODE
     except Exception as error:
         failures.append(_describe(error))
+        if is_out_of_memory(error):  # anywhere else than where a program says what it was doing
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"error: out of memory: {first}. Lower batch sizes and lengths; or {OTHERS}.", file=sys.stderr)
+            return 2
         # A file that is not there may be a fault of ours; with any other of these errors the disk is the user's matter.
         if isinstance(error, OSError) and error.errno in ADVICE and error.errno != errno.ENOENT:
             kept = "What was done is kept; the same command goes on from it."

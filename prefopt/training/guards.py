@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
-from prefopt.errors import UserError
+from prefopt.errors import OutOfMemory, UserError
 from prefopt.training.checkpoint import complete_checkpoints, not_finite
 from prefopt.training.loggers import read_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import cache_dir, write_json
+from prefopt.utils.memory import is_out_of_memory
 from prefopt.utils.os_errors import explain, from_text
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[Mic
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter, and so is a CPU's
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         config = train_state.config
         largest = max(micro_batches, key=lambda m: m.batch.input_ids.numel())
@@ -71,7 +71,7 @@ def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[Mic
             remedies.append(f"micro_batch_tokens={rows * tokens // 2}")
         if not config.gradient_checkpointing:
             remedies.append("gradient_checkpointing=true")
-        raise UserError(
+        raise OutOfMemory(
             f"{where}: out of memory on {config.device}. The largest of its {len(micro_batches)} micro-batches has "
             f"{len(largest.pairs)} pairs in {rows} rows of {tokens} tokens (micro_batch_tokens="
             f"{config.micro_batch_tokens}). "

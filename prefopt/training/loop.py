@@ -23,8 +23,13 @@ from prefopt.training.step import train_step
 from prefopt.utils import signals
 from prefopt.utils.console import Bar
 from prefopt.utils.distributed import all_gather_object, check_agreement, heartbeat, is_main_process, on_main_process
+from prefopt.utils.memory import memory_for
 
 log = logging.getLogger(__name__)
+
+# What helps where memory is short.
+LESS_STATE = "train fewer weights (peft=lora_attention), or engine=zero2 on more GPUs"
+RESUMES = "the same command goes on from the last checkpoint"
 
 
 class Trained(NamedTuple):
@@ -47,7 +52,8 @@ def train_loop(train_state: TrainState) -> Trained:
     """
     config, run = train_state.config, train_state.run
     steps, exports = config.total_steps, export_steps(config)
-    start, early_stopping, vouched = resume(train_state)
+    with memory_for("reading the last checkpoint", LESS_STATE):
+        start, early_stopping, vouched = resume(train_state)
     logger = Loggers(run, config.logger, vouched)
     try:
         if start == 0:
@@ -76,10 +82,12 @@ def train_loop(train_state: TrainState) -> Trained:
                 # Before the checkpoint: a run that resumes from it does not come by this step again.
                 if done in exports and not last and train_state.export:
                     folder = run.folder / "policies" / f"step_{done:07d}"
-                    on_main_process(partial(train_state.export, folder))
+                    with memory_for(f"writing the policy after step {done}", RESUMES):
+                        on_main_process(partial(train_state.export, folder))
                 # After the last step too: should the disk fill up under the policy, no step is repeated.
                 if interrupted or last or done % config.save_every == 0:
-                    save(train_state, early_stopping, logger, done)
+                    with memory_for(f"saving step {done}", RESUMES):
+                        save(train_state, early_stopping, logger, done)
                 if interrupted:
                     raise Interrupted(f"saved after step {done} of {steps}")
 

@@ -28,6 +28,7 @@ from prefopt.utils.distributed import (
     world_size,
 )
 from prefopt.utils.files import check_folder, remove
+from prefopt.utils.memory import memory_for
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
@@ -191,27 +192,35 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.training.loop import train_loop
     from prefopt.training.state import TrainState
 
-    tokenizer, data = build_data(config, objective)
+    shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
+    with memory_for("reading and tokenizing the data", shorter):
+        tokenizer, data = build_data(config, objective)
     train_pairs = data["train"].pairs
     heldout_pairs = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
 
     began = time.monotonic()
-    policy = build_policy(config, objective, tokenizer)
+    smaller = "a smaller model.path, or peft=lora_attention with peft.quantize=true"
+    with memory_for(f"loading {config.model.path} on {config.device}", smaller):
+        policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
     check_agreement(
         "have read different models",
         {"the tokenizer's digest": tokenizer_digest(tokenizer), "the weights' digest": digest},
     )
     check_initial_weights(plan, digest)
-    layout = build_layout(config, policy, train_pairs)
+    half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
+    with memory_for("checking the layout on a few pairs", half, smaller):
+        layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
     counts = {name: split.counts for name, split in data.items()}
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, data=counts)
 
-    with main_process_first():  # one process fills the cache of the reference, the others read it
+    # One process fills the cache of the reference, the others read it.
+    with memory_for("computing the reference", half, "reference=cached", smaller), main_process_first():
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
-    engine = build_engine(config, policy)
+    with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
+        engine = build_engine(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
 
@@ -231,10 +240,12 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         layout=layout,
         export=exporter,
     )
-    trained = train_loop(train_state)
+    with memory_for("training", half, "gradient_checkpointing=true"):
+        trained = train_loop(train_state)
 
     if is_main_process():
-        final_weights = exporter.final(run.policy_folder)
+        with memory_for("writing the policy", "the same command, which goes on from the last step"):
+            final_weights = exporter.final(run.policy_folder)
         run.finish(
             evaluations=trained.evaluations,
             metrics=trained.metrics,

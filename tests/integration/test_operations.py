@@ -527,3 +527,60 @@ def test_the_local_rank_of_the_deepspeed_launcher_is_taken(overrides, tmp_path, 
     common = ["--local_rank=0", *overrides(tmp_path / "runs"), "steps=1"]
     for code, said in two_ranks(tmp_path, env, common, ["--local_rank=1", *common[1:]]):
         assert code == 0, said
+
+
+# Memory.
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+def torch_has_none() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+MOMENTS = {
+    "prefopt.training.build:load.load_tokenizer": "reading and tokenizing the data",
+    "prefopt.training.build:cache.prepare_dataset": "reading and tokenizing the data",
+    "prefopt.training.build:load.load_model": "loading",
+    "prefopt.models.layout_check:completion_logps": "checking the layout",
+    "prefopt.training.build:prefopt.models.reference.cached": "computing the reference",
+    "prefopt.training.build:Engine": "making the optimizer",
+    "prefopt.training.evaluate:step_metrics": "training",
+    "prefopt.training.evaluate:sample": "sampling after step 0",
+    "prefopt.training.loop:train_step": "training",
+    "prefopt.training.loop:save_checkpoint": "saving step 1",
+    "prefopt.training.export:PolicyExporter.__call__": "writing the policy after step 3",
+    "prefopt.training.export:PolicyExporter.final": "writing the policy",
+}
+
+
+@pytest.mark.parametrize("action", [no_memory, torch_has_none])
+def test_too_little_memory_is_one_message_whatever_was_being_done(action, overrides, tmp_path, env):  # noqa: F811
+    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
+    for number, (place, doing) in enumerate(MOMENTS.items()):
+        arguments = [*overrides(tmp_path / f"runs{number}"), *STEPS, "exports=2", oracle, "sampling.max_new_tokens=4"]
+        own_cache = {"PREFOPT_CACHE": str(tmp_path / f"cache{number}")}  # so that nothing is answered from it
+        code, said = run(tmp_path / "log", *arguments, env=own_cache, at=At(place, 1, action))
+        assert code == 2, (place, said)
+        assert "Traceback" not in said
+        assert said.count("error: ") == 1, said
+        assert f"out of memory while {doing}" in said or "out of memory on cpu" in said, (place, said)
+        assert "What helps: " in said or "Give " in said
+
+
+def test_too_little_memory_in_another_program_is_one_message(overrides, tiny_folder, tmp_path, env):  # noqa: F811
+    arguments = [
+        "model=hub",
+        f"model.path={tiny_folder / 'model'}",
+        f"prompts={tiny_folder / 'heldout.jsonl'}",
+        f"output={tmp_path / 'out.jsonl'}",
+        "device=cpu",
+        "precision=float32",
+    ]
+    at = At("prefopt.generation.sampler:sample", 1, no_memory)
+    code, said = run(tmp_path / "log", *arguments, program="sample", env=env, at=at)
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert "out of memory" in said

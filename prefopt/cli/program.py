@@ -22,6 +22,7 @@ from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
 from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.console import configure_logging
+from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import ROOT
 from prefopt.utils.memory import OTHERS, is_out_of_memory
 from prefopt.utils.os_errors import ADVICE, explain
@@ -195,7 +196,8 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         failures.append(_describe(error))
         return 2
     except Interrupted as error:
-        print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
+        if is_main_process():  # the other processes of a group stop with it
+            print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
         failures.append(_describe(error))
         return EXIT_CODE
     except Exception as error:

@@ -54,6 +54,5 @@ def memory_for(doing: str, *remedies: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OutOfMemory(
-            f"out of memory while {doing}. What helps: {'; or '.join([*remedies, OTHERS])}. ({first})"
-        ) from error
+        helps = "; or ".join([*remedies, OTHERS])
+        raise OutOfMemory(f"out of memory while {doing}. What helps: {helps}. ({first})") from error

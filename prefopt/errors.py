@@ -12,6 +12,10 @@ class MissingAssetError(UserError):
     """A model or a data set is not on this machine, or cannot be fetched to it."""
 
 
+class OutOfMemory(UserError):
+    """There was too little memory. The message says what was being done, and what to change."""
+
+
 class UnsafePathError(UserError):
     """A data set would make the program read a file from outside of its folder."""
 

@@ -48,6 +48,8 @@ def run(folder: Path) -> None:
             update_record(folder, status="interrupted")
         raise
     except BaseException as error:  # SystemExit too: even with code 0 it ends a job that has not finished
+        if read_record(folder)["status"] == "finished":  # it was only tidying up
+            raise
         update_record(folder, status="failed", error=traceback.format_exc())
         if not isinstance(error, Exception):
             raise RuntimeError(f"{type(error).__name__} ended the job before it had finished") from error

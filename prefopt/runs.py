@@ -9,6 +9,7 @@ A run whose process is gone, or whose Slurm job is, is never shown as running (p
 
 import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.live import Live
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
-from prefopt.tracking.process import STATES
+from prefopt.tracking.process import ACTIVE_STATES, STATES
 from prefopt.tracking.status import RunsConfig, best, select, status_table
 from prefopt.utils.console import console
 
@@ -41,11 +42,31 @@ def main(cfg: DictConfig) -> None:
     if not config.watch:
         console().print(status_table(select(config)))
         return
-    screen = Live(status_table(select(config)), console=console(), screen=os.isatty(1), auto_refresh=False)
-    with contextlib.suppress(KeyboardInterrupt), screen as live:
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(config)
+
+
+def watch(config: RunsConfig) -> None:
+    """Show the runs until none of them is under way, and how they ended. On a terminal the table is kept up to date;
+    elsewhere it is printed whenever the state of a run has changed."""
+    is_terminal = os.isatty(1)
+    before: list[tuple[Path, str]] | None = None
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(Live(console=console(), screen=True, auto_refresh=False)) if is_terminal else None
         while True:
-            live.update(status_table(select(config)), refresh=True)
+            runs = select(config)
+            states = [(run.folder, run.state) for run in runs]
+            if live:
+                live.update(status_table(runs), refresh=True)
+            elif states != before:
+                console().print(status_table(runs))
+                sys.stdout.flush()
+            before = states
+            if not any(state in (*ACTIVE_STATES, "unknown") for _, state in states):
+                break
             time.sleep(WATCH_EVERY_S)
+    if is_terminal:  # the screen is gone
+        console().print(status_table(runs))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -21,16 +22,14 @@ from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
 from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.console import configure_logging
+from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import ROOT
+from prefopt.utils.memory import OTHERS, is_out_of_memory
+from prefopt.utils.os_errors import ADVICE, explain
 from prefopt.utils.redact import RedactingStream, find_secret
 from prefopt.utils.signals import EXIT_CODE
 
-# The errors of a disk that is full, read-only, forbidden, failing or gone: the user's to correct, and no fault of ours.
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-           errno.ENOTCONN, errno.ENODEV)  # fmt: skip
-STORAGE_ADVICE = (
-    "Make room there, or bring the disk or the rights back. What was done is kept; the same command goes on from it."
-)
+LOCAL_RANK = re.compile(r"--local[_-]rank=(\d+)")
 Launch = Callable[[list[Point], Path, bool], int]
 Rewrite = Callable[[list[str], str], list[str]]
 
@@ -72,6 +71,7 @@ def run(
     """Run a program on the command line `arguments`; the exit code. The other parameters are those of `program`."""
     install_redaction()
     configure_logging()
+    arguments = take_local_rank(arguments)
     if secret := find_secret("\n".join(arguments)):  # first of all, so that nothing shows it
         return _refuse(f"the command line holds {secret}. {NO_KEYS}")
     if wants_help(arguments):
@@ -103,6 +103,18 @@ def run(
     if not task.points and (len(task.failures) > 1 or (task.failures and command_line.multirun)):
         print("failed:", *task.failures, sep="\n  ", file=sys.stderr)
     return task.code
+
+
+def take_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without the --local_rank=N that the `deepspeed` launcher puts before them; LOCAL_RANK says it
+    then."""
+    others = []
+    for argument in arguments:
+        if found := LOCAL_RANK.fullmatch(argument):
+            os.environ.setdefault("LOCAL_RANK", found[1])
+        else:
+            others.append(argument)
+    return others
 
 
 def install_redaction() -> None:
@@ -195,13 +207,20 @@ def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:
         failures.append(_describe(error))
         return 2
     except Interrupted as error:
-        print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
+        if is_main_process():  # the other processes of a group stop with it
+            print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
         failures.append(_describe(error))
         return EXIT_CODE
     except Exception as error:
         failures.append(_describe(error))
-        if isinstance(error, OSError) and error.errno in STORAGE:
-            print(f"error: {error}. {STORAGE_ADVICE}", file=sys.stderr)
+        if is_out_of_memory(error):  # anywhere else than where a program says what it was doing
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"error: out of memory: {first}. Lower batch sizes and lengths; or {OTHERS}.", file=sys.stderr)
+            return 2
+        # A file that is not there may be a fault of ours; with any other of these errors the disk is the user's matter.
+        if isinstance(error, OSError) and error.errno in ADVICE and error.errno != errno.ENOENT:
+            kept = "What was done is kept; the same command goes on from it."
+            print(f"error: {explain(error)} {kept}", file=sys.stderr)
             return 2
         traceback.print_exc()  # a fault of ours, or of the machine: all of it helps
         return 1

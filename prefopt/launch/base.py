@@ -48,6 +48,9 @@ class SweepJob:
 class Launcher(ABC):
     """Starts jobs, here or on a cluster. Its fields are the keys of conf/launcher/NAME.yaml."""
 
+    def check(self) -> None:  # noqa: B027  # most launchers need nothing
+        """Raise UserError where jobs cannot be started from this machine. Called before anything is written."""
+
     @abstractmethod
     def settle(self, config: TrainConfig) -> None:
         """Replace the `auto` values of a job's config by those of the machine that will run it.

@@ -13,7 +13,7 @@ from pathlib import Path
 from prefopt.config.hardware import resolve_hardware
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import python_environment
-from prefopt.tracking.record import update_record
+from prefopt.tracking.record import give_up
 from prefopt.tracking.status import inspect_runs
 from prefopt.training.config import TrainConfig
 from prefopt.utils.console import echo
@@ -58,7 +58,8 @@ class Local(Launcher):
                 time.sleep(0.05)
         except KeyboardInterrupt:
             for job in waiting:
-                update_record(job.folder, status="interrupted", error="the sweep was stopped before this job began")
+                error = "the sweep was stopped before this job began"
+                give_up(job.folder, (os.getpid(),), status="interrupted", error=error)
             self._stop(running)
             raise
 
@@ -109,11 +110,10 @@ class LocalProcess:
             return False
         self.log.close()
         (status,) = inspect_runs([self.job.folder])
-        if status.state not in ("finished", "failed", "interrupted"):
+        if status.state not in ("finished", "failed", "interrupted", "damaged"):
             how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-            update_record(
-                self.job.folder, status="failed", error=f"the process ended before the run had finished: {how}"
-            )
+            error = f"the process ended before the run had finished: {how}"
+            give_up(self.job.folder, (os.getpid(), self.process.pid), status="failed", error=error)
         return True
 
 

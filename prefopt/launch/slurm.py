@@ -8,8 +8,10 @@ a flag that it looks at between steps instead of a handler that ends it anywhere
 import json
 import logging
 import math
+import os
 import re
 import shlex
+import shutil
 import string
 import subprocess
 import sys
@@ -21,11 +23,16 @@ from prefopt.errors import UserError
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.estimate import parameters
 from prefopt.launch.snapshot import python_environment
+from prefopt.tracking.record import give_up
 from prefopt.training.config import TrainConfig
 from prefopt.utils.files import atomic_write, write_json
 from prefopt.utils.signals import EXIT_CODE
 
 log = logging.getLogger(__name__)
+
+
+NO_SBATCH = "launcher=slurm: there is no sbatch here. Run it on a machine that submits to Slurm."
+GPU_OPTIONS = ("gres", "gpus-per-node", "gpus")  # of sbatch: sites take one or another
 
 
 class ScriptTemplate(string.Template):
@@ -45,11 +52,13 @@ class Slurm(Launcher):
     account: str | None
     options: list[str]
     gpus: int
+    gpu_type: str | None
+    gpu_option: str
     nodes: int
     cpus: int
     hours: float
     hours_per_billion: float
-    memory_gib: float
+    memory_gib: float | None
     memory_gib_per_billion: float
     at_once: int | None
     array_limit: int
@@ -65,7 +74,10 @@ class Slurm(Launcher):
                 raise ValueError(f"{name} must be at least {value}, is {getattr(self, name)}")
         if self.at_once is not None and self.at_once < 1:
             raise ValueError(f"at_once must be at least 1, or null, is {self.at_once}")
-        for name, text in {"partition": self.partition, "account": self.account}.items():
+        if self.gpu_option not in GPU_OPTIONS:
+            raise ValueError(f"gpu_option must be {' or '.join(GPU_OPTIONS)}, is {self.gpu_option!r}")
+        names = {"partition": self.partition, "account": self.account, "gpu_type": self.gpu_type}
+        for name, text in names.items():
             if text is not None and not re.fullmatch(r"\w[\w.,+@-]*", text):
                 raise ValueError(f"{name} must be of letters, digits and . , _ + @ - alone, is {text!r}")
         for option in self.options:
@@ -92,22 +104,47 @@ class Slurm(Launcher):
                 "single trains in one: add engine=zero2."
             )
 
-    def limits(self, job: SweepJob) -> tuple[int, int]:
-        """(time limit in minutes, memory per node in GiB) by the size of the job's model."""
+    def check(self) -> None:
+        if shutil.which("sbatch") is None:
+            raise UserError(NO_SBATCH)
+
+    def limits(self, job: SweepJob) -> tuple[int, int | None]:
+        """(time limit in minutes, memory per node in GiB) by the size of the job's model. No memory: none is asked
+        for."""
         billions = parameters(job.model) / 1e9
         minutes = 60 * (self.hours + self.hours_per_billion * billions)
+        if self.memory_gib is None:
+            return math.ceil(minutes), None
         return math.ceil(minutes), math.ceil(self.memory_gib + self.memory_gib_per_billion * billions)
 
     def resources(self, job: SweepJob) -> str:
         minutes, memory = self.limits(job)
         where = f"partition {self.partition}" if self.partition else "default partition"
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
-        return f"{where}, {nodes}, {self.gpus} GPU, {self.cpus} CPU, {memory} GiB, {minutes // 60}:{minutes % 60:02d} h"
+        gpus = f"{self.gpus} GPU" + (f" {self.gpu_type}" if self.gpu_type and self.gpus else "")
+        room = "the site's memory" if memory is None else f"{memory} GiB"
+        return f"{where}, {nodes}, {gpus}, {self.cpus} CPU, {room}, {minutes // 60}:{minutes % 60:02d} h"
 
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
         """Submit, and return. Jobs of one size share an array; where there is a cap on jobs at once, an array begins
-        when the one before it has ended."""
-        groups: dict[tuple[int, int], list[SweepJob]] = {}
+        when the one before it has ended.
+
+        Raises UserError where sbatch refuses jobs, or cannot name their folders; those not submitted yet are then
+        recorded as failed, with its words.
+        """
+        waiting = list(jobs)
+        try:
+            self._submit_all(waiting, code, folder)
+        except UserError as error:
+            for job in waiting:
+                give_up(job.folder, (os.getpid(),), status="failed", error=str(error))
+            raise
+        log.info("waiting for them; Ctrl-C leaves them to Slurm, and `python -m prefopt.runs` shows them")
+
+    def _submit_all(self, waiting: list[SweepJob], code: Path, folder: Path) -> None:
+        """Submit the jobs in `waiting`, and take out of it what is submitted."""
+        jobs = list(waiting)
+        groups: dict[tuple[int, int | None], list[SweepJob]] = {}
         for job in jobs:
             groups.setdefault(self.limits(job), []).append(job)
         chunks = [
@@ -128,10 +165,10 @@ class Slurm(Launcher):
             for i, job in enumerate(chunk):
                 frozen = json.loads((job.folder / "job.json").read_text())
                 write_json(job.folder / "job.json", frozen | {"slurm_job": f"{before}_{i}"})
+                waiting.remove(job)
             log.info(f"Slurm job {before}: {len(chunk)} jobs ({script})")
-        log.info("waiting for them; Ctrl-C leaves them to Slurm, and `python -m prefopt.runs` shows them")
 
-    def script(self, count: int, limits: tuple[int, int], listing: Path, code: Path) -> str:
+    def script(self, count: int, limits: tuple[int, int | None], listing: Path, code: Path) -> str:
         """The job script (slurm.sh) of an array over the `count` run folders that the file `listing` names.
 
         `limits` are minutes and GiB per node; `code` is the folder whose package the jobs run. A process gets what
@@ -143,15 +180,19 @@ class Slurm(Launcher):
         python_path = environment.pop("PYTHONPATH")
         python = shlex.split(self.python) if self.python else [sys.executable]
 
-        gres = f"gpu:{self.gpus}" if self.gpus else None
-        wanted = {"gres": gres, "partition": self.partition, "account": self.account}
+        gpus = None
+        if self.gpus:
+            count_of_option = self.gpus * (self.nodes if self.gpu_option == "gpus" else 1)
+            gpus = ":".join(filter(None, [self.gpu_type, str(count_of_option)]))
+            gpus = f"gpu:{gpus}" if self.gpu_option == "gres" else gpus
+        memory = None if memory_gib is None else f"{memory_gib}G"
+        wanted = {"mem": memory, self.gpu_option: gpus, "partition": self.partition, "account": self.account}
         resources = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
 
         return SCRIPT.substitute(
             last_task=count - 1,
             at_once=f"%{self.at_once}" if self.at_once else "",
             minutes=minutes,
-            memory_gib=memory_gib,
             nodes=self.nodes,
             tasks_per_node=self.gpus or 1,
             cpus=self.cpus,
@@ -177,7 +218,7 @@ def submit(script: Path, after: str | None) -> str:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
-        raise UserError("launcher=slurm: there is no sbatch here. Run it on a machine that submits to Slurm.") from None
+        raise UserError(NO_SBATCH) from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch refused {script}: {error.stderr.strip()}") from None
     return answer.strip().split(";")[0]

@@ -2,7 +2,6 @@
 #SBATCH --job-name=prefopt
 #SBATCH --array=0-%%{last_task}%%{at_once}
 #SBATCH --time=%%{minutes}
-#SBATCH --mem=%%{memory_gib}G
 #SBATCH --nodes=%%{nodes}
 #SBATCH --ntasks-per-node=%%{tasks_per_node}
 #SBATCH --cpus-per-task=%%{cpus}

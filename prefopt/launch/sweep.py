@@ -26,8 +26,8 @@ from prefopt.config.parse import build, parse
 from prefopt.errors import MissingAssetError, UserError
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import snapshot
-from prefopt.tracking.process import ACTIVE_STATES, process_info
-from prefopt.tracking.record import write_record
+from prefopt.tracking.process import ACTIVE_STATES, describe_owner, process_info
+from prefopt.tracking.record import amending, write_record
 from prefopt.tracking.status import RunStatus, inspect_runs, status_table
 from prefopt.utils.console import console, rows_table
 from prefopt.utils.distributed import world_size
@@ -78,10 +78,11 @@ class Sweep:
         )
 
         if to_run := [job for job in jobs if job.to_run]:
+            launcher.check()
             code = snapshot(to_run[0].folder.parent / "code")
-            for job in to_run:
-                write_job_file(job, self.program, code)
-            launcher.run(to_run, code, folder)
+            to_run = [job for job in to_run if write_job_file(job, self.program, code)]
+            if to_run:
+                launcher.run(to_run, code, folder)
 
         # Also for the jobs that were under way before.
         runs = wait_for_runs([job.folder for job in jobs])
@@ -243,15 +244,26 @@ def command_of(program: str, overrides: list[str]) -> str:
     return f"python -m prefopt.{program} {shlex.join(o for o in overrides if not o.startswith('launcher'))}"
 
 
-def write_job_file(job: SweepJob, program: str, code: Path) -> None:
-    """Write job.json, from which `prefopt.job` runs the job, and a record that it is queued by this process."""
+def write_job_file(job: SweepJob, program: str, code: Path) -> bool:
+    """Write job.json, from which `prefopt.job` runs the job, and a record that it is queued by this process. Returns
+    False, and writes nothing, where another sweep has queued, begun or finished the run since it was planned."""
     origin = {"command": command_of(program, job.overrides), "code": str(code)}
-    write_json(job.folder / "job.json", {"program": program, "config": dataclasses.asdict(job.config), **origin})
+    frozen = {"program": program, "config": dataclasses.asdict(job.config), **origin}
     queued: dict[str, Any] = {"status": "queued", "error": None, **origin, **process_info(), "slurm_job": None}
-    if job.run:
-        job.run.update(**queued)
-    else:
-        write_record(job.folder, {"name": job.id, **queued})
+    with amending(job.folder):
+        if job.run and (job.folder / "record.json").is_file():
+            (status,) = inspect_runs([job.folder])
+            job.state = status.state
+            if not job.to_run:
+                log.info(f"{job.folder.name}: {job.state} meanwhile, by {describe_owner(status.record)}; waits for it")
+                return False
+            job.run.reload()
+        write_json(job.folder / "job.json", frozen)
+        if job.run:
+            job.run.update(**queued)
+        else:
+            write_record(job.folder, {"name": job.id, **queued})
+    return True
 
 
 def wait_for_runs(folders: list[Path]) -> list[RunStatus]:

@@ -14,6 +14,7 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models.logprobs import autocast, backbone, completion_logps, last_hidden_states, logit_cap
 from prefopt.models.packed_attention import enable_packed_attention
+from prefopt.utils.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def choose_layout(
                 reason = f"gives other log-probs in a {candidate} row (by {difference.item():.2g} nats per token)"
             # What the code of an architecture raises for a mask or an argument that it does not know.
             except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, ImportError) as error:
+                if is_out_of_memory(error):  # it says nothing of the layout
+                    raise
                 reason = f"cannot read a {candidate} row ({str(error).splitlines()[0]})"
             if candidate == "packed":  # the other layouts take the model's own attention
                 model.set_attn_implementation(original)

@@ -26,7 +26,7 @@ def page(
 
     shown = [replace(table, notes=[note for note in table.notes if note not in origin]) for table in tables]
     if records:
-        cells = [[r["name"], commit(r["git"]), r["command"]] for r in records]
+        cells = [[r["name"], commit(r["git"]), r.get("command") or ""] for r in records]
         notes = ["A + after a commit: with changes of the code that were not committed."]
         shown.append(Tabular("runs", text_columns("run", "commit", "command"), cells, [], notes, "Runs"))
 

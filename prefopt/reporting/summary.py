@@ -237,7 +237,7 @@ def provenance(records: list[Record], command: str) -> list[str]:
     machines = {json.dumps(r["machine"]): r["machine"] for r in records}.values()
     places = "; ".join(
         f"{m['cores']} cores of {m['processor']} ({m['instructions']}), {m['memory_gib']:.0f} GiB"
-        + (f", {', '.join(m['gpus'])}" if m["gpus"] else "")
+        + (f", {', '.join(map(str, m['gpus']))}" if m["gpus"] else "")
         for m in machines
     )
     commits = {f"{r['git']['commit'][:10]}{' with changes' if r['git']['dirty'] else ''}" for r in records if r["git"]}

@@ -5,17 +5,20 @@ They lie in the runs' folders, or in one file, the archive, to be kept and passe
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.tracking.record import load_record
+from prefopt.tracking.metrics import metrics_damage
+from prefopt.tracking.record import alpaca_problems, harness_problems, load_record, read_json, record_problems
 from prefopt.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+# Where the results of the jobs that evaluate a run lie in its folder, and what keeps a file from being one.
+RESULTS = {"harness": ("harness/*.json", harness_problems), "alpaca": ("alpaca/*/record.json", alpaca_problems)}
 # Left out of an archive: no figure depends on them, and they tell of the user's machine.
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
@@ -32,9 +35,8 @@ def read_records(*places: Path) -> list[Record]:
             if record["status"] == "finished":
                 records.setdefault(record["name"], record)
             else:
-                log.warning(
-                    f"left out: {place / record['name']} is {record['status']}; run it again: {record.get('command')}"
-                )
+                run = record.get("folder", record.get("name"))
+                log.warning(f"left out: {run} is {record['status']}; run it again: {record.get('command')}")
     if not records:
         folder = " ".join(map(str, places))
         raise UserError(f"no finished run in {folder}. Train one first: python -m prefopt.train runs_dir={folder}")
@@ -44,23 +46,66 @@ def read_records(*places: Path) -> list[Record]:
 def _in_folder(place: Path) -> list[Record]:
     records = []
     for file in sorted(place.glob("*/record.json")):
-        record = load_record(file) | {"folder": str(file.parent)}
-        for kind, pattern in (("harness", "harness/*.json"), ("alpaca", "alpaca/*/record.json")):
-            results = sorted(file.parent.glob(pattern))
-            record[kind] = [json.loads(result.read_text()) | {"file": str(result)} for result in results]
+        try:
+            record = load_record(file) | {"folder": str(file.parent)}
+            if record["status"] == "finished":
+                check_finished(file, record)
+        except UserError as error:
+            log.warning(f"left out: {error}")
+            continue
+        for kind, (pattern, problems) in RESULTS.items():
+            record[kind] = [result for path in sorted(file.parent.glob(pattern)) for result in _result(path, problems)]
         records.append(record)
     return records
 
 
-def _archived(file: Path) -> list[Record]:
+def check_finished(file: Path, record: Record) -> None:
+    """Raise UserError where the record in `file` lacks what tables are made of, or its run's metrics are damaged."""
+    if problem := next(record_problems(record, finished=True), None):
+        raise UserError(f"{file} is no record of a finished run: {problem}. Bring it back.")
+    metrics = file.with_name("metrics.jsonl")
+    # A record that was copied without them stands for itself.
+    if "metrics" in record and metrics.exists() and (why := metrics_damage(metrics, record["metrics"])):
+        raise UserError(f"{file.parent}: {why}. Bring it back, or remove the folder and train again.")
+
+
+def _result(file: Path, problems: Callable[[Record], Iterator[str]]) -> list[Record]:
+    """The result in `file`, or nothing, and a warning, where it is none."""
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        # KeyError for JSON lines that are something else.
-        return [record | {"harness": record["harness"], "alpaca": record["alpaca"]} for record in records]
-    except (ValueError, KeyError, TypeError) as error:
+        result = read_json(file)
+        if problem := next(problems(result), None):
+            raise UserError(f"{file} is no result: {problem}.")
+    except UserError as error:
+        log.warning(f"left out: {error} Remove it, and evaluate again.")
+        return []
+    return [result | {"file": str(file)}]
+
+
+def _archived(file: Path) -> list[Record]:
+    records = []
+    try:
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} is no record")
+            for problem in (*record_problems(record, finished=True), *_result_problems(record)):
+                raise ValueError(f"line {number}: {problem}")
+            records.append(record)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{file} is no archive of records, which prefopt.report and prefopt.papers write: {error!r}"
+            f"{file} is no archive of records, which prefopt.report and prefopt.papers write: {error}"
         ) from None
+    return records
+
+
+def _result_problems(record: Record) -> Iterator[str]:
+    for kind, (_, problems) in RESULTS.items():
+        results = record.get(kind)
+        if not isinstance(results, list):
+            yield f"it has no list {kind}"
+            continue
+        for result in results:
+            yield from problems(result) if isinstance(result, dict) else [f"a result in {kind} is no mapping"]
 
 
 def write_archive(records: Sequence[Record], file: Path) -> None:

@@ -15,7 +15,7 @@ import filelock
 from prefopt.errors import UserError
 from prefopt.utils.locks import try_lock
 
-STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "unknown"]
+STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "damaged", "unknown"]
 ACTIVE_STATES = ("queued", "running", "requeued")  # and perhaps "unknown"
 # Slurm's states in which a job has ended.
 TERMINAL_SLURM_STATES = {
@@ -44,8 +44,8 @@ def process_info() -> dict[str, Any]:
 
 def describe_owner(record: dict[str, Any]) -> str:
     """The process that a record names, in words."""
-    place = f"Slurm job {record['slurm_job']}" if record.get("slurm_job") else f"process {record['pid']}"
-    return f"{place} on {record['host']} since {record['since']}"
+    place = f"Slurm job {record['slurm_job']}" if record.get("slurm_job") else f"process {record.get('pid')}"
+    return f"{place} on {record.get('host')} since {record.get('since')}"
 
 
 def utc_now() -> str:
@@ -91,7 +91,7 @@ def resolve_status(record: dict[str, Any], queue: dict[str, str] | None = None) 
 
     `queue` is that of `slurm_queue`. new, queued, running, finished, failed: as in the record. interrupted: it saved
     and left. requeued: the same, and Slurm will start it again. died: its process ended without writing so. unknown: it
-    is on a machine that cannot be asked from here.
+    is on a machine that cannot be asked from here. (damaged: the record cannot be read; see `status.inspect_runs`.)
     """
     status = record["status"]
     if status not in ("queued", "running", "interrupted"):
@@ -99,7 +99,7 @@ def resolve_status(record: dict[str, Any], queue: dict[str, str] | None = None) 
 
     is_here = record.get("host") == socket.gethostname()
     # The number of a process that ended may be another's by now: the start time tells them apart.
-    is_gone = is_here and record["pid_born"] != process_start_time(record["pid"])
+    is_gone = is_here and record.get("pid_born") != process_start_time(record.get("pid") or 0)
 
     if record.get("slurm_job"):
         if queue is None:

@@ -6,6 +6,7 @@ config without the keys in VOLATILE, and the digests of the data files. So the s
 
 import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,11 @@ class Run:
     def open(cls, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]) -> "Run":
         """The run with what record.json in its folder says, if there is one. Raises UserError for a damaged one."""
         run = cls(config, objective_name, data_digests)
-        run._read_record()
+        run.reload()
         return run
 
-    def _read_record(self) -> None:
+    def reload(self) -> None:
+        """Read record.json, if there is one. Raises UserError for a damaged one."""
         if (self.folder / "record.json").is_file():
             self.record = load_record(self.folder / "record.json")
         # VOLATILE keys may have changed since; a finished run keeps those that it was finished with.
@@ -86,6 +88,12 @@ class Run:
             f"what is there now, move the folder away, or choose another model.name=NAME. With the old files it {old}."
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What all processes of the run must have been given alike: config and digests, by keys with dots."""
+        return dict(_flatten(self._inputs["config"])) | {
+            f"digest of {name}": digest for name, digest in self._inputs["data_digests"].items()
+        }
+
     def hold(self) -> None:
         """Keep other processes off this run (`process.acquire_lock`). Only the main process does; may be called again.
 
@@ -93,7 +101,7 @@ class Run:
         """
         if is_main_process() and not owns_lock(self.folder):
             acquire_lock(self.folder)
-            self._read_record()  # another process may have worked on it since this one looked
+            self.reload()  # another process may have worked on it since this one looked
             if self.finished:
                 raise UserError(f"{self.folder} has been finished meanwhile by another process; nothing is left to do.")
 
@@ -120,7 +128,7 @@ class Run:
         self.update(status="finished", finished=utc_now(), **facts)
 
     def interrupt(self, why: str) -> None:
-        if owns_lock(self.folder):
+        if owns_lock(self.folder) and not self.finished:  # a finished run that was only tidying up stays finished
             self.update(status="interrupted", error=why)
 
     def fail(self, error: str) -> None:
@@ -128,9 +136,19 @@ class Run:
 
         Any process of a group may call it: the first one to fail is the one that knows why.
         """
-        if not (self.folder / "record.json").is_file() or (is_main_process() and not owns_lock(self.folder)):
+        if self.finished or not (self.folder / "record.json").is_file():
+            return
+        if is_main_process() and not owns_lock(self.folder):
             return
         with contextlib.suppress(OSError):  # that nothing can be written may be what the error is
             # The other processes fail after the first, with an error that says only that it has gone: keep the first.
             if world_size() == 1 or read_record(self.folder)["status"] != "failed":
                 update_record(self.folder, status="failed", finished=utc_now(), error=error)
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -12,7 +12,7 @@ from rich.console import Group
 
 from prefopt.errors import UserError
 from prefopt.tracking.process import resolve_status, slurm_queue
-from prefopt.tracking.record import read_record
+from prefopt.tracking.record import NUMBER, WHOLE, is_kind, read_record
 from prefopt.utils.console import rows_table
 from prefopt.utils.files import read_lines_reversed
 
@@ -47,6 +47,8 @@ class RunStatus:
     @property
     def why(self) -> str:
         """Why it ended, in one line: the last line of the error, or of the log of a run that died; else ""."""
+        if self.state == "damaged":
+            return str(self.record["error"])
         if self.state in ("failed", "interrupted", "requeued"):
             return ((self.record.get("error") or "").strip().splitlines() or [""])[-1]
         if self.state == "died":
@@ -59,17 +61,23 @@ class RunStatus:
         return "cannot be asked from here" if self.state == "unknown" else ""
 
     def metrics(self) -> dict[str, Any]:
-        """The last evaluation in metrics.jsonl, with the last step as `step`; {} before the first step."""
+        """The last evaluation in metrics.jsonl, with the last step as `step`; {} before the first step. Of a finished
+        run, what its record says."""
+        if self.state == "finished" and self.record.get("evaluations"):
+            row: dict[str, Any] = self.record["evaluations"][-1]
+            return row
         last_step: dict[str, Any] = {}
         for _, line in read_lines_reversed(self.folder / "metrics.jsonl"):
             if last_step and HELDOUT not in line:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # the line that is being written
+            except ValueError:  # the line that is being written, or one that is damaged
+                continue
+            if not isinstance(row, dict) or not is_kind(row.get("step"), WHOLE):
                 continue
             last_step = last_step or {"step": row["step"]}
-            if row["split"] == "heldout":
+            if row.get("split") == "heldout":
                 return row | last_step
         return last_step
 
@@ -82,12 +90,21 @@ class RunStatus:
 
 def inspect_runs(folders: list[Path]) -> list[RunStatus]:
     """The state of the runs in `folders`, in their order. Slurm is asked once, and only if one of them is its job."""
-    records = [read_record(folder) for folder in folders]
+    records = [_read_or_damaged(folder) for folder in folders]
     queue = slurm_queue() if any(r.get("slurm_job") for r in records) else None
     return [
         RunStatus(folder, record, resolve_status(record, queue), (queue or {}).get(record.get("slurm_job") or ""))
         for folder, record in zip(folders, records, strict=True)
     ]
+
+
+def _read_or_damaged(folder: Path) -> dict[str, Any]:
+    """The record in `folder`. Of one that cannot be read, a record of the status damaged with the reason as its error:
+    one such file keeps nobody from seeing the other runs."""
+    try:
+        return read_record(folder)
+    except UserError as error:
+        return {"status": "damaged", "error": str(error)}
 
 
 def status_table(runs: list[RunStatus]) -> Group:
@@ -96,13 +113,16 @@ def status_table(runs: list[RunStatus]) -> Group:
     rows = []
     for run in runs:
         metrics, record = run.metrics(), run.record
-        figures = [f"{metrics[key]:.3f}" if key in metrics else "–" for key in ("accuracy", "oracle_reward", "kl")]
+        figures = [
+            f"{metrics[key]:.3f}" if is_kind(metrics.get(key), NUMBER) else "–"
+            for key in ("accuracy", "oracle_reward", "kl")
+        ]
         where = record.get("slurm_job") and f"{record.get('host') or 'Slurm'} {record['slurm_job']}"
         rows.append(
             [
                 run.folder.name,
                 run.state,
-                f"{metrics.get('step', '–')}/{record['config']['steps'] or '?'}",
+                f"{metrics.get('step', '–')}/{record.get('config', {}).get('steps') or '?'}",
                 *figures,
                 where or record.get("host") or "–",
                 age(run.age_s),
@@ -130,10 +150,10 @@ def best(runs: list[RunStatus], key: str) -> Any:
         raise UserError(f"best={key}: these runs have not finished: {', '.join(unfinished)}")
     candidates = []
     for run in runs:
-        value: Any = run.record["config"]
+        value: Any = run.record.get("config")
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        rewards = [row["oracle_reward"] for row in run.record["evaluations"] if "oracle_reward" in row]
+        rewards = [row["oracle_reward"] for row in run.record.get("evaluations", []) if "oracle_reward" in row]
         if value is None or not rewards:
             raise UserError(f"best={key}: {run.folder} has no {key}, or was not evaluated by an oracle.")
         candidates.append((rewards[-1], value))

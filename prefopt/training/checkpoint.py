@@ -5,12 +5,13 @@ SHA256SUMS in it (`sha256sum -c` reads it) reveals damage on the disk; for that 
 Older ones are removed only after the new one is complete. No pickle is ever read.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from prefopt.models.generation_config import stop_tokens
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
-from prefopt.utils.files import atomic_write
+from prefopt.utils.files import atomic_write, remove
+from prefopt.utils.os_errors import from_text
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest is damaged on the disk
 SUMS = "SHA256SUMS"
+OURS = re.compile(r"step_\d+(\.tmp|\.damaged)?")  # what is written and removed in checkpoints/
 FLOAT32_BYTES = 4
 ADAMW_MOMENTS = 2  # numbers that AdamW keeps for each weight
 WEIGHTS_PER_BYTE = 2  # of weights quantized to 4 bits
@@ -51,7 +54,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         )
     target = folder / f"step_{step:07d}"
     aside = folder / f"{target.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     folder.mkdir(exist_ok=True)  # without parents: where the run's folder is gone, its file system is gone
     aside.mkdir()
     try:
@@ -60,30 +63,32 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             heartbeat()
         (aside / "meta.json").write_text(json.dumps({"step": step, **meta}))
         (aside / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(aside).items()))
+        remove(target)
         publish(aside, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk this makes room for the record of the failure
-        raise error if isinstance(error, OSError) else OSError(errno.EIO, str(error), str(target)) from error
+        raise error if isinstance(error, OSError) else from_text(str(error), target) from error
     kept = sorted(complete_checkpoints(folder))[-KEPT:]
     for old in folder.iterdir():
-        if old not in kept:
-            shutil.rmtree(old)
+        if old not in kept and OURS.fullmatch(old.name):
+            remove(old)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were written to their end: their folders have no suffix (.tmp, .damaged)."""
-    return [path for path in folder.glob("step_*") if not path.suffix]
+    """The checkpoints that were written to their end: folders without a suffix (.tmp, .damaged)."""
+    return [path for path in folder.glob("step_*") if OURS.fullmatch(path.name) and not path.suffix and path.is_dir()]
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is not damaged, or None where there is none yet.
+def latest_checkpoint(folder: Path, check: Callable[[Path], str | None] | None = None) -> Path | None:
+    """The newest checkpoint that is not damaged, or None where there is none yet. `check` says what is wrong with one
+    (None: `damage`).
 
     Renames damaged newer ones to step_NNNNNNN.damaged, and says so; the next checkpoint removes them. Raises UserError
     where all are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for path in sorted(complete_checkpoints(folder), reverse=True):
-        if why := damage(path):
+        if why := (check or damage)(path):
             damaged.append((path, why))
             continue
         for bad, why in damaged:
@@ -104,10 +109,13 @@ def damage(checkpoint: Path) -> str | None:
     """How the files of a checkpoint differ from its SHA256SUMS; None where they do not."""
     file = checkpoint / SUMS
     expected = {}
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        digest, _, name = line.partition("  ")
-        expected[name] = digest
-    actual = checksums(checkpoint)
+    try:
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+            digest, _, name = line.partition("  ")
+            expected[name] = digest
+        actual = checksums(checkpoint)
+    except OSError as error:  # a bad block on the disk: the checkpoint before may lie elsewhere
+        return str(error)
     wrong = [
         f"{name} has the checksum {actual.get(name, 'of no file')}, and {SUMS} says "
         f"{expected.get(name, 'nothing of it')}"
@@ -121,7 +129,7 @@ def checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file but SHA256SUMS, by the file's name."""
     digests = {}
     for path in sorted(folder.iterdir()):
-        if path.name != SUMS:
+        if path.name != SUMS and path.is_file():
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             heartbeat()
@@ -136,8 +144,8 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 def run_bytes(config: TrainConfig, engine: Engine) -> int:
     """The most that a run's checkpoints and policies take on the disk at a time, in bytes."""
-    saves = (config.total_steps - 1) // config.save_every  # none after the last step
-    checkpoints = min(KEPT + 1, max(1, saves))  # old ones go when a new one is complete
+    saves = (config.total_steps - 1) // config.save_every + 1  # one after the last step
+    checkpoints = min(KEPT + 1, saves)  # old ones go when a new one is complete
     return checkpoint_bytes(config, engine) * checkpoints + policy_bytes(engine.policy) * config.exports
 
 
@@ -177,24 +185,35 @@ def gib(size: float) -> str:
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(tensors, meta) as `save_checkpoint` took them; meta has "step" too."""
     tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return tensors, json.loads((path / "meta.json").read_text())
+    return tensors, load_meta(path)
+
+
+def load_meta(path: Path) -> dict[str, Any]:
+    """The meta that `save_checkpoint` took, with "step"."""
+    meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
+    return meta
 
 
 def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Write policy and tokenizer into folder `target`, as transformers' `from_pretrained` loads them.
 
-    Raises UserError where a weight is not finite.
+    Raises UserError where a weight is not finite, and OSError where the folder cannot be written; then nothing is left
+    of it.
     """
     aside = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     if bad := not_finite(dict(policy.named_parameters())):
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
-    policy.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if policy.can_generate():
-        write_terminator(policy, tokenizer, aside)
-    shutil.rmtree(target, ignore_errors=True)
-    publish(aside, target)
+    try:
+        policy.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if policy.can_generate():
+            write_terminator(policy, tokenizer, aside)
+        remove(target)
+        publish(aside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk this makes room for the record of the failure
+        raise error if isinstance(error, OSError) else from_text(str(error), target) from error
 
 
 def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

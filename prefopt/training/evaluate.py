@@ -30,6 +30,7 @@ from prefopt.utils.console import progress
 from prefopt.utils.distributed import on_main_process
 from prefopt.utils.files import atomic_write, cache_dir
 from prefopt.utils.fingerprint import fingerprint
+from prefopt.utils.memory import memory_for
 from prefopt.utils.stats import mean_and_error
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,12 @@ def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
     """
     assert train_state.oracle is not None
     show = train_state.config.logger.progress
-    with autocast(train_state.engine.device, train_state.config.precision):
+    half = f"sampling.batch_size={max(1, train_state.config.sampling.batch_size // 2)}"
+    fewer = "lower sampling.max_new_tokens"
+    with (
+        memory_for(f"sampling after step {step}", half, fewer),
+        autocast(train_state.engine.device, train_state.config.precision),
+    ):
         drawn = sample(
             train_state.engine.policy,
             train_state.tokenizer,

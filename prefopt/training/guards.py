@@ -3,18 +3,19 @@
 import contextlib
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+from safetensors import SafetensorError
 
-from prefopt.errors import UserError
-from prefopt.training.checkpoint import complete_checkpoints, gib, not_finite
+from prefopt.errors import OutOfMemory, UserError
+from prefopt.training.checkpoint import complete_checkpoints, not_finite
 from prefopt.training.loggers import read_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.distributed import is_main_process
-from prefopt.utils.files import write_json
+from prefopt.utils.files import cache_dir, write_json
+from prefopt.utils.memory import is_out_of_memory
+from prefopt.utils.os_errors import explain, from_text
 
 if TYPE_CHECKING:
     from prefopt.tracking.run import Run
@@ -60,7 +61,7 @@ def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[Mic
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter, and so is a CPU's
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         config = train_state.config
         largest = max(micro_batches, key=lambda m: m.batch.input_ids.numel())
@@ -70,7 +71,7 @@ def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[Mic
             remedies.append(f"micro_batch_tokens={rows * tokens // 2}")
         if not config.gradient_checkpointing:
             remedies.append("gradient_checkpointing=true")
-        raise UserError(
+        raise OutOfMemory(
             f"{where}: out of memory on {config.device}. The largest of its {len(micro_batches)} micro-batches has "
             f"{len(largest.pairs)} pairs in {rows} rows of {tokens} tokens (micro_batch_tokens="
             f"{config.micro_batch_tokens}). "
@@ -90,15 +91,15 @@ def explain_os_errors(run: "Run") -> Iterator[None]:
     from."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as failure:
+        if isinstance(failure, SafetensorError) and "os error" not in str(failure):  # a file that is none of its kind
+            raise
+        error = failure if isinstance(failure, OSError) else from_text(str(failure))
         if error.errno is None:  # not the system's: transformers raises its own, with its own advice
             raise
-        kept, room = "the first step", ""
+        kept = "the first step"
         with contextlib.suppress(OSError):
-            room = f" ({gib(shutil.disk_usage(run.folder).free)} are free there)"
             if checkpoints := complete_checkpoints(run.checkpoints):
                 kept = f"its last checkpoint, {max(checkpoints).name}, which is kept"
-        raise UserError(
-            f"{run.folder}: {error}. Make room there{room}, or bring the disk or the rights back; the same command "
-            f"then goes on from {kept}."
-        ) from error
+        places = {"the run's folder": run.folder, "the cache": cache_dir()}
+        raise UserError(f"{run.folder}: {explain(error, places)} The same command then goes on from {kept}.") from error

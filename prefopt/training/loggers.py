@@ -1,6 +1,6 @@
 """Where metrics go: metrics.jsonl always, wandb if asked for."""
 
-import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ from typing import Any
 
 from prefopt.config.schema import LoggerConfig
 from prefopt.errors import UserError
+from prefopt.tracking.metrics import digest_of_beginning
 from prefopt.tracking.run import Run
 from prefopt.utils.distributed import is_main_process
-from prefopt.utils.files import read_lines_reversed
+from prefopt.utils.files import with_filename
 
 
 def check_logger(config: LoggerConfig) -> None:
@@ -26,16 +27,22 @@ def check_logger(config: LoggerConfig) -> None:
 class Loggers:
     """Writes rows {"step", "split", metric: value}; only in the main process.
 
-    A run that resumes from step `start` computes the rows after it again, so they are cut off here.
+    `vouched` is what the checkpoint from which a run resumes says of metrics.jsonl (`vouch`), and None at the start of
+    a run. The rows after it are computed again, so they are cut off here. `metrics_damage` has passed the file.
     """
 
-    def __init__(self, run: Run, config: LoggerConfig, start: int):
+    def __init__(self, run: Run, config: LoggerConfig, vouched: dict[str, Any] | None):
         self.wandb: Any = None
+        self.digest = hashlib.sha256()
+        self.length = 0
         if not is_main_process():
-            self.file = Path(os.devnull).open("a")  # noqa: SIM115  # `close` closes it
+            self.file = Path(os.devnull).open("ab")  # noqa: SIM115  # `close` closes it
             return
-        self.file = run.metrics_file.open("a")
-        self.file.truncate(_end(run.metrics_file, start) if start else 0)
+        self.file = run.metrics_file.open("ab")
+        if vouched:
+            self.length = vouched["length"]
+            self.digest = digest_of_beginning(run.metrics_file, self.length)
+        self.file.truncate(self.length)
         if config.wandb:
             import wandb
 
@@ -52,11 +59,23 @@ class Loggers:
             )
 
     def log(self, split: str, step: int, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-        self.file.flush()
+        line = (json.dumps({"step": step, "split": split, **metrics}) + "\n").encode()
+        with with_filename(Path(self.file.name)):
+            self.file.write(line)
+            self.file.flush()
+        self.digest.update(line)
+        self.length += len(line)
         if self.wandb:
             numbers = {f"{split}/{k}": value for k, value in metrics.items() if isinstance(value, int | float)}
             self.wandb.log(numbers, step=step)
+
+    def vouch(self) -> dict[str, Any]:
+        """Flush metrics.jsonl to the disk. Returns its length in bytes and its SHA-256, as `metrics_damage` reads
+        them."""
+        if is_main_process():
+            with with_filename(Path(self.file.name)):
+                os.fsync(self.file.fileno())
+        return {"length": self.length, "sha256": self.digest.hexdigest()}
 
     def close(self) -> None:
         self.file.close()
@@ -74,17 +93,3 @@ def read_metrics(run: Run) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 break
-
-
-def _end(file: Path, step: int) -> int:
-    """The length of the file, in bytes, up to and with the last row of `step` or before.
-
-    It is read from its end: rows are in the order of their steps, and only the last one can be half-written.
-    """
-    lines = read_lines_reversed(file)
-    next(lines, None)  # the empty or half-written rest after the last newline
-    for offset, line in lines:
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                return offset + len(line) + 1
-    return 0

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prefopt.errors import Interrupted
-from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from prefopt.errors import Interrupted, UserError
+from prefopt.tracking.metrics import metrics_damage
+from prefopt.tracking.run import Run
+from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
 from prefopt.training.config import TrainConfig
 from prefopt.training.evaluate import evaluate_on_main
 from prefopt.training.loggers import Loggers, read_metrics
@@ -19,33 +22,47 @@ from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
 from prefopt.utils.console import Bar
-from prefopt.utils.distributed import all_gather_object, heartbeat, is_main_process, on_main_process
+from prefopt.utils.distributed import all_gather_object, check_agreement, heartbeat, is_main_process, on_main_process
+from prefopt.utils.memory import memory_for
 
 log = logging.getLogger(__name__)
 
+# What helps where memory is short.
+LESS_STATE = "train fewer weights (peft=lora_attention), or engine=zero2 on more GPUs"
+RESUMES = "the same command goes on from the last checkpoint"
 
-def train_loop(train_state: TrainState) -> list[dict[str, Any]]:
+
+class Trained(NamedTuple):
+    """`evaluations`: the rows of all held-out evaluations, up to that of the weights which the policy ends with.
+    `metrics`: length in bytes and SHA-256 of metrics.jsonl."""
+
+    evaluations: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def train_loop(train_state: TrainState) -> Trained:
     """Train from the last checkpoint, or from the start, to the end.
 
     Order of pairs, learning rate and dropout are functions of the step. So a checkpoint of weights, moments, the
     objective's state and the step is complete: a resumed run is bit for bit the run that was never interrupted.
 
-    Returns:
-        The rows of all held-out evaluations, up to that of the weights which the policy ends with.
-
     Raises:
         Interrupted: stopped by a signal, after a checkpoint.
-        UserError: out of memory, or a step that is not finite.
+        UserError: out of memory, a step that is not finite, or metrics that another process has damaged.
     """
     config, run = train_state.config, train_state.run
     steps, exports = config.total_steps, export_steps(config)
-    start, early_stopping = resume(train_state)
-    logger = Loggers(run, config.logger, start)
+    with memory_for("reading the last checkpoint", LESS_STATE):
+        start, early_stopping, vouched = resume(train_state)
+    logger = Loggers(run, config.logger, vouched)
     try:
         if start == 0:
             metrics = evaluate_on_main(train_state, 0)
             logger.log("heldout", 0, metrics)
             early_stopping.update(train_state, 0, metrics)
+
+        if early_stopping.should_stop(config.patience):
+            start = steps  # a run that was killed between its last checkpoint and its policy
 
         with Bar("training", steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in prefetch_batches(train_state, start):
@@ -65,22 +82,28 @@ def train_loop(train_state: TrainState) -> list[dict[str, Any]]:
                 # Before the checkpoint: a run that resumes from it does not come by this step again.
                 if done in exports and not last and train_state.export:
                     folder = run.folder / "policies" / f"step_{done:07d}"
-                    on_main_process(partial(train_state.export, folder))
-                # The last step needs no checkpoint: the policy is exported next.
-                if interrupted or (done % config.save_every == 0 and not last):
-                    save(train_state, early_stopping, done)
+                    with memory_for(f"writing the policy after step {done}", RESUMES):
+                        on_main_process(partial(train_state.export, folder))
+                # After the last step too: should the disk fill up under the policy, no step is repeated.
+                if interrupted or last or done % config.save_every == 0:
+                    with memory_for(f"saving step {done}", RESUMES):
+                        save(train_state, early_stopping, logger, done)
                 if interrupted:
                     raise Interrupted(f"saved after step {done} of {steps}")
 
                 bar.advance("  ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "accuracy") if k in metrics))
                 if last:
                     break
+        vouched = logger.vouch()
     finally:
         logger.close()
 
+    if is_main_process() and (why := metrics_damage(run.metrics_file, vouched)):
+        raise UserError(f"{run.folder}: {why}. The same command goes on from the last checkpoint before that.")
     early_stopping.restore(train_state)
     final_step = steps if config.patience is None else early_stopping.step
-    return [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= final_step]
+    rows = [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= final_step]
+    return Trained(rows, vouched)
 
 
 def export_steps(config: TrainConfig) -> set[int]:
@@ -88,29 +111,41 @@ def export_steps(config: TrainConfig) -> set[int]:
     return {round(k * config.total_steps / config.exports) for k in range(1, config.exports)}
 
 
-def resume(train_state: TrainState) -> tuple[int, "EarlyStopping"]:
-    """Load the last checkpoint, if there is one, into `train_state`. Returns (steps done, early stopping).
+def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any] | None]:
+    """Load the last checkpoint, if there is one, into `train_state`. Returns (steps done, early stopping, what the
+    checkpoint says of metrics.jsonl).
 
-    Raises UserError where all checkpoints are damaged.
+    Raises UserError where all checkpoints are damaged, or the metrics that they vouch for.
     """
     config, run = train_state.config, train_state.run
     # The main process chooses for all, since it may put a damaged checkpoint aside.
-    checkpoint = all_gather_object(latest_checkpoint(run.checkpoints) if is_main_process() else None)[0]
+    usable = partial(checkpoint_damage, run)
+    checkpoint = all_gather_object(latest_checkpoint(run.checkpoints, usable) if is_main_process() else None)[0]
     if not checkpoint:
-        return 0, EarlyStopping()
+        return 0, EarlyStopping(), None
     tensors, meta = load_checkpoint(checkpoint)
+    check_agreement("go on from different checkpoints", {SUMS: (checkpoint / SUMS).read_text()})
     train_state.engine.load_state(tensors)
     train_state.objective_state = tensors["objective"]
     log.info(f"  going on from step {meta['step']} of {config.total_steps} ({checkpoint})")
     if config.patience is None:
-        return meta["step"], EarlyStopping()
-    return meta["step"], EarlyStopping(tensors.get("best", {}), **meta.get("best", {}))
+        return meta["step"], EarlyStopping(), meta["metrics"]
+    return meta["step"], EarlyStopping(tensors.get("best", {}), **meta.get("best", {})), meta["metrics"]
 
 
-def save(train_state: TrainState, early_stopping: "EarlyStopping", done: int) -> None:
+def checkpoint_damage(run: Run, checkpoint: Path) -> str | None:
+    """What keeps the run from going on from a checkpoint; None where nothing does.
+
+    Metrics that are damaged before the checkpoint may be whole before an older one, from which their rows come again.
+    """
+    return damage(checkpoint) or metrics_damage(run.metrics_file, load_meta(checkpoint)["metrics"])
+
+
+def save(train_state: TrainState, early_stopping: "EarlyStopping", logger: Loggers, done: int) -> None:
     """Write a checkpoint after `done` steps. All processes gather the tensors, the main one writes them."""
     tensors = train_state.engine.state() | {"objective": train_state.objective_state} | early_stopping.state()
-    write = partial(save_checkpoint, train_state.run.checkpoints, done, tensors, early_stopping.meta())
+    meta = {"metrics": logger.vouch(), **early_stopping.meta()}
+    write = partial(save_checkpoint, train_state.run.checkpoints, done, tensors, meta)
     on_main_process(write)
 
 
@@ -156,6 +191,8 @@ class EarlyStopping:
 
 def prefetch_batches(train_state: TrainState, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """Yield (step, its micro-batches) from step `start` on. A thread collates the next step during this one."""
+    if start >= train_state.config.total_steps:
+        return
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(train_state.step_micro_batches, start)
         for step in range(start, train_state.config.total_steps):

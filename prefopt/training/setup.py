@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import shutil
 import time
 import traceback
 from dataclasses import dataclass
@@ -20,8 +19,16 @@ from prefopt.config.parse import build
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
-from prefopt.utils.distributed import is_main_process, main_process_first, process_group, start_watchdog, world_size
-from prefopt.utils.files import check_folder
+from prefopt.utils.distributed import (
+    check_agreement,
+    is_main_process,
+    main_process_first,
+    process_group,
+    start_watchdog,
+    world_size,
+)
+from prefopt.utils.files import check_folder, remove
+from prefopt.utils.memory import memory_for
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
@@ -155,6 +162,8 @@ def run(plan: RunPlan, **facts: Any) -> None:
         signals.install_handlers()
         # The error of one process is recorded inside of the group: leaving it makes it an error of all the others.
         with process_group(plan.config.device, plan.config.engine.name != "single"):
+            # Before anything is recorded: the folder of a process with other arguments is another run's.
+            check_agreement("were started with different arguments or data", run.identity())
             try:
                 run_training(plan, facts)
             except (Interrupted, KeyboardInterrupt) as error:
@@ -176,7 +185,7 @@ def refuse_active_run(run: "Run") -> None:
     (status,) = inspect_runs([run.folder])
     # A queued run is not locked yet by its job, and a requeued stage of an online run still names its Slurm job.
     job = process_info()["slurm_job"]
-    ours = status.record["pid"] == os.getpid() or (job and job == status.record.get("slurm_job"))
+    ours = status.record.get("pid") == os.getpid() or (job and job == status.record.get("slurm_job"))
     if status.state in ACTIVE_STATES and not ours:
         place = describe_owner(status.record)
         raise UserError(f"{run.folder} is {status.state} already, as {place}. Wait for it, or stop it first.")
@@ -205,29 +214,41 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.training.loop import train_loop
     from prefopt.training.state import TrainState
 
-    tokenizer, data = build_data(config, objective)
+    shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
+    with memory_for("reading and tokenizing the data", shorter):
+        tokenizer, data = build_data(config, objective)
     train_pairs = data["train"].pairs
     heldout_pairs = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
 
     began = time.monotonic()
-    policy = build_policy(config, objective, tokenizer)
+    smaller = "a smaller model.path, or peft=lora_attention with peft.quantize=true"
+    with memory_for(f"loading {config.model.path} on {config.device}", smaller):
+        policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
+    tokenizer_key = tokenizer_digest(tokenizer)
+    check_agreement(
+        "have read different models", {"the tokenizer's digest": tokenizer_key, "the weights' digest": digest}
+    )
     # Once more, since other code, or another version of transformers, may read the same files differently.
-    loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
+    loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_key}
     run.refuse_changed_model(loaded)
     exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     if is_main_process():
         exporter.check()
-    layout = build_layout(config, policy, train_pairs)
+    half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
+    with memory_for("checking the layout on a few pairs", half, smaller):
+        layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
     counts = {name: split.counts for name, split in data.items()}
     model = model_parts(config) | loaded
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
-    with main_process_first():  # one process fills the cache of the reference, the others read it
+    # One process fills the cache of the reference, the others read it.
+    with memory_for("computing the reference", half, "reference=cached", smaller), main_process_first():
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
-    engine = build_engine(config, policy)
+    with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
+        engine = build_engine(config, policy)
     router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
@@ -248,18 +269,25 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         export=exporter,
         router_loss=router_loss,
     )
-    evaluations = train_loop(train_state)
+    with memory_for("training", half, "gradient_checkpointing=true"):
+        trained = train_loop(train_state)
 
     if is_main_process():
-        final_weights = exporter.final(run.policy_folder)
-        run.finish(evaluations=evaluations, final_weights=final_weights, seconds=time.monotonic() - began)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        with memory_for("writing the policy", "the same command, which goes on from the last step"):
+            final_weights = exporter.final(run.policy_folder)
+        run.finish(
+            evaluations=trained.evaluations,
+            metrics=trained.metrics,
+            final_weights=final_weights,
+            seconds=time.monotonic() - began,
+        )
+        remove(run.checkpoints)
         log.info(f"  finished; the policy is in {run.policy_folder}")
 
 
 def skip_finished(run: "Run") -> None:
     if is_main_process():  # a run that was killed right after its end has its checkpoints still
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        remove(run.checkpoints)
     log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
 
 

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import faulthandler
 import io
+import json
 import os
 import sys
 import time
@@ -155,6 +156,28 @@ def main_process_first() -> Iterator[None]:
     yield
     if is_main_process():
         barrier()
+
+
+def check_agreement(what: str, values: dict[str, Any]) -> None:
+    """Compare `values` with those of the other processes. A collective: all raise the same UserError where any value
+    differs from the main process's, which names keys, values and ranks. `what` leads it; values are compared as
+    JSON."""
+    if world_size() == 1:
+        return
+    texts = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
+    first, *others = all_gather_object(texts)
+    differences = []
+    for key in dict.fromkeys(key for each in (first, *others) for key in each):
+        for number, other in enumerate(others, start=1):
+            if other.get(key) != first.get(key):
+                here, there = first.get(key, "not there"), other.get(key, "not there")
+                differences.append(f"{key} is {here} in rank 0 and {there} in rank {number}")
+                break
+    if differences:
+        raise UserError(
+            f"the {world_size()} processes of this run {what}: {'; '.join(differences)}. Start all of them with the "
+            "same command on the same files."
+        )
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.utils.redact import redact
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(str(files("prefopt")))
 INSTALLED = (PACKAGE / "conf").is_dir()  # a wheel has conf/ inside of the package, a checkout beside it
@@ -115,6 +119,22 @@ def with_filename(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove(path: Path) -> bool:
+    """Remove a file, a link or a folder with all that is in it, if it is there; whether it is gone.
+
+    What cannot be removed is a warning: nothing that is kept depends on it.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning(f"  {path} cannot be removed, and stays: {error}. Remove it yourself when it can be.")
+        return False
+    return True
 
 
 def refresh_nfs(folder: Path) -> None:

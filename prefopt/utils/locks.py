@@ -11,6 +11,8 @@ from pathlib import Path
 
 import filelock
 
+from prefopt.utils.files import with_filename
+
 log = logging.getLogger(__name__)
 
 
@@ -25,7 +27,8 @@ def try_lock(file: Path) -> filelock.BaseFileLock | None:
     """The lock in `file`, acquired; None where another process has it. Raises OSError where it cannot be written."""
     lock = open_lock(file)
     try:
-        lock.acquire(blocking=False)
+        with with_filename(file):
+            lock.acquire(blocking=False)
     except filelock.Timeout:
         return None
     return lock
@@ -41,7 +44,8 @@ def locked(file: Path, what: str) -> Iterator[None]:
     if lock is None:
         log.info(f"  {what}: another job computes it; waiting")
         lock = open_lock(file)
-        lock.acquire()
+        with with_filename(file):
+            lock.acquire()
     try:
         yield
     finally:

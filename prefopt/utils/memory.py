@@ -1,7 +1,16 @@
-"""How the C library treats freed memory."""
+"""Too little memory, in words; and how the C library treats freed memory."""
 
+import contextlib
 import ctypes
+import errno
 import sys
+from collections.abc import Iterator
+
+from prefopt.errors import OutOfMemory
+
+# What allocators say, where their error is no MemoryError: PyTorch's on a CPU and on a GPU, cuBLAS, C++.
+MESSAGES = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
+OTHERS = "end other programs on this machine, or take one with more memory"
 
 
 def keep_freed_memory() -> None:
@@ -20,3 +29,30 @@ def keep_freed_memory() -> None:
     mallopt(m_mmap_threshold, 2**30)
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 2**28)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has raised this error, or the one that it was made of."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError) and any(text.lower() in str(error).lower() for text in MESSAGES):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and is_out_of_memory(before)
+
+
+@contextlib.contextmanager
+def memory_for(doing: str, *remedies: str) -> Iterator[None]:
+    """Convert an out-of-memory error into OutOfMemory, which says that it came up while `doing`, and what to change."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        helps = "; or ".join([*remedies, OTHERS])
+        raise OutOfMemory(f"out of memory while {doing}. What helps: {helps}. ({first})") from error

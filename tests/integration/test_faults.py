@@ -123,10 +123,10 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
         At("prefopt.training.checkpoint:publish"),  # with all written, and it has not got its name yet
         At("prefopt.training.checkpoint:complete_checkpoints", 2),  # it has its name, and nothing else has happened
         At("prefopt.training.checkpoint:save_file", 6),  # a step and a half later, within a checkpoint
-        At("prefopt.training.checkpoint:shutil.rmtree", 4),  # where older ones are removed
+        At("prefopt.training.checkpoint:remove", 3),  # where older ones are removed
         At("prefopt.training.loop:Loggers.log", 2),
         At("prefopt.tracking.run:Run.finish"),  # with its policy written
-        At("prefopt.training.setup:shutil.rmtree"),  # finished, but for the removal of its checkpoints
+        At("prefopt.training.setup:remove"),  # finished, but for the removal of its checkpoints
     ]
     for n, moment in enumerate(moments):
         code, said = run(tmp_path / "log", *arguments, env=env, at=moment)
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(overrides, tm
     assert code == 2, said
     assert "Traceback" not in said
     assert "File too large" in said
-    assert "the same command then goes on from the first step" in said
+    assert "The same command then goes on from the first step" in said
     assert list((folder_of(tmp_path / "runs") / "checkpoints").iterdir()) == []
     assert records(tmp_path / "runs")[0]["status"] == "failed"
 
@@ -319,7 +319,7 @@ def test_a_file_system_that_is_gone_stops_the_run_and_nothing_is_written_in_its_
         assert code == 2, said
         assert "Traceback" not in said
         assert f"No such file or directory: '{disk}" in said
-        assert "bring the disk or the rights back" in said
+        assert "Bring the disk or the rights back" in said
         assert list(disk.iterdir()) == []
         subprocess.run(["mount", "--bind", str(tmp_path / "server"), str(disk)], check=True)
         code, said = run(tmp_path / "log", *arguments, env=env)

@@ -270,7 +270,7 @@ def bytes_read(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("n", [2_000, 20_000])
-def test_listing_and_resuming_read_the_end_of_a_metrics_file(n, tmp_path, bytes_read):
+def test_listings_read_the_end_of_a_metrics_file_and_resuming_its_beginning_once(n, tmp_path, bytes_read):
     folder = write_metrics(tmp_path / "run", n)
     file = folder / "metrics.jsonl"
     size = file.stat().st_size
@@ -281,12 +281,17 @@ def test_listing_and_resuming_read_the_end_of_a_metrics_file(n, tmp_path, bytes_
         lines.write('{"step": 999999, "sp')
     bytes_read.clear()
     run = SimpleNamespace(metrics_file=file)
-    Loggers(run, SimpleNamespace(wandb=None), n - 3).close()  # type: ignore[arg-type]
-    assert sum(bytes_read) <= 2**16
-    rows = list(read_metrics(run))  # type: ignore[arg-type]
-    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(n - 2))
+    beginning = "".join(file.read_text().splitlines(keepends=True)[: n - 2]).encode()
+    vouched = {"length": len(beginning), "sha256": hashlib.sha256(beginning).hexdigest()}
+    bytes_read.clear()
+    logger = Loggers(run, SimpleNamespace(wandb=None), vouched)  # type: ignore[arg-type]
+    assert sum(bytes_read) <= len(beginning)
+    assert logger.vouch() == vouched
+    logger.close()
+    assert file.read_text().encode() == beginning
     assert file.stat().st_size < size
-    Loggers(run, SimpleNamespace(wandb=None), 0).close()  # type: ignore[arg-type]
+    assert len(list(read_metrics(run))) == n - 2  # type: ignore[arg-type]
+    Loggers(run, SimpleNamespace(wandb=None), None).close()  # type: ignore[arg-type]
     assert not file.stat().st_size
 
 

@@ -510,10 +510,14 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["id"], given["resume"])))
     config = parse(point(*overrides(tmp_path), "logger=wandb").cfg, TrainConfig)
-    for start in (0, 2):
+    vouched = None
+    for _ in range(2):
         run = Run(asdict(config), "dpo", {})
         run.folder.mkdir(exist_ok=True)
-        Loggers(run, config.logger, start).close()
+        logger = Loggers(run, config.logger, vouched)
+        vouched = logger.vouch()
+        logger.wandb = None
+        logger.close()
     assert len(set(seen)) == 1
     assert seen[0][1] == "allow"
 

@@ -564,7 +564,8 @@ def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
         record = json.loads((folder / "record.json").read_text())
         record["config"]["model"] = {"name": name, "path": f"lab/{name}x", "revision": None}
         write(folder / "record.json", record)
-        told = {"checkpoint": "final", "step": 20, "task": "gsm8k", "settings": {"limit": None}, "git": None}
+        settings = {"limit": None, "num_fewshot": None, "chat_template": False}
+        told = {"checkpoint": "final", "step": 20, "task": "gsm8k", "settings": settings, "git": None}
         metric = {"exact_match,strict-match": {"value": value, "stderr": 0.03}}
         write(folder / "harness" / "final-gsm8k.json", told | {"metrics": metric})
     told |= {
@@ -587,7 +588,13 @@ def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
 
 def test_the_academic_table_has_the_tasks_too_that_the_paper_does_not(tmp_path):
     folder = train(tmp_path, "dpo")
-    told = {"checkpoint": "final", "step": 20, "task": "piqa", "settings": {"limit": 50}, "git": None}
+    told = {
+        "checkpoint": "final",
+        "step": 20,
+        "task": "piqa",
+        "settings": {"limit": 50, "num_fewshot": None, "chat_template": False},
+        "git": None,
+    }
     metrics = {"acc": {"value": 0.6, "stderr": 0.07}}
     write(folder / "harness" / "final-piqa.json", told | {"metrics": metrics})
     table = academic_table(read_records(tmp_path), PUBLISHED, [])

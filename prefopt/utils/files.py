@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.utils.redact import redact
+from prefopt.utils.redact import redact_values
 
 PACKAGE = Path(str(files("prefopt")))
 INSTALLED = (PACKAGE / "conf").is_dir()  # a wheel has conf/ inside of the package, a checkout beside it
@@ -89,7 +89,7 @@ def check_output(output: str, *inputs: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a record, job or result. Secrets are redacted: the text of an error may hold one."""
-    atomic_write(path, redact(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
+    atomic_write(path, json.dumps(redact_values(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

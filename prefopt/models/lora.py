@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
-from prefopt.utils.files import write_json
+from prefopt.utils.files import follow_umask, write_json
 from prefopt.utils.seed import mix_seed
 
 
@@ -86,6 +86,7 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns if it cannot find the base model's config on the hub
         model.save_pretrained(target)
+    follow_umask(target)
     if not hasattr(model, "score"):
         return
     # The head is trained whole; peft keeps such modules beside the adapter.
@@ -93,6 +94,7 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
     head = {"base_model.model.score.weight": cast(nn.Linear, model.score).weight.detach().cpu().contiguous()}
     save_file(load_file(weights) | head, weights, {"format": "pt"})
     write_json(described, json.loads(described.read_text()) | {"modules_to_save": ["score"], "task_type": "SEQ_CLS"})
+    follow_umask(target)
 
 
 def merge(model: PreTrainedModel) -> None:

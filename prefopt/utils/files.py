@@ -106,6 +106,17 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             raise
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the files in `folder` the rights that a new file has there: safetensors makes its files 0600, Arrow 0644."""
+    probe = folder / f".rights.{os.getpid()}"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(rights)
+
+
 @contextlib.contextmanager
 def with_filename(path: Path) -> Iterator[None]:
     """Name `path` in an OSError from inside that names no file, such as that of a full disk."""

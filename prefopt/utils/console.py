@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console, Group
@@ -17,10 +17,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from prefopt.utils.distributed import heartbeat, is_main_process
+from prefopt.utils.plain import printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,6 +30,13 @@ T = TypeVar("T")
 LINE_EVERY_S = 10.0
 PIPE_WIDTH = 240  # characters: no table of ours is wider
 SHORT_CELL, SHORT_WORD = 10, 24  # characters up to which a cell of a table, and one of a single word, is not folded
+
+
+class PlainConsole(Console):
+    """rich's console, on which texts cannot steer the terminal: escapes are rich's own alone."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(s if s.control else Segment(printable(s.text), s.style) for s in buffer)
 
 
 class LiveDisplay:
@@ -41,7 +50,7 @@ class LiveDisplay:
         if self.progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self.progress = Progress(*columns, *left, console=Console(stderr=True), transient=True)
+            self.progress = Progress(*columns, *left, console=PlainConsole(stderr=True), transient=True)
             self.progress.start()
         self.open_bars += 1
         return self.progress.add_task(description, total=total, completed=done, note="")
@@ -65,7 +74,7 @@ live = LiveDisplay()
 def echo(line: str) -> None:
     """Print a line on stderr, above the bars where there are any."""
     # Through the display's console: it moves the bars out of the way.
-    console = live.progress.console if live.progress else Console(stderr=True)
+    console = live.progress.console if live.progress else PlainConsole(stderr=True)
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -140,7 +149,7 @@ def progress(items: Sequence[T], description: str, show: bool = True) -> Iterato
 def console() -> Console:
     """The console for tables on stdout: as wide as COLUMNS or the terminal, and in a pipe or a file wide enough for a
     whole table."""
-    return Console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
+    return PlainConsole(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
 
 
 def folding_table(*headings: str, title: str | None = None) -> Table:

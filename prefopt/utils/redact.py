@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+from prefopt.utils.plain import encodable, printable
+
 NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 FORM = re.compile(r"\b(sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[a-z]_[A-Za-z0-9]{30,})")
 SHORTEST = 8  # characters: a shorter value, or fragment of one, may be a word that occurs anywhere
@@ -51,13 +53,20 @@ def find_secret(text: str) -> str | None:
 
 
 class RedactingStream:
-    """A text stream that redacts what is written. Everything else is that of the stream inside."""
+    """A text stream that redacts what is written, and leaves nothing in it that steers a terminal. Everything else is
+    that of the stream inside."""
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+    def __init__(self, stream: Any, steers: bool = False):
+        self._stream, self._steers = stream, steers
+
+    @property
+    def rich_proxied_file(self) -> "RedactingStream":
+        """Where rich's consoles write: with their own escapes (`console.PlainConsole` sees to the texts)."""
+        return self if self._steers else RedactingStream(self._stream, steers=True)
 
     def write(self, text: str) -> int:
-        return cast(int, self._stream.write(redact(text)))
+        text = redact(text) if self._steers else printable(redact(text))
+        return cast(int, self._stream.write(encodable(text, getattr(self._stream, "encoding", None))))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

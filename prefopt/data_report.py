@@ -37,6 +37,7 @@ from prefopt.reporting.data import (
     training_command,
 )
 from prefopt.utils.files import atomic_write, check_folder
+from prefopt.utils.plain import markdown_text
 
 log = logging.getLogger("prefopt.data_report")
 
@@ -75,10 +76,12 @@ def main(cfg: DictConfig) -> None:
     figures = draw(config, splits, output)
     digests = ", ".join(f"{name} {split_digest(config.dataset, name)[:16]}" for name in splits)
     document = [
-        f"# The data set {config.dataset.name}",
-        f"Made by `python -m prefopt.data_report {shlex.join(sys.argv[1:])}`. Digests of the data: {digests}; "
-        f"of the tokenizer of {config.model.path}: {tokenizer_digest(tokenizer)[:16]}.",
-        f"To train on it: `{training}`",
+        f"# The data set {markdown_text(config.dataset.name)}",
+        markdown_text(
+            f"Made by `python -m prefopt.data_report {shlex.join(sys.argv[1:])}`. Digests of the data: {digests}; "
+            f"of the tokenizer of {config.model.path}: {tokenizer_digest(tokenizer)[:16]}."
+        ),
+        markdown_text(f"To train on it: `{training}`"),
         *map(markdown, (layout, *sections)),
         "## Histograms",
         *(f"![{file.stem}]({file.name})" for file in figures if file.suffix == ".png"),

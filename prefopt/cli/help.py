@@ -21,7 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefopt.cli.hints import choices, config_dirs, refusal
+from prefopt.cli.hydra_guard import check_overrides
 from prefopt.config.parse import register
+from prefopt.errors import UserError
 from prefopt.utils.files import PACKAGE, ROOT
 
 CONF = ROOT / "conf"
@@ -37,6 +39,9 @@ def show(program: str, arguments: Sequence[str]) -> int:
     """Print `program_help`; the exit code, which is 2 for overrides that cannot be composed."""
     try:
         print(program_help(program, arguments), end="")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (HydraException, OmegaConfBaseException) as error:  # of the overrides beside --help
         print(f"error: {refusal(error, arguments)}", file=sys.stderr)
         return 2
@@ -63,7 +68,8 @@ def overview(programs: Sequence[str]) -> str:
 def program_help(program: str, arguments: Sequence[str]) -> str:
     """The help of a program, with the values and keys that the overrides among `arguments` lead to.
 
-    `objective=mmpo --help` shows the keys of MMPO. Raises what Hydra raises for overrides that cannot be composed.
+    `objective=mmpo --help` shows the keys of MMPO. Raises what Hydra raises for overrides that cannot be composed, and
+    UserError for those of Hydra's own section.
     """
     register()
     known = ConfigStore.instance().repo
@@ -72,6 +78,7 @@ def program_help(program: str, arguments: Sequence[str]) -> str:
         if f"{name}.yaml" not in known:
             ConfigStore.instance().store(name=name, node={})
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    check_overrides(overrides)
     folders = [CONF, *config_dirs(arguments)]
     search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders[1:])}]"] if folders[1:] else []
     with initialize_config_dir(str(CONF), version_base="1.3"):

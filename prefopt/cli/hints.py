@@ -1,6 +1,7 @@
 """Messages for a command line that Hydra cannot compose: what is wrong, and the line that would have worked."""
 
 import difflib
+import itertools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,11 @@ def refusal(error: Exception, arguments: Sequence[str]) -> str:
         for argument in arguments:
             if argument.partition("=")[0] == error.override.partition("=")[0] and (better := _with_quotes(argument)):
                 return f"cannot read {argument}: this text needs quotes. Did you mean\n  {shlex.quote(better)}"
+        if joined := _with_next_words(error.override, arguments):
+            return (
+                f"cannot read {error.override}: it is no KEY=VALUE. If it belongs to the argument before it, as in a "
+                f"path with blanks, both need quotes:\n  {shlex.quote(joined)}"
+            )
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
         return _no_such_key(str(cause.full_key), cause.parent_node, arguments)
     if not isinstance(error, HydraException):  # OmegaConf's errors do not name the argument
@@ -113,24 +119,42 @@ def _values(key: str, arguments: Sequence[str]) -> Iterator[str]:
             yield from value.split(",")
 
 
+def _with_next_words(word: str, arguments: Sequence[str]) -> str | None:
+    """The argument KEY=VALUE before `word`, with `word` and what follows up to the next flag or KEY=VALUE: a path with
+    blanks that the shell has split. None where nothing stands before it, or Hydra cannot read the whole either."""
+    place = arguments.index(word) if word in arguments else 0
+    before = place and arguments[place - 1]
+    if not before or before.startswith("-") or "=" not in before or "=" in word:
+        return None
+    words = itertools.takewhile(lambda argument: "=" not in argument and argument[:1] != "-", arguments[place:])
+    joined = " ".join([before, *words])
+    return joined if _is_readable(joined) else _with_quotes(joined)
+
+
 def _with_quotes(override: str) -> str | None:
     """The override with quotes around its value, or around the items of its list. None where that does not help."""
     key, _, value = override.partition("=")
+    quote = "'" if '"' in value else '"'
     if value.startswith("[") and value.endswith("]"):
         parts = [part.strip() for part in value[1:-1].split(",")]
-        quoted = ",".join(part if re.fullmatch(r"'.*'|\".*\"|[\w.]*", part) else f'"{part}"' for part in parts)
+        quoted = ",".join(
+            part if re.fullmatch(r"'.*'|\".*\"|[\w.]*", part) else f"{quote}{part}{quote}" for part in parts
+        )
         better = f"{key}=[{quoted}]"
     elif re.match(r"[^\[{'\"]", value):
-        better = f'{key}="{value}"'
+        better = f"{key}={quote}{value}{quote}"
     else:
         return None
-    if '"' in value or better == override:
-        return None
+    return better if quote not in value and better != override and _is_readable(better) else None
+
+
+def _is_readable(override: str) -> bool:
+    """Whether Hydra's grammar takes the override."""
     try:
-        OverridesParser.create().parse_override(better)
+        OverridesParser.create().parse_override(override)
     except (HydraException, ValueError):
-        return None
-    return better
+        return False
+    return True
 
 
 def choices(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:

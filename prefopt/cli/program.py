@@ -7,17 +7,20 @@ import re
 import sys
 import tempfile
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from prefopt.cli.help import show, wants_help
 from prefopt.cli.hints import refusal
+from prefopt.cli.hydra_guard import check_overrides, guarded
 from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
 from prefopt.config.parse import NO_KEYS, register
 from prefopt.errors import Interrupted, UserError
@@ -74,33 +77,35 @@ def run(
     arguments = take_local_rank(arguments)
     if secret := find_secret("\n".join(arguments)):  # first of all, so that nothing shows it
         return _refuse(f"the command line holds {secret}. {NO_KEYS}")
-    if wants_help(arguments):
-        return show(config_name, arguments)
     try:
         if rewrite:
             arguments = rewrite(arguments, config_name)
         command_line = parse_multirun_args(arguments, launches=launch is not None)
     except UserError as error:
         return _refuse(str(error))
+    if wants_help(arguments):
+        return show(config_name, arguments)
 
     quiet_libraries()
     register(schema)
     task = Task(job)
     try:
-        compose_points(config_name, command_line, task)
+        compose_points(config_name, command_line.for_hydra, task)
         if launch and task.points:
             points, folder = task.points, command_line.folder or sweep_folder(task.points[0].cfg)
             task.code = exit_code(lambda: launch(points, folder, command_line.dry_run), task.failures)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except UserError as error:
+        return _refuse(str(error))
     except Exception as error:  # of composing: `exit_code` lets through nothing that a job raises
-        print(f"error: {refusal(error, command_line.for_hydra)}", file=sys.stderr)
+        print(f"error: {refusal(error, arguments)}", file=sys.stderr)
         print(f"All groups and keys: python -m prefopt.{config_name} --help", file=sys.stderr)
         return 2
 
     # A launcher has said itself what became of its jobs; of a single job, its own message is enough.
-    if not task.points and (len(task.failures) > 1 or (task.failures and command_line.multirun)):
+    if not task.points and (len(task.failures) > 1 or (task.failures and command_line.for_hydra.multirun)):
         print("failed:", *task.failures, sep="\n  ", file=sys.stderr)
     return task.code
 
@@ -133,13 +138,13 @@ def quiet_libraries() -> None:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line asks for: `for_hydra` are the arguments that Hydra reads.
+    """What a command line asks for.
 
-    `multirun`: -m was given; `dry_run`: --dry-run was; `folder`: the sweep's folder, where the user names one.
+    `for_hydra`: the arguments as Hydra's parser returns them, such as `multirun` and the list `overrides`.
+    `dry_run`: --dry-run was given. `folder`: the sweep's folder, where the user names one.
     """
 
-    for_hydra: list[str]
-    multirun: bool
+    for_hydra: Namespace
     dry_run: bool
     folder: Path | None
 
@@ -147,24 +152,25 @@ class CommandLine:
 def parse_multirun_args(arguments: list[str], launches: bool) -> CommandLine:
     """Take apart a command line. `launches` is whether the program starts the jobs of a sweep itself.
 
-    Raises UserError for Hydra's launchers and sweepers where it does, and for --dry-run without a sweep to show.
+    Raises UserError for what would make Hydra run code, and for --dry-run without a sweep to show. Ends the process
+    with code 2 for a flag that is none.
     """
-    keys = [argument.lstrip("+~") for argument in arguments]
-    if launches and any(key.startswith("hydra/launcher") for key in keys):
-        raise UserError("Hydra's own launchers are not used here; choose one by launcher=NAME (conf/launcher)")
-    if launches and any(key.startswith("hydra/sweeper") for key in keys):
-        raise UserError("Hydra's own sweepers are not used here; a grid is key=VALUE,VALUE after -m")
-    multirun, dry_run = "-m" in arguments or "--multirun" in arguments, "--dry-run" in arguments
-    if dry_run and not (launches and multirun):
+    # Intermixed: flags may stand between the overrides.
+    parsed = get_args_parser().parse_intermixed_args([a for a in arguments if a != "--dry-run"])
+    if parsed.experimental_rerun is not None:
+        raise UserError("--experimental-rerun is not taken: its file is a pickle, which is code. Give the overrides.")
+    if parsed.config_path is not None:
+        raise UserError("--config-path is not taken: --config-dir FOLDER adds a folder of configs to our own.")
+    check_overrides(parsed.overrides)
+    dry_run = "--dry-run" in arguments
+    if dry_run and not (launches and parsed.multirun):
         raise UserError("--dry-run shows the jobs of a sweep: python -m prefopt.train -m ... --dry-run")
 
-    folders = [argument.removeprefix(SWEEP_FOLDER) for argument in arguments if argument.startswith(SWEEP_FOLDER)]
-    for_hydra = arguments
-    if (
-        multirun
-    ):  # Hydra would write into the sweep's folder before anything is composed: `compose_points` gives another
-        for_hydra = [a for a in arguments if a != "--dry-run" and not a.startswith(SWEEP_FOLDER)]
-    return CommandLine(for_hydra, multirun, dry_run, Path(folders[-1]) if folders else None)
+    folders = [override for override in parsed.overrides if override.startswith(SWEEP_FOLDER)]
+    if parsed.multirun:
+        # Hydra would write into the sweep's folder before anything is composed: `compose_points` gives another.
+        parsed.overrides = [override for override in parsed.overrides if override not in folders]
+    return CommandLine(parsed, dry_run, Path(folders[-1].removeprefix(SWEEP_FOLDER)) if folders else None)
 
 
 @dataclass
@@ -185,13 +191,15 @@ class Task:
         self.code = max(self.code, code, key=(0, EXIT_CODE, 2, 1).index)  # from the best to the worst
 
 
-def compose_points(config_name: str, command_line: CommandLine, task: Task) -> None:
+def compose_points(config_name: str, arguments: Namespace, task: Task) -> None:
     """Have Hydra compose `conf/<config_name>.yaml` and call `task.run`. Raises what Hydra raises for a command line
     that it cannot compose."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = [f"{SWEEP_FOLDER}{scratch}"] if command_line.multirun else []
-        sys.argv[1:] = [*command_line.for_hydra, *folder]  # hydra.main takes its arguments from nowhere else
-        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(task.run)()
+    version.setbase("1.3")
+    with tempfile.TemporaryDirectory() as scratch, guarded(config_name):
+        if arguments.multirun:
+            arguments.overrides.append(f"{SWEEP_FOLDER}{scratch}")
+        # As hydra.main calls it, which parses sys.argv itself, and takes no flags between overrides.
+        _run_hydra(arguments, get_args_parser(), task.run, str(ROOT / "conf"), config_name)
 
 
 def exit_code(job: Callable[[], int | None], failures: list[str]) -> int:

@@ -31,7 +31,7 @@ from prefopt.data.formats import Format, Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
 from prefopt.utils.console import Bar
-from prefopt.utils.files import cache_dir
+from prefopt.utils.files import cache_dir, follow_umask
 from prefopt.utils.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -189,6 +189,7 @@ def build_cache(
                 prompts = [prompt_of(item) for item in split if item.id in kept_ids]
             meta = {"prompts": prompts, "counts": counts, "rewards": split.rewards, "longest": longest}
             (aside / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
+        follow_umask(aside)
         try:
             aside.rename(folder)
         except OSError:  # another process was faster

@@ -3,6 +3,7 @@
 This module imports alpaca-eval. Import it inside `clients.alpaca_eval` only.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ import pandas as pd
 from alpaca_eval import evaluate
 from alpaca_eval.annotators import PairwiseAnnotator
 
-from prefopt.utils.files import with_filename
-from prefopt.utils.redact import redact
+from prefopt.utils.files import with_filename, write_json
 
 
 class AtomicAnnotator(PairwiseAnnotator):
@@ -25,7 +25,8 @@ class AtomicAnnotator(PairwiseAnnotator):
         aside = annotations.with_suffix(".tmp")
         with with_filename(annotations):
             super().save(aside)
-            aside.write_text(redact(aside.read_text()))  # a server's answer may repeat the key that it was sent
+            # A server's answer may repeat the key that it was sent.
+            write_json(aside, json.loads(aside.read_text()))
             aside.replace(annotations)
 
     def load_(self, path: str | None = None) -> None:

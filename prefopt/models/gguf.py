@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import UserError
-from prefopt.utils.files import cache_dir
+from prefopt.utils.files import cache_dir, follow_umask
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def convert_gguf(gguf: Path) -> Path:
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     model.save_pretrained(aside)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    follow_umask(aside)
     try:
         aside.rename(target)
     except OSError:  # another process was faster

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.models.dropout import Noise, PairDropout
+from prefopt.utils.files import follow_umask
 
 log = logging.getLogger(__name__)
 
@@ -256,6 +257,7 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
         target / "adapter_model.safetensors",
         {"format": "pt"},
     )
+    follow_umask(target)
 
 
 def merge(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from prefopt.config.parse import build, register
 from prefopt.objectives.base import Objective
-from prefopt.utils.console import plain_console
+from prefopt.utils.console import PlainConsole
 from prefopt.utils.files import ROOT
 
 COLUMNS = ("objective", "loss per pair", "needs", "scope", "defaults", "paper")
@@ -79,7 +79,7 @@ def main() -> None:
     table = Table("objective", "loss per pair, hyperparameters", "needs; scope; paper", show_lines=True)
     for name, equation, needs, scope, defaults, paper in rows():
         table.add_row(name, f"{equation}\n{defaults}", f"{needs}; {scope}\n{paper}")
-    console = plain_console()
+    console = PlainConsole()
     console.print(table)
     console.print(NOTATION, highlight=False)
     console.print(

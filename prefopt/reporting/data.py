@@ -30,6 +30,7 @@ from prefopt.reporting.style import COLORS, plotting, save
 from prefopt.reporting.tables import MISSING, Column, markdown_table
 from prefopt.utils.console import console
 from prefopt.utils.files import resolve_path
+from prefopt.utils.plain import csv_cell, markdown_text
 
 UNLIMITED = Limits(sys.maxsize, sys.maxsize)
 BARS = 30  # of a histogram, at most about so many
@@ -238,7 +239,7 @@ def examples(tokenizer: PreTrainedTokenizerBase, split: Prepared) -> str:
         item = split.pairs[index]
         chosen = marked(tokenizer, item.prompt + item.chosen, [False] * len(item.prompt) + item.mask)
         blocks.append(
-            f"Row {index + 1}, `{item.id}`, {len(item.prompt)} + {len(item.chosen)} tokens"
+            f"Row {index + 1}, {markdown_text(item.id)}, {len(item.prompt)} + {len(item.chosen)} tokens"
             f"{_reward(item.chosen_reward)}:\n\n{fenced(chosen)}"
         )
         if item.rejected:
@@ -264,7 +265,8 @@ def fenced(text: str) -> str:
 def markdown(section: Section) -> str:
     """The section with its heading, its table and its notes."""
     columns = [Column(name, name, text=i < section.labels) for i, name in enumerate(section.columns)]
-    return "\n\n".join([f"## {section.title}", markdown_table(columns, section.cells()), *section.notes])
+    notes = map(markdown_text, section.notes)
+    return "\n\n".join([f"## {markdown_text(section.title)}", markdown_table(columns, section.cells()), *notes])
 
 
 def long_csv(sections: list[Section]) -> str:
@@ -276,7 +278,7 @@ def long_csv(sections: list[Section]) -> str:
         for row in section.rows:
             label = " / ".join(row[: section.labels])
             for column, value in zip(section.columns[section.labels :], row[section.labels :], strict=True):
-                writer.writerow((section.title, label, column, value))
+                writer.writerow(map(csv_cell, (section.title, label, column, value)))
     return stream.getvalue()
 
 

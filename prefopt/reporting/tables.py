@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.utils.files import atomic_write
+from prefopt.utils.plain import csv_cell, markdown_text
 
 MISSING = "–"  # in a cell: not measured, or not published
 _LATEX = {
@@ -98,14 +99,15 @@ class Tabular:
         return [column.heading for column in self.columns]
 
     def markdown(self) -> str:
-        return "\n".join([markdown_table(self.columns, self.texts), "", *self.notes]) + "\n"
+        return "\n".join([markdown_table(self.columns, self.texts), "", *map(markdown_text, self.notes)]) + "\n"
 
     def csv(self) -> str:
         """The numbers with full precision; a column for every key that a row has."""
         stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in self.rows for key in row)))
-        writer.writeheader()
-        writer.writerows(self.rows)
+        keys = list(dict.fromkeys(key for row in self.rows for key in row))
+        writer = csv.writer(stream)
+        writer.writerow(map(csv_cell, keys))
+        writer.writerows([csv_cell(row.get(key, "")) for key in keys] for row in self.rows)
         return stream.getvalue()
 
     def latex(self) -> str:
@@ -133,7 +135,8 @@ def markdown_table(columns: Sequence[Column], texts: Sequence[Sequence[str]]) ->
     rule = "|" + "|".join(" --- " if column.text else " ---: " for column in columns) + "|"
     lines = [[column.heading for column in columns], *texts]
     # A bar in a cell would end the cell.
-    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+    plain = ([markdown_text(cell).replace("|", "\\|") for cell in cells] for cells in lines)
+    head, *body = [f"| {' | '.join(cells)} |" for cells in plain]
     return "\n".join([head, rule, *body])
 
 

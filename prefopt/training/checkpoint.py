@@ -25,7 +25,7 @@ from prefopt.models.generation_config import stop_tokens
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
-from prefopt.utils.files import atomic_write, remove
+from prefopt.utils.files import atomic_write, follow_umask, remove
 from prefopt.utils.os_errors import from_text
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,8 @@ def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Flush the files of folder `aside` to the disk and give it its final name."""
+    """Flush the files of folder `aside` to the disk and give it its final name. Its files follow the umask."""
+    follow_umask(aside)
     for path in [*aside.iterdir(), aside]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

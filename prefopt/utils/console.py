@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console, Group
@@ -17,10 +17,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from prefopt.utils.distributed import heartbeat, is_main_process
+from prefopt.utils.plain import printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,6 +30,17 @@ T = TypeVar("T")
 LINE_EVERY_S = 10.0
 PIPE_WIDTH = 240  # characters: no table of ours is wider
 SHORT_CELL, SHORT_WORD = 10, 24  # characters up to which a cell of a table, and one of a single word, is not folded
+
+
+class PlainConsole(Console):
+    """rich's console, on which text is text: [red] is no colour, :bug: no picture, and an escape in a label or a path
+    cannot steer the terminal."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(s if s.control else Segment(printable(s.text), s.style) for s in buffer)
 
 
 class LiveDisplay:
@@ -42,7 +55,7 @@ class LiveDisplay:
             what = TextColumn("{task.description}", markup=False)
             columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
-            self.progress = Progress(*columns, *left, console=plain_console(stderr=True), transient=True)
+            self.progress = Progress(*columns, *left, console=PlainConsole(stderr=True), transient=True)
             self.progress.start()
         self.open_bars += 1
         return self.progress.add_task(description, total=total, completed=done, note="")
@@ -63,15 +76,10 @@ class LiveDisplay:
 live = LiveDisplay()
 
 
-def plain_console(**settings: Any) -> Console:
-    """A console on which text is text: [red] is no colour, and :bug: no picture. Labels and paths hold such things."""
-    return Console(markup=False, emoji=False, **settings)
-
-
 def echo(line: str) -> None:
     """Print a line on stderr, above the bars where there are any."""
     # Through the display's console: it moves the bars out of the way.
-    console = live.progress.console if live.progress else plain_console(stderr=True)
+    console = live.progress.console if live.progress else PlainConsole(stderr=True)
     console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -146,7 +154,7 @@ def progress(items: Sequence[T], description: str, show: bool = True) -> Iterato
 def console() -> Console:
     """The console for tables on stdout: as wide as COLUMNS or the terminal, and in a pipe or a file wide enough for a
     whole table."""
-    return plain_console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
+    return PlainConsole(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
 
 
 def folding_table(*headings: str, title: str | None = None) -> Table:

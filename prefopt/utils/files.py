@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.utils.redact import redact
+from prefopt.utils.redact import redact_values
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def check_output(output: str, *inputs: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a record, job or result. Secrets are redacted: the text of an error may hold one."""
-    atomic_write(path, redact(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
+    atomic_write(path, json.dumps(redact_values(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -108,6 +108,17 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)  # the half that was written may be what fills the disk
             raise
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files in `folder` the rights that a new file has there: safetensors makes its files 0600, Arrow 0644."""
+    probe = folder / f".rights.{os.getpid()}"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(rights)
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ TABLE = [
     config("another's key", "objective=simpo +objective.label_smoothing=0.1", "unknown key objective.label_smoothing"),
     config("a relative's key", "objective=ipo objective.label_smoothing=0.1", "unknown key objective.label_smoothing"),
     config("a column without plus", "dataset.columns.prompt=q", "+dataset.columns.prompt=q"),
-    config("no value", "seed", "Error parsing override 'seed'", "missing EQUAL", "--help"),
+    config("no value", "seed", "cannot read seed: it is no KEY=VALUE", "--help"),
     config("no key", "=3", "must be a string or a list", "=3", "--help"),
     config("no group", "objective=null", "must be a string or a list", "objective=null"),
     config("an open bracket", "optimizer.betas=[0.9", "'[0.9'", "--help"),

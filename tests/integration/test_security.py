@@ -1,4 +1,6 @@
-"""SECURITY.md's promises, each by an attack: what it would do if it worked is to create a file, or to show a key."""
+"""SECURITY.md's promises, each by an attack: what it would do if it worked is to create a file, or to show a key.
+
+Those on Hydra's own section are in tests/cli/test_hydra_guard.py."""
 
 import hashlib
 import io
@@ -256,26 +258,6 @@ def test_what_stands_in_a_row_is_text(mark, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [Pairs()(row) for _, row in read_rows(str(tmp_path / "rows.jsonl"))]
     assert [pair.chosen for pair in pairs] == texts  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"callbacks": {"x": {"_target_": "os.system", "command": "touch MARK"}}},
-            {"job_logging": {"version": 1, "root": {"handlers": ["x"]},
-                         "handlers": {"x": {"()": "os.system", "command": "touch MARK"}}}},
-    ],
-    ids=["callback", "logging"],
-)  # fmt: skip
-def test_hydras_own_section_of_a_sweep_file_runs_nothing(section, mark, tmp_path):
-    """It is Hydra that refuses, from 1.3.8 on."""
-    (tmp_path / "conf" / "sweep").mkdir(parents=True)
-    text = OmegaConf.to_yaml({"hydra": section}).replace("MARK", str(mark))
-    (tmp_path / "conf" / "sweep" / "evil.yaml").write_text(f"# @package _global_\n{text}")
-    command = [sys.executable, "-m", "prefopt.runs", "--config-dir", str(tmp_path / "conf"), "+sweep=evil"]
-    process = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert process.returncode != 0
-    assert "evil" not in process.stdout
 
 
 @pytest.mark.parametrize("tasks", ["/tmp/evil.yaml", "../evil", ["arc_easy", "evil/../../x"], "x;$(touch x)"])

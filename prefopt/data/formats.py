@@ -9,7 +9,6 @@ import math
 import random
 import re
 import reprlib
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -209,6 +208,7 @@ class NoisyPreferences(Format):
         return scored.pair(first, second, rewards=checked)
 
 
+FLOAT32_MAX = 3.4028234663852886e38
 # The probability that `NoisyPreferences` replaces a response by a worse one.
 QUALITIES = {"high": 0.0, "medium": 0.5, "low": 1.0}
 
@@ -379,10 +379,11 @@ def number(row: dict[str, Any], key: str) -> float:
 
 
 def finite(value: Any, what: str) -> float:
-    """`value` as a float. Raises ValueError unless it is a finite number; `what` names it in the message."""
+    """`value` as a float. Raises ValueError unless float32, in which it is stored, has it as a finite number; `what`
+    names it in the message."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared instead of math.isfinite, which raises OverflowError for a huge int. For NaN the comparison is false.
-    if not number or not abs(value) <= sys.float_info.max:
+    if not number or not abs(value) <= FLOAT32_MAX:
         raise ValueError(f"{what} must be a finite number, is {reprlib.repr(value)}")
     return float(value)
 

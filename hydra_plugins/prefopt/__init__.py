@@ -12,6 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, ValueType
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, open_dict
@@ -47,6 +48,12 @@ class PointsSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         ranges = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
+        for override in ranges:
+            if override.value_type == ValueType.RANGE_SWEEP:  # 0.1 + 2 * 0.1 is 0.3, as a list has it
+                rounded: list[Any] = [
+                    float(f"{v:.12g}") if isinstance(v, float) else v for v in override.sweep_iterator()
+                ]
+                override.value_type, override._value = ValueType.CHOICE_SWEEP, ChoiceSweep(list=rounded)
         (grid,) = BasicSweeper.split_arguments(ranges, None)
         parsed = functools.cache(OverridesParser.create().parse_override)
         is_group = functools.cache(self.loader.repository.group_exists)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
@@ -155,10 +155,13 @@ def _unknown_keys(node: Any, schema: type, prefix: str) -> list[str]:
         name = f"{prefix}{key}"
         if key not in fields:
             problems.append(unknown_key(name, list(fields)))
-        elif dataclasses.is_dataclass(fields[key]) and OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
+            continue
+        # Of `Node | None`, the node.
+        below = [kind for kind in (fields[key], *get_args(fields[key])) if dataclasses.is_dataclass(kind)]
+        if below and OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
             child = node[key]
             if OmegaConf.is_dict(child):
-                problems += _unknown_keys(child, fields[key], f"{name}.")  # type: ignore[arg-type]
+                problems += _unknown_keys(child, below[0], f"{name}.")  # type: ignore[arg-type]
     return problems
 
 

@@ -12,7 +12,6 @@ import math
 import random
 import re
 import reprlib
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -309,6 +308,7 @@ class NoisyPreferences(Format):
         return (*PROMPT_FIELDS, "responses", "rewards", "finished", f"rewards_{self.quality}")
 
 
+FLOAT32_MAX = 3.4028234663852886e38
 # The probability that `NoisyPreferences` replaces a response by a worse one.
 QUALITIES = {"high": 0.0, "medium": 0.5, "low": 1.0}
 
@@ -804,7 +804,7 @@ def label_text(value: Any) -> str | None:
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or text of one, as a float; None for anything else, for NaN and for infinities."""
+    """A number, or text of one, as a float; None for anything else and for what is not finite in float32."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -812,7 +812,7 @@ def as_number(value: Any) -> float | None:
             return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared instead of math.isfinite, which raises OverflowError for a huge int. For NaN the comparison is false.
-    return float(value) if is_number and abs(value) <= sys.float_info.max else None
+    return float(value) if is_number and abs(value) <= FLOAT32_MAX else None
 
 
 def finite(value: Any, what: str) -> float:

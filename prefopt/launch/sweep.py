@@ -102,6 +102,7 @@ class Sweep:
         for job in planned:  # points that differ in what changes no result (runs_dir, logger) are one run
             by_folder.setdefault(job.folder, job)
         jobs = list(by_folder.values())
+        say_repeated(len(planned) - len(jobs))
         refresh_status(jobs)
         return launcher, jobs
 
@@ -124,7 +125,13 @@ class Sweep:
                 lacking.update(dict.fromkeys(str(error).splitlines()))
                 return label, config, None
 
-        launcher, jobs = validate_points(points, self.schema, planned)
+        launcher, every = validate_points(points, self.schema, planned)
+        # As in `plan_jobs`; what has no folder yet is known by its label.
+        known: dict[Path | str, tuple[str, Any, SweepJob | None]] = {}
+        for label, config, job in every:
+            known.setdefault(job.folder if job else label, (label, config, job))
+        jobs = list(known.values())
+        say_repeated(len(every) - len(jobs))
         refresh_status([job for _, _, job in jobs if job])
 
         trains = self.schema is TrainConfig  # no estimate of other jobs yet
@@ -221,6 +228,12 @@ def validate_points(
         problems = [f"{'; '.join(labels)}: {reason}" for reason, labels in refused.items()]
         raise UserError("\n".join(["nothing was started, because of these jobs:", *problems]))
     return launcher, made
+
+
+def say_repeated(number: int) -> None:
+    """Log how many points of a sweep are repetitions of others."""
+    if number:
+        log.info(f"{number} points compute what others do, and are not run again")
 
 
 def refresh_status(jobs: list[SweepJob]) -> None:

@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from prefopt.cli.multirun import Point
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import build, parse
-from prefopt.config.schema import ModelConfig
 from prefopt.evaluation.alpaca import run_pending
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
 from prefopt.evaluation.judges import Judge
@@ -32,8 +31,7 @@ def plan_job(point: Point, label: str, config: AlpacaConfig, _: Launcher, folder
     check_alpaca(config)
     build(config.judge, Judge, "judge").check()
     policies = exported_policies(config.run, config.checkpoints)
-    model = ModelConfig(policies[-1].name, policies[-1].path, None)
-    return SweepJob(point.overrides, label, config, model, folder)
+    return SweepJob(point.overrides, label, config, policies[-1].model, folder)
 
 
 @program("alpaca", AlpacaConfig, Sweep("alpaca", AlpacaConfig, plan_job, log_lines=0))

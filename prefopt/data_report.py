@@ -13,10 +13,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from prefopt.cli.multirun import overrides
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.data.cache import Limits, prepare_dataset, tokenizer_digest
 from prefopt.data.dataset import check_dataset, has_heldout, split_digest
+from prefopt.data.dataset_path import replace_path
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
 from prefopt.reporting.data import (
@@ -25,19 +27,21 @@ from prefopt.reporting.data import (
     draw,
     evaluation_keys,
     examples,
+    layout_section,
     length_sections,
     long_csv,
     markdown,
     overlap_section,
     reward_section,
     show,
+    training_command,
 )
 from prefopt.utils.files import atomic_write, check_folder
 
 log = logging.getLogger("prefopt.data_report")
 
 
-@program("data_report", DataReportConfig)
+@program("data_report", DataReportConfig, rewrite=replace_path)
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, DataReportConfig)
     for key in ("max_prompt_tokens", "max_completion_tokens"):
@@ -64,6 +68,8 @@ def main(cfg: DictConfig) -> None:
         *overlap_section(config, trained, evaluation),
     ]
     seen = examples(tokenizer, trained["train"])
+    training = training_command(overrides(), trained["train"].counts["kind"])
+    layout = layout_section(config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     figures = draw(config, splits, output)
@@ -72,7 +78,8 @@ def main(cfg: DictConfig) -> None:
         f"# The data set {config.dataset.name}",
         f"Made by `python -m prefopt.data_report {shlex.join(sys.argv[1:])}`. Digests of the data: {digests}; "
         f"of the tokenizer of {config.model.path}: {tokenizer_digest(tokenizer)[:16]}.",
-        *map(markdown, sections),
+        f"To train on it: `{training}`",
+        *map(markdown, (layout, *sections)),
         "## Histograms",
         *(f"![{file.stem}]({file.name})" for file in figures if file.suffix == ".png"),
         "## Three rows of train\n\nWhat the loss sees stands between ⟦ and ⟧.",
@@ -81,8 +88,9 @@ def main(cfg: DictConfig) -> None:
     atomic_write(output / "report.md", "\n\n".join(document) + "\n")
     atomic_write(output / "report.csv", long_csv(sections))
     print(f"{seen}\n")
-    for section in sections:
+    for section in (layout, *sections):
         show(section)
+    print(f"To train on it:\n  {training}\n")
     for file in (output / "report.md", output / "report.csv", *figures):
         print(file)
 

@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from prefopt.cli.multirun import Point
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
-from prefopt.config.schema import ModelConfig
 from prefopt.evaluation.config import HarnessConfig, check_harness
 from prefopt.evaluation.harness import checkpoints, run_pending
 from prefopt.evaluation.results import task_names
@@ -30,8 +29,7 @@ def plan_job(point: Point, label: str, config: HarnessConfig, _: Launcher, folde
     check_harness(config)
     task_names(config.tasks)
     policies = checkpoints(config)[0]
-    model = ModelConfig(policies[-1].name, policies[-1].path, policies[-1].revision)
-    return SweepJob(point.overrides, label, config, model, folder)
+    return SweepJob(point.overrides, label, config, policies[-1].model, folder)
 
 
 @program("harness", HarnessConfig, Sweep("harness", HarnessConfig, plan_job, log_lines=0))

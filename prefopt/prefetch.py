@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.config.schema import DatasetConfig, ModelConfig
+from prefopt.data.dataset_path import replace_path
 from prefopt.data.hub import Item, Model, is_on_hub, items
 from prefopt.errors import MissingAssetError, UserError
 from prefopt.utils.console import echo
@@ -180,7 +181,7 @@ def _how_to_copy() -> str:
     )
 
 
-@program("prefetch", PrefetchConfig)
+@program("prefetch", PrefetchConfig, rewrite=replace_path)
 def main(cfg: DictConfig) -> None:
     prefetch(parse(cfg, PrefetchConfig))
 

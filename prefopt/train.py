@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from prefopt.cli.multirun import Point
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
+from prefopt.data.dataset_path import replace_path
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.training.config import TrainConfig, check, resolve
@@ -31,7 +32,7 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, 
 SWEEP = Sweep("train", TrainConfig, plan_job)
 
 
-@program("train", TrainConfig, SWEEP)
+@program("train", TrainConfig, SWEEP, replace_path)
 def main(cfg: DictConfig) -> None:
     refuse_launcher_without_multirun()
     config = parse(cfg, TrainConfig)

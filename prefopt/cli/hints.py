@@ -16,7 +16,6 @@ from prefopt.config.parse import unknown_key
 from prefopt.utils.files import ROOT
 
 CONF = ROOT / "conf"
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 
 
 def refusal(error: Exception, arguments: Sequence[str]) -> str:
@@ -51,9 +50,16 @@ def _no_such_choice(file: str, arguments: Sequence[str]) -> str:
         )
         if group == "model" and ("/" in path or Path(path).exists() or path.endswith(".gguf")):
             return f"model={path} is no choice of conf/model, but a path. Did you mean\n  model=hub model.path={path}"
-        if group == "dataset" and ("/" in path or path.endswith(DATA_SUFFIXES)):
+        if group == "dataset" and "/" in path:
+            if ready := next((n for n in choices("dataset") if f"\ntrain: {path}\n" in _yaml("dataset", n)), None):
+                return f"dataset={path} is read as it lies on the hub by\n  dataset={ready}"
             line = shlex.join(["dataset=jsonl", f"dataset.train={path}"])
-            return f"dataset={path} is no choice of conf/dataset, but a path. Did you mean\n  {line}"
+            if Path(path).exists():  # of a program that trains on other rows, or whose rows are no data set
+                return f"dataset={path} is no choice of conf/dataset, but a path. Did you mean\n  {line}"
+            return (
+                f"dataset={path} is no choice of conf/dataset, and no file or folder here. If it is on the hub, it is "
+                f"read by\n  {line}\nwith dataset.format and dataset.columns for its rows (docs/data.md)."
+            )
     group, _, name = file.rpartition("/")
     known = choices(group, [CONF, *config_dirs(arguments)])
     if group == "sweep" or group.startswith("sweep/"):
@@ -63,6 +69,10 @@ def _no_such_choice(file: str, arguments: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {group}={near[0]}?" if near else f"The choices are: {', '.join(known) or 'none'}."
     return f"there is no {group}={name}. {hint}"
+
+
+def _yaml(group: str, name: str) -> str:
+    return (CONF / group / f"{name}.yaml").read_text()
 
 
 def _no_such_key(key: str, parent: Any, arguments: Sequence[str]) -> str:

@@ -31,10 +31,11 @@ from prefopt.utils.signals import EXIT_CODE
 
 LOCAL_RANK = re.compile(r"--local[_-]rank=(\d+)")
 Launch = Callable[[list[Point], Path, bool], int]
+Rewrite = Callable[[list[str], str], list[str]]
 
 
 def program(
-    config_name: str, schema: type, launch: Launch | None = None
+    config_name: str, schema: type, launch: Launch | None = None, rewrite: Rewrite | None = None
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorator that makes a command-line program of a function of one config, composed from
     `conf/<config_name>.yaml` and checked against `schema`.
@@ -45,11 +46,14 @@ def program(
     In a multirun with `launch`, Hydra composes all points, and `launch(points, folder of the sweep, dry_run)` starts
     the jobs and returns the exit code. In a multirun without, the points run one after the other in this process. A
     failing one does not stop the others; the failed ones are named at the end.
+
+    `rewrite(arguments, config_name)` gives the arguments that Hydra composes instead of the user's; it may raise
+    UserError.
     """
 
     def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
         def main() -> None:
-            sys.exit(run(config_name, schema, job, launch, sys.argv[1:]))
+            sys.exit(run(config_name, schema, job, launch, rewrite, sys.argv[1:]))
 
         return main
 
@@ -57,7 +61,12 @@ def program(
 
 
 def run(
-    config_name: str, schema: type, job: Callable[[DictConfig], None], launch: Launch | None, arguments: list[str]
+    config_name: str,
+    schema: type,
+    job: Callable[[DictConfig], None],
+    launch: Launch | None,
+    rewrite: Rewrite | None,
+    arguments: list[str],
 ) -> int:
     """Run a program on the command line `arguments`; the exit code. The other parameters are those of `program`."""
     install_redaction()
@@ -68,6 +77,8 @@ def run(
     if wants_help(arguments):
         return show(config_name, arguments)
     try:
+        if rewrite:
+            arguments = rewrite(arguments, config_name)
         command_line = parse_multirun_args(arguments, launches=launch is not None)
     except UserError as error:
         return _refuse(str(error))

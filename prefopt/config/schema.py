@@ -49,6 +49,20 @@ class ModelConfig(Node):
         )
         yield self.router_aux_loss_coef >= 0, "router_aux_loss_coef must not be negative (0: none)"
 
+    def exported(self, path: str) -> "ModelConfig":
+        """The model in `path` that a run of this model has exported. Its tokenizer lies beside it, with the template
+        and the eos token that the run had."""
+        return dataclasses.replace(
+            self,
+            path=path,
+            revision=None,
+            tokenizer=None,
+            eos_token=None,
+            chat_template=None,
+            chat_template_kwargs={},
+            resize_embeddings=False,
+        )
+
 
 @dataclass
 class PoliciesConfig:
@@ -56,10 +70,16 @@ class PoliciesConfig:
 
     wrong_roles: str = "fail"  # turns that do not alternate, or do not end with the assistant (cannot be kept)
     sides_part_early: str = "drop"  # two conversations that differ before their last turn (cannot be kept)
-    no_preference: str = "drop"  # scored responses without two different rewards (cannot be kept)
+    multi_turn_completion: str = "drop"  # a completion of several messages; the loss covers one (cannot be kept)
+    missing_text: str = "drop"  # a null prompt or completion, or an empty prompt (cannot be kept)
+    not_text: str = "fail"  # a number, an image... where text belongs (cannot be kept)
+    no_preference: str = "drop"  # no two different rewards, or votes without a majority (cannot be kept)
+    unpaired_label: str = "drop"  # a completion whose prompt has none of the other label for it (cannot be kept)
+    bad_reward: str = "drop"  # a reward that is no number, such as N/A or NaN; keep: as if the row had none
     empty_completion: str = "drop"
     identical: str = "drop"  # chosen is rejected
     tied_rewards: str = "keep"  # the rewards of the two sides are equal
+    contradicting_rewards: str = "drop"  # the rejected side has the higher reward
     duplicate_prompt: str = "keep"  # the prompt came before in this split
     prompt_in_heldout: str = "drop"  # a training prompt that is also held out
     prompt_too_long: str = "drop"  # drop, fail, or cut: it loses its beginning

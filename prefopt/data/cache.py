@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 import prefopt.data.dataset
 from prefopt.config.parse import build
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data import folders, formats, readers
+from prefopt.data import chat_template, folders, formats, readers
 from prefopt.data import sources as data_sources
 from prefopt.data import tokenize as tokenizing
 from prefopt.data.dataset import Split, dataset_fingerprint, has_heldout, load_split, prompt_of, sources, split_digest
@@ -133,7 +133,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any
     if backend is None:  # a tokenizer in Python
-        rules = sorted(tokenizer.get_vocab().items())
+        added = {number: repr(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        rules = [sorted(tokenizer.get_vocab().items()), added]
     else:
         # Padding and truncation are left over from the tokenizer's last call, and `encode` uses neither.
         rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
@@ -152,9 +153,8 @@ def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits
     # A format may be the user's own class, in a file beside the data: its source counts, too.
     of_formats = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
     decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
-    return fingerprint(decides, prefopt.data.dataset, data_sources, folders, readers, tokenizing, formats, *of_formats)[
-        :24
-    ]
+    code = [prefopt.data.dataset, data_sources, folders, readers, formats, tokenizing, chat_template]
+    return fingerprint(decides, *code, *of_formats)[:24]
 
 
 def build_cache(

@@ -94,6 +94,8 @@ class Batch:
       `segments`, (1, 1, 1, 1), which nobody reads.
     * `position_ids`: (R, T) int64, or None for the model's default.
     * `segments`: of the packed layout alone.
+    * `spans`: what lies in the (R * T) positions, in order: (number of the group, tokens), and (None, tokens) for
+      padding. In the padded layout a group is a completion with its prompt.
 
     Completion tokens, (N,) int64 each:
     * `predictor_index`: the position in (R * T,) of the hidden state that predicts the token.
@@ -113,6 +115,7 @@ class Batch:
     attention_mask: Tensor
     position_ids: Tensor | None
     segments: PackedSegments | None
+    spans: Sequence[tuple[int | None, int]]
     predictor_index: Tensor
     labels: Tensor
     completions: Tensor
@@ -120,6 +123,11 @@ class Batch:
     lengths: Tensor
     last_token_index: Tensor
     longest: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the rows hold, without padding."""
+        return sum(n for owner, n in self.spans if owner is not None)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
@@ -320,12 +328,20 @@ def _batch(
             last_tokens.append(next_position[i] - 1)
             completions.append(completion)
 
+    spans: list[tuple[int | None, int]] = []
+    ends = [*starts[1:], input_ids.numel()]
+    for i, (group, start, end) in enumerate(zip(groups, starts, ends, strict=True)):
+        spans.append((i, _num_tokens(group)))
+        if padding := end - start - _num_tokens(group):
+            spans.append((None, padding))
+
     lengths = torch.tensor([len(c) for c in completions])
     return Batch(
         input_ids,
         attention_mask,
         position_ids,
         segments,
+        spans,
         predictor_index=torch.cat(predictors),
         labels=torch.tensor([token for completion in completions for token in completion]),
         completions=torch.arange(len(completions)).repeat_interleave(lengths),

@@ -1,5 +1,6 @@
 """A data set: one source or a mixture of them -> the pairs (or chats) of a split, every drop counted."""
 
+import difflib
 import functools
 import hashlib
 from collections import Counter
@@ -11,15 +12,28 @@ from omegaconf import OmegaConf
 
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data.formats import Chat, Dropped, Format, Item, Message, Pair, content_id
+from prefopt.data.formats import (
+    Chat,
+    Dropped,
+    Format,
+    Item,
+    Labelled,
+    Message,
+    Pair,
+    Row,
+    RowDefect,
+    content_id,
+    is_absent,
+    nested,
+)
 from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError
 
 # Defects of rows that nothing can be trained on; see `PoliciesConfig` for all of them.
 CANNOT_BE_KEPT = (
-    *("wrong_roles", "sides_part_early", "no_preference", "prompt_too_long"),
-    *("identical_after_truncation", "rewritten_by_template"),
-)
+    "wrong_roles", "sides_part_early", "multi_turn_completion", "missing_text", "not_text", "no_preference",
+    "unpaired_label", "prompt_too_long", "rewritten_by_template", "identical_after_truncation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,21 @@ def check_policies(policies: PoliciesConfig, where: str = "dataset") -> None:
             raise UserError(f"{where}.policies.{reason} must be one of {', '.join(allowed)}, is {policy!r}.")
 
 
+def check_columns(format_: Format, columns: dict[str, str], where: str) -> None:
+    """Raise UserError for a name of ours in `columns` that the format does not read. `where`: the key for messages."""
+    known = format_.fields()
+    if known is None:
+        return
+    for name in columns:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {where}.{near[0]}={columns[name]}?" if near else ""
+            raise UserError(
+                f"{where}.{name}={columns[name]}: {type(format_).__name__} does not read a field {name!r}.{hint} It "
+                f"reads: {', '.join(known)}."
+            )
+
+
 def sources(config: DatasetConfig) -> dict[str, DatasetConfig]:
     """The sources of a mixture by name. A data set that is no mixture is its only source.
 
@@ -90,7 +119,7 @@ def check_dataset(config: DatasetConfig) -> None:
         where = config_key(config, name)
         for path in filter(None, (source.train, source.heldout)):
             check_kind(path)
-        build(source.format, Format, f"{where}.format")
+        check_columns(build(source.format, Format, f"{where}.format"), source.columns, f"{where}.columns")
         check_policies(source.policies, where)
         if source.weight is not None and source.count is not None:
             raise UserError(f"{where}: give weight (a share of its rows) or count (a number of them), not both.")
@@ -130,7 +159,8 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     kinds: set[str] = set()
     num_scored = 0
     extremes: list[tuple[float, str]] = []  # (reward, id) of the lowest and of the highest reward so far
-    for item, defects in read_items(config, split, held_out, drops):
+    first: dict[str, str] = {}
+    for item, defects in read_items(config, split, held_out, drops, first):
         counts[item.source] += 1
         kept.update(defects)
         kinds.add("pairs" if isinstance(item, Pair) else "chats")
@@ -141,9 +171,10 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
 
     if not kinds:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in drops.items()) or "no row"
+        details = "".join(f"{detail}. " for detail in first.values())
         raise UserError(
-            f"nothing is left of the {split} split of data set {config.name} ({reasons}). Mend the rows; what is done "
-            "about a defect is set by dataset.policies.DEFECT."
+            f"nothing is left of the {split} split of data set {config.name} ({reasons}). {details}Mend "
+            "the rows; what is done about a defect is set by dataset.policies.DEFECT."
         )
     if len(kinds) > 1:
         raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
@@ -151,7 +182,7 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     low, high = extremes or (None, None)
     return Split(
         # Counted in the pass above; a later one counts into a Counter of its own.
-        read=lambda: (item for item, _ in read_items(config, split, held_out, Counter())),
+        read=lambda: (item for item, _ in read_items(config, split, held_out, Counter(), {})),
         kind=kinds.pop(),
         drops=drops,
         kept=kept,
@@ -161,18 +192,20 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
 
 
 def read_items(
-    config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str]
+    config: DatasetConfig, split: str, held_out: frozenset[str], drops: Counter[str], first: dict[str, str]
 ) -> Iterator[tuple[Item, list[str]]]:
-    """(item, its defects) for the items that are used. The others are counted in `drops`.
+    """(item, its defects) for the items that are used. The others are counted in `drops`, and `first` gets what is
+    wrong with the first row that is dropped for a reason.
 
     `held_out`: the `content_id` of every held-out prompt. Raises UserError for a bad row, and for a defect whose policy
     is to fail.
     """
     seen = set[str]()  # prompts of all sources so far: one that two sources have is a duplicate, too
 
-    def is_used(name: str, policies: PoliciesConfig, defects: list[str], where: str, detail: str = "") -> bool:
-        """Whether a row with these defects is used. If not, the first defect that prevents it is counted."""
-        for reason in defects:
+    def is_used(name: str, policies: PoliciesConfig, defects: dict[str, str], where: str) -> bool:
+        """Whether a row with these defects ({reason: detail}) is used. If not, the first that prevents it is
+        counted."""
+        for reason, detail in defects.items():
             policy = getattr(policies, reason)
             if policy == "fail":
                 raise UserError(
@@ -181,6 +214,8 @@ def read_items(
                 )
             if policy == "drop":
                 drops[reason] += 1
+                if detail:
+                    first.setdefault(reason, f"{where}: {detail}")
                 return False
         return True
 
@@ -189,16 +224,17 @@ def read_items(
         for where, item in _items(source, *location) if location else ():
             if isinstance(item, Dropped):
                 # The format made no item of the row: the policy decides between counting it and failing.
-                is_used(name, source.policies, [item.reason], where, item.detail)
+                if is_used(name, source.policies, {item.reason: item.detail}, where):
+                    drops[item.reason] += 1  # kept, if it could be
                 continue
             item = replace(_scaled(item, source, where), source=name)
             # Prompts are compared by digest, so that a large data set's prompts need not stay in memory.
             prompt = content_id(prompt_of(item))
             conditions = {"duplicate_prompt": prompt in seen, "prompt_in_heldout": prompt in held_out}
-            defects = [*_defects(item), *(defect for defect, holds in conditions.items() if holds)]
+            defects = _defects(item) | {defect: "" for defect, holds in conditions.items() if holds}
             if is_used(name, source.policies, defects, where):
                 seen.add(prompt)
-                yield item, defects
+                yield item, list(defects)
 
     for name, source in sources(config).items():
         if split == "train" and (source.weight is not None or source.count is not None):
@@ -235,33 +271,53 @@ def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -
     Raises UserError for a row that the format cannot read.
     """
     read = build(source.format, Format, "dataset.format")
-    for where, row in read_rows(path, split, revision):
-        try:
-            result = read(_renamed(row, source.columns))
-        except KeyError as error:
-            fields = ", ".join(row) or "none"
-            raise UserError(
-                f"{where} has no field {error} (its fields: {fields}). {type(read).__name__} rows are: "
-                f"{(type(read).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
-            ) from None
-        except ValueError as error:
-            raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-        for item in [result] if isinstance(result, Pair | Chat | Dropped) else result:
-            yield where, item
+
+    def by_row() -> Iterator[tuple[str, Item | Dropped | Labelled]]:
+        for where, row in read_rows(path, split, revision):
+            result = _read_row(read, row, source, where)
+            for item in [result] if isinstance(result, Pair | Chat | Dropped | Labelled) else result:
+                yield where, item
+
+    for where, item in read.combine(by_row()):
+        assert not isinstance(item, Labelled), f"{type(read).__name__} makes no pairs of labelled completions"
+        yield where, item
 
 
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def _read_row(read: Format, row: Row, source: DatasetConfig, where: str) -> Any:
+    """What the format makes of a row. Raises UserError for a row that it cannot read."""
+    try:
+        renamed = _renamed(row, source.columns)
+        _check_nothing_is_lost(row, source)
+        return read(renamed)
+    except KeyError as error:
+        fields = ", ".join(row) or "none"
+        raise UserError(
+            f"{where} has no field {error} (its fields: {fields}). {type(read).__name__} rows are: "
+            f"{(type(read).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns; dataset=PATH "
+            "looks for the layout by itself."
+        ) from None
+    except RowDefect as error:
+        return error.dropped
+    except ValueError as error:
+        raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
+
+
+def _check_nothing_is_lost(row: Row, source: DatasetConfig) -> None:
+    """Raise ValueError where `columns` makes a prompt of one half of Alpaca's question."""
+    halves = {"instruction": "input", "input": "instruction"}
+    other = halves.get(source.columns.get("prompt", ""))
+    if other in row and not is_absent(row[other]):
+        raise ValueError(
+            f"dataset.columns.prompt={halves[other]} would leave out {other!r}, which is not empty. Rows with "
+            "instruction and input are read as they are; leave out dataset.columns.prompt: "
+            f"python -m prefopt.train dataset={source.train}"
+        )
+
+
+def _renamed(row: Row, columns: dict[str, str]) -> Row:
     """The row with the fields of `columns` ({our name: theirs}) added under our names. Their name may lead into a
     nested object ("metadata.score"). Raises KeyError for a field that is missing."""
-    renamed = dict(row)
-    for ours, theirs in columns.items():
-        value: Any = row
-        for key in theirs.split("."):
-            if not isinstance(value, dict) or key not in value:
-                raise KeyError(theirs)
-            value = value[key]
-        renamed[ours] = value
-    return renamed
+    return row | {ours: row[theirs] if theirs in row else nested(row, theirs) for ours, theirs in columns.items()}
 
 
 def _scaled(item: Item, source: DatasetConfig, where: str) -> Item:
@@ -279,18 +335,21 @@ def _scaled(item: Item, source: DatasetConfig, where: str) -> Item:
     return replace(item, **rewards)
 
 
-def _defects(item: Item) -> list[str]:
-    """The defects that an item has by itself, whatever other items there are."""
+def _defects(item: Item) -> dict[str, str]:
+    """The defects that an item has by itself, whatever other items there are, each with a detail for messages."""
     if isinstance(item, Chat):
-        answers = [m["content"] for m in item.messages if m["role"] == "assistant"]
-        conditions = {"empty_completion": not all(answer.strip() for answer in answers)}
-    else:
-        conditions = {
-            "empty_completion": not item.chosen.strip() or not item.rejected.strip(),
-            "identical": item.chosen == item.rejected,
-            "tied_rewards": item.chosen_reward is not None and item.chosen_reward == item.rejected_reward,
-        }
-    return [defect for defect, holds in conditions.items() if holds]
+        answers = [m for m in item.messages if m["role"] == "assistant"]
+        conditions = {"empty_completion": not all(m["content"].strip() or m.get("tool_calls") for m in answers)}
+        return {defect: "" for defect, holds in conditions.items() if holds}
+    sides = (item.chosen, item.chosen_fields), (item.rejected, item.rejected_fields)
+    rewards = item.chosen_reward, item.rejected_reward
+    conditions = {
+        "empty_completion": any(not text.strip() and not fields.get("tool_calls") for text, fields in sides),
+        "identical": sides[0] == sides[1],
+        "tied_rewards": rewards[0] is not None and rewards[0] == rewards[1],
+        "contradicting_rewards": None not in rewards and rewards[0] < rewards[1],  # type: ignore[operator]
+    }
+    return item.defects | {defect: "" for defect, holds in conditions.items() if holds}
 
 
 def subsample(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:

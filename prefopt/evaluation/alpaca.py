@@ -24,15 +24,18 @@ from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.clients import alpaca_eval
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
+from prefopt.evaluation.initial import initial_model
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge
 from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Question, Questions, hub_file, read_questions
 from prefopt.evaluation.results import two_judges
 from prefopt.generation.responses import GenerationRequest, generate_resumable
+from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import record_of
 from prefopt.utils.console import console, folding_table
 from prefopt.utils.files import cache_dir, write_json
+from prefopt.utils.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +79,11 @@ def baseline_of(config: AlpacaConfig) -> tuple[str, ModelConfig | None]:
     if baseline.endswith(SUFFIXES):
         return Path(baseline).name.partition(".")[0], None
     if baseline == "initial":
-        trained = record_of(config.run)["config"]
-        if (trained.get("peft") or {}).get("path"):
-            raise UserError("the run began from a model with an adapter: say baseline=FOLDER, with the two merged")
-        return f"{trained['model']['name']}-initial", ModelConfig(**trained["model"])
+        model = initial_model(config.run)
+        return f"{model.name}-initial", model
     if (Path(baseline) / "record.json").is_file():
         (policy,) = exported_policies(baseline, "final")
-        return Path(baseline).name, ModelConfig(baseline, policy.path, None)
+        return Path(baseline).name, policy.model
     return Path(baseline).name, ModelConfig(baseline, baseline, None)
 
 
@@ -196,17 +197,18 @@ def evaluate_checkpoint(
     `reference` returns the baseline's answers. It is called only when they are needed. `extra` goes into the record.
     Raises UserError where the judge does.
     """
-    name, _ = baseline_of(config)
+    name, baseline = baseline_of(config)
     settings = comparison_settings(config, judge, questions)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    # Their files, too, which another training may have written anew.
+    models = [local_files(model) for model in (checkpoint.model, baseline) if model]
+    key = fingerprint([settings, models])[:8]
     comparisons_folder = Path(config.run) / "alpaca"
     folder = comparisons_folder / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
     if (folder / "record.json").is_file():
         return folder
 
     start = time.monotonic()
-    policy = ModelConfig(checkpoint.name, checkpoint.path, None)
-    ours = answer_questions(policy, checkpoint.path, questions.items, config)
+    ours = answer_questions(checkpoint.model, checkpoint.path, questions.items, config)
     theirs = reference()
     names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}")
     comparisons = _pair_answers(questions.items, theirs, ours)

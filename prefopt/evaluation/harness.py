@@ -16,10 +16,11 @@ from prefopt.config.hardware import resolve_hardware
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
+from prefopt.evaluation.initial import initial_model
 from prefopt.evaluation.results import lm_accuracy, task_names
+from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
-from prefopt.tracking.record import record_of
 from prefopt.utils.console import console, folding_table
 from prefopt.utils.files import check_folder, write_json
 
@@ -34,21 +35,29 @@ PACKAGES = ("lm_eval", "torch", "transformers", "datasets")  # their versions ar
 
 def checkpoints(config: HarnessConfig) -> tuple[list[Checkpoint], Path]:
     """The models to evaluate, and the folder for their records. Raises UserError where there is no such model."""
-    from prefopt.models.load import checkpoint_path
-
     if config.output:
         check_folder("output", config.output)
     if config.run is None:
         assert config.output  # check_harness wants a run or an output
-        model = Checkpoint(config.model.name, checkpoint_path(config.model), None, config.model.revision)
-        return [model], Path(config.output)
+        check_as_it_is(config.model)
+        return [Checkpoint(config.model.name, config.model)], Path(config.output)
 
     if config.checkpoints == "initial":
-        initial = ModelConfig(**record_of(config.run)["config"]["model"])
-        policies = [Checkpoint("initial", checkpoint_path(initial), 0, initial.revision)]
+        initial = initial_model(config.run)
+        check_as_it_is(initial)
+        policies = [Checkpoint("initial", initial, 0)]
     else:
         policies = exported_policies(config.run, config.checkpoints)
     return policies, Path(config.output) if config.output else Path(config.run) / "harness"
+
+
+def check_as_it_is(model: ModelConfig) -> None:
+    """Raise UserError for a model that is not what lies in its folder."""
+    if model.resize_embeddings:
+        raise UserError(
+            "model.resize_embeddings: lm-eval loads a model as it lies in its folder, without the new embeddings. "
+            "Evaluate the policy of a run instead, which has them."
+        )
 
 
 def preflight(names: list[str]) -> "TaskManager":
@@ -90,12 +99,19 @@ def task_settings(config: HarnessConfig) -> dict[str, Any]:
 
 
 def record_file(config: HarnessConfig, folder: Path, checkpoint: Checkpoint, task: str, how: dict[str, Any]) -> Path:
-    """The file of a record. Its name holds the checkpoint, the task, and a digest of the settings `how`."""
-    identity = how
+    """The file of a record. Its name holds the checkpoint, the task, and a digest of the settings `how` and of the
+    model's files, which another training may have written anew."""
+    model = checkpoint.model
+    identity = how | {"files": local_files(model), "template": template_keys(model) if config.chat_template else None}
     if config.output is not None:  # several models of one name may have their records in this folder
-        identity = how | {"path": checkpoint.path, "revision": checkpoint.revision}
+        identity |= {"path": model.path, "revision": model.revision}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return folder / f"{checkpoint.name}-{task}-{digest}.json"
+
+
+def template_keys(model: ModelConfig) -> list[Any]:
+    """The keys of a model that decide how its template writes."""
+    return [model.eos_token, model.chat_template_kwargs, model.system_message, model.date]
 
 
 def run_task(lm: "HFLM", manager: "TaskManager", task: str, config: HarnessConfig) -> dict[str, Any]:
@@ -156,18 +172,44 @@ def first_request(lm: "HFLM", sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
-    """lm-eval's model of a checkpoint. It runs no code that comes with a model, and reads no pickles."""
-    from lm_eval.models.huggingface import HFLM
+    """lm-eval's model of a checkpoint. It runs no code that comes with a model, and reads no pickles.
 
-    return HFLM(
-        pretrained=checkpoint.path,
-        revision=checkpoint.revision or "main",
+    lm-eval gives `generate` the task's own settings (of which greedy decoding is the default) and the longest length,
+    and leaves the rest to the model's generation_config. That is taken away but for its stop tokens.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    from prefopt.models.generation_config import stop_tokens
+    from prefopt.models.load import checkpoint_path
+
+    model = checkpoint.model
+    lm = HFLM(
+        pretrained=checkpoint_path(model),
+        revision=model.revision or "main",
+        tokenizer=tokenizer_of(model, config),
         dtype=config.precision,
         device=config.device,
         batch_size=config.batch_size,
         trust_remote_code=False,
         use_safetensors=True,
     )
+    stops = stop_tokens(lm.tokenizer, lm.model.config, lm.model.generation_config)
+    lm.model.generation_config = GenerationConfig(eos_token_id=stops)
+    return lm
+
+
+def tokenizer_of(model: ModelConfig, config: HarnessConfig) -> Any:
+    """The tokenizer for lm-eval, where it needs another than it finds beside the model; else None."""
+    if config.chat_template:  # with the template as the model's keys change it
+        from prefopt.models.load import load_tokenizer
+
+        return load_tokenizer(model)
+    if model.tokenizer:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
+    return None
 
 
 def weights_of(lm: "HFLM") -> str:
@@ -200,12 +242,15 @@ def run_pending(config: HarnessConfig, **extra: str) -> None:
     resolve_hardware(config)
     names, how = task_names(config.tasks), task_settings(config)
     policies, folder = checkpoints(config)
-    pending = {c: [t for t in names if not record_file(config, folder, c, t, how).is_file()] for c in policies}
-    if any(pending.values()):
+    pending = [
+        (checkpoint, [t for t in names if not record_file(config, folder, checkpoint, t, how).is_file()])
+        for checkpoint in policies
+    ]
+    if any(tasks for _, tasks in pending):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = preflight(sorted({task for tasks in pending.values() for task in tasks}))
+        manager = preflight(sorted({task for _, tasks in pending for task in tasks}))
 
-    for checkpoint, tasks in pending.items():
+    for checkpoint, tasks in pending:
         if not tasks:
             continue
         lm = load(checkpoint, config)

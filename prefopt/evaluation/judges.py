@@ -104,7 +104,7 @@ class RewardJudge(Judge):
         return f"reward of {self.scorer.label}"
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.title, "scorer": repr(self.scorer)}
+        return {"name": self.title, "scorer": repr(self.scorer), "files": self.scorer.model_files()}
 
     def check(self) -> None:
         pass  # the scorer has checked its packages when it was built

@@ -118,6 +118,7 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
         Interrupted: after SIGTERM or SIGUSR2, between two batches.
     """
     # Imported here, so that bad input is refused before transformers is loaded.
+    from prefopt.data.cache import tokenizer_digest
     from prefopt.data.tokenize import encode_prompt
     from prefopt.generation import sampler as sampler_module
     from prefopt.generation.sampler import transformers_sampler, vllm_sampler
@@ -128,12 +129,13 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
     sampling, n, prompts = request.sampling, request.samples_per_prompt, request.prompts
     tokenizer = load_tokenizer(request.model)
     make = vllm_sampler if request.backend == "vllm" else transformers_sampler
-    sampler, weights, architecture = make(request.model, tokenizer, request.device, request.precision)
+    sampler, weights, model = make(request.model, tokenizer, request.device, request.precision)
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     versions = [importlib.metadata.version(package) for package in ("torch", "transformers")]
     where = [request.backend, request.precision, request.device]
-    digest = fingerprint([sampling, n, request.seed, *where, weights, architecture, encoded, versions], sampler_module)
+    decides = [sampling, n, request.seed, *where, model, tokenizer_digest(tokenizer), encoded, versions]
+    digest = fingerprint(decides, sampler_module)
 
     with contextlib.ExitStack() as stack:
         if partial.is_dir():

@@ -1,6 +1,8 @@
 """Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -18,12 +21,17 @@ from transformers import (
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.formats import Message
 from prefopt.data.tokenize import encode_prompt
+from prefopt.models.generation_config import stop_tokens, without_own_generation_config
+from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. `tokens` end with the terminator if `finished`; otherwise `max_new_tokens` cut the response off."""
+    """One response. `tokens` end with a stop token if `finished`; otherwise `max_new_tokens` cut the response off.
+    `text` is without the stop token and other special tokens."""
 
     prompt_tokens: list[int]
     tokens: list[int]
@@ -70,8 +78,9 @@ def sample(
     """Sample `samples_per_prompt` responses to each prompt: one list per prompt, in the order of `prompts`.
 
     Tokens come from softmax(logits / temperature), without top-k, and with `top_p` below 1 from its nucleus. At
-    temperature 0 the most likely token is taken. Each response has its own random stream, seeded by `seed`, the
-    prompt's token ids and the number of the response.
+    temperature 0 the most likely token is taken. The model's own generation_config has no part in that; but a response
+    ends at any of the model's `stop_tokens`. Each response has its own random stream, seeded by `seed`, the prompt's
+    token ids and the number of the response.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Prompts of similar length share a batch, which saves padding.
@@ -79,34 +88,78 @@ def sample(
         (p, k) for p in sorted(range(len(prompts)), key=lambda p: len(encoded[p])) for k in range(samples_per_prompt)
     ]
     batches = [jobs[i : i + sampling.batch_size] for i in range(0, len(jobs), sampling.batch_size)]
+    padded = any(len({len(encoded[p]) for p, _ in batch}) > 1 for batch in batches)
+    if padded and not reads_padding(model, encoded[jobs[0][0]]):
+        log.info(f"  {model.config.model_type} computes padded prompts wrongly: a batch holds prompts of one length")
+        batches = [
+            group[i : i + sampling.batch_size]
+            for _, same in itertools.groupby(jobs, lambda job: len(encoded[job[0]]))
+            for group in [list(same)]
+            for i in range(0, len(group), sampling.batch_size)
+        ]
     results: dict[tuple[int, int], Sample] = {}
-    eos = tokenizer.eos_token_id
-    with Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar:  # counts token positions
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0]
+    )
+    # The bar counts token positions.
+    with (
+        Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar,
+        without_own_generation_config(model),
+    ):
         for n, batch in enumerate(batches, start=1):
             width = max(len(encoded[p]) for p, _ in batch)
             # generate() wants padding on the left. The value there does not matter, because the mask hides it.
-            ids = torch.tensor([[eos] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
+            ids = torch.tensor([[stops[0]] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
             mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
             seeds = [_seed(seed, encoded[p], k) for p, k in batch]
             output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,
-                eos_token_id=eos,
-                pad_token_id=eos,
+                generation_config=settings,
                 logits_processor=LogitsProcessorList(
                     [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
                 ),
             )
             for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
-                finished = eos in tokens
-                tokens = tokens[: tokens.index(eos) + 1] if finished else tokens
-                text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True))
-                results[p, k] = Sample(encoded[p], tokens, text, finished)
+                results[p, k] = as_sample(tokenizer, encoded[p], tokens, stops)
             # A batch that ends early has fewer steps than the bar counts for it.
             bar.advance(by=n * sampling.max_new_tokens - bar.done)
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+def as_sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], stops: list[int]) -> Sample:
+    """The response in `tokens`, which ends at the first stop token."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+    return Sample(prompt, tokens if end is None else tokens[: end + 1], text, end is not None)
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel, prompt: list[int]) -> bool:
+    """Whether the model's next tokens behind `prompt` are the same with padding before it. Some recurrent models (RWKV,
+    MiniMax) do not look at the mask, and take up the padding into their state."""
+    found = []
+    settings = GenerationConfig(
+        max_new_tokens=4,  # in some it shows in the second one
+        do_sample=False,
+        pad_token_id=prompt[0],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for padding in (0, 8):
+        mask = torch.tensor([[0] * padding + [1] * len(prompt)], device=model.device)
+        with without_own_generation_config(model):
+            output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+                input_ids=torch.tensor([[prompt[0]] * padding + prompt], device=model.device),
+                attention_mask=mask,
+                generation_config=settings,
+            )
+        found.append(torch.stack(output.logits).float())
+    tolerance = 0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3  # of the largest logit
+    return found[1].shape == found[0].shape and bool(
+        (found[1] - found[0]).abs().max() <= tolerance * found[0].abs().max()
+    )
 
 
 # A function (prompts, sampling, seed, samples_per_prompt) -> the samples of each prompt.
@@ -115,9 +168,10 @@ Sampler = Callable[[Sequence[list[Message]], SamplingConfig, int, int], list[lis
 
 def transformers_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str, dict[str, Any]]:
-    """(`sample` with this model, the digest of its weights, its resolved configuration)."""
-    from prefopt.models.load import load_model, resolved_config, weights_digest
+) -> tuple[Sampler, str, list[Any]]:
+    """(`sample` with this model, the digest of its weights, and everything about it that decides a response)."""
+    from prefopt.models.fingerprint import loaded_model
+    from prefopt.models.load import load_model, weights_digest
     from prefopt.models.logprobs import autocast
     from prefopt.utils.memory import keep_freed_memory
 
@@ -129,45 +183,52 @@ def transformers_sampler(
         with autocast(model.device, precision):
             return sample(model, tokenizer, prompts, sampling, seed, n)
 
-    return sampler, weights_digest(model), resolved_config(model)
+    weights = weights_digest(model)
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
+    return sampler, weights, [*loaded_model(model, weights), stops]
 
 
 def vllm_sampler(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str, dict[str, Any]]:
+) -> tuple[Sampler, str, list[Any]]:
     """The same with vLLM. It forms its own batches, so a response may change with the version of vLLM and with the
-    other prompts of a call. Weights are named by path and revision, not by a digest. Not yet run: it needs a GPU."""
+    other prompts of a call. The digest of the weights is that of their files. Not yet run: it needs a GPU."""
     from vllm import LLM, SamplingParams
 
-    from prefopt.models.load import checkpoint_path
+    from prefopt.models.fingerprint import model_files
+    from prefopt.models.load import checkpoint_path, stop_ids
 
     path = checkpoint_path(config)
-    llm = LLM(model=path, revision=config.revision, dtype=precision, load_format="safetensors")
-    eos = tokenizer.eos_token_id
+    # generation_config="vllm": without the sampling settings, and the limit of a response, that come with the model.
+    llm = LLM(
+        model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
+    )
+    stops = list(dict.fromkeys([tokenizer.eos_token_id, *sorted(stop_ids(config))]))
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        distinct = n if sampling.temperature else 1  # vLLM refuses to take the same, most likely response n times
         parameters = [
             SamplingParams(
-                n=n,
+                n=distinct,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                stop_token_ids=[eos],
+                stop_token_ids=stops,
                 seed=_seed(seed, ids, 0) % 2**31,
             )
             for ids in encoded
         ]
         answers = llm.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
 
-        def as_sample(ids: list[int], output: Any) -> Sample:
-            tokens, finished = list(output.token_ids), output.finish_reason == "stop"
-            text = [t for t in tokens if t != eos]
-            return Sample(ids, tokens, str(tokenizer.decode(text, skip_special_tokens=True)), finished)
+        return [
+            [as_sample(tokenizer, ids, list(output.token_ids), stops) for output in answer.outputs] * (n // distinct)
+            for ids, answer in zip(encoded, answers, strict=True)
+        ]
 
-        return [[as_sample(ids, o) for o in answer.outputs] for ids, answer in zip(encoded, answers, strict=True)]
-
-    return sampler, f"{path}@{config.revision}", {}
+    files = model_files(config)  # complete, since vLLM has read them
+    weights = files.get("weights", f"{path}@{config.revision}")
+    return sampler, weights, [path, config.revision, files, stops, version("vllm")]
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from prefopt.data.collate import LAYOUTS, Group, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
-from prefopt.models.logprobs import autocast, completion_logps, last_hidden_states
+from prefopt.models.logprobs import autocast, backbone, completion_logps, last_hidden_states, logit_cap
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.utils.memory import is_out_of_memory
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 # Nats per completion token (or units of a hidden state). Leaks between completions and wrong positions differ by far
 # more.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+LARGE_LOGITS = 100.0
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def choose_layout(
     On a CPU the comparison is made in float32. It is made in `precision` on a GPU, whose kernel for packed rows knows
     no float32, and for quantized weights.
 
-    Raises UserError if not even padded rows give those numbers.
+    Raises UserError if not even padded rows give those numbers, and for a model that is not causal.
     """
     if model.device.type == "cpu" and not getattr(model, "is_quantized", False):
         precision = "float32"
@@ -45,7 +47,17 @@ def choose_layout(
     names = list(LAYOUTS)  # from the fastest to the one that works with every model
     reason = ""
     with autocast(model.device, precision):
-        expected = torch.stack([_expected_numbers(model, group.prompt, c) for c in group.completions], -1)
+        try:
+            expected = torch.stack([_expected_numbers(model, group.prompt, c) for c in group.completions], -1)
+            check_causal(model, group.prompt + group.completions[0], TOLERANCE[precision])
+            if not hasattr(model, "score"):
+                check_logits(model, group.prompt)
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the {model.config.model_type} cannot compute a row of token ids alone ({why}), so it cannot be "
+                "trained here. Use another model."
+            ) from error
         if not expected.isfinite().all():
             raise UserError(
                 f"the {model.config.model_type} gives {expected.flatten()[0]:g} for a row of the data, so its weights "
@@ -77,6 +89,49 @@ def choose_layout(
     )
 
 
+def check_causal(model: PreTrainedModel, row: list[int], tolerance: float) -> None:
+    """Raise UserError for a model in which what stands later in a row changes what was computed before, as in an
+    encoder (BERT) that is loaded as a language model: its "log-prob" of a token has seen the token."""
+    whole = torch.tensor([row], device=model.device)
+    half = len(row) // 2
+    changed = whole.clone()
+    # The same length, because some rotary embeddings depend on it.
+    changed[:, half:] = (changed[:, half:] + 1) % cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    before, after = (_outputs(model, ids)[:half].float() for ids in (whole, changed))
+    if not (after - before).abs().mean() <= tolerance * before.abs().mean():
+        raise UserError(
+            f"the {model.config.model_type} is no causal language model: its numbers for a token change with the "
+            "tokens behind it. An encoder predicts a token with the token in sight. Use a decoder-only model."
+        )
+
+
+def check_logits(model: PreTrainedModel, row: list[int]) -> None:
+    """Raise UserError for a model that does something else to its logits than `logit_cap` knows. It is looked for where
+    it shows: on logits of up to 100, as large as those of a trained model. Small ones pass through a cap unchanged."""
+    ids = torch.tensor([row], device=model.device)
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    plain = head(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    factor = LARGE_LOGITS / plain.abs().max()
+    hook = head.register_forward_hook(lambda module, inputs, output: factor.to(output.dtype) * output)
+    try:
+        found = _outputs(model, ids).float()
+    finally:
+        hook.remove()
+    expected = logit_cap(model)(factor * plain)
+    if not ((found - expected).abs().max() <= 0.05 * expected.abs().max()):
+        raise UserError(
+            f"prefopt cannot compute this model: {model.config.model_type} changes its logits after the output "
+            "embedding, or its hidden states before it, in a way that prefopt does not know. Use another model."
+        )
+
+
+def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(T, vocabulary) logits of a row; of a reward model, (T, hidden) states. An ordinary forward pass."""
+    if hasattr(model, "score"):
+        return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return model(input_ids=ids, use_cache=False).logits[0]
+
+
 def _numbers(model: PreTrainedModel, layout: Layout, group: Group) -> Tensor:
     """What the model computes in a layout: (completions,) log-probs; of a reward model, (hidden, completions)."""
     batch = layout.make([group]).to(model.device)
@@ -89,6 +144,6 @@ def _expected_numbers(model: PreTrainedModel, prompt: list[int], completion: lis
     """The same numbers for one completion, from an ordinary forward pass: one row, no mask, no positions."""
     row = torch.tensor([prompt + completion], device=model.device)
     if hasattr(model, "score"):
-        return model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1].float()
-    logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        return _outputs(model, row)[-1].float()
+    logits = _outputs(model, row)[len(prompt) - 1 : -1].float()
     return -cross_entropy(logits, row[0, len(prompt) :], reduction="sum")

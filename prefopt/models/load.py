@@ -29,6 +29,8 @@ from prefopt.errors import UserError
 from prefopt.models.gguf import convert_gguf
 from prefopt.utils.files import resolve_path
 
+log = logging.getLogger(__name__)
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Otherwise transformers asks a service on the hub, in the background, to convert pickles to safetensors.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -72,13 +74,50 @@ def check_model(config: ModelConfig, key: str = "model.path") -> int | None:
     """The most tokens that a row may have (`max_position_embeddings`), or None if the model's configuration has no
     limit. Reads no weights. Raises UserError for a model that cannot be found. `key`: the key in which the user named
     it."""
+    return getattr(read_config(config, key).get_text_config(), "max_position_embeddings", None)
+
+
+def read_config(config: ModelConfig, key: str = "model.path") -> PreTrainedConfig:
+    """The model's configuration. Raises UserError for a model that cannot be found, and for an adapter."""
+    refuse_adapter(config.path, key)
     try:
-        values = AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
-        return getattr(values, "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("model", f"{key}={config.path}", config.path, error)) from None
+
+
+def refuse_adapter(path: str, key: str = "model.path") -> None:
+    """Raise UserError for a folder that holds an adapter: transformers would put it into the model as it is."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return
+    if (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"{key}={path} holds an adapter beside a model. Move adapter_config.json and its weights into a folder of "
+            "their own; to train from both, give that as peft.path."
+        )
+    base = json.loads(file.read_text()).get("base_model_name_or_path") or "BASE"
+    advice = f"To train from it, give peft.path={path} model.path={base}"
+    if key != "model.path":
+        advice = "Merge it first: the policy/ folder of a run with peft.path is such a model"
+    raise UserError(f"{key}={path} is an adapter of {base}, not a model. {advice}.")
+
+
+def check_trainable(config: ModelConfig) -> None:
+    """Raise UserError for a checkpoint whose weights are quantized. Reads no weights."""
+    values = read_config(config)
+    for part in (values, values.get_text_config()):
+        quantization = getattr(part, "quantization_config", None)
+        if quantization:
+            values_of = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            method = values_of.get("quant_method") or "an unnamed method"
+            raise UserError(
+                f"model.path={config.path} holds quantized weights ({getattr(method, 'value', method)}), which cannot "
+                "be trained and exported. Give the unquantized model that it was made of; peft.quantize=true trains an "
+                "adapter on weights of 4 bits that are made when the model is loaded."
+            )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -86,9 +125,31 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model {rows} embeddings: "
-            "they do not belong together."
+            f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model {rows} embeddings. "
+            "If tokens were added to the model's own tokenizer, model.resize_embeddings=true gives them embeddings; "
+            "otherwise the two do not belong together: take another model.tokenizer."
         )
+
+
+@torch.no_grad()
+def resize_embeddings(model: PreTrainedModel, tokens: int) -> None:
+    """Give `model` embeddings, and rows of its head, for `tokens` tokens, if it has fewer (in place). A new row is the
+    mean of the old ones (Hewitt 2021), so that a new token is as likely as the old ones are on average.
+
+    transformers adds noise of a billionth of the rows' covariance to the mean; without it, every process and every
+    later run gets the same weights.
+    """
+    old = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if tokens <= old:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    head = model.get_output_embeddings()
+    tensors = [t for layer in (model.get_input_embeddings(), head) if layer is not None for t in layer.parameters()]
+    for tensor in {id(t): t for t in tensors}.values():  # they may be one
+        if len(tensor) == tokens:
+            tensor[old:] = tensor[:old].mean(0, dtype=torch.float64).to(tensor.dtype)
+    if not tensors[0].is_meta:
+        log.info(f"  model.resize_embeddings: {tokens - old} new embeddings, the mean of the {old} old ones")
 
 
 def load_model(config: ModelConfig, device: str, quantize: str | None = None) -> PreTrainedModel:
@@ -108,13 +169,15 @@ def load_model(config: ModelConfig, device: str, quantize: str | None = None) ->
             bnb_4bit_compute_dtype=getattr(torch, quantize),
         )
         changes = {"quantization_config": four_bits, "device_map": {"": device}}
+    elif device == "meta":
+        changes = {"device_map": {"": device}}  # names and shapes alone
     model, lacking = _from_pretrained(AutoModelForCausalLM, config, **changes)
     if lacking:
         raise UserError(
             f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
             f"{', '.join(lacking[:3])}. They would be random; get the checkpoint again."
         )
-    return finalize(model, device)
+    return finalize(fit_tokenizer(model, config), device)
 
 
 def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
@@ -133,9 +196,18 @@ def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
     torch.nn.init.zeros_(cast(torch.nn.Linear, model.score).weight)
     # transformers reads the score at the last token that is not padding. If the pad token is the terminator, that is
     # the wrong token. Without a pad id, transformers refuses batches instead of reading the wrong one.
-    if model.config.pad_token_id == model.config.eos_token_id:
-        model.config.pad_token_id = None
-    return finalize(model, device)
+    values = model.config.get_text_config()
+    terminators = values.eos_token_id if isinstance(values.eos_token_id, list) else [values.eos_token_id]
+    if values.pad_token_id in terminators:
+        values.pad_token_id = None
+    return finalize(fit_tokenizer(model, config), device)
+
+
+def fit_tokenizer(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """`model`, with model.resize_embeddings=true grown for the tokens of its tokenizer (in place)."""
+    if config.resize_embeddings:
+        resize_embeddings(model, len(load_tokenizer(config)))
+    return model
 
 
 def load_trained_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
@@ -164,6 +236,7 @@ def load_custom_reward_model(config: ModelConfig, device: str) -> PreTrainedMode
 
 def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
     """(model in float32, names of the weights that its checkpoint lacks or holds in another shape)."""
+    refuse_adapter(config.path)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # missing weights are returned, not printed in a table
     try:
@@ -211,6 +284,16 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
                     setattr(holder, name, 0.0)
 
 
+def check_decoder(config: ModelConfig) -> None:
+    """Raise UserError for an encoder-decoder model, of which a causal language model would lack a half."""
+    values = AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
+    if values.is_encoder_decoder:
+        raise UserError(
+            f"model.path={config.path} is an encoder-decoder model ({values.model_type}). prefopt trains decoder-only "
+            "models, which read the prompt and write the answer in one sequence: take one of these."
+        )
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile the MLPs and norms of the layers, in place. Attention and the head stay as they are. Row lengths
     are dynamic, so nothing is compiled twice. Inductor keeps its kernels on disk (TORCHINDUCTOR_CACHE_DIR)."""
@@ -238,16 +321,23 @@ def resolved_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and values of all parameters, in the order of their names."""
+    """SHA-256 over the names and values of all parameters, and of the buffers that a checkpoint holds (the routing bias
+    of some mixtures of experts), in the order of their names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    computed = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in computed]
+    for name, parameter in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
         digest.update(name.encode())
         values = parameter.detach()
         if hasattr(parameter, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
 
             values = dequantize_4bit(values, parameter.quant_state)
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(values.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -255,6 +345,11 @@ def _cannot_load(what: str, setting: str, path: str, error: Exception) -> str:
     """The message for a model or tokenizer (`what`) that cannot be loaded from `setting`, written key=value."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     folder = Path(path)
+    if "trust_remote_code" in str(error):
+        reason = (
+            "its architecture is none of transformers' own but code in its repository, which prefopt does not run for "
+            "a model that it trains."
+        )
     if what == "model" and folder.is_dir() and (pickles := [f for s in PICKLES for f in sorted(folder.rglob(s))]):
         reason = (
             f"{pickles[0].relative_to(folder)} is a pickle (PyTorch's or DeepSpeed's), which could run any code and is "

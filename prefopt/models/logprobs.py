@@ -105,7 +105,7 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     segments = {} if batch.segments is None else {"segments": batch.segments}
     if segments and model.config._attn_implementation != SEGMENTS:
         raise ValueError("its attention does not know packed rows (`enable_packed_attention`)")
-    output = model.base_model(
+    output = backbone(model)(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
@@ -115,14 +115,22 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)
 
 
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The model below its head. Of Llama 4's text model, transformers' `base_model` is the whole model."""
+    found = model.base_model
+    return cast(torch.nn.Module, getattr(model, "model", model)) if found is model else found
+
+
 def logit_cap(model: PreTrainedModel) -> LogitTransform:
     """What the architecture does to its logits after the output embedding: scaling (Cohere, Granite, Falcon-H1) and
-    soft-capping (Gemma 2)."""
-    config = model.config
+    soft-capping (Gemma 2, RecurrentGemma)."""
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+    # RecurrentGemma has a name of its own for it.
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return LogitTransform(scale, cap)
 
 
 def _sum(values: Tensor) -> Tensor:

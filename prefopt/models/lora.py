@@ -1,15 +1,16 @@
-"""LoRA adapters, and the settings in which a policy in training differs from the same policy in evaluation.
+"""Adapters, and the settings in which a policy in training differs from the same policy in evaluation.
 
 transformers puts the adapter into the model itself. So the policy stays a `PreTrainedModel`, and its reference is the
 same model with the adapter switched off. `peft` is imported only if there is an adapter.
 """
 
 import contextlib
-import json
+import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,28 +20,110 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
-from prefopt.utils.files import write_json
-from prefopt.utils.seed import mix_seed
+from prefopt.models.dropout import Noise, PairDropout
+
+log = logging.getLogger(__name__)
 
 
 def merge_adapter(model: PreTrainedModel, path: str) -> None:
-    """Add the adapter in folder `path` to the weights of `model`. Raises UserError for one that does not fit."""
+    """Merge the adapter in folder `path`, of any kind that peft can merge, into `model`, in place.
+
+    peft makes the adapter's layers from its adapter_config.json, loads the file into them and merges them. In between,
+    every tensor of the file must be one of the model, and every tensor of the adapter's layers must be in the file.
+    Where an adapter changes one of two tied matrices (embeddings and head), the two are untied: merged into both, it
+    would not be the adapter that was trained.
+
+    Raises UserError for an adapter that does not fit, with the names of its tensors.
+    """
+    from peft import PeftConfig as AdapterConfig
+    from peft import PeftModel
+
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    conversions = getattr(model, "_weight_conversions", None)
     try:
-        model.load_adapter(path)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        config = AdapterConfig.from_pretrained(path)
+        # Otherwise peft takes the class of that task, which asks for a model of that task: an adapter of a language
+        # model is a start for a reward model, too.
+        config.task_type = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing tensors, which are refused below, and of tied weights
+            peft_model = PeftModel.from_pretrained(model, path, config=config)
+        problems = differing_tensors(peft_model, path)
+    except Exception as error:  # peft raises anything for an adapter that does not fit
         raise UserError(
-            f"peft.path={path} cannot be loaded into the model: {str(error).splitlines()[0]} Give an adapter that was "
-            "made for this model."
+            f"peft.path={path} cannot be loaded into the model: {reason_of(error)}. {ADAPTER_ADVICE}"
         ) from None
-    # Loading an adapter sets the model's rules for renaming weights, by which transformers would save the model, too.
-    model._weight_conversions = conversions  # type: ignore[assignment]  # a list
-    merge(model)
+    if problems:
+        raise UserError(f"peft.path={path} does not fit the model: {'; '.join(problems)}. {ADAPTER_ADVICE}")
+
+    if not hasattr(peft_model.base_model, "merge_and_unload"):
+        raise UserError(
+            f"peft.path={path} is a {config.peft_type.value} adapter, which cannot be merged into weights. Give one of "
+            "another kind, LoRA for example."
+        )
+    untie_adapted_embeddings(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged = peft_model.merge_and_unload()
+    except Exception as error:  # a layer of a kind that peft cannot merge
+        raise UserError(f"peft.path={path} cannot be merged into the weights: {reason_of(error)}") from None
+    assert merged is model
     # An optimizer on weights that became bfloat16 would lose small updates.
-    changed = [name for name, p in model.named_parameters() if dtypes.get(name) != p.dtype]
+    changed = [name for name, p in model.named_parameters() if dtypes.get(name, torch.float32) != p.dtype]
     assert not changed, changed
     model.requires_grad_(True)
+
+
+ADAPTER_ADVICE = "Give an adapter that was made for this model, with the adapter_config.json it was saved with."
+
+
+def differing_tensors(peft_model: Any, path: str) -> list[str]:
+    """In what the adapter in `peft_model` differs from its file in folder `path`: nothing, or the tensors' names."""
+    from peft import get_peft_model_state_dict
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    # transformers 5 stores the experts of a layer in one tensor; peft brings adapters of single experts into that form.
+    file = convert_peft_adapter_state_dict_for_transformers(
+        peft_model, peft_model.peft_config["default"], load_file(Path(path) / "adapter_model.safetensors")
+    )
+    adapter = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    everything = peft_model.state_dict()  # a file may hold the embeddings, too, where tokens had been added
+
+    def same(name: str) -> bool:
+        loaded = adapter.get(name, everything.get(name))
+        return loaded is not None and torch.equal(loaded.cpu(), file[name].to(loaded.dtype))
+
+    lacking, foreign = sorted(adapter.keys() - file.keys()), sorted(name for name in file if not same(name))
+    problems = []
+    if lacking:
+        problems.append(f"its file lacks {len(lacking)} tensors of its layers ({', '.join(lacking[:3])})")
+    if foreign:
+        problems.append(f"the model has no place for {len(foreign)} of its tensors ({', '.join(foreign[:3])})")
+    return problems
+
+
+def untie_adapted_embeddings(model: PreTrainedModel) -> None:
+    """Give the head a matrix of its own where it is that of the embeddings and an adapter lies on one of the two."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return
+    embeddings, head = (cast(Any, x.get_base_layer() if isinstance(x, BaseTunerLayer) else x) for x in layers)
+    if head is None or head.weight is not embeddings.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    log.info("  peft.path: its adapter on embeddings or head unties the two, which share a matrix in the base model")
+
+
+def reason_of(error: Exception) -> str:
+    """The reason in words: of torch's errors, which begin with a heading, the line below it."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return (others[0].strip() if others and first.endswith(":") else first).rstrip(".")
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
@@ -57,42 +140,122 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
     model.add_adapter(
         LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
     )
+    exchange_dropout(model)
     model.eval()
     if hasattr(model, "score"):
         cast(nn.Linear, model.score).requires_grad_(True)
 
 
-def adapter_layers(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The names of the layers that `config` puts an adapter on.
+def exchange_dropout(model: PreTrainedModel) -> None:
+    """Put dropout that does not depend on the micro-batches in place of the new adapter's."""
+    noise, number = Noise(), 0
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict):
+            for name, dropout in dropouts.items():
+                if isinstance(dropout, nn.Dropout):
+                    dropouts[name] = PairDropout(dropout.p, number, noise)
+                    number += 1
 
-    Raises UserError if there are none, or if the head is among them: prefopt applies the head to selected positions,
-    and many models share its weight with the embeddings.
+
+def adapter_layers(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """The names of the layers that `config` puts an adapter on. As in peft, a target is a layer's name or the end of it
+    (`q_proj`, `mlp.down_proj`).
+
+    Raises UserError with the layers that exist for a target that is none of them; for the head, since prefopt applies
+    it to selected positions and many models share its weight with the embeddings; and for a name that peft understands
+    as that of fused experts.
     """
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    targets = {name for name in linear if name.rpartition(".")[2] in config.target_modules}
     heads = {name for name, m in model.named_modules() if m is model.get_output_embeddings() or name == "score"}
-    if not targets or targets & heads:
-        names = sorted({name.rpartition(".")[2] for name in linear - heads})
+    unreached = unreached_modules(model)
+    layers = {
+        name
+        for name, m in model.named_modules()
+        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and name not in unreached | heads
+    }
+    of_experts = {leaf for leaf in map(leaf_name, layers) if means_experts(model, leaf)}
+
+    problems, targets = [], set()
+    for target in config.target_modules:
+        matches = {name for name in layers | heads if f".{name}".endswith(f".{target}")}
+        if not matches:
+            problems.append(f"there are none with the name {target} in {model.config.model_type}")
+        elif matches & heads:
+            problems.append(f"{target} is the head, which takes no adapter")
+        elif target.rpartition(".")[2] in of_experts:
+            problems.append(
+                f"in {model.config.model_type} peft takes {target} for the fused experts, which take no adapter here"
+            )
+        targets |= matches
+    if problems:
+        names = sorted(set(map(leaf_name, layers)) - of_experts)
         raise UserError(
-            f"peft.target_modules={config.target_modules}: "
-            + (f"{', '.join(targets & heads)} is the head, which takes no adapter" if targets else "there are none")
-            + f" in {model.config.model_type}. Its layers are: {', '.join(names)}."
+            f"peft.target_modules: {'; '.join(problems)}. All layers that can have one: "
+            f"peft.target_modules=[{','.join(names)}]"
         )
     return sorted(targets)
+
+
+def leaf_name(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def means_experts(model: PreTrainedModel, leaf: str) -> bool:
+    """Whether peft replaces the target `leaf` by the fused experts' parameters, also where a layer has that name.
+
+    So it reads adapters that were made when each expert had layers of its own; shared experts still have."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    probe = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # one of two matrices that are fused
+        return True
+    return not probe.target_modules
+
+
+def unreached_modules(model: PreTrainedModel) -> set[str]:
+    """The names of the modules that a loss on text does not reach: what lies beside the text decoder and the head, as
+    the towers for images and sound."""
+    # Of the model without its head: some models call their head `decoder`.
+    parts = [cast(Any, model.base_model).get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]
+    reached = {id(p) for part in parts if part is not None for p in part.parameters()}
+    return {
+        name
+        for name, module in model.named_modules()
+        if (parameters := list(module.parameters())) and not any(id(p) in reached for p in parameters)
+    }
+
+
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """Freeze what a loss on text does not reach (`unreached_modules`), and say so."""
+    unreached = unreached_modules(model)
+    tops = sorted(name for name in unreached if name.rpartition(".")[0] not in unreached)
+    for name in tops:
+        model.get_submodule(name).requires_grad_(False)
+    if tops:
+        log.info(f"  frozen, since a loss on text does not reach it: {', '.join(tops)}")
 
 
 def save_adapter(model: PreTrainedModel, target: Path) -> None:
     """Write the adapter without the model below it, as `model.load_adapter(target)` and peft read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns if it cannot find the base model's config on the hub
-        model.save_pretrained(target)
-    if not hasattr(model, "score"):
-        return
-    # The head is trained whole; peft keeps such modules beside the adapter.
-    weights, described = target / "adapter_model.safetensors", target / "adapter_config.json"
-    head = {"base_model.model.score.weight": cast(nn.Linear, model.score).weight.detach().cpu().contiguous()}
-    save_file(load_file(weights) | head, weights, {"format": "pt"})
-    write_json(described, json.loads(described.read_text()) | {"modules_to_save": ["score"], "task_type": "SEQ_CLS"})
+        tensors = model.get_adapter_state_dict()
+    config = copy.deepcopy(cast(Any, model.peft_config["default"]))
+    if hasattr(model, "score"):
+        # The head is trained whole; peft keeps such modules beside the adapter.
+        tensors["score.weight"] = cast(nn.Linear, model.score).weight.detach()
+        config.modules_to_save, config.task_type = ["score"], "SEQ_CLS"
+    target.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(target)
+    # Copies: resized embeddings, which peft keeps beside the adapter, may be tied, and a file holds no memory twice.
+    save_file(
+        {f"base_model.model.{name}": tensor.clone().contiguous() for name, tensor in tensors.items()},
+        target / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def merge(model: PreTrainedModel) -> None:
@@ -134,8 +297,7 @@ def train_mode(model: PreTrainedModel) -> Iterator[None]:
     """
     modules = []
     for module in model.modules():
-        has_dropout = isinstance(module, nn.Dropout) and module.p > 0
-        if has_dropout or isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, PairDropout | GradientCheckpointingLayer):
             modules.append(module)
 
     for module in modules:
@@ -146,9 +308,3 @@ def train_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = False
-
-
-def seed_dropout(*numbers: int) -> None:
-    """Seed torch's global generators with `mix_seed(*numbers)`. A resumed run so draws the dropout that it would have
-    drawn, and the two passes over a micro-batch draw the same."""
-    torch.manual_seed(mix_seed(*numbers))

@@ -10,7 +10,6 @@
 
 import contextlib
 import copy
-import importlib.metadata
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from prefopt.data.collate import Batch, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
-from prefopt.models.load import resolved_config
+from prefopt.models.fingerprint import loaded_model
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
@@ -148,8 +147,7 @@ def cached(
 
 def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer) -> Path:
     """The folder of these log-probs. Its name is a digest of everything besides the tokens that decides a log-prob."""
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    decides = [weights, resolved_config(policy), layout.name, score.precision, policy.device.type, versions]
+    decides = [*loaded_model(policy, weights), layout.name, score.precision]
     key = fingerprint(decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate)
     return cache_dir() / "reference" / key[:24]
 

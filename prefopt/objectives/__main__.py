@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from prefopt.config.parse import build, register
 from prefopt.objectives.base import Objective
+from prefopt.utils.console import plain_console
 from prefopt.utils.files import ROOT
 
 COLUMNS = ("objective", "loss per pair", "needs", "scope", "defaults", "paper")
@@ -79,8 +79,8 @@ def main() -> None:
     table = Table("objective", "loss per pair, hyperparameters", "needs; scope; paper", show_lines=True)
     for name, equation, needs, scope, defaults, paper in rows():
         table.add_row(name, f"{equation}\n{defaults}", f"{needs}; {scope}\n{paper}")
-    console = Console()
-    console.print(table, markup=False)
+    console = plain_console()
+    console.print(table)
     console.print(NOTATION, highlight=False)
     console.print(
         "Each pairwise objective also has nll_weight (0 unless listed) and nll_per (pair, own_token or chosen_token): "

@@ -23,7 +23,8 @@ class KTO(ImplicitReward):
     HALOs (the authors' repository) and TRL's KTOTrainer take unpaired rows and exchange completions among the rows of a
     micro-batch, whatever their labels and prompts. Here chosen completions move to chosen ones and rejected to rejected
     ones, over the whole step, past pairs with the same prompt. HALOs averages over the micro-batches of all devices,
-    TRL means of devices; neither averages over accumulated micro-batches, and here z is the same in all of them.
+    TRL means of devices; neither averages over accumulated micro-batches, and here z is the same in all of them. Theirs
+    is scored with the policy's dropout, ours without.
 
     Scores are beta * u. Raises ValueError for beta <= 0, a weight < 0 or another reference_point.
     """

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.config.parse import build
 from prefopt.data.cache import Limits, Prepared, TokenizedPairs
 from prefopt.data.dataset import load_split, prompt_of, sources
-from prefopt.data.formats import Message, as_messages
+from prefopt.data.formats import Format, Message, as_messages
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
@@ -95,6 +97,24 @@ def policies_of(config: DataReportConfig) -> dict[str, str]:
     """The policy of each defect; of a mixture, those of its sources."""
     policies = [asdict(source.policies) for source in sources(config.dataset).values()]
     return {defect: " / ".join(sorted({p[defect] for p in policies})) for defect in policies[0]}
+
+
+def layout_section(config: DataReportConfig) -> Section:
+    """How the rows of each source are read."""
+    rows = []
+    for name, source in sources(config.dataset).items():
+        read = build(source.format, Format, "dataset.format")
+        columns = ", ".join(f"{ours} = {theirs}" for ours, theirs in source.columns.items())
+        rows.append((name, type(read).__name__, (type(read).__doc__ or "").splitlines()[0], columns or MISSING))
+    return Section("Layout of the rows", 4, ("source", "format", "rows", "columns"), rows)
+
+
+def training_command(overrides: Sequence[str], kind: str) -> str:
+    """The command that trains on what a report with these overrides has read. `kind`: pairs or chats."""
+    of_the_report = ("output", "evaluation_prompts", "hydra")
+    kept = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] not in of_the_report]
+    objective = ["objective=sft"] if kind == "chats" else []
+    return shlex.join(["python", "-m", "prefopt.train", *objective, *kept])
 
 
 def count_sections(config: DataReportConfig, splits: Splits) -> list[Section]:

@@ -57,9 +57,11 @@ def sort_by_label(records: list[Record]) -> list[Record]:
 
 
 def shortest_texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values by their repr, as people read them: four digits, no quotes; exactly, where two would read the same."""
+    """Values by their repr, as people read them: four digits, no quotes (but around a blank, which parts the keys of a
+    label); exactly, where two would read the same."""
     texts = {
-        exact: f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else exact for exact, v in values.items()
+        exact: f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) and " " not in v else exact
+        for exact, v in values.items()
     }
     return texts if len(set(texts.values())) == len(texts) else {exact: exact for exact in values}
 

@@ -1,6 +1,5 @@
 """Scorers that compute rewards with a reward model."""
 
-import importlib.metadata
 import logging
 import math
 from collections.abc import Sequence
@@ -48,6 +47,11 @@ class RewardModel(RewardScorer):
     @property
     def label(self) -> str:
         return f"{self.path}@{self.revision}" if self.revision else self.path
+
+    def model_files(self) -> dict[str, str]:
+        from prefopt.models.fingerprint import local_files
+
+        return local_files(self._model)
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         from prefopt.models.load import check_vocabulary, load_tokenizer
@@ -127,11 +131,10 @@ class RewardModel(RewardScorer):
         """The cache's folder. Its name is a digest of everything besides the tokens that decides a reward."""
         from prefopt.data import collate
         from prefopt.models import logprobs, packed_attention
-        from prefopt.models.load import resolved_config, weights_digest
+        from prefopt.models.fingerprint import loaded_model
 
-        versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-        decides = [type(self).__qualname__, weights_digest(model), resolved_config(model), precision, versions]
-        key = fingerprint([*decides, model.device.type], type(self), logprobs, packed_attention, collate)
+        decides = [type(self).__qualname__, *loaded_model(model), precision]
+        key = fingerprint(decides, type(self), logprobs, packed_attention, collate)
         return cache_dir() / "rewards" / key[:24]
 
 

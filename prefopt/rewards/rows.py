@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prefopt.data.formats import as_messages, completion, messages, responses_of
+from prefopt.data.formats import answer, messages, read_prompt, responses_of
 from prefopt.data.sources import Row
 from prefopt.errors import UserError
 from prefopt.rewards.scorers import Request, RewardScorer
@@ -13,20 +13,19 @@ def requests_of(where: str, row: Row) -> list[Request]:
     in messages. Raises UserError for a row without responses."""
     try:
         if "responses" in row:
-            prompt, (responses, finished) = as_messages(row["prompt"]), responses_of(row)
+            prompt, (responses, finished) = read_prompt(row), responses_of(row)
             return [
-                Request(row, i, prompt, response, done, where)
+                Request(row, i, prompt, response["content"], done, where)
                 for i, (response, done) in enumerate(zip(responses, finished, strict=True))
             ]
 
         requests = []
         for side in ("chosen", "rejected"):
             if isinstance(row[side], list) and len(row[side]) > 1:  # a whole conversation, with the prompt in it
-                *prompt, answer = messages(row[side], side)
-                text = answer["content"]
+                *prompt, last = messages(row[side], side)
             else:
-                prompt, text = as_messages(row["prompt"]), completion(row, side)
-            requests.append(Request(row, side, prompt, text, True, where))
+                prompt, last = read_prompt(row), answer(row, side)
+            requests.append(Request(row, side, prompt, last["content"], True, where))
         return requests
     except KeyError as error:
         raise UserError(

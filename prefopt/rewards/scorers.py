@@ -41,6 +41,10 @@ class RewardScorer(ABC):
         """The rewards of the requests, in their order. `show`: show progress. Raises UserError, naming the row, for a
         response that can have no reward."""
 
+    def model_files(self) -> dict[str, str]:
+        """The digests of the files of its model (`models.fingerprint.local_files`); none where it has no model."""
+        return {}
+
     def probability(self, reward: float) -> float:
         """The reward on [0, 1], for objectives that need it there: sigma(reward), if it is not there already."""
         # Two forms, because exp of a large positive number overflows.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.tracking.archive import last_step
 from prefopt.tracking.record import record_of
@@ -13,9 +14,12 @@ class Checkpoint:
     """A model that can be loaded, and its name in results. `step`: of a run's policy, its optimizer steps."""
 
     name: str
-    path: str
+    model: ModelConfig
     step: int | None = None
-    revision: str | None = None
+
+    @property
+    def path(self) -> str:
+        return self.model.path
 
 
 def exported_policies(run: str, which: str) -> list[Checkpoint]:
@@ -25,15 +29,16 @@ def exported_policies(run: str, which: str) -> list[Checkpoint]:
     Raises UserError where there is none.
     """
     record, folder = record_of(run), Path(run)
+    model = ModelConfig(**record["config"]["model"])
     policies = []
     if which == "all":
         policies += [
-            Checkpoint(path.name, str(path), int(path.name.removeprefix("step_")))
+            Checkpoint(path.name, model.exported(str(path)), int(path.name.removeprefix("step_")))
             for path in sorted((folder / "policies").glob("step_*"))
             if path.suffix != ".tmp"  # what a killed process was writing
         ]
     if (folder / "policy").is_dir():
-        policies.append(Checkpoint("final", str(folder / "policy"), last_step(record)))
+        policies.append(Checkpoint("final", model.exported(str(folder / "policy")), last_step(record)))
     if not policies:
         raise UserError(f"{folder} has no policy yet: it is {record['status']}. Finish it: {record.get('command')}")
     return policies

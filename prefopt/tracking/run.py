@@ -74,6 +74,26 @@ class Run:
             f"digest of {name}": digest for name, digest in self._inputs["data_digests"].items()
         }
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is work that a new start would throw away: a policy, a checkpoint, or a stage."""
+        return self.finished or any(self.checkpoints.glob("step_*")) or any(self.folder.glob("stage_*"))
+
+    def refuse_changed_model(self, parts: dict[str, str]) -> None:
+        """Raise UserError where this run was begun with another model. `parts` are the digests of the model's parts as
+        they are now, by the names that the record has under `model`. A part that was not recorded is not compared."""
+        recorded = self.record.get("model", {})
+        changed = [part for part, value in parts.items() if recorded.get(part, value) != value]
+        if not changed or not self.begun:
+            return
+        state, old = "was begun from", "goes on from its last checkpoint"
+        if self.finished:
+            state, old = "is finished, but began from", "is skipped"
+        raise UserError(
+            f"{self.folder} {state} another model than there is now (changed: {', '.join(changed)}). To train on "
+            f"what is there now, move the folder away, or choose another model.name=NAME. With the old files it {old}."
+        )
+
     def hold(self) -> None:
         """Keep other processes off this run (`process.acquire_lock`). Only the main process does; may be called again.
 

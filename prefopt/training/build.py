@@ -1,6 +1,7 @@
 """The parts of a run, made from its config: tokenized data, policy, layout, reference, engine."""
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +19,25 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
 from prefopt.models.logprobs import LogprobComputer
-from prefopt.models.lora import adapter_layers, add_adapter, checkpoint_activations, merge_adapter
+from prefopt.models.lora import (
+    adapter_layers,
+    add_adapter,
+    checkpoint_activations,
+    freeze_unreached,
+    leaf_name,
+    merge_adapter,
+)
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
+from prefopt.models.router import RouterLoss, balancing_loss, has_experts
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import main_process_first
 from prefopt.utils.memory import keep_freed_memory
+
+log = logging.getLogger(__name__)
 
 LAYOUT_CHECK_PAIRS = 256  # the layout is checked against the model on pairs from these
 
@@ -37,7 +48,9 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
     Reads no weights. Raises UserError for a model that cannot be found, and for rows that model or objective cannot
     take.
     """
+    load.check_trainable(config.model)
     max_positions = load.check_model(config.model)
+    load.check_decoder(config.model)
     if other := reference_model(config):
         load.check_model(other, "reference_model")
     tokenizer = load.load_tokenizer(config.model)
@@ -58,7 +71,10 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
             f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
     if data["train"].counts["kind"] == "chats" and "rejected" in objective.completions:
-        raise UserError(f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats.")
+        raise UserError(
+            f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats; "
+            "objective=sft trains on them."
+        )
     return tokenizer, data
 
 
@@ -108,6 +124,9 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     load.check_vocabulary(policy, tokenizer)
     if config.peft.path:
         merge_adapter(policy, config.peft.path)
+    freeze_unreached(policy)
+    if config.model.router_aux_loss_coef:
+        balancing_loss(policy)  # refuses a model that has none
     if config.peft.target_modules:
         adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
     return policy
@@ -138,7 +157,7 @@ def build_reference(
     if config.reference_model:
         model = load_initial(config, layout)
         digest = load.weights_digest(model)
-        if model.config.vocab_size != policy.config.vocab_size:
+        if model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
             raise UserError(
                 f"reference_model={config.reference_model} has another vocabulary than the policy: give a model of the "
                 "same family."
@@ -183,10 +202,20 @@ def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
     return model
 
 
+def build_router_loss(config: TrainConfig, policy: PreTrainedModel) -> RouterLoss | None:
+    """The load-balancing loss of a mixture of experts, where model.router_aux_loss_coef asks for it; says whether."""
+    coef = config.model.router_aux_loss_coef
+    if has_experts(policy):
+        what = f"added, times model.router_aux_loss_coef={coef:g}" if coef else "none (model.router_aux_loss_coef=0)"
+        log.info(f"  mixture of experts: load-balancing loss {what}")
+    return RouterLoss(policy, coef) if coef else None
+
+
 def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
     """Make `policy` trainable, with its new adapter and activation checkpointing, and give it an optimizer."""
     if config.peft.target_modules:
         add_adapter(policy, config.peft, config.seed)
+    log.info(f"  {format_trained(config, policy)}")
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     if config.engine.name == "single":
@@ -194,3 +223,19 @@ def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
     from prefopt.training.zero2 import Zero2
 
     return Zero2(policy, config.optimizer, config.engine.offload_optimizer)
+
+
+def format_trained(config: TrainConfig, policy: PreTrainedModel) -> str:
+    """How many of the policy's weights are trained; with an adapter, also on how many layers it lies."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # Weights in 4 bits lie two in a byte.
+    frozen = [
+        (p.numel() * 2 if hasattr(p, "quant_state") else p.numel()) for p in policy.parameters() if not p.requires_grad
+    ]
+    text = f"trained: {trained:,} of {trained + sum(frozen):,} parameters ({trained / (trained + sum(frozen)):.2%})"
+    if config.peft.target_modules:
+        names = [name for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+        if config.model.resize_embeddings:
+            text += "; the new embeddings are frozen"
+        text += f", an adapter on {len(names)} layers ({', '.join(sorted(set(map(leaf_name, names))))})"
+    return text

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
+from prefopt.models.generation_config import stop_tokens
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
@@ -137,7 +138,8 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """Names of the tensors in which there is a NaN or an Inf."""
-    return [name for name, value in tensors.items() if not value.isfinite().all()]
+    # A tensor without values, of an export that is only tried, has nothing to look at.
+    return [name for name, value in tensors.items() if not value.is_meta and not value.isfinite().all()]
 
 
 def run_bytes(config: TrainConfig, engine: Engine) -> int:
@@ -217,9 +219,7 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
 def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the terminator that was trained into config.json and generation_config.json in `folder`, before the tokens
     that end a generation there already. So `generate` and `pipeline` stop where the policy learnt to stop."""
-    found = [policy.config.get_text_config().eos_token_id, policy.generation_config.eos_token_id]
-    old = [i for ids in found for i in ([ids] if isinstance(ids, int) else ids or [])]
-    stops = list(dict.fromkeys([tokenizer.eos_token_id, *old]))
+    stops = stop_tokens(tokenizer, policy.config, policy.generation_config)
     for name in ("config.json", "generation_config.json"):
         file = folder / name
         values = json.loads(file.read_text()) if file.is_file() else {}

@@ -140,6 +140,14 @@ def check_online(config: OnlineConfig) -> None:
     problems = sampler_problems(config.samples_per_prompt, config.backend)
     if config.stage_reference == "initial" and config.reference == "adapter_off" and config.stages > 1:
         problems.append("reference=adapter_off is the policy of the stage before: set stage_reference=previous")
+    if config.stage_reference == "initial" and config.reference_model is None and config.stages > 1:
+        made_here = {"peft.path": config.peft.path, "model.resize_embeddings": config.model.resize_embeddings}
+        problems += [
+            f"{key}: the initial policy is the reference of every stage, and is in no folder from which a later stage "
+            "could load it. Start from one (the policy/ of a run), or set stage_reference=previous"
+            for key, value in made_here.items()
+            if value
+        ]
     if config.dataset.train or config.dataset.sources:
         problems.append("dataset.train: a stage makes its own rows; leave it out, and name the prompts by prompts=FILE")
     problems += train_problems(config)

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 import prefopt.generation.sampler
 import prefopt.models.logprobs
+from prefopt.data.cache import tokenizer_digest
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.generation.sampler import Sample, sample
-from prefopt.models.load import resolved_config
+from prefopt.models.fingerprint import loaded_model
+from prefopt.models.generation_config import stop_tokens
 from prefopt.models.logprobs import autocast
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import apply_objective
@@ -134,11 +136,13 @@ def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
     config = train_state.config
     if config.reference_model:
         return sample_metrics(train_state, 0)  # the KL is to another model
+    policy, tokenizer = train_state.engine.policy, train_state.tokenizer
     decisive = [
-        train_state.run.record["initial_weights"],
-        resolved_config(train_state.engine.policy),
+        *loaded_model(policy, train_state.run.record["initial_weights"]),
+        stop_tokens(tokenizer, policy.config, policy.generation_config),
+        tokenizer_digest(tokenizer),
         train_state.run.record["versions"],
-        [encode_prompt(train_state.tokenizer, prompt) for prompt in train_state.prompts],
+        [encode_prompt(tokenizer, prompt) for prompt in train_state.prompts],
         repr(train_state.oracle),
         config.sampling,
         [config.seed, config.precision, config.device, torch.get_num_threads()],

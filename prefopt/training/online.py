@@ -13,6 +13,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.formats import Format, Message, content_id
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import UserError
+from prefopt.models.fingerprint import files_of
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
@@ -46,10 +47,16 @@ def stage_config(config: OnlineConfig, folder: Path, policy: Path | None) -> Tra
     if policy:
         # An adapter that the first stage merged into its policy is there already.
         values["peft"] = dataclasses.replace(config.peft, path=None)
-        values["model"] = ModelConfig(config.model.name, str(policy), None)
+        values["model"] = config.model.exported(str(policy))
         if config.stage_reference == "initial":
-            values["reference_model"] = config.reference_model or config.model.path
+            values["reference_model"] = config.reference_model or initial_model(config.model)
     return TrainConfig(**values)
+
+
+def initial_model(config: ModelConfig) -> str:
+    """The model as `reference_model` names it, which has no revision: a pinned one by its folder in the hub's cache,
+    where the first stage has put it."""
+    return str(files_of(config.path, config.revision)) if config.revision else config.path
 
 
 def run_stage(
@@ -157,6 +164,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     """
     from prefopt.errors import Interrupted
     from prefopt.tracking.run import Run
+    from prefopt.training.setup import model_parts
 
     if world_size() > 1:
         raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
@@ -164,12 +172,14 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     resolve(config)
     objective, scorer, stage_prompts = prepare_online(config)
     run = Run.open(dataclasses.asdict(config), f"online-{objective.name}", data_digests(config))
+    parts = model_parts(config) | {f"the {part} of the scorer": value for part, value in scorer.model_files().items()}
+    run.refuse_changed_model(parts)
     if run.finished:
         log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
         return
 
     began = time.monotonic()
-    run.start(stages=[], **facts)
+    run.start(stages=[], model=parts, **facts)
     evaluations: list[dict[str, Any]] = []
     steps = 0
     policy: Path | None = None

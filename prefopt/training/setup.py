@@ -125,7 +125,22 @@ def prepare_run(config: TrainConfig) -> RunPlan:
     run = Run.open(
         dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names}
     )
+    if run.begun:
+        run.refuse_changed_model(model_parts(config))
     return RunPlan(config, objective, schedule, oracle, run)
+
+
+def model_parts(config: TrainConfig) -> dict[str, str]:
+    """Digests of the files of every model that a run reads, by their names in messages."""
+    from prefopt.models.fingerprint import adapter_files, model_files
+    from prefopt.training.build import reference_model
+
+    parts = {f"its {part}": value for part, value in model_files(config.model).items()}
+    if config.peft.path:
+        parts |= {f"the {part} in peft.path": value for part, value in adapter_files(config.peft.path).items()}
+    if other := reference_model(config):
+        parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
+    return parts
 
 
 def run(plan: RunPlan, **facts: Any) -> None:
@@ -186,7 +201,14 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     from prefopt.data.cache import tokenizer_digest
     from prefopt.models.load import weights_digest
-    from prefopt.training.build import build_data, build_engine, build_layout, build_policy, build_reference
+    from prefopt.training.build import (
+        build_data,
+        build_engine,
+        build_layout,
+        build_policy,
+        build_reference,
+        build_router_loss,
+    )
     from prefopt.training.checkpoint import check_space, run_bytes
     from prefopt.training.export import PolicyExporter
     from prefopt.training.loop import train_loop
@@ -203,28 +225,31 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     with memory_for(f"loading {config.model.path} on {config.device}", smaller):
         policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
-    check_agreement(
-        "have read different models",
-        {"the tokenizer's digest": tokenizer_digest(tokenizer), "the weights' digest": digest},
-    )
-    check_initial_weights(plan, digest)
+    # Once more, since other code, or another version of transformers, may read the same files differently.
+    loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
+    check_agreement("have read different models", loaded)
+    run.refuse_changed_model(loaded)
+    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
+    if is_main_process():
+        exporter.check()
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
     with memory_for("checking the layout on a few pairs", half, smaller):
         layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
     counts = {name: split.counts for name, split in data.items()}
-    run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, data=counts)
+    model = model_parts(config) | loaded
+    run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
     # One process fills the cache of the reference, the others read it.
     with memory_for("computing the reference", half, "reference=cached", smaller), main_process_first():
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
         engine = build_engine(config, policy)
+    router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
 
-    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     train_state = TrainState(
         config=config,
         run=run,
@@ -239,6 +264,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         oracle=plan.oracle,
         layout=layout,
         export=exporter,
+        router_loss=router_loss,
     )
     with memory_for("training", half, "gradient_checkpointing=true"):
         trained = train_loop(train_state)
@@ -276,12 +302,3 @@ def format_objective(objective: "Objective") -> str:
     """The objective's hyperparameters, and the values derived from them."""
     derived = ", ".join(f"{name} = {value:g}" for name, value in objective.derived.items())
     return f"{objective!r}: {derived}" if derived else repr(objective)
-
-
-def check_initial_weights(plan: RunPlan, digest: str) -> None:
-    """Raise UserError where an interrupted run began from weights with another digest."""
-    if plan.run.record.get("initial_weights", digest) != digest:
-        raise UserError(
-            f"{plan.run.folder} was begun from other weights than model.path={plan.config.model.path} holds now. "
-            "Remove the folder to begin again, or bring the old weights back."
-        )

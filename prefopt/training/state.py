@@ -15,6 +15,7 @@ from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Reference
+from prefopt.models.router import RouterLoss
 from prefopt.objectives.base import Objective
 from prefopt.rewards.oracle import Oracle
 from prefopt.tracking.run import Run
@@ -29,7 +30,8 @@ class TrainState:
     """Everything one run needs.
 
     `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
-    it is into a folder, and `objective_state` is what the objective carries from step to step.
+    it is into a folder, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
+    what the objective carries from step to step.
     """
 
     config: TrainConfig
@@ -45,6 +47,7 @@ class TrainState:
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
     export: Callable[[Path], Any] | None = None
+    router_loss: RouterLoss | None = None
     objective_state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

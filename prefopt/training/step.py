@@ -2,6 +2,7 @@
 
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from prefopt.data.collate import Batch
+from prefopt.models.dropout import seed_pairs, without_dropout
 from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
-from prefopt.models.lora import seed_dropout, train_mode
+from prefopt.models.lora import train_mode
 from prefopt.objectives.base import (
     DIFFERENTIABLE,
     Objective,
@@ -49,6 +51,8 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     if world_size() > 1:
         gradient_norm = gradient_norm.cpu()  # where the gathered outputs are
     metrics = step_metrics(train_state.objective, scored, gradient_norm=gradient_norm)
+    if train_state.router_loss:
+        metrics["router_aux_loss"] = sum(all_gather_object(float(train_state.router_loss.total)))
     lr = config.optimizer.lr * train_state.schedule(step, config.total_steps)
 
     bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
@@ -103,6 +107,9 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
     counts = [StepCounts(*share) for share in all_gather_object(tuple(count_step(micro_batches)))]
     total = StepCounts(sum(share.pairs for share in counts), sum(share.chosen_tokens for share in counts))
 
+    if train_state.router_loss:
+        train_state.router_loss.total = 0.0
+
     sees_whole_step = len(micro_batches) == 1 and world_size() == 1
     if objective.scope == "step" and not sees_whole_step:
         return two_passes(train_state, step, micro_batches, total)
@@ -129,8 +136,9 @@ def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
 def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], total: StepCounts) -> Scored:
     """Forward, objective, backward of one micro-batch after the other: the step's loss is the sum of their losses."""
     scored: Scored = []
-    for i, micro_batch in enumerate(micro_batches):
-        seed_dropout(train_state.config.seed, step, i, rank())
+    tokens = step_tokens(micro_batches) if train_state.router_loss else 0
+    for micro_batch in micro_batches:
+        seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
@@ -139,6 +147,8 @@ def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[Micr
             inputs = step_inputs(train_state, step, [inputs])
         output = apply_objective(train_state.objective, inputs)
         loss = output.losses.sum() / total.denominator(train_state.objective)
+        if train_state.router_loss:
+            loss = loss + train_state.router_loss(micro_batch.batch, tokens)
         train_state.engine.backward(loss)
         # Detached: the graph would keep the model's activations.
         scored.append((inputs.map(Tensor.detach), output))
@@ -152,12 +162,12 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     of all pairs without a graph, and the objective is differentiated by them. The second pass backpropagates
     sum(gradient * log-prob), one micro-batch at a time. Both passes draw the same dropout.
     """
-    config, objective, engine = train_state.config, train_state.objective, train_state.engine
+    objective, engine = train_state.objective, train_state.engine
 
     parts = []
     with torch.no_grad():
-        for i, micro_batch in enumerate(micro_batches):
-            seed_dropout(config.seed, step, i, rank())
+        for micro_batch in micro_batches:
+            seed_dropout(train_state, step, micro_batch)
             if micro_batch.pairs:
                 parts.append(forward_pairs(train_state, micro_batch, total))
         inputs = step_inputs(train_state, step, all_gather_pairs(train_state, parts))
@@ -170,17 +180,33 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     gradients = {name: g[share] for name, g in zip(leaves, by_logps, strict=True) if g is not None}
 
     start = 0
-    for i, micro_batch in enumerate(micro_batches):
-        seed_dropout(config.seed, step, i, rank())
+    tokens = step_tokens(micro_batches) if train_state.router_loss else 0
+    for micro_batch in micro_batches:
+        seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
         tensors = forward_policy(train_state, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         loss = torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum()
+        if train_state.router_loss:
+            loss = loss + train_state.router_loss(micro_batch.batch, tokens)
         engine.backward(loss)
         start = part.stop
     return [(inputs, output)]
+
+
+def step_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """The tokens in the rows of a step, of all processes, without padding."""
+    return sum(all_gather_object(sum(m.batch.tokens for m in micro_batches if m.pairs)))
+
+
+def seed_dropout(train_state: TrainState, step: int, micro_batch: MicroBatch) -> None:
+    """Make the adapter's dropout in the next passes over `micro_batch` a function of seed, step and pair. A resumed run
+    so draws the dropout that it would have drawn, and the two passes over a micro-batch draw the same."""
+    ids = [zlib.crc32(pair.id.encode()) for pair in micro_batch.pairs] or [0]
+    seeds = [mix_seed(train_state.config.seed, step, number) for number in ids]
+    seed_pairs(train_state.engine.policy, seeds, micro_batch.batch)
 
 
 def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:
@@ -241,16 +267,15 @@ def forward_pairs(
 
 @torch.no_grad()
 def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Tensor:
-    """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones.
-
-    Behind the pairs' own forward pass, whose dropout is drawn again in the second pass of `two_passes`.
-    """
+    """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones. They measure how
+    far the policy is from the reference, so an adapter's dropout is off."""
     assert train_state.reference is not None
     parts: list[Tensor] = []
     order: dict[int, int] = {}
     for pairs, batch, _ in micro_batch.mismatched:
         batch = batch.to(train_state.engine.device)
-        policy = train_state.score(train_state.engine.policy, batch).sums
+        with without_dropout(train_state.engine.policy):
+            policy = train_state.score(train_state.engine.policy, batch).sums
         parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
         order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
     places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])

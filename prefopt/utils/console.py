@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
 from rich.progress import (
@@ -39,9 +39,10 @@ class LiveDisplay:
 
     def open_bar(self, description: str, total: int, done: int) -> TaskID:
         if self.progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self.progress = Progress(*columns, *left, console=Console(stderr=True), transient=True)
+            what = TextColumn("{task.description}", markup=False)
+            columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
+            self.progress = Progress(*columns, *left, console=plain_console(stderr=True), transient=True)
             self.progress.start()
         self.open_bars += 1
         return self.progress.add_task(description, total=total, completed=done, note="")
@@ -62,11 +63,16 @@ class LiveDisplay:
 live = LiveDisplay()
 
 
+def plain_console(**settings: Any) -> Console:
+    """A console on which text is text: [red] is no colour, and :bug: no picture. Labels and paths hold such things."""
+    return Console(markup=False, emoji=False, **settings)
+
+
 def echo(line: str) -> None:
     """Print a line on stderr, above the bars where there are any."""
     # Through the display's console: it moves the bars out of the way.
-    console = live.progress.console if live.progress else Console(stderr=True)
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console = live.progress.console if live.progress else plain_console(stderr=True)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 class ConsoleHandler(logging.Handler):
@@ -140,7 +146,7 @@ def progress(items: Sequence[T], description: str, show: bool = True) -> Iterato
 def console() -> Console:
     """The console for tables on stdout: as wide as COLUMNS or the terminal, and in a pipe or a file wide enough for a
     whole table."""
-    return Console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
+    return plain_console(width=None if os.isatty(1) or os.environ.get("COLUMNS") else PIPE_WIDTH)
 
 
 def folding_table(*headings: str, title: str | None = None) -> Table:

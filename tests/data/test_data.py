@@ -18,7 +18,7 @@ import prefopt.data.collate
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
 from prefopt.data.collate import LAYOUTS
-from prefopt.data.dataset import check_dataset, load_split, split_digest
+from prefopt.data.dataset import CANNOT_BE_KEPT, check_dataset, load_split, split_digest
 from prefopt.data.formats import (
     Chats,
     Dropped,
@@ -121,16 +121,15 @@ def test_gzip_is_read_by_its_name(tmp_path):
         (json.dumps(GOOD) + "\n" + '{"chosen": "x", "rejected": "y"}', r"row 2 has no field 'prompt'"),
         (json.dumps(GOOD) + "\n{oops", r"row 2 is not JSON"),
         ("[1, 2]", r"row 1 must be a JSON object, is a list"),
-        (json.dumps(GOOD | {"chosen": 3}), r"row 1: field 'chosen' must be text, is int"),
+        (json.dumps(GOOD | {"chosen": 3}), r"row 1: not text \(field 'chosen' must be text, is int\)"),
         (json.dumps(GOOD | {"prompt": [{"role": "user"}]}), r"row 1: each message"),
         (json.dumps(GOOD | {"prompt": []}), r"row 1: field 'prompt' must be"),
         (
             json.dumps(GOOD | {"prompt": [{"role": "assistant", "content": "x"}]}),
             r"row 1: wrong roles .*assistant, assistant",
         ),
-        (json.dumps(GOOD | {"prompt": " "}), r"'prompt' is empty"),
-        (json.dumps(GOOD | {"chosen_reward": "high"}), r"'chosen_reward' must be a finite number"),
-        (json.dumps(GOOD | {"chosen_reward": float("nan")}), r"'chosen_reward' must be a finite number"),
+        (json.dumps(GOOD | {"prompt": " "}), r"nothing is left .* \(missing_text: 1\)"),
+        (json.dumps(GOOD | {"chosen_reward": "high"}), r"nothing is left .* \(bad_reward: 1\)"),
         (json.dumps(GOOD | {"chosen": "bad"}), r"nothing is left .* \(identical: 1\)"),
         (json.dumps(GOOD | {"split": "dev"}), r"no row of .* has split 'train'; there are: dev"),
     ],
@@ -153,7 +152,7 @@ def test_bytes_that_are_not_text_are_refused(tmp_path, content):
 
 @pytest.mark.parametrize(
     "change",
-    [{"rewards": [1.0]}, {"responses": []}, {"responses": None}, {"finished": [True]}, {"rewards": ["a", "b"]}],
+    [{"rewards": [1.0]}, {"responses": []}, {"responses": None}, {"finished": [True]}, {"rewards": "ab"}],
 )
 def test_bad_scored_responses_are_refused(tmp_path, change):
     file = tmp_path / "rows.jsonl"
@@ -319,7 +318,12 @@ DEFECTS = {
     "identical": GOOD | {"chosen": "bad"},
     "tied_rewards": GOOD | {"chosen_reward": 1, "rejected_reward": 1},
     "duplicate_prompt": GOOD | {"chosen": "better"},
+    "contradicting_rewards": GOOD | {"chosen_reward": 0.2, "rejected_reward": 0.9},
+    "bad_reward": GOOD | {"chosen_reward": "N/A", "rejected_reward": 0.9},
     "wrong_roles": GOOD | {"prompt": messages("a", "b")},
+    "multi_turn_completion": GOOD | {"chosen": messages("a", "b", "c", "d")[1:]},
+    "missing_text": GOOD | {"rejected": None},
+    "not_text": GOOD | {"rejected": True},
 }
 
 
@@ -328,8 +332,8 @@ DEFECTS = {
 def test_each_defect_has_a_policy_and_a_count(tmp_path, reason, policy):
     file = write(tmp_path / "rows.jsonl", [GOOD, DEFECTS[reason] | {"id": "bad row"}])
     config = dataset(train=file, policies={reason: policy})
-    if reason == "wrong_roles" and policy == "keep":
-        with pytest.raises(UserError, match=r"dataset\.policies\.wrong_roles must be one of drop, fail, is 'keep'"):
+    if reason in CANNOT_BE_KEPT and policy == "keep":
+        with pytest.raises(UserError, match=rf"dataset\.policies\.{reason} must be one of drop, fail, is 'keep'"):
             check_dataset(config)
     elif policy == "fail":
         said = reason.replace("_", " ")

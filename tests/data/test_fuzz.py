@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -19,18 +20,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
-from prefopt.data.dataset import load_split
+from prefopt.data.dataset import CANNOT_BE_KEPT, load_split
+from prefopt.data.dataset_path import replace_path
 from prefopt.data.formats import (
     Chat,
     Chats,
+    Completions,
     Dropped,
     Format,
     ImplicitPrompt,
+    Labelled,
+    LabelledCompletions,
     NoisyPreferences,
     Pair,
     Pairs,
+    ScoredCompletions,
     ScoredResponses,
     Transcripts,
+    TwoResponses,
     role_problem,
 )
 from prefopt.data.sources import SUFFIXES, read_rows, write_rows
@@ -52,7 +59,8 @@ TURNS = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_si
 TEXT = st.text("ab \n", max_size=8) | st.just("\n\nHuman: a\n\nAssistant: b")
 FIELDS = [
     "prompt", "chosen", "rejected", "messages", "system", "id", "chosen_reward", "rejected_reward", "responses",
-    "rewards", "finished", "rewards_high", "split",
+    "rewards", "finished", "rewards_high", "split", "instruction", "input", "history", "tools", "completion", "label",
+    "response_1", "response_2", "completions",
 ]  # fmt: skip
 NUMBERS = st.lists(st.floats() | st.integers() | JSON, max_size=6)
 ROW = st.dictionaries(
@@ -62,12 +70,16 @@ ROW = st.dictionaries(
 NEARLY = st.fixed_dictionaries(
     {"prompt": TEXT | TURNS, "chosen": TEXT | TURNS, "rejected": TEXT | TURNS, "messages": TURNS,
      "responses": st.lists(st.text(max_size=4), min_size=4, max_size=4),
-     "rewards": st.lists(st.floats() | st.integers(), min_size=4, max_size=4)},
-    optional={"rewards_high": NUMBERS, "finished": st.lists(st.booleans() | JSON, max_size=4), "chosen_reward": JSON},
+     "rewards": st.lists(st.floats() | st.integers(), min_size=4, max_size=4),
+     "completion": TEXT | TURNS, "response_1": TEXT | TURNS, "response_2": TEXT | TURNS, "label": st.integers(0, 2),
+     "completions": st.lists(st.fixed_dictionaries({"response": TEXT, "overall_score": st.floats()}), max_size=3)},
+    optional={"rewards_high": NUMBERS, "tools": JSON, "system": TEXT,
+              "finished": st.lists(st.booleans() | JSON, max_size=4), "chosen_reward": JSON},
 )  # fmt: skip
 FORMATS: list[Format] = [
     Pairs(), ImplicitPrompt(), Transcripts(), ScoredResponses(), ScoredResponses("best_random"), ScoredResponses("all"),
-    NoisyPreferences("high"), NoisyPreferences("low"), Chats(),
+    NoisyPreferences("high"), NoisyPreferences("low"), Chats(), Completions(), LabelledCompletions(), TwoResponses(),
+    ScoredCompletions(),
 ]  # fmt: skip
 
 
@@ -95,12 +107,14 @@ def check_item(item: object) -> None:
         assert item.chosen_finished in (True, False)
         for reward in (item.chosen_reward, item.rejected_reward):
             assert reward is None or (isinstance(reward, float) and math.isfinite(reward))
+    elif isinstance(item, Labelled):
+        assert is_chat([*item.prompt, item.completion])
     elif isinstance(item, Chat):
         assert is_chat(item.messages)
         assert role_problem(item.messages[:-1], item.messages[-1]["role"]) is None
     else:
         assert isinstance(item, Dropped)
-        assert item.reason in ("wrong_roles", "sides_part_early", "no_preference")
+        assert item.reason in (*CANNOT_BE_KEPT, "bad_reward")
 
 
 @pytest.mark.parametrize("format_", FORMATS, ids=repr)
@@ -118,7 +132,7 @@ def check_item(item: object) -> None:
 def test_a_format_gives_items_or_says_what_is_wrong(format_, row):
     made, refusal = attempt(lambda: format_(row), KeyError, ValueError)
     if refusal is not None:
-        assert any(name in refusal for name in (*FIELDS, "response", "transcript"))
+        assert any(name in refusal for name in (*FIELDS, "response", "transcript", "tool_calls"))
         return
     for item in made if isinstance(made, list) else [made]:
         check_item(item)
@@ -217,6 +231,24 @@ def test_a_split_is_pairs_or_refused(content, place):
         return
     for item in split:
         check_item(item)
+
+
+@given(content=st.lists(ROW | NEARLY | JSON, min_size=1, max_size=3))
+@example(content=[{"prompt": 3, "completion": {}, "label": [1]}])
+@example(content=[{"response_1": "a", "response_2": "b", "label": [1]}])
+@example(content=[{"prompt": "a", "completions": [{"response": [], "overall_score": None}]}])
+@example(content=[{"chosen": [{"role": 3}], "rejected": [{"from": None, "role": "user"}]}])
+@fuzz
+def test_a_layout_is_found_or_refused(content, place):
+    """And the command that reads it composes: each override has a key and a value that Hydra takes."""
+    file = place / "layout.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in content))
+    overrides, refusal = attempt(lambda: replace_path([f"dataset={file}"], "train"), UserError)
+    if refusal is not None:
+        assert "layout.jsonl" in refusal
+        return
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    assert {o.key_or_group for o in parsed} >= {"dataset", "dataset.train"}
 
 
 @given(row=ROW | NEARLY)

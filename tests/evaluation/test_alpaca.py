@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,18 +20,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prefopt.config.schema import SamplingConfig
 from prefopt.data.formats import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca import bootstrap, summarize
+from prefopt.evaluation.config import AlpacaConfig
 from prefopt.evaluation.judges import Comparison, GeneratorNames, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
 from prefopt.reporting.compare import page
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.rewards.oracle import Vader
+from prefopt.rewards.reward_model import RewardModel
 from prefopt.rewards.scorers import OracleScorer
 from prefopt.tracking.archive import read_records
-from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program
+from prefopt.tracking.policies import exported_policies
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny, tiny_model, tiny_tokenizer
 
 pytest.importorskip("alpaca_eval")
 pd = pytest.importorskip("pandas")
@@ -461,6 +466,34 @@ def test_rewards_judge_for_nothing(run):
     text = (run.parent / "report" / "table.md").read_text()
     assert "win rate (reward of Vader, against model-initial, 24 questions), % |" in text
     assert f"| {told['figures']['win_rate']:.1f} ± {told['figures']['standard_error']:.1f} |" in text
+
+
+def test_a_result_is_that_of_one_training_of_each_model(run, tmp_path, monkeypatch):
+    from prefopt.evaluation import alpaca
+
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("alpaca"))
+    models = {name: save_tiny(tmp_path / name, seed) for seed, name in enumerate(("baseline", "reward"))}
+    questions = read_questions(str(folder / "questions.jsonl"), None)
+    texts = ["answer"] * len(questions.items)
+    answers = alpaca.Answers("tiny", texts, [True] * len(texts), "weights")
+    monkeypatch.setattr(alpaca, "answer_questions", lambda *_: answers)
+    monkeypatch.setattr(alpaca, "summarize", lambda *_: {})
+    monkeypatch.setattr(RewardModel, "rewards", lambda self, requests, *_: [0.0] * len(requests))
+    judge = RewardJudge(RewardModel(str(models["reward"]), "terminator"))
+    config = AlpacaConfig(
+        run=str(folder), baseline=str(models["baseline"]), backend="transformers", seed=0, precision="float32",
+        device="cpu", max_cost=0.0, sampling=SamplingConfig(0.0, 1.0, 8, 8),
+    )  # fmt: skip
+
+    def results() -> int:
+        (policy,) = exported_policies(str(folder), "final")
+        alpaca.evaluate_checkpoint(config, judge, policy, questions, lambda: answers, {})
+        return len(list((folder / "alpaca").glob("*/record.json")))
+
+    assert [results(), results()] == [1, 1]
+    for n, model in enumerate([folder / "policy", *models.values()], start=2):
+        tiny_model(len(tiny_tokenizer()), seed=7).save_pretrained(model)
+        assert [results(), results()] == [n, n]
 
 
 def test_answers_in_a_file_are_a_baseline_and_must_be_all(run, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,12 @@ from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
-from prefopt.evaluation.harness import checkpoints, record_file
+from prefopt.evaluation.harness import checkpoints, load, record_file, tokenizer_of
 from prefopt.models.load import checkpoint_path
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import Checkpoint
-from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program
+from tests.helpers.tiny import CHATML, ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 pytest.importorskip("lm_eval")
 REAL = SHARED / "lm_harness" / "hub"
@@ -122,13 +123,37 @@ def test_tasks_that_cannot_be_loaded_are_all_named_before_a_model_is(run, hub, t
     assert not (copy / "harness").exists()
 
 
+def test_an_initial_model_has_all_keys_of_the_runs_model(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    record = json.loads((folder / "record.json").read_text())
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% if shout %}SHOUT {% endif %}" + CHATML)
+    record["config"]["model"] |= {"chat_template": str(template), "chat_template_kwargs": {"shout": True}}
+    record["model"] = {}
+    (folder / "record.json").write_text(json.dumps(record))
+    config = HarnessConfig(run=str(folder), checkpoints="initial", chat_template=True)
+    ((initial,), _) = checkpoints(config)
+    chat = [{"role": "user", "content": "Hi"}]
+    prompt = tokenizer_of(initial.model, config).apply_chat_template(chat, tokenize=False)
+    assert prompt.startswith("SHOUT <|im_start|>")
+    assert tokenizer_of(initial.model, replace(config, chat_template=False)) is None
+    for change, message in (
+        ({"model": record["config"]["model"] | {"resize_embeddings": True}}, "resize_embeddings: lm-eval"),
+        ({"peft": {"path": "adapter"}}, "began from a model with an adapter"),
+    ):
+        (folder / "record.json").write_text(json.dumps(record | {"config": record["config"] | change}))
+        with pytest.raises(UserError, match=message):
+            checkpoints(config)
+
+
 def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):
     files = []
     for path in ("a/policy", "b/policy"):
-        config = HarnessConfig(run=None, output=str(tmp_path))
-        files.append(record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": None}))
-        assert files[-1] == record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": None})
-        assert files[-1] != record_file(config, tmp_path, Checkpoint("policy", path), "arc_easy", {"limit": 5})
+        config = HarnessConfig(run=None, output=str(tmp_path), chat_template=False)
+        checkpoint = Checkpoint("policy", ModelConfig("policy", path))
+        files.append(record_file(config, tmp_path, checkpoint, "arc_easy", {"limit": None}))
+        assert files[-1] == record_file(config, tmp_path, checkpoint, "arc_easy", {"limit": None})
+        assert files[-1] != record_file(config, tmp_path, checkpoint, "arc_easy", {"limit": 5})
     assert files[0] != files[1]
 
 
@@ -195,3 +220,23 @@ def test_a_job_that_fails_says_so(run, hub, tmp_path):
     assert process.returncode == 1
     assert "failed: job_0" in process.stderr
     assert not (broken / "harness").exists()
+
+
+def test_the_generation_config_of_the_model_changes_no_generated_text(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    folder = save_tiny(tmp_path / "model")
+    config = HarnessConfig(precision="float32", device="cpu", batch_size=1, chat_template=False)
+
+    checkpoint = Checkpoint("model", ModelConfig("model", str(folder)))
+
+    def generated() -> list[str]:
+        lm = load(checkpoint, config)
+        request = ("Review the kettle", {"until": ["\n\n"], "max_gen_toks": 12})
+        return lm.generate_until([Instance("generate_until", {}, request, 0)], disable_tqdm=True)
+
+    expected = generated()
+    foreign = {"repetition_penalty": 3.0, "suppress_tokens": [70, 71, 72], "max_new_tokens": 3, "eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(foreign))
+    assert generated() == expected
+    assert load(checkpoint, config).model.generation_config.eos_token_id == [2, 5]

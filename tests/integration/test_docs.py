@@ -16,6 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
+from prefopt.data.dataset_path import replace_path
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
 from prefopt.generation.config import SampleConfig
 from prefopt.objectives.__main__ import markdown
@@ -80,8 +81,12 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_compose(command):
+def test_commands_compose(command, tmp_path, monkeypatch):
     name, *overrides = shlex.split(command)
+    if "dataset=pairs.jsonl" in overrides:  # a file of the reader's, whose rows are looked at
+        (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+        monkeypatch.chdir(tmp_path)
+        overrides = replace_path(overrides, name)
     schema = SCHEMAS[name]
     grid = [[f"{key}={value}" for value in values.split(",")] if "[" not in values else [o]
             for o in overrides if o != "-m" and not o.startswith("--")

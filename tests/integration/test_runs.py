@@ -174,10 +174,11 @@ def test_other_weights_under_the_same_name_are_refused(overrides, tiny_folder, t
     assert run_program(*args).returncode == 0
     file = next((tmp_path / "runs").glob("*/record.json"))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    (file.parent / "checkpoints" / "step_0000001").mkdir(parents=True)
     save_tiny(model, seed=5)
     process = run_program(*args)
     assert process.returncode == 2
-    assert "was begun from other weights" in process.stderr
+    assert "was begun from another model than there is now (changed: its weights)" in process.stderr
 
 
 def test_a_bad_job_keeps_the_grid_from_starting(overrides, tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import datasets
 import pyarrow as pa
@@ -145,9 +146,9 @@ def test_lm_eval_is_told_to_read_safetensors_and_no_code(monkeypatch):
     import lm_eval.models.huggingface
 
     seen: dict = {}
-    monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", lambda **settings: seen.update(settings))
-    config = HarnessConfig(batch_size=1, precision="float32", device="cpu")
-    load(Checkpoint("c", "folder"), config)
+    monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", lambda **settings: seen.update(settings) or MagicMock())
+    config = HarnessConfig(batch_size=1, precision="float32", device="cpu", chat_template=False)
+    load(Checkpoint("c", ModelConfig("c", "folder")), config)
     assert (seen["use_safetensors"], seen["trust_remote_code"]) == (True, False)
 
 

@@ -1,17 +1,28 @@
 """Loading: dtype, dropout, and checkpoints that are not whole."""
 
+import json
+
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig, PreTrainedModel
 
 from prefopt.config.schema import ModelConfig
 from prefopt.data.collate import Group, padded
 from prefopt.errors import UserError
-from prefopt.models.load import check_vocabulary, load_model, load_tokenizer, weights_digest
+from prefopt.models.load import (
+    check_model,
+    check_trainable,
+    check_vocabulary,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+    weights_digest,
+)
 from prefopt.models.logprobs import completion_logps
-from prefopt.models.lora import train_mode
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from prefopt.models.lora import save_adapter, train_mode
+from tests.helpers.tiny import run_program, tiny_model, tiny_tokenizer
 
 
 def saved(folder, **changes) -> ModelConfig:
@@ -70,7 +81,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     config = saved(tmp_path)
     tokenizer = load_tokenizer(config)
     check_vocabulary(load_model(config, "cpu"), tokenizer)
-    with pytest.raises(UserError, match="they do not belong together"):
+    with pytest.raises(UserError, match=r"has 320 tokens and the model 100 embeddings.*model\.resize_embeddings=true"):
         check_vocabulary(tiny_model(100), tokenizer)
 
 
@@ -93,3 +104,116 @@ def test_the_digest_is_of_values_and_names():
     with torch.no_grad():
         b.get_input_embeddings().weight[0, 0] += 1e-6
     assert weights_digest(a) != weights_digest(b)
+
+
+def test_a_quantized_checkpoint_is_refused_from_its_configuration(tmp_path):
+    """Of whatever method, and where the configuration of the text model holds it."""
+    config = saved(tmp_path)
+    check_trainable(config)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for method in ("bitsandbytes", "gptq", "awq", "mxfp4", "fp8", "compressed-tensors"):
+        quantization = {"quant_method": method, "bits": 4, "load_in_4bit": method == "bitsandbytes"}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+        with pytest.raises(UserError, match=rf"quantized weights \({method}\).*Give the unquantized model"):
+            check_trainable(config)
+
+
+def test_a_quantized_checkpoint_is_refused_before_data_are_read(overrides, tmp_path):
+    saved(tmp_path / "model")
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+    (tmp_path / "broken.jsonl").write_text("no rows\n")
+    options = [f"model.path={tmp_path / 'model'}", f"dataset.train={tmp_path / 'broken.jsonl'}"]
+    process = run_program(*overrides(tmp_path / "runs"), *options)
+    assert process.returncode == 2
+    assert "holds quantized weights (bitsandbytes)" in process.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_adapter_folder_is_no_model_and_the_message_says_what_is(tmp_path):
+    model = tiny_model(50)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path="org/base"))
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    save_adapter(model, tmp_path / "adapter")
+    config = ModelConfig("tiny", str(tmp_path / "adapter"))
+    for read in (check_model, check_trainable, lambda config: load_model(config, "cpu")):
+        with pytest.raises(UserError, match=r"peft\.path=.*adapter model\.path=org/base"):
+            read(config)
+    with pytest.raises(UserError, match=r"reference_model=.* is an adapter of org/base.*Merge it first"):
+        check_model(config, "reference_model")
+    # transformers would put an adapter that lies beside a model into it, unmerged.
+    save_adapter(model, tmp_path / "both")
+    saved(tmp_path / "both")
+    with pytest.raises(UserError, match="holds an adapter beside a model"):
+        load_model(ModelConfig("tiny", str(tmp_path / "both")), "cpu")
+
+
+def test_a_model_of_foreign_code_is_refused_with_the_reason(tmp_path):
+    config = saved(tmp_path)
+    values = {"model_type": "their_own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="code in its repository, which prefopt does not run"):
+        check_model(config)
+
+
+def grown(folder, tokens: int = 5):
+    """A saved model, and the folder of its tokenizer with `tokens` tokens more."""
+    config = saved(folder / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|new{i}|>" for i in range(tokens)]})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config.tokenizer = str(folder / "tokenizer")
+    return config
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_new_tokens_get_the_mean_of_the_old_embeddings(tied, tmp_path):
+    config = grown(tmp_path)
+    rows = len(tiny_tokenizer())
+    tiny_model(rows, tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
+    config.resize_embeddings = True
+    model = load_model(config, "cpu")
+    check_vocabulary(model, load_tokenizer(config))
+    assert model.config.vocab_size == rows + 5
+    before = load_model(ModelConfig("tiny", config.path), "cpu")
+    for of in (PreTrainedModel.get_input_embeddings, PreTrainedModel.get_output_embeddings):
+        new, old = of(model).weight, of(before).weight
+        assert torch.equal(new[:rows], old)
+        assert torch.allclose(new[rows:], old.mean(0).expand(5, -1), atol=1e-7)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    # As transformers' own, whose noise is a billionth of the covariance.
+    theirs = load_model(ModelConfig("tiny", config.path), "cpu")
+    theirs.resize_token_embeddings(rows + 5, mean_resizing=True)
+    assert torch.allclose(theirs.get_input_embeddings().weight, model.get_input_embeddings().weight, atol=1e-4)
+    assert weights_digest(load_model(config, "cpu")) == weights_digest(model)  # in every process and later run
+    assert load_reward_model(config, "cpu").get_input_embeddings().num_embeddings == rows + 5
+
+
+@pytest.mark.parametrize("options", [[], ["peft=lora_attention", "exports=2"]], ids=["full", "lora"])
+def test_a_run_with_new_tokens_trains_and_exports_them(options, overrides, tmp_path):
+    config = grown(tmp_path)
+    rows = len(tiny_tokenizer())
+    command = [*overrides(tmp_path / "runs"), f"model.path={config.path}", f"model.tokenizer={config.tokenizer}"]
+    environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    refused = run_program(*command, *options, env=environment)
+    assert refused.returncode == 2
+    assert "model.resize_embeddings=true gives them embeddings" in refused.stderr
+    process = run_program(*command, *options, "model.resize_embeddings=true", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert f"5 new embeddings, the mean of the {rows} old ones" in process.stderr
+    for policy in [*tmp_path.glob("runs/*/policy"), *tmp_path.glob("runs/*/policies/*")]:
+        exported = AutoModelForCausalLM.from_pretrained(policy)
+        assert exported.get_input_embeddings().num_embeddings == rows + 5
+        assert len(load_tokenizer(ModelConfig("tiny", str(policy)))) == rows + 5
+    if options:
+        assert "the new embeddings are frozen" in process.stderr
+        (adapter,) = tmp_path.glob("runs/*/adapter")
+        base = load_model(ModelConfig("tiny", config.path), "cpu")
+        base.resize_token_embeddings(rows + 5)
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        (policy,) = tmp_path.glob("runs/*/policy")
+        ids = torch.arange(rows - 5, rows + 5)[None]
+        assert torch.allclose(
+            merged(ids).logits, load_model(ModelConfig("t", str(policy)), "cpu")(ids).logits, atol=1e-4
+        )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedConfig
 
 import prefopt.models.chunked_logprobs
 from prefopt.data.collate import Group, padded
@@ -21,7 +21,7 @@ class LookupModel:
     def __init__(self, table: torch.Tensor):
         self.table = table
         self.head = nn.Identity()
-        self.config = SimpleNamespace()
+        self.config = PreTrainedConfig()
 
     def base_model(self, input_ids, **_):
         return SimpleNamespace(last_hidden_state=self.table[input_ids])

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.errors import UserError
+from prefopt.models.dropout import Noise, PairDropout
 from prefopt.models.load import load_model, weights_digest
 from prefopt.models.logprobs import LogprobComputer, completion_rewards
 from prefopt.models.lora import add_adapter, checkpoint_activations, merge, save_adapter, train_mode
@@ -18,6 +19,7 @@ from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.kto import KTO
 from prefopt.objectives.reward import Reward
 from prefopt.training import step
 from prefopt.training.engine import Engine
@@ -111,6 +113,36 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
         assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(first, drawn, strict=True))
 
 
+@pytest.mark.parametrize("objective", [DPO(0.5), BetaDPO(0.5), KTO(0.5)], ids=["pair", "step", "mismatched"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_does_not_depend_on_the_micro_batches(layout, objective, tmp_path):
+    losses = []
+    for tokens in (1, 150, 10_000):
+        train_state = with_lora(objective, tmp_path, dropout=0.5, micro_batch_tokens=tokens)
+        train_state.layout = LAYOUTS[layout]
+        losses.append(steps(train_state, 0, 3))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    without = with_lora(objective, tmp_path, micro_batch_tokens=150)
+    without.layout = LAYOUTS[layout]
+    assert steps(without, 0, 3)[1:] != pytest.approx(losses[0][1:], rel=1e-5)
+
+
+def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
+    noise = Noise([(3, 40), (None, 10), (4, 50)])
+    layer = PairDropout(0.25, 0, noise).train()
+    x = torch.ones(1, 100, 64)
+    y = layer(x)[0]
+    assert (y[:40] == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (y[40:50] > 1).all()  # padding
+    assert torch.equal(layer(x)[0], y)
+    assert not torch.equal(PairDropout(0.25, 1, noise).train()(x)[0], y)
+    assert torch.equal(layer.eval()(x), x)
+    with pytest.raises(UserError, match=r"set peft\.dropout=0"):
+        layer.train()(x[:, :99])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dropout", [None, 0.5], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_no_gradient(layout, dropout, tmp_path):
@@ -170,7 +202,11 @@ def test_a_reward_models_head_is_trained_beside_the_adapter(tmp_path):
 
 @pytest.mark.parametrize(
     ("modules", "message"),
-    [(["nowhere"], "there are none in llama. Its layers are: down_proj, "), (["q_proj", "lm_head"], "is the head")],
+    [
+        (["nowhere"], r"none with the name nowhere in llama\. .*peft\.target_modules=\[down_proj,gate_proj,k_proj,"),
+        (["q_proj", "w1"], "none with the name w1"),
+        (["q_proj", "lm_head"], "is the head"),
+    ],
 )
 def test_layers_that_cannot_take_an_adapter_are_named(modules, message):
     with pytest.raises(UserError, match=message):

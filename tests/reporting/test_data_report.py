@@ -60,9 +60,26 @@ def finished(tiny_folder, tmp_path_factory):
     process = report(
         tiny_folder, folder / "out", "dataset.name=letters", f"dataset.train={train}", f"dataset.heldout={heldout}",
         f"evaluation_prompts=[{evaluation}]", "max_completion_tokens=4",
+        "dataset.policies.contradicting_rewards=keep",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return folder / "out", process
+
+
+def test_a_path_is_reported_with_its_layout_and_the_command_that_trains(tiny_folder, tmp_path):
+    """The rows are {question, chosen, rejected}; the report's own keys are not in the training command."""
+    file = write(tmp_path / "mine.jsonl", [{"question": "Q", "chosen": "X", "rejected": "Z"}] * 2)
+    model = ("model=hub", f"model.path={tiny_folder / 'model'}")
+    env = {"PREFOPT_CACHE": str(tiny_folder / "cache")}
+    out = tmp_path / "out"
+    process = run_program(f"dataset={file}", *model, f"output={out}", program="data_report", env=env)
+    assert process.returncode == 0, process.stderr
+    assert "Layout of the rows" in process.stdout
+    dataset = f"dataset=jsonl dataset.train={file} +dataset.columns.prompt=question"
+    assert f"\n  python -m prefopt.train {dataset} {' '.join(model)}\n" in process.stdout
+    assert f"python -m prefopt.data_report {dataset} " in process.stderr
+    assert numbers(out)["Counts", "train / mine.jsonl", "pairs"] == "2"
+    assert "| mine.jsonl | Pairs |" in (out / "report.md").read_text()
 
 
 def test_counts_and_defects(finished):
@@ -72,6 +89,7 @@ def test_counts_and_defects(finished):
     assert found["Counts", "heldout / letters", "pairs"] == "3"
     defects = {row.split(" / ")[0]: int(n) for (t, row, c), n in found.items() if t[:7] == "Defects" and c == "train"}
     expected = {"identical": 1, "empty_completion": 1, "prompt_in_heldout": 2, "tied_rewards": 1, "cut_completions": 2}
+    expected["contradicting_rewards"] = 1
     assert {reason: n for reason, n in defects.items() if n} == expected
 
 
@@ -154,7 +172,7 @@ def test_the_markdown_says_where_it_comes_from(finished):
     text = (finished[0] / "report.md").read_text()
     for part in ("python -m prefopt.data_report model=hub", "Digests of the data: train ", "![lengths](lengths.png)"):
         assert part in text
-    assert text.count("\n## ") == 8
+    assert text.count("\n## ") == 9
 
 
 def test_chats_count_what_the_assistant_wrote(tiny_folder, tmp_path):

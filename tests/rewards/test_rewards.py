@@ -182,7 +182,7 @@ def test_scores_on_a_known_scale():
         ({"chosen": "x", "rejected": "y"}, "row 1 has no field 'prompt'"),
         ({"prompt": "Hi", "chosen": "x"}, "row 1 has no field 'rejected'"),
         ({"prompt": "Hi", "responses": []}, "responses must be a list of texts"),
-        ({"prompt": "Hi", "responses": ["x", 3]}, "'responses' must be a list of texts"),
+        ({"prompt": "Hi", "responses": ["x", 3]}, "'responses' must be text, is int"),
         ({"prompt": "Hi", "responses": ["x"], "finished": []}, "and finished, if there, as long"),
         ({"prompt": "Hi", "chosen": "x", "rejected": "y"}, "row 1 has no number 'score_chosen'"),
         ({"prompt": "Hi", "chosen": "x", "rejected": "y", "score_chosen": math.nan}, "must be a finite number"),
@@ -230,6 +230,9 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypat
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     found = rewards(CustomRewardModel(str(folder), trust_remote_code=True))
     assert len({round(r, 4) for r in found}) == 3
+    # Its code decides the rewards as its weights do.
+    (folder / "modeling_gated.py").write_text(CUSTOM.replace("score=self", "score=-self"))
+    assert rewards(CustomRewardModel(str(folder), trust_remote_code=True)) == pytest.approx([-r for r in found])
 
 
 def test_the_reliability_table():

@@ -21,7 +21,7 @@ from prefopt.generation.responses import read_prompts
 from prefopt.models.load import load_reward_model
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
-from prefopt.training.online import run_pending, split_prompts
+from prefopt.training.online import run_pending, split_prompts, stage_config
 from prefopt.utils import signals
 from tests.helpers.tiny import ROOT, run_program, save_tiny
 
@@ -141,6 +141,38 @@ def test_each_stage_begins_where_the_one_before_has_left(whole):
         assert moved == (n > 1)
         assert (run["config"]["reference_model"] is not None) == (n > 1)
     assert seen == set(PROMPTS)
+
+
+@pytest.mark.parametrize(("model", "part"), [("model", "its config"), ("reward", "the config of the scorer")])
+def test_a_finished_one_is_not_skipped_with_another_model(model, part, tiny, whole):
+    run_pending(config(tiny, whole))  # skipped
+    file = tiny / model / "config.json"
+    before = file.read_text()
+    try:
+        file.write_text(json.dumps(json.loads(before) | {"rope_theta": 5000.0}))
+        with pytest.raises(UserError, match=rf"began from another model than there is now \(changed: {part}\)"):
+            run_pending(config(tiny, whole))
+    finally:
+        file.write_text(before)
+    run_pending(config(tiny, whole))
+
+
+def test_a_later_stage_keeps_what_its_policy_does_not_carry(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = config(tiny, tmp_path)
+    kwargs = {"enable_thinking": False}
+    model = replace(
+        base.model, path="a/b", revision="1" * 40, eos_token="<|im_end|>", chat_template_kwargs=kwargs,
+        router_aux_loss_coef=0.01, system_message="drop", date="2025-01-01", resize_embeddings=True,
+    )  # fmt: skip
+    first = stage_config(replace(base, model=model), tmp_path, None)
+    later = stage_config(replace(base, model=model), tmp_path, tmp_path / "policy")
+    assert (first.model, first.reference_model) == (model, None)
+    plain = ModelConfig(model.name, str(tmp_path / "policy"))
+    expected = replace(plain, router_aux_loss_coef=0.01, system_message="drop", date="2025-01-01")
+    assert later.model == expected
+    # `reference_model` has no revision: the folder of the pinned one.
+    assert later.reference_model == str(tmp_path / "models--a--b" / "snapshots" / ("1" * 40))
 
 
 def test_the_reference_may_be_the_policy_before(tiny, tmp_path):
@@ -277,6 +309,8 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
         (["backend=llama.cpp"], "backend must be transformers or vllm"),
         (["backend=vllm"], "needs the package vllm"),
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
+        (["peft.path=adapter"], r"peft\.path: the initial policy is the reference of every stage"),
+        (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is the reference"),
         (["objective=sft"], "does not train a policy on pairs"),
         (["stages=100"], "12 different prompts do not suffice for stages=100"),
     ],

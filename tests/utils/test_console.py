@@ -1,11 +1,15 @@
 """Tables fit the terminal, and nothing that tells two rows apart is cut."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from prefopt.utils.console import console, folding_table, rows_table, without_common
+from prefopt.cli.multirun import Point
+from prefopt.launch.sweep import validate_points
+from prefopt.reporting.labels import labels
+from prefopt.utils.console import console, echo, folding_table, live, rows_table, without_common
 from tests.helpers.tiny import run_program
 
 HEADINGS = ("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age")
@@ -135,3 +139,77 @@ def test_a_table_of_figures_goes_on_in_the_next_line_and_cuts_nothing(monkeypatc
         shown.print(table)
     assert "…" not in printed.get()
     assert max(map(len, printed.get().splitlines())) <= 40
+
+
+# What rich would take for markup, a closing tag without its opening one, and a picture.
+MARKUP = [
+    "[q_proj]",
+    "[q_proj,v_proj]",
+    "[bold]",
+    "/data/[/x]/a.jsonl",
+    "[link=file:///x]y[/link]",
+    ":bug:",
+    "[[a]]",
+    "\\[b]",
+]
+
+
+def printed(monkeypatch, *renderables) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = io.StringIO()
+    terminal = console()
+    assert terminal.width == 80
+    terminal.file = out
+    for renderable in renderables:
+        terminal.print(renderable)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_text_in_tables_lines_and_bars_is_text(text, monkeypatch, capsys):
+    table = folding_table(text, "figure", title=f"title {text}")
+    table.add_row(text, "1")
+    page = printed(monkeypatch, table, rows_table((text, "b"), [(text, "1"), ("x", "2")], text, text), text)
+    assert page.count(text) == 8
+    echo(f"a line {text}")
+    assert f"a line {text}" in capsys.readouterr().err
+
+    out = io.StringIO()
+    task = live.open_bar(f"bar {text}", 3, 0)
+    try:
+        live.progress.console.file = out
+        live.progress.console.width = 120
+        live.update_bar(task, 1, f"note {text}")
+        live.progress.console.print(live.progress.make_tasks_table(live.progress.tasks))
+    finally:
+        live.close_bar(task)
+    assert f"bar {text}" in out.getvalue()
+    assert f"note {text}" in out.getvalue()
+
+
+def test_two_points_of_a_sweep_have_two_labels(monkeypatch):
+    values = ["[q_proj]", "[q_proj,v_proj]", "[q_proj, v_proj]", "/data/[/x]", "[/x]"]
+    monkeypatch.setattr("prefopt.launch.sweep.parse", lambda cfg, schema: SimpleNamespace(launcher={}))
+    monkeypatch.setattr("prefopt.launch.sweep.build", lambda *_: None)
+    points = [Point(["seed=0", f"peft.target_modules={value}"], None) for value in values]
+    _, found = validate_points(points, None, lambda point, label, config, launcher: label)
+    assert found == [f"peft.target_modules={value}" for value in values]
+    table = rows_table(("job", "folder"), [(label, str(i)) for i, label in enumerate(found)], f"5 jobs in {values[3]}")
+    page = printed(monkeypatch, table)
+    lines = [line for line in page.splitlines() if line.startswith("│")]
+    shown_labels = [line.split("│")[1].strip() for line in lines]
+    assert shown_labels == found
+    assert f"5 jobs in {values[3]}" in page
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [{"a": ["q_proj"]}, {"a": ["q_proj", "v_proj"]}, {"a": "['q_proj']"}],
+        [{"a": "x b=y", "b": None}, {"a": "x", "b": "y"}],
+        [{"a": 1}, {"a": "1"}, {"a": "None"}, {"a": None}],
+    ],
+)
+def test_two_configs_have_two_labels(configs):
+    records = [{"objective": "dpo", "config": {"objective": {"beta": 0.1}, **config}} for config in configs]
+    assert len(set(labels(records))) == len(configs), labels(records)

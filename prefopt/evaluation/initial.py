@@ -1,0 +1,26 @@
+"""The model that a run began from, to be evaluated beside its policies."""
+
+from prefopt.config.schema import ModelConfig
+from prefopt.errors import UserError
+from prefopt.models.fingerprint import model_files
+from prefopt.tracking.record import record_of
+
+
+def initial_model(run: str) -> ModelConfig:
+    """The model that the run in this folder began from.
+
+    Raises UserError where it is no model that can be loaded by itself, and where its files have changed since.
+    """
+    record = record_of(run)
+    if (record["config"].get("peft") or {}).get("path"):
+        raise UserError(
+            f"run={run} began from a model with an adapter (peft.path). Merge the two into a folder, and evaluate that."
+        )
+    model, recorded = ModelConfig(**record["config"]["model"]), record.get("model", {})
+    changed = [part for part, value in model_files(model).items() if recorded.get(f"its {part}", value) != value]
+    if changed:
+        raise UserError(
+            f"{model.path} is not the model any more that run={run} began from (changed: its {', its '.join(changed)})."
+            " Bring the old files back."
+        )
+    return model

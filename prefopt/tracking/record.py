@@ -167,7 +167,11 @@ def record_problems(record: dict[str, Any], finished: bool = False) -> Iterator[
 
 NO_FIGURES = ("split", "reliability")  # of what an evaluation holds
 # Figures that an evaluation has together, and all evaluations of a run or none.
-TOGETHER = (("chosen_logps",), ("oracle_reward", "oracle_reward_se", "kl", "kl_se"), ("calibration_error", "loss"))
+TOGETHER = (
+    ("chosen_logps",),
+    ("oracle_reward", "oracle_reward_se", "kl", "kl_se", "samples"),
+    ("calibration_error", "loss"),
+)
 
 
 def harness_problems(result: dict[str, Any]) -> Iterator[str]:

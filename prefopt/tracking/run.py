@@ -68,6 +68,12 @@ class Run:
     def finished(self) -> bool:
         return self.record["status"] == "finished"
 
+    def identity(self) -> dict[str, Any]:
+        """What all processes of the run must have been given alike: config and digests, by keys with dots."""
+        return dict(_flatten(self._inputs["config"])) | {
+            f"digest of {name}": digest for name, digest in self._inputs["data_digests"].items()
+        }
+
     @property
     def begun(self) -> bool:
         """Whether there is work that a new start would throw away: a policy, a checkpoint, or a stage."""
@@ -87,12 +93,6 @@ class Run:
             f"{self.folder} {state} another model than there is now (changed: {', '.join(changed)}). To train on "
             f"what is there now, move the folder away, or choose another model.name=NAME. With the old files it {old}."
         )
-
-    def identity(self) -> dict[str, Any]:
-        """What all processes of the run must have been given alike: config and digests, by keys with dots."""
-        return dict(_flatten(self._inputs["config"])) | {
-            f"digest of {name}": digest for name, digest in self._inputs["data_digests"].items()
-        }
 
     def hold(self) -> None:
         """Keep other processes off this run (`process.acquire_lock`). Only the main process does; may be called again.

@@ -47,7 +47,7 @@ class PolicyExporter:
         try:
             with tempfile.TemporaryDirectory() as name:
                 self._check(Path(name))
-        except UserError:
+        except (UserError, OSError):  # a disk says nothing of the model
             raise
         except Exception as error:  # what code of an architecture, of peft or of transformers raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -225,12 +225,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     with memory_for(f"loading {config.model.path} on {config.device}", smaller):
         policy = build_policy(config, objective, tokenizer)
     digest = weights_digest(policy)
-    tokenizer_key = tokenizer_digest(tokenizer)
-    check_agreement(
-        "have read different models", {"the tokenizer's digest": tokenizer_key, "the weights' digest": digest}
-    )
     # Once more, since other code, or another version of transformers, may read the same files differently.
-    loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_key}
+    loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
+    check_agreement("have read different models", loaded)
     run.refuse_changed_model(loaded)
     exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     if is_main_process():

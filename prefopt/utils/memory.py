@@ -32,15 +32,19 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator has raised this error, or the one that it was made of."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    if isinstance(error, RuntimeError) and any(text.lower() in str(error).lower() for text in MESSAGES):
-        return True
-    before = error.__cause__ or error.__context__
-    return before is not None and is_out_of_memory(before)
+    """Whether an allocator has raised this error, or one that it was made of."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:  # an error raised from itself is its own cause
+        if isinstance(link, MemoryError) or type(link).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(link, OSError) and link.errno == errno.ENOMEM:
+            return True
+        if isinstance(link, RuntimeError) and any(text.lower() in str(link).lower() for text in MESSAGES):
+            return True
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return False
 
 
 @contextlib.contextmanager

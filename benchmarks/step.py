@@ -216,6 +216,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
         mock.patch("prefopt.training.loop.train_step", step),
         mock.patch("prefopt.training.evaluate.evaluate", return_value={}),
         mock.patch("prefopt.training.checkpoint.export"),
+        mock.patch("prefopt.training.export.PolicyExporter.check"),
         stopwatch() as events,
     ):
         run(prepare_run(resolved(spec)))

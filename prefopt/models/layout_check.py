@@ -49,21 +49,22 @@ def choose_layout(
     with autocast(model.device, precision):
         try:
             expected = torch.stack([_expected_numbers(model, group.prompt, c) for c in group.completions], -1)
+            if not expected.isfinite().all():
+                raise UserError(
+                    f"the {model.config.model_type} gives {expected.flatten()[0]:g} for a row of the data, so its "
+                    "weights hold what is no number, or are too large. Get the checkpoint again."
+                )
             check_causal(model, group.prompt + group.completions[0], TOLERANCE[precision])
             if not hasattr(model, "score"):
                 check_logits(model, group.prompt)
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"the {model.config.model_type} cannot compute a row of token ids alone ({why}), so it cannot be "
                 "trained here. Use another model."
             ) from error
-        if not expected.isfinite().all():
-            raise UserError(
-                f"the {model.config.model_type} gives {expected.flatten()[0]:g} for a row of the data, so its weights "
-                "hold what is no number, or are too large. Get the checkpoint again."
-            )
-
         for candidate in names[names.index(name) :]:
             try:
                 if candidate == "packed":

@@ -116,6 +116,13 @@ def weights(change: Callable) -> Callable[[Path], object]:
     return rewrite
 
 
+def without_eos(folder: Path) -> None:
+    """No file says which token ends a turn."""
+    written("tokenizer_config.json", "{}")(folder)
+    changed("config.json", eos_token_id=None)(folder)
+    changed("generation_config.json", eos_token_id=None)(folder)
+
+
 def shortened(folder: Path) -> None:
     """The vocabulary of the model, but not of its tokenizer, becomes 50."""
     changed("config.json", vocab_size=50)(folder)
@@ -332,13 +339,16 @@ TABLE = [
              "model type `nonsense`"),
     model("heads that do not fit", changed("config.json", hidden_size=33), "model.path=bad", "Give a hub name"),
     model("no template", without("chat_template.jinja"), "has no chat template. Use an instruction-tuned model"),
-    model("half a template", written("chat_template.jinja", "{% for"), "the chat template of bad cannot write user"),
+    model("half a template", written("chat_template.jinja", "{% for"),
+          "the chat template of bad is no Jinja: unexpected",
+          "model.chat_template=FILE"),
     model("a template that refuses", written("chat_template.jinja",
-             "{{ raise_exception('never') }}"), "user: never. Use"),
+             "{{ raise_exception('never') }}"), "fails on a plain conversation: never. Use"),
     model("a template without end", written("chat_template.jinja",
              "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-          "does not close the assistant's turn", "Set the tokenizer's eos_token"),
-    model("no end of a turn", written("tokenizer_config.json", "{}"), "the tokenizer of bad has no eos token"),
+          "does not close the assistant's turn", "model.chat_template=FILE"),
+    model("no end of a turn", without_eos, "does not close the assistant's turn with an eos token (the tokenizer has",
+          "model.eos_token='<|im_end|>'"),
     model("no tokenizer", written("tokenizer.json", "{}"), "no tokenizer can be loaded from model.path=bad",
           "Give a hub name"),
     model("too short for the rows", changed("config.json", max_position_embeddings=16), "the longest row has ",
@@ -416,7 +426,8 @@ TABLE = [
           files=run(policy=False, status="failed")),
     other("harness", "half a record", "run=runs/A", "record.json cannot be read", "Bring it back",
           files={"runs/A/record.json": "{"}),
-    other("harness", "no record", "run=runs/A", "record.json is no run's record", files={"runs/A/record.json": "[]"}),
+    other("harness", "no record", "run=runs/A", "record.json holds a list, and should hold",
+          files={"runs/A/record.json": "[]"}),
     other("harness", "no tasks", "run=runs/A tasks=[]", "tasks must be mmpo, mappo, a task of lm-eval", files=run()),
     other("harness", "a number as task", "run=runs/A tasks=[3]", "or a list of them, is [3]", files=run()),
     other("harness", "no rows", "run=runs/A limit=0", "limit must be at least 1, or null, is 0", files=run()),
@@ -469,7 +480,6 @@ TABLE = [
     other("runs", "another state", "status=[nope]", "there is no nope. A run is new, queued"),
     other("runs", "a path as name", "name=/a", "name=/a must be the name of a run's folder", files=run()),
     other("runs", "the best of none", "name=b best=seed", "there are no such runs", "Choose others", files=run()),
-    other("runs", "half a record", "", "runs/A/record.json cannot be read", files={"runs/A/record.json": "{"}),
     # prefopt.data_report and prefopt.prefetch
     other("data_report", "no file", "dataset.train=none.jsonl", "data file none.jsonl does not exist. Give"),
     other("data_report", "no length", "dataset.train=train.jsonl max_prompt_tokens=0",

@@ -96,7 +96,8 @@ def test_the_gradient_of_a_step_is_that_of_both_losses(objective, checkpointing,
 
     model, tokens = experts(), sum(m.batch.tokens for m in micro_batches)
     total = 0.0
-    for _, batch in micro_batches:
+    for micro_batch in micro_batches:
+        batch = micro_batch.batch
         rows = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         loss = model(**rows, output_router_logits=True).aux_loss * batch.tokens / tokens
         (0.7 * loss).backward()

@@ -85,8 +85,8 @@ def terminator(tokenizer: PreTrainedTokenizerBase, chosen: str | None, stops: Co
         text = _render(tokenizer, chat, False)
     except TemplateError as error:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} fails on a plain conversation: {error}. Use a model with another template, "
-            "or give one: model.chat_template=FILE."
+            f"the chat template of {tokenizer.name_or_path} fails on a plain conversation: {error}. Use a model with "
+            "another template, or give one: model.chat_template=FILE."
         ) from None
     behind = text.rpartition(ANSWER)[2]
     ids = tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"] if behind else []

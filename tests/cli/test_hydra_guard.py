@@ -41,7 +41,7 @@ def call(use: tuple[str, ...], *arguments: str, monkeypatch) -> tuple[int, list]
     ran: list = []
     launch = (lambda points, *_: ran.extend(points)) if program == "train" else None
     try:
-        code = run(program, PROGRAMS[program], ran.append, launch, [*flags, *arguments])  # type: ignore[arg-type]
+        code = run(program, PROGRAMS[program], ran.append, launch, None, [*flags, *arguments])  # type: ignore[arg-type]
     except SystemExit as error:
         code = int(error.code or 0)
     return code, ran

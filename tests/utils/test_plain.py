@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from prefopt.reporting.data import Section, long_csv, markdown
 from prefopt.reporting.tables import Column, Tabular, text_columns
@@ -64,7 +65,7 @@ def test_rich_and_progress_bars_still_draw(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     inside = Stream(terminal=True)
     monkeypatch.setattr(sys, "stdout", RedactingStream(inside))
-    PlainConsole(force_terminal=True).print("[bold]heavy[/bold]")
+    PlainConsole(force_terminal=True).print(Text("heavy", "bold"))
     print("\r 10%", end="")
     print("a\tb\r\n", end="")
     assert inside.getvalue() == "\x1b[1mheavy\x1b[0m\n\r 10%a\tb\r\n"

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,8 +27,10 @@ from prefopt.data.formats import (
     is_absent,
     nested,
 )
+from prefopt.data.layouts import find_layout
 from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError
+from prefopt.utils.files import resolve_path
 
 # Defects of rows that nothing can be trained on; see `PoliciesConfig` for all of them.
 CANNOT_BE_KEPT = (
@@ -274,13 +277,33 @@ def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -
 
     def by_row() -> Iterator[tuple[str, Item | Dropped | Labelled]]:
         for where, row in read_rows(path, split, revision):
-            result = _read_row(read, row, source, where)
+            try:
+                result = _read_row(read, row, source, where)
+            except UserError as error:
+                raise UserError(f"{error}{_what_reads(path, split, source)}") from None
             for item in [result] if isinstance(result, Pair | Chat | Dropped | Labelled) else result:
                 yield where, item
 
     for where, item in read.combine(by_row()):
         assert not isinstance(item, Labelled), f"{type(read).__name__} makes no pairs of labelled completions"
         yield where, item
+
+
+def _what_reads(path: str, split: str, source: DatasetConfig) -> str:
+    """A sentence with the settings that read the rows of `path`, if they have a known layout that `source` is not."""
+    try:
+        layout = find_layout(
+            path, None if resolve_path(path).is_file() else split, {}, "python -m prefopt.train"
+        ).layout
+    except UserError:  # none, or several: then there is nothing to advise
+        return ""
+    same = isinstance(build(source.format, Format, "dataset.format"), layout.format)
+    if same and layout.columns == source.columns:
+        return ""
+    settings = layout.overrides(path)
+    if path != source.train:  # of held-out rows, how they are read, and not as what
+        settings = [s for s in settings if s.startswith(("dataset.format", "+dataset"))]
+    return f"\nThe rows of this file are read by: {shlex.join(settings)}"
 
 
 def _read_row(read: Format, row: Row, source: DatasetConfig, where: str) -> Any:
@@ -293,8 +316,7 @@ def _read_row(read: Format, row: Row, source: DatasetConfig, where: str) -> Any:
         fields = ", ".join(row) or "none"
         raise UserError(
             f"{where} has no field {error} (its fields: {fields}). {type(read).__name__} rows are: "
-            f"{(type(read).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns; dataset=PATH "
-            "looks for the layout by itself."
+            f"{(type(read).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
         ) from None
     except RowDefect as error:
         return error.dropped

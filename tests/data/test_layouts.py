@@ -1,6 +1,7 @@
 """The layouts that people's rows have: what each gives, and that `dataset=PATH` finds it."""
 
 import json
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -112,6 +113,19 @@ def test_a_preference_is_found_in_every_layout(name, tmp_path, caplog):
     assert [(p.prompt, p.chosen, p.rejected) for p in split.pairs] == [(QUESTION, GOOD, BAD)]
     assert f"rows of {format_.__name__}:" in caplog.text
     assert "python -m prefopt.train dataset=jsonl dataset.train=" in caplog.text
+
+
+# A transcript in `prompt` is text, which `Pairs` reads as such.
+OTHERS = [n for n, (_, format_) in PREFERENCES.items() if format_ is not Pairs and n != "hh-rlhf with its prompt"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_another_layout_are_refused_with_the_settings_that_read_them(name, tmp_path):
+    file = write(tmp_path / "rows.jsonl", [PREFERENCES[name][0]])
+    with pytest.raises(UserError, match="The rows of this file are read by: dataset=jsonl") as error:
+        load("dataset=jsonl", f"dataset.train={file}")
+    settings = shlex.split(str(error.value).rpartition("are read by: ")[2])
+    assert [(p.prompt, p.chosen, p.rejected) for p in load(*settings).pairs] == [(QUESTION, GOOD, BAD)]
 
 
 # {name: (rows, the conversations that they give)}.

@@ -481,7 +481,8 @@ def _to_the_end(
 ) -> list[int]:
     """`whole` up to the terminator, with it if `finished`. The terminator is the first eos token from `start` on, after
     `inside` others that are a part of the answer's own text. Raises UserError if there is none."""
-    ends = [i for i in range(start, len(whole)) if whole[i] == tokenizer.eos_token_id]
+    eos = tokenizer.eos_token_id  # looked up once: a tokenizer computes it each time
+    ends = [i for i in range(start, len(whole)) if whole[i] == eos]
     if not ends:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} does not close this turn with the eos token "

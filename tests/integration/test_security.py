@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ from prefopt.reporting.paper_common import Figure
 from prefopt.reporting.style import plotting, save
 from prefopt.reporting.tables import Tabular, text_columns
 from prefopt.tracking.policies import Checkpoint
-from prefopt.tracking.record import update_record
+from prefopt.tracking.record import update_record, write_record
 from prefopt.tracking.status import RunsConfig, select
 from prefopt.training.checkpoint import load_checkpoint
 from prefopt.training.config import TrainConfig, check
@@ -505,6 +506,8 @@ def test_a_job_script_is_made_of_words(mark, tmp_path, monkeypatch):
     words = (tmp_path / "srun.said").read_text().splitlines()
     assert words[-6:] == ["--", "python;touch", str(mark), "-m", "prefopt.job", str(folder)]
     folder = tmp_path / "a\nb"
+    folder.mkdir()
+    write_record(folder, {"status": "queued", "host": socket.gethostname(), "pid": os.getpid()})
     job = type("Job", (), {"folder": folder, "model": None})
     monkeypatch.setattr("prefopt.launch.slurm.parameters", lambda _: 1)
     with pytest.raises(UserError, match="give another runs_dir"):

@@ -251,6 +251,8 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
         # The head is trained whole; peft keeps such modules beside the adapter.
         tensors["score.weight"] = cast(nn.Linear, model.score).weight.detach()
         config.modules_to_save, config.task_type = ["score"], "SEQ_CLS"
+    else:
+        config.task_type = "CAUSAL_LM"  # peft's AutoPeftModelForCausalLM asks for it
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(target)
     # Copies: resized embeddings, which peft keeps beside the adapter, may be tied, and a file holds no memory twice.

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens
+from prefopt.models.padding import save_reward_tokenizer
 from prefopt.models.transformers4 import write_for_transformers4
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -207,7 +208,10 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
     try:
         policy.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        if hasattr(policy, "score"):
+            save_reward_tokenizer(policy, tokenizer, aside)
+        else:
+            tokenizer.save_pretrained(aside)
         if policy.can_generate():
             write_terminator(policy, tokenizer, aside)
         write_for_transformers4(aside)

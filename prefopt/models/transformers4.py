@@ -50,7 +50,7 @@ def write_rope(folder: Path) -> None:
     if not holds(after, before):
         atomic_write(file, original)
         log.warning(
-            f"  {file} names rotary positions in transformers 5's way alone: with the names of version 4, "
+            f"  the export has transformers 5's names of rotary positions alone: with those of version 4 beside them, "
             f"{values.get('model_type')} would be read as another model. Do not use it with transformers 4."
         )
 

@@ -182,18 +182,22 @@ def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
 
     from prefopt.models.generation_config import stop_tokens
     from prefopt.models.load import checkpoint_path
+    from prefopt.models.safe_weights import check_weights, no_pickles
 
     model = checkpoint.model
-    lm = HFLM(
-        pretrained=checkpoint_path(model),
-        revision=model.revision or "main",
-        tokenizer=tokenizer_of(model, config),
-        dtype=config.precision,
-        device=config.device,
-        batch_size=config.batch_size,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    path = checkpoint_path(model)
+    check_weights(path, model.revision)
+    with no_pickles(path):
+        lm = HFLM(
+            pretrained=path,
+            revision=model.revision or "main",
+            tokenizer=tokenizer_of(model, config),
+            dtype=config.precision,
+            device=config.device,
+            batch_size=config.batch_size,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     stops = stop_tokens(lm.tokenizer, lm.model.config, lm.model.generation_config)
     lm.model.generation_config = GenerationConfig(eos_token_id=stops)
     return lm

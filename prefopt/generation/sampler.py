@@ -197,8 +197,10 @@ def vllm_sampler(
 
     from prefopt.models.fingerprint import model_files
     from prefopt.models.load import checkpoint_path, stop_ids
+    from prefopt.models.safe_weights import check_weights
 
     path = checkpoint_path(config)
+    check_weights(path, config.revision)
     # generation_config="vllm": without the sampling settings, and the limit of a response, that come with the model.
     llm = LLM(
         model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import UserError
+from prefopt.models.safe_weights import load_pretrained, no_pickles
 from prefopt.utils.files import cache_dir, follow_umask
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ def convert_gguf(gguf: Path) -> Path:
     log.info(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
     transformers_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except MemoryError:
+        loaded = load_pretrained(AutoModelForCausalLM, str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # reading a foreign file may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -43,7 +44,8 @@ def convert_gguf(gguf: Path) -> Path:
     # Renamed when complete, so that no reader sees half of a checkpoint.
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     model.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    with no_pickles(str(gguf)):
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
     follow_umask(aside)
     try:
         aside.rename(target)

@@ -27,6 +27,7 @@ from prefopt.data.chat_template import resolve
 from prefopt.data.tokenize import check_chat_template
 from prefopt.errors import UserError
 from prefopt.models.gguf import convert_gguf
+from prefopt.models.safe_weights import load_pretrained, no_pickles
 from prefopt.utils.files import resolve_path
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     else:
         path, revision, key = str(config.tokenizer), None, "model.tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        with no_pickles(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("tokenizer", f"{key}={path}", path, error)) from None
     resolve(tokenizer, config, stop_ids(config))
@@ -242,13 +244,13 @@ def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[Pr
     try:
         # Without a dtype, transformers 5 takes that of the checkpoint, and an optimizer on bfloat16 weights loses small
         # updates.
-        model, loading = auto.from_pretrained(
+        model, loading = load_pretrained(
+            auto,
             checkpoint_path(config),
-            revision=config.revision,
+            config.revision,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported as mismatched_keys instead of raised
-            use_safetensors=True,
             **{"trust_remote_code": False} | changes,
         )
     except (UserError, torch.OutOfMemoryError, MemoryError):

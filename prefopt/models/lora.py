@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.models.dropout import Noise, PairDropout
+from prefopt.models.safe_weights import ADAPTER, check_adapter, no_pickles
 from prefopt.utils.files import follow_umask
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,14 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
     from peft import PeftConfig as AdapterConfig
     from peft import PeftModel
 
+    check_adapter(path)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     try:
         config = AdapterConfig.from_pretrained(path)
         # Otherwise peft takes the class of that task, which asks for a model of that task: an adapter of a language
         # model is a start for a reward model, too.
         config.task_type = None
-        with warnings.catch_warnings():
+        with no_pickles(f"peft.path={path}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors, which are refused below, and of tied weights
             peft_model = PeftModel.from_pretrained(model, path, config=config)
         problems = differing_tensors(peft_model, path)
@@ -85,7 +87,7 @@ def differing_tensors(peft_model: Any, path: str) -> list[str]:
 
     # transformers 5 stores the experts of a layer in one tensor; peft brings adapters of single experts into that form.
     file = convert_peft_adapter_state_dict_for_transformers(
-        peft_model, peft_model.peft_config["default"], load_file(Path(path) / "adapter_model.safetensors")
+        peft_model, peft_model.peft_config["default"], load_file(Path(path) / ADAPTER)
     )
     adapter = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     everything = peft_model.state_dict()  # a file may hold the embeddings, too, where tokens had been added
@@ -249,12 +251,14 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
         # The head is trained whole; peft keeps such modules beside the adapter.
         tensors["score.weight"] = cast(nn.Linear, model.score).weight.detach()
         config.modules_to_save, config.task_type = ["score"], "SEQ_CLS"
+    else:
+        config.task_type = "CAUSAL_LM"  # peft's AutoPeftModelForCausalLM asks for it
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(target)
     # Copies: resized embeddings, which peft keeps beside the adapter, may be tied, and a file holds no memory twice.
     save_file(
         {f"base_model.model.{name}": tensor.clone().contiguous() for name, tensor in tensors.items()},
-        target / "adapter_model.safetensors",
+        target / ADAPTER,
         {"format": "pt"},
     )
     follow_umask(target)

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens
+from prefopt.models.padding import save_reward_tokenizer
+from prefopt.models.transformers4 import write_for_transformers4
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
@@ -195,7 +197,7 @@ def load_meta(path: Path) -> dict[str, Any]:
 
 
 def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write policy and tokenizer into folder `target`, as transformers' `from_pretrained` loads them.
+    """Write policy and tokenizer into folder `target`, as `from_pretrained` of transformers 5 and 4 loads them.
 
     Raises UserError where a weight is not finite, and OSError where the folder cannot be written; then nothing is left
     of it.
@@ -206,9 +208,13 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
     try:
         policy.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        if hasattr(policy, "score"):
+            save_reward_tokenizer(policy, tokenizer, aside)
+        else:
+            tokenizer.save_pretrained(aside)
         if policy.can_generate():
             write_terminator(policy, tokenizer, aside)
+        write_for_transformers4(aside)
         remove(target)
         publish(aside, target)
     except (OSError, SafetensorError) as error:

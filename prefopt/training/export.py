@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +23,19 @@ from transformers import (
 from prefopt.errors import UserError
 from prefopt.models import load, lora
 from prefopt.models.lora import add_adapter, merge, merge_adapter, save_adapter
+from prefopt.models.transformers4 import write_tokenizer
 from prefopt.training import checkpoint
 from prefopt.training.config import TrainConfig
+from prefopt.utils.files import atomic_write, follow_umask, remove, resolve_path
 
 
 @dataclass
 class PolicyExporter:
-    """Writes the policy with its adapter merged, and the adapter by itself into `adapter_folder`."""
+    """Writes the policy with its adapter merged, and the adapter by itself into `adapter_folder`.
+
+    A run that began from `peft.path` has no adapter of its base that is the policy: two lie on it. It gets a file
+    beside `adapter_folder` instead, which says so.
+    """
 
     config: TrainConfig
     policy: PreTrainedModel
@@ -65,7 +72,7 @@ class PolicyExporter:
         with collect_weights() as files:
             if self.config.peft.target_modules:
                 add_adapter(policy, self.config.peft, self.config.seed)
-                save_adapter(policy, folder / "adapter")
+                self._save_adapter(policy, folder / "adapter")
                 merge(policy)
             files.clear()
             checkpoint.export(policy, self.tokenizer, folder / "policy")
@@ -80,23 +87,73 @@ class PolicyExporter:
         # Quantized weights stay as they are: merged into 4 bits, they would be rounded again.
         if not self.config.peft.target_modules or self.config.peft.quantize:
             return self(target)
-        save_adapter(self.policy, self.adapter_folder)
+        if self.config.peft.path:
+            self._explain_no_adapter()
+        else:
+            self._save_adapter(self.policy, self.adapter_folder)
         merge(self.policy)
         return self._write(self.policy, target)
 
     def _merged_copy(self) -> PreTrainedModel:
         """The initial weights, loaded again on the CPU, with the adapter merged."""
-        save_adapter(self.policy, self.adapter_folder)
         load_again = load.load_reward_model if hasattr(self.policy, "score") else load.load_model
         merged = load_again(self.config.model, "cpu")
         if self.config.peft.path:
             merge_adapter(merged, self.config.peft.path)
-        merge_adapter(merged, str(self.adapter_folder))
+            aside = self.adapter_folder.with_name("adapter.tmp")
+            save_adapter(self.policy, aside)
+            merge_adapter(merged, str(aside))
+            self._explain_no_adapter()
+        else:
+            self._save_adapter(self.policy, self.adapter_folder)
+            merge_adapter(merged, str(self.adapter_folder))
         return merged
+
+    def _save_adapter(self, policy: PreTrainedModel, target: Path) -> None:
+        """Write the adapter so that it loads by itself: with tokenizer and template, and the name of its base."""
+        save_adapter(policy, target)
+        self.tokenizer.save_pretrained(target)
+        write_tokenizer(target)
+        name, revision = portable_name(self.config.model.path, self.config.model.revision)
+        file = target / "adapter_config.json"
+        values = json.loads(file.read_text()) | {"base_model_name_or_path": name, "revision": revision}
+        atomic_write(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
+        if resolve_path(self.config.model.path).exists() and "/" not in name:  # of this machine, not of the hub's cache
+            where = (
+                f"`{name}` was a folder or file on the machine of the run, which nobody else has by this name. Its "
+                "digests are in `record.json` of the run, under `model`. Give the same model to peft, or write its "
+                "place into adapter_config.json as `base_model_name_or_path`."
+            )
+        else:
+            where = f"`{name}` is its name on the hub" + (f", at revision `{revision}`." if revision else ".")
+        (target / "README.md").write_text(f"An adapter of the model `{name}`, in the format of peft.\n\n{where}\n")
+        follow_umask(target)
+
+    def _explain_no_adapter(self) -> None:
+        remove(self.adapter_folder.with_name("adapter.tmp"))
+        self.adapter_folder.with_name("adapter.md").write_text(
+            f"No adapter is kept of this run. It began from model.path={self.config.model.path} with the adapter "
+            f"peft.path={self.config.peft.path} merged into it, and what it has trained lies on top of that: neither "
+            "adapter alone makes the policy of the model.\n\nThe folders in policy/ and policies/ are the whole, with "
+            "both adapters merged. To train on, give one of them as model.path, without peft.path.\n"
+        )
 
     def _write(self, policy: PreTrainedModel, target: Path) -> str:
         checkpoint.export(policy, self.tokenizer, target)
         return load.weights_digest(policy)
+
+
+def portable_name(path: str, revision: str | None) -> tuple[str, str | None]:
+    """(name, revision) of a model for other machines: on the hub, also of a folder in the hub's cache; else the name of
+    its folder or file, without the place."""
+    local = resolve_path(path).absolute()
+    if not local.exists():
+        return path, revision
+    parts = local.parts
+    for folder, kind, commit in zip(parts, parts[1:], parts[2:], strict=False):
+        if folder.startswith("models--") and kind == "snapshots":
+            return folder.removeprefix("models--").replace("--", "/"), commit
+    return local.name, None
 
 
 def without_values(model: PreTrainedModel) -> PreTrainedModel:

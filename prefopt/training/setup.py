@@ -12,7 +12,6 @@ import os
 import time
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config.parse import build
@@ -98,13 +97,10 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
 
 def check_peft(config: PeftConfig, objective: "Objective") -> None:
     """Raise UserError for a folder that is no adapter, and for quantization that is not possible."""
-    if config.path and not (Path(config.path) / "adapter_config.json").is_file():
-        raise UserError(f"peft.path={config.path} is no adapter: it holds no adapter_config.json.")
-    if config.path and not (Path(config.path) / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"peft.path={config.path} holds no adapter_model.safetensors; adapter_model.bin would be a pickle, "
-            "which could run any code and is not read. Save the adapter again with peft 0.7 or later."
-        )
+    from prefopt.models.safe_weights import check_adapter
+
+    if config.path:
+        check_adapter(config.path)
     if config.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.quantize needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
     if config.quantize and objective.model_kind == "reward_model":

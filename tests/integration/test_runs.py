@@ -122,7 +122,9 @@ def test_a_reward_model_trains_and_its_export_gives_the_same_scores(overrides, t
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / record["name"] / "policy", dtype=torch.float32
     )
-    assert model.config.pad_token_id is None  # pad is eos here: by it transformers would read the wrong token
+    exported = AutoTokenizer.from_pretrained(tmp_path / record["name"] / "policy")
+    # In the base pad is eos: by it transformers would read the wrong token.
+    assert model.config.pad_token_id == exported.pad_token_id != exported.eos_token_id
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
     rows = [Pairs()(row) for _, row in read_rows(str(tiny_folder / "heldout.jsonl"))]
     pairs, *_ = tokenize(tokenizer, rows, 1800, 512)  # type: ignore[arg-type]
@@ -131,6 +133,12 @@ def test_a_reward_model_trains_and_its_export_gives_the_same_scores(overrides, t
         theirs = [model(torch.tensor([p.prompt + c])).logits.item() for side in ("chosen", "rejected") for p in pairs
                   for c in [getattr(p, side)]]  # fmt: skip
         assert ours.tolist() == pytest.approx(theirs, abs=1e-5)
+    texts = [p.prompt + c for side in ("chosen", "rejected") for p in pairs for c in [getattr(p, side)]]
+    assert len({len(text) for text in texts}) > 1
+    for side in ("right", "left"):
+        exported.padding_side = side
+        together = model(**exported.pad({"input_ids": texts}, return_tensors="pt")).logits[:, 0]
+        assert together.tolist() == pytest.approx(theirs, abs=1e-4), side
     margins = ours[: len(pairs)] - ours[len(pairs) :]
     assert last["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
     assert last["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), abs=1e-4)

@@ -2,6 +2,7 @@
 
 Those on Hydra's own section are in tests/cli/test_hydra_guard.py."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,7 +29,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig
@@ -43,7 +46,17 @@ from prefopt.launch.base import Launcher
 from prefopt.launch.estimate import parameters
 from prefopt.launch.slurm import Slurm
 from prefopt.launch.sweep import command_of
-from prefopt.models.load import check_model, load_model, load_reward_model, load_tokenizer
+from prefopt.models import safe_weights
+from prefopt.models.load import (
+    check_model,
+    load_custom_reward_model,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+    load_trained_reward_model,
+    weights_digest,
+)
+from prefopt.models.lora import merge_adapter
 from prefopt.objectives.base import Objective
 from prefopt.reporting.compare import page as compare_page
 from prefopt.reporting.html import page as papers_page
@@ -134,6 +147,102 @@ def test_a_pickle_under_another_name_is_none(model, mark, tmp_path):
         with pytest.raises((UserError, SafetensorError)), TensorCache(folder).locked("x"):
             pass
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def pickled(mark, monkeypatch) -> bytes:
+    """A pickle that creates a file as soon as anything gives it to torch.load: not by its default `weights_only`."""
+    original = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **settings: original(*args, **settings | {"weights_only": False}))
+    return saved(mark)
+
+
+def name_pickle(model: Path, way: str, data: bytes) -> None:
+    """Let the files of `model` say, in one `way`, that weights are in a pickle beside or below its safetensors."""
+    config = json.loads((model / "config.json").read_text())
+    tensors = load_file(model / "model.safetensors")
+    if way.startswith("transformers_weights"):
+        config["transformers_weights"] = {
+            "transformers_weights": "adapter_model.bin",
+            "transformers_weights of an index": "other.safetensors.index.json",
+            "transformers_weights outside": "../weights.safetensors",
+        }[way]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "weights.bin")}
+    file = "other" if "of an index" in way else "model"
+    if "index" in way:
+        (model / f"{file}.safetensors.index.json").write_text(json.dumps(index))
+        (model / "model.safetensors").unlink()
+    if way == "adapter":
+        (model / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 1}')
+    (model / "config.json").write_text(json.dumps(config))
+    for name in ("weights.bin", "adapter_model.bin", "../weights.safetensors"):
+        (model / name).write_bytes(data)
+
+
+WAYS = ["transformers_weights", "transformers_weights of an index", "transformers_weights outside", "index", "adapter"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reader", ["policy", "reward model", "trained reward model", "custom", "harness"])
+def test_no_file_of_a_model_leads_to_a_pickle(reader, way, model, pickled):
+    name_pickle(model, way, pickled)
+    config = ModelConfig("m", str(model))
+    harness = HarnessConfig(batch_size=1, precision="float32", device="cpu", chat_template=False)
+    read = {
+        "policy": lambda: load_model(config, "cpu"),
+        "reward model": lambda: load_reward_model(config, "cpu"),
+        "trained reward model": lambda: load_trained_reward_model(config, "cpu"),
+        "custom": lambda: load_custom_reward_model(config, "cpu"),
+        "harness": lambda: load(Checkpoint("c", config), harness),
+    }[reader]
+    with pytest.raises(UserError, match=r"no safetensors file of its folder|adapter"):
+        read()
+
+
+@pytest.mark.parametrize("way", ["transformers_weights", "index"])
+def test_code_that_comes_to_a_pickle_all_the_same_is_stopped_before_it_reads(way, model, pickled, monkeypatch):
+    """What no check of names knows: the pickle is refused where it would be opened."""
+    monkeypatch.setattr(safe_weights, "check_weights", lambda path, revision=None: None)
+    name_pickle(model, way, pickled)
+    with pytest.raises(UserError, match="is a pickle, which could run any code"):
+        load_model(ModelConfig("m", str(model)), "cpu")
+
+
+def test_weights_in_shards_and_under_another_name_are_read(model):
+    tensors = load_file(model / "model.safetensors")
+    expected = weights_digest(load_model(ModelConfig("m", str(model)), "cpu"))
+    (model / "model.safetensors").rename(model / "shard-1.safetensors")
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "shard-1.safetensors")})
+    (model / "model.safetensors.index.json").write_text(index)
+    assert weights_digest(load_model(ModelConfig("m", str(model)), "cpu")) == expected
+    (model / "model.safetensors.index.json").unlink()
+    values = json.loads((model / "config.json").read_text()) | {"transformers_weights": "shard-1.safetensors"}
+    (model / "config.json").write_text(json.dumps(values))
+    assert weights_digest(load_model(ModelConfig("m", str(model)), "cpu")) == expected
+
+
+def test_a_pickle_beside_a_gguf_file_is_not_read(mark, pickled, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(pickled)
+    (tmp_path / "m.gguf").write_bytes(pickled)
+    with pytest.raises(UserError, match="holds an adapter"):
+        load_model(ModelConfig("m", str(tmp_path / "m.gguf")), "cpu")
+
+
+def test_an_adapters_settings_lead_to_no_pickle(tiny_folder, pickled, tmp_path):
+    folder = tmp_path / "adapter"
+    peft_model = get_peft_model(load_model(ModelConfig("m", str(tiny_folder / "model")), "cpu"), LoraConfig(r=1))
+    peft_model.save_pretrained(folder)
+    (tmp_path / "covariance.pt").write_bytes(pickled)
+    values = json.loads((folder / "adapter_config.json").read_text())
+    values |= {"init_lora_weights": "corda", "corda_config": {"cache_file": str(tmp_path / "covariance.pt")}}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    with contextlib.suppress(UserError):  # peft may also leave the file alone, and load the tensors
+        merge_adapter(load_model(ModelConfig("m", str(tiny_folder / "model")), "cpu"), str(folder))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    (folder / "adapter_model.bin").write_bytes(pickled)
+    with pytest.raises(UserError, match="would be a pickle"):
+        merge_adapter(load_model(ModelConfig("m", str(tiny_folder / "model")), "cpu"), str(folder))
 
 
 def test_an_adapter_that_is_a_pickle_is_refused(tiny_folder, overrides, mark, tmp_path):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.data.collate import LAYOUTS
@@ -24,6 +24,7 @@ from prefopt.objectives.reward import Reward
 from prefopt.training import step
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
+from prefopt.training.export import portable_name
 from prefopt.training.step import accumulate_gradients, forward_policy, train_step
 from tests.helpers.tiny import records, run_program, save_tiny, tiny_model
 from tests.training.test_loop import make_train_state
@@ -234,7 +235,7 @@ def logps(model, train_state) -> torch.Tensor:
         return LogprobComputer("float32")(model.eval(), LAYOUTS["padded"].collate(train_state.train_pairs)).sums
 
 
-def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tiny_folder, tmp_path):
+def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tiny_folder, tmp_path, monkeypatch):
     environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
     options = ["peft=lora_attention_mlp", "peft.r=4", "objective=beta_dpo", "gradient_checkpointing=true", "steps=3"]
     common = [*overrides(tmp_path / "runs"), *options, "optimizer.lr=1e-2"]
@@ -251,9 +252,17 @@ def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tin
     policy = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32)
     base.load_adapter(str(run / "adapter"))
     assert torch.allclose(logps(policy, train_state), logps(base, train_state), atol=1e-4)
+    monkeypatch.chdir(tiny_folder)  # where the base has the name that the adapter gives it
+    alone = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+    assert torch.allclose(logps(policy, train_state), logps(alone.get_base_model(), train_state), atol=1e-4)
+    template = AutoTokenizer.from_pretrained(run / "policy").chat_template
+    assert template
+    assert AutoTokenizer.from_pretrained(run / "adapter").chat_template == template
+    files = [file for file in (run / "adapter").iterdir() if file.suffix != ".safetensors"]
+    assert not [file for file in files if str(tiny_folder) in file.read_text()]
     assert not torch.allclose(logps(policy, train_state), before, atol=1e-2)
 
-    again = run_program(*common, f"peft.path={run / 'adapter'}", env=environment)
+    again = run_program(*common, f"peft.path={run / 'adapter'}", "exports=2", env=environment)
     assert again.returncode == 0, again.stderr
     (second,) = [r for r in records(tmp_path / "runs") if r["name"] != record["name"]]
     rows = [json.loads(line) for line in (run.parent / second["name"] / "metrics.jsonl").read_text().splitlines()]
@@ -262,6 +271,28 @@ def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tin
     assert second["initial_weights"] == record["final_weights"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / second["name"] / "policy", dtype=torch.float32)
     assert weights_digest(exported) == second["final_weights"] != record["final_weights"]
+    # Two adapters lie on the base: no folder says that one of them makes the policy.
+    folder = tmp_path / "runs" / second["name"]
+    assert [file.name for file in folder.iterdir() if file.name.startswith("adapter")] == ["adapter.md"]
+    assert list((folder / "policies").iterdir())
+    note = (folder / "adapter.md").read_text()
+    assert f"peft.path={run / 'adapter'}" in note
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "expected"),
+    [
+        ("org/name", "v1", ("org/name", "v1")),
+        ("CACHE/models--org--some-name/snapshots/abc", None, ("org/some-name", "abc")),
+        ("CACHE/mine/policy", None, ("policy", None)),
+        ("CACHE/mine/model.gguf", None, ("model.gguf", None)),
+    ],
+)
+def test_the_base_of_an_adapter_has_a_name_for_other_machines(path, revision, expected, tmp_path):
+    place = path.replace("CACHE", str(tmp_path))
+    if path.startswith("CACHE"):
+        Path(place).mkdir(parents=True)
+    assert portable_name(place, revision) == expected
 
 
 def test_every_reference_gives_the_same_run(overrides, tmp_path):

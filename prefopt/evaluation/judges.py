@@ -170,8 +170,8 @@ class LanguageModelJudge(Judge):
     key: str | None = None  # the name of the environment variable with the API key; None: the server wants no key
     base_url: str | None = None  # None: the vendor's server
     model: str | None = None  # replaces the annotator's model_name
-    timeout: float = 60  # seconds of one attempt at a call, until its answer is there
     annotator: dict[str, Any] | None = None
+    timeout: float = 60  # seconds of one attempt at a call, until its answer is there
 
     def __post_init__(self) -> None:
         if len(self.price) != 2 or min(self.price) < 0:
@@ -182,7 +182,7 @@ class LanguageModelJudge(Judge):
                 "base_url must be http(s)://HOST[:PORT]/PATH without user or password, and without a query"
             )
         if not 0 < self.timeout <= 3600:
-            raise ValueError(f"timeout must be a number of seconds from above 0 to 3600, is {self.timeout}")
+            raise ValueError(f"timeout must be above 0 and at most 3600 seconds, is {self.timeout}")
         if self.key is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key):
             raise ValueError(
                 "key must be the name of the environment variable that holds the key, such as OPENAI_API_KEY, and not "

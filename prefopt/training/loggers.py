@@ -19,6 +19,8 @@ from prefopt.utils.redact import redact
 
 log = logging.getLogger(__name__)
 
+INIT_SECONDS = 30  # until wandb's server must have answered
+
 
 def check_logger(config: LoggerConfig) -> None:
     """Raise UserError where the logger's package or key is missing, or where the environment says of wandb what the
@@ -123,7 +125,8 @@ class Loggers:
 
 
 def start_wandb(run: Run, config: WandbConfig) -> Any:
-    """wandb's run. Where wandb cannot be reached it is an offline one, and a line says so."""
+    """wandb's run. Where wandb cannot be reached it is an offline one, and None where it does not start: a line says
+    so."""
     import wandb
 
     settings: dict[str, Any] = {
@@ -134,16 +137,21 @@ def start_wandb(run: Run, config: WandbConfig) -> Any:
         "resume": "allow",
         "dir": run.folder,
         "config": run.record["config"],
-        "settings": wandb.Settings(silent=True, init_timeout=30),
+        "settings": wandb.Settings(silent=True, init_timeout=INIT_SECONDS),
     }
     try:
         return wandb.init(mode=config.mode, **settings)  # type: ignore[arg-type]  # checked with the config
     except Exception as error:
-        if config.mode == "offline":
-            raise UserError(f"wandb does not start: {redact(str(error))}. Leave out logger=wandb.") from None
         reason = (redact(str(error)).strip() or type(error).__name__).splitlines()[0]
+    if config.mode == "online":
         log.warning(f"  wandb cannot be reached, so its rows are kept offline in the run's folder: {reason}")
-    return wandb.init(mode="offline", **settings)
+        try:
+            wandb.teardown()  # its service process holds the run's id still
+            return wandb.init(mode="offline", **settings)
+        except Exception as error:
+            reason = redact(str(error))
+    log.warning(f"  wandb does not start, and gets no rows; metrics.jsonl has them all: {reason}")
+    return None
 
 
 def read_metrics(run: Run) -> Iterator[dict[str, Any]]:

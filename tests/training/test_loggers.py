@@ -12,6 +12,7 @@ from prefopt.config.parse import parse, register
 from prefopt.config.schema import LoggerConfig, WandbConfig
 from prefopt.errors import UserError
 from prefopt.tracking.run import Run
+from prefopt.training import loggers
 from prefopt.training.config import TrainConfig
 from prefopt.training.loggers import Loggers, check_logger
 from tests.helpers.tiny import ROOT, run_program
@@ -105,6 +106,35 @@ def test_without_network_the_rows_are_kept_offline_and_a_line_says_how_to_upload
     assert asked == ["online", "offline"]
     assert "wandb cannot be reached, so its rows are kept offline in the run's folder: no such host" in said
     assert f"wandb sync {run.folder}/wandb/offline-run-1" in said
+
+
+def test_the_real_wandb_without_network_goes_on_offline(run, monkeypatch, capsys):
+    monkeypatch.setattr(loggers, "INIT_SECONDS", 2)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    wandb.teardown()  # what an earlier test has started knows another server
+    check_logger(online())
+    logger = Loggers(run, online(), None)
+    logger.log("train", 1, {"loss": 0.5})
+    logger.close()
+    wandb.teardown()
+    (folder,) = (run.folder / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    said = capsys.readouterr().err
+    assert "kept offline in the run's folder" in said
+    assert f"wandb sync {folder}" in said
+
+
+def test_a_wandb_that_does_not_start_ends_no_run(run, monkeypatch, capsys):
+    def init(**settings):
+        raise OSError("no room")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for config in (online(), LoggerConfig(progress=False, wandb=WandbConfig(project="p", mode="offline"))):
+        logger = Loggers(run, config, None)
+        logger.log("train", 1, {"loss": 0.5})
+        logger.close()
+        assert "wandb does not start, and gets no rows" in capsys.readouterr().err
+        assert len(run.metrics_file.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(("known", "replayed"), [(0, [0, 1, 2]), (2, [2])])

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
@@ -183,7 +184,9 @@ class Server:
                 fault = faults(text, owner.asked[text])
                 if callable(fault):  # it writes to the connection itself
                     self.close_connection = True
-                    return fault(self.wfile)
+                    with contextlib.suppress(OSError):  # the client has gone
+                        fault(self.wfile)
+                    return None
                 if isinstance(fault, int):
                     return self.send(
                         fault, {"error": {"message": f"{'rate limit' if fault == 429 else 'fault'} {fault}, {SECRET}"}}
@@ -492,9 +495,8 @@ def drip(file):
 
 def never_ends(file):
     file.write(HEAD + b"\r\n")
-    with contextlib.suppress(OSError):
-        for _ in range(10_000):
-            file.write(b" " * 2**16)
+    for _ in range(10_000):
+        file.write(b" " * 2**16)
 
 
 def closes_at_once(file):
@@ -597,6 +599,28 @@ def test_a_question_that_the_vendor_refuses_is_counted_and_does_not_stop_the_oth
     refuses["now"] = False
     assert len(ask()) == 8
     assert sum(server.asked.values()) == 7 + 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (400, "incomplete: .* for 1 of 8 .*refused 1 of them"),
+        (401, "failed: Error code: 401"),
+        (answers_html, "incomplete: .* for 1 of 8 .*not that of a judge"),
+        (drips_its_answer, "incomplete: .* for 1 of 8 .*no whole answer in 0.5 seconds"),
+    ],
+)
+def test_the_other_vendors_client_has_the_same_limits(fault, words, tmp_path, no_pauses, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", SECRET)
+    server = Server(lambda text, n: fault if "question 3?" in text else None)
+    values = yaml.safe_load((ROOT / "conf" / "judge" / "claude_haiku.yaml").read_text())
+    del values["_target_"]
+    judge = LanguageModelJudge(**values | {"base_url": server.url, "timeout": 0.5})
+    with pytest.raises(UserError, match=words):
+        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 1, "cpu", "float32")
+    assert server.keys == {SECRET}
+    (file,) = tmp_path.rglob("annotations.json")
+    assert 0 < sum(1 <= (row["preference"] or 0) <= 2 for row in json.loads(file.read_text())) <= 7
 
 
 def test_a_server_that_refuses_everything_is_not_asked_to_the_end(tmp_path):

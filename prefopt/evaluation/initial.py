@@ -24,3 +24,13 @@ def initial_model(run: str) -> ModelConfig:
             " Bring the old files back."
         )
     return model
+
+
+def initial_weights(run: str) -> str | None:
+    """The digest of the float32 weights of `initial_model`, as the run recorded it. None where the run began from
+    others: rounded to 4 bits, or with the head of a reward model."""
+    record = record_of(run)
+    config = record["config"]
+    if (config.get("peft") or {}).get("quantize") or config["objective"].get("_target_", "").endswith(".Reward"):
+        return None
+    return record.get("initial_weights")

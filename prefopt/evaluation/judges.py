@@ -21,7 +21,7 @@ import yaml
 
 from prefopt.data.formats import Message
 from prefopt.errors import UserError
-from prefopt.evaluation.clients import alpaca_eval
+from prefopt.evaluation.clients import VENDOR_URLS, Calls, alpaca_eval, failure_reason, judge_client
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils.files import atomic_write, write_json
 from prefopt.utils.locks import locked
@@ -33,7 +33,12 @@ ATTEMPTS = 3  # passes over the rows that got no preference
 PACKAGES = {"openai_completions": "openai", "anthropic_completions": "anthropic"}  # by alpaca-eval's fn_completions
 CHUNK = 20  # questions that are asked before the answers are written to disk
 CHARACTERS_PER_TOKEN = 4  # for the estimate of the cost: English text, any tokenizer
-CLIENT_RETRIES = 8  # of a call that failed in the server, with growing pauses
+# The variables of the environment by which the vendors' clients, or alpaca-eval, would ask another host or add headers.
+ADDRESSES = {
+    "openai": ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH"),
+    "anthropic": ("ANTHROPIC_BASE_URL",),
+}
+HEADERS = {"openai": "OPENAI_CUSTOM_HEADERS", "anthropic": "ANTHROPIC_CUSTOM_HEADERS"}
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ class LanguageModelJudge(Judge):
     base_url: str | None = None  # None: the vendor's server
     model: str | None = None  # replaces the annotator's model_name
     annotator: dict[str, Any] | None = None
+    timeout: float = 60  # seconds of one attempt at a call, until its answer is there
 
     def __post_init__(self) -> None:
         if len(self.price) != 2 or min(self.price) < 0:
@@ -175,6 +181,8 @@ class LanguageModelJudge(Judge):
             raise ValueError(
                 "base_url must be http(s)://HOST[:PORT]/PATH without user or password, and without a query"
             )
+        if not 0 < self.timeout <= 3600:
+            raise ValueError(f"timeout must be above 0 and at most 3600 seconds, is {self.timeout}")
         if self.key is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key):
             raise ValueError(
                 "key must be the name of the environment variable that holds the key, such as OPENAI_API_KEY, and not "
@@ -191,20 +199,50 @@ class LanguageModelJudge(Judge):
 
     def describe(self) -> dict[str, Any]:
         config, prompt = self._configuration
-        return {"name": self.name, "base_url": self.base_url, "annotator": config, "prompt": _sha256(prompt)}
+        return {"name": self.name, "base_url": self.address, "annotator": config, "prompt": _sha256(prompt)}
+
+    @property
+    def vendor(self) -> str:
+        """The package of the vendor whose API the judge speaks: openai or anthropic."""
+        config, _ = self._configuration
+        return PACKAGES[config["fn_completions"]]
+
+    @property
+    def address(self) -> str:
+        """Where the judge's server is: `base_url`, or the vendor's."""
+        return self.base_url or VENDOR_URLS[self.vendor]
 
     def check(self) -> None:
         config, _ = self._configuration
         package = PACKAGES.get(config["fn_completions"])
-        if package and importlib.util.find_spec(package) is None:
+        if package is None:
+            raise UserError(
+                f"judge.name={self.name}: this judge of alpaca-eval runs {config['fn_completions']}, and only judges "
+                f"with {' or '.join(PACKAGES)} are asked here"
+            )
+        if importlib.util.find_spec(package) is None:
             raise UserError(f"judge {self.name} needs the package {package}: pip install -e '.[evaluation]'")
         if self.key and not os.environ.get(self.key):
             raise UserError(
                 f"judge {self.name} needs a key in the environment variable {self.key}. Set it, or take a judge that "
                 "needs none: judge=reward_model, or judge=local judge.base_url=URL"
             )
-        if self.base_url and package != "openai":
-            raise UserError(f"judge.base_url: judge {self.name} does not speak the OpenAI API")
+        self._check_environment()
+
+    def _check_environment(self) -> None:
+        """Raise UserError where the environment says where this judge's calls go, or what is sent with them."""
+        addresses = [name for name in ADDRESSES[self.vendor] if os.environ.get(name)]
+        if addresses and self.base_url is None:
+            raise UserError(
+                f"the environment's {' and '.join(addresses)} would send what judge {self.name} is asked, and the key, "
+                f"to another host than {self.address}. Unset it, or write the address into the command, so that it is "
+                "recorded: judge.base_url=URL"
+            )
+        if os.environ.get(HEADERS[self.vendor]):
+            raise UserError(
+                f"the environment's {HEADERS[self.vendor]} would change the calls to judge {self.name}, and no record "
+                "would tell. Unset it."
+            )
 
     def annotate(
         self,
@@ -222,22 +260,32 @@ class LanguageModelJudge(Judge):
         # The lock keeps a second job with the same judge from paying for the same questions.
         with locked(judge_folder / "lock", f"preferences of {self.name}"):
             configuration = self._write_configuration(judge_folder)
+            calls = Calls()
             for _ in range(ATTEMPTS):
                 known = _prune(annotations)
                 # alpaca-eval does not ask about equal answers: it calls them a tie.
                 to_ask = [c for c in comparisons if c.reference != c.model and _key(c) not in known]
                 max_cost -= self._announce_cost(to_ask, len(comparisons), max_cost)
-                rows = self._ask(comparisons, names, configuration, annotations)
-                missing = [row["index"] for row in rows if not _is_preference(row["preference"])]
+                rows = self._ask(comparisons, names, configuration, annotations, calls)
+                given = {row["index"]: row for row in rows if _is_preference(row["preference"])}
+                missing = [c.index for c in comparisons if c.index not in given]
                 if not missing:
                     return rows
+                if len(missing) <= len(calls.refused):
+                    break  # these are not asked again
 
         listed = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+        why = ""
+        if calls.refused:
+            said = redact(next(iter(calls.refused.values())))[:300]
+            why += f" Its server refused {len(calls.refused)} of them; to the first it said: {said}"
+        if calls.last_error:
+            why += f" The last call that failed: {redact(failure_reason(calls.last_error))[:300]}"
         raise UserError(
             f"incomplete: {self.name} gave no preference for {len(missing)} of {len(comparisons)} questions, after "
-            f"{ATTEMPTS} attempts (rows {listed}), so there is no win rate. What it gave is kept in {annotations}, and "
-            "the same command asks for the rest. A judge without log-probs of its answer gives no preference at all: "
-            "judge=local_text reads the letter instead."
+            f"{ATTEMPTS} attempts (rows {listed}), so there is no win rate.{why}\nWhat it gave is kept in "
+            f"{annotations}, and the same command asks for the rest. A judge without log-probs of its answer gives no "
+            "preference at all: judge=local_text reads the letter instead."
         )
 
     @functools.cached_property
@@ -276,12 +324,8 @@ class LanguageModelJudge(Judge):
         annotators = {self.name: {"prompt_template": "configuration/prompt.txt", **config}}
         atomic_write(folder / "configs.yaml", yaml.safe_dump(annotators, sort_keys=False))
 
-        client: dict[str, Any] = {"max_retries": CLIENT_RETRIES}
-        if self.base_url:
-            client["base_url"] = self.base_url
-        if not self.key:
-            client["api_key"] = "none"  # OpenAI's client refuses to be made without one
-        atomic_write(folder / "client.yaml", yaml.safe_dump({"default": [client]}))
+        # alpaca-eval wants a file that describes its clients. The one that it gets is made by `judge_client`.
+        atomic_write(folder / "client.yaml", yaml.safe_dump({"default": [{}]}))
         return folder
 
     def _announce_cost(self, to_ask: Sequence[Comparison], n: int, max_cost: float) -> float:
@@ -305,35 +349,36 @@ class LanguageModelJudge(Judge):
         return cost
 
     def _ask(
-        self, comparisons: Sequence[Comparison], names: GeneratorNames, configuration: Path, annotations: Path
+        self,
+        comparisons: Sequence[Comparison],
+        names: GeneratorNames,
+        configuration: Path,
+        annotations: Path,
+        calls: Calls,
     ) -> list[dict[str, Any]]:
         """Ask alpaca-eval once for all annotations that are not in the file yet. The rows of all comparisons, in their
-        order; `preference` is None or NaN where the judge gave none. Raises UserError where the judge's client fails.
+        order; `preference` is None or NaN where the judge gave none. Raises UserError where the judge's server fails.
         """
         settings: dict[str, Any] = {"chunksize": CHUNK}
         config, _ = self._configuration
         if config["fn_completions"] == "openai_completions":
             settings["client_config_path"] = str(configuration / "client.yaml")
-            if self.key:
-                os.environ["OPENAI_API_KEY"] = os.environ[self.key]  # the client reads the key from this variable only
+        key = os.environ[self.key] if self.key else "none"  # the clients refuse to be made without one
         model = [_output(c, c.model, names.model) for c in comparisons]
         reference = [_output(c, c.reference, names.reference) for c in comparisons]
 
-        with alpaca_eval():
-            from openai import OpenAIError
-
+        with alpaca_eval(), judge_client(self.vendor, self.address, key, self.timeout, calls):
             from prefopt.evaluation.annotator import annotate
 
-            try:
-                rows = annotate(model, reference, configuration, annotations, settings)
-            except OpenAIError as error:
-                why = ""
-                if 300 <= getattr(error, "status_code", 0) < 400:
-                    why = " (a redirect, which is not followed: set judge.base_url to where the server is)"
-                raise UserError(
-                    f"judge {self.name} failed: {redact(str(error))}{why}. What was judged is kept in {annotations}; "
-                    "the same command goes on from there."
-                ) from None
+            rows = annotate(model, reference, configuration, annotations, settings)
+        if (error := calls.failure) is not None:
+            why = ""
+            if 300 <= getattr(error, "status_code", 0) < 400:
+                why = " (a redirect, which is not followed: set judge.base_url to where the server is)"
+            raise UserError(
+                f"judge {self.name} failed: {redact(failure_reason(error))}{why}. What was judged is kept in "
+                f"{annotations}; the same command goes on from there."
+            )
 
         order = {c.instruction: c.index for c in comparisons}
         return sorted(rows, key=lambda row: order[row["instruction"]])

@@ -11,11 +11,13 @@ from prefopt.tracking.record import record_of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that can be loaded, and its name in results. `step`: of a run's policy, its optimizer steps."""
+    """A model that can be loaded, and its name in results. `step`: of a run's policy, its optimizer steps. `weights`:
+    the digest of its float32 weights, where its run has recorded that."""
 
     name: str
     model: ModelConfig
     step: int | None = None
+    weights: str | None = None
 
     @property
     def path(self) -> str:
@@ -38,7 +40,8 @@ def exported_policies(run: str, which: str) -> list[Checkpoint]:
             if path.suffix != ".tmp"  # what a killed process was writing
         ]
     if (folder / "policy").is_dir():
-        policies.append(Checkpoint("final", model.exported(str(folder / "policy")), last_step(record)))
+        exported = model.exported(str(folder / "policy"))
+        policies.append(Checkpoint("final", exported, last_step(record), record.get("final_weights")))
     if not policies:
         raise UserError(f"{folder} has no policy yet: it is {record['status']}. Finish it: {record.get('command')}")
     return policies

@@ -1,6 +1,9 @@
 """AlpacaEval: published figures from published preferences, and the whole way from a run to a win rate against judges
 that are local servers, with their faults."""
 
+import contextlib
+import functools
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -19,13 +22,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
 
+from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import SamplingConfig
 from prefopt.data.formats import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig
-from prefopt.evaluation.judges import Comparison, GeneratorNames, LanguageModelJudge, RewardJudge
+from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
 from prefopt.reporting.compare import page
@@ -159,7 +165,8 @@ def test_the_papers_figure_is_the_mean_of_its_two_judges():
 
 class Server:
     """A judge that prefers the longer answer, over OpenAI's chat API and Anthropic's messages; `faults(body, n)` may
-    return the status of an error, or an answer in place of its own, for the n-th time the same is asked."""
+    return the status of an error, an answer in place of its own, or a function that writes to the connection, for the
+    n-th time the same is asked."""
 
     def __init__(self, faults=lambda body, n: None):
         self.asked: Counter[str] = Counter()
@@ -175,6 +182,11 @@ class Server:
                 owner.asked[text] += 1
                 owner.keys.add(self.headers.get("Authorization") or self.headers.get("x-api-key"))
                 fault = faults(text, owner.asked[text])
+                if callable(fault):  # it writes to the connection itself
+                    self.close_connection = True
+                    with contextlib.suppress(OSError):  # the client has gone
+                        fault(self.wfile)
+                    return None
                 if isinstance(fault, int):
                     return self.send(
                         fault, {"error": {"message": f"{'rate limit' if fault == 429 else 'fault'} {fault}, {SECRET}"}}
@@ -387,8 +399,7 @@ def test_a_killed_job_goes_on_and_two_jobs_pay_once(run, tmp_path):
 
 def test_claude_is_asked_by_the_real_client_and_fences_do_no_harm(run):
     server = Server()
-    env = {"ANTHROPIC_BASE_URL": server.url, "ANTHROPIC_API_KEY": SECRET}
-    process = evaluate(run, "judge=claude_haiku", env=env)
+    process = evaluate(run, "judge=claude_haiku", f"judge.base_url={server.url}", env={"ANTHROPIC_API_KEY": SECRET})
     assert process.returncode == 0, process.stderr
     rows = preferences_of(run, "claude-haiku-4-5_ranking")
     assert {row["preference"] for row in rows} <= {1, 1.5, 2}
@@ -413,6 +424,221 @@ def test_the_first_judge_of_the_paper_is_alpaca_evals_own(run):
     assert other.returncode == 2
     assert "nowhere.txt: no such file" in other.stderr
     assert server.calls == calls
+
+
+@pytest.mark.parametrize(
+    ("judge", "variable"),
+    [
+        ("gpt4o_mini", "OPENAI_BASE_URL"),
+        ("gpt4_turbo", "OPENAI_API_BASE"),
+        ("gpt4o_mini", "OPENAI_CUSTOM_HEADERS"),
+        ("claude_haiku", "ANTHROPIC_BASE_URL"),
+        ("claude_haiku", "ANTHROPIC_CUSTOM_HEADERS"),
+    ],
+)
+def test_the_environment_does_not_say_where_a_vendors_judge_is_asked(judge, variable, monkeypatch):
+    for key in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(key, SECRET)
+    register(AlpacaConfig)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = parse(compose("alpaca", ["run=x", f"judge={judge}"]), AlpacaConfig)
+    judge = build(config.judge, Judge, "judge")
+    judge.check()
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=f"the environment's {variable} would"):
+        judge.check()
+
+
+def test_a_judge_is_where_its_record_says(tmp_path, monkeypatch):
+    """Also where the environment names another address, a client configuration or a proxy."""
+    server, other = Server(), Server()
+    (tmp_path / "clients.yaml").write_text(f"default: [{{base_url: '{other.url}/v1', api_key: x}}]")
+    monkeypatch.setenv("OPENAI_CLIENT_CONFIG_PATH", str(tmp_path / "clients.yaml"))
+    for variable in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(variable, other.url)
+    judge = small_judge(server)
+    judge.check()
+    assert judge.describe()["base_url"] == f"{server.url}/v1"
+    judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    assert (server.calls, other.calls) == (len(DUELS), 0)
+    vendors = LanguageModelJudge("weighted_alpaca_eval_gpt4_turbo", [10, 30], key="OPENAI_API_KEY")
+    assert vendors.describe()["base_url"] == "https://api.openai.com/v1"
+
+
+# Servers that are no good
+
+
+DUELS = [Comparison(i, [], f"question {i}?", "a" * (i + 1), "b" * (2 * i + 3)) for i in range(8)]
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def small_judge(server: Server, **settings) -> LanguageModelJudge:
+    return LanguageModelJudge("mine", [0, 0], base_url=f"{server.url}/v1", model="m", annotator=CLASSIFIER, **settings)
+
+
+def drips_its_head(file):
+    file.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    drip(file)
+
+
+def drips_its_answer(file):
+    file.write(HEAD + b"Content-Length: 100000\r\n\r\n")
+    drip(file)
+
+
+def drip(file):
+    for _ in range(200):
+        file.write(b" ")
+        file.flush()
+        time.sleep(0.1)
+
+
+def never_ends(file):
+    file.write(HEAD + b"\r\n")
+    for _ in range(10_000):
+        file.write(b" " * 2**16)
+
+
+def closes_at_once(file):
+    pass
+
+
+def answers_html(file):
+    page = b"<html>Sign in</html>"
+    file.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page) + page)
+
+
+def answers_half_of_json(file):
+    file.write(HEAD + b'Content-Length: 12\r\n\r\n{"choices": ')
+
+
+BOMB = gzip.compress(b" " * (64 * 2**20), 1)
+
+
+def sends_a_bomb(file):
+    file.write(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(BOMB) + BOMB)
+
+
+def sends_a_bomb_in_a_bomb(file):
+    bomb = gzip.compress(BOMB)
+    file.write(HEAD + b"Content-Encoding: gzip, gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Attempts follow each other at once."""
+    from types import SimpleNamespace
+
+    from prefopt.evaluation import clients
+
+    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (drips_its_head, "no whole answer in 0.3 seconds"),
+        (drips_its_answer, "no whole answer in 0.3 seconds"),
+        (never_ends, "larger than 4 MiB"),
+        (closes_at_once, "Connection error. .*disconnected"),
+        (answers_html, "not that of a judge: .*Sign in"),
+        (answers_half_of_json, "not JSON"),
+        (sends_a_bomb, "larger than 4 MiB when it is unpacked"),
+        (sends_a_bomb_in_a_bomb, "packed in a way that was not asked for"),
+        ({"object": "list"}, "not that of a judge"),
+        ({"choices": []}, "not that of a judge"),
+        ({"choices": [{"message": "m"}]}, "not that of a judge"),
+    ],
+)
+def test_a_server_that_is_no_judge_ends_in_one_message(fault, words, tmp_path, no_pauses):
+    server = Server(lambda text, n: fault)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"judge mine failed: (?s:.*)({words})"):
+        small_judge(server, timeout=0.3 if "seconds" in words else 5).annotate(
+            DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+        )
+    assert time.monotonic() - start < 20
+    assert max(server.asked.values()) <= 8
+
+
+@pytest.mark.parametrize("fault", [500, drips_its_answer, answers_html, sends_a_bomb])
+def test_what_was_judged_beside_faults_is_kept_and_paid_once(fault, tmp_path, no_pauses):
+    bad = {"good": False}
+    server = Server(lambda text, n: None if bad["good"] or "question 3?" not in text else fault)
+    ask = functools.partial(
+        small_judge(server, timeout=0.5).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+    )
+    with pytest.raises(UserError, match=r"incomplete: mine gave no preference for 1 of 8 .*The last call that failed"):
+        ask()
+    bad["good"] = True
+    before = Counter(server.asked)
+    assert all(1 <= row["preference"] <= 2 for row in ask())
+    assert sum((server.asked - before).values()) == 1
+
+
+def test_a_server_that_fails_in_the_middle_leaves_what_it_judged(tmp_path, no_pauses):
+    server = Server(lambda text, n: 401 if server.calls > 4 else None)
+    judge = small_judge(server)
+    with pytest.raises(UserError, match="judge mine failed: Error code: 401"):
+        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    (file,) = tmp_path.rglob("annotations.json")
+    known = [row for row in json.loads(file.read_text()) if 1 <= row["preference"] <= 2]
+    assert len(known) == 4
+
+
+def test_a_question_that_the_vendor_refuses_is_counted_and_does_not_stop_the_others(tmp_path):
+    refuses = {"now": True}
+    server = Server(lambda text, n: 400 if refuses["now"] and "question 3?" in text else None)
+    ask = functools.partial(
+        small_judge(server).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+    )
+    for times in (1, 2):
+        with pytest.raises(UserError, match=r"for 1 of 8 .* \(rows 3\).*refused 1 of them.*fault 400"):
+            ask()
+        assert Counter(server.asked.values()) == ({1: 8} if times == 1 else {1: 7, 2: 1})
+    refuses["now"] = False
+    assert len(ask()) == 8
+    assert sum(server.asked.values()) == 7 + 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (400, "incomplete: .* for 1 of 8 .*refused 1 of them"),
+        (401, "failed: Error code: 401"),
+        (answers_html, "incomplete: .* for 1 of 8 .*not that of a judge"),
+        (drips_its_answer, "incomplete: .* for 1 of 8 .*no whole answer in 0.5 seconds"),
+    ],
+)
+def test_the_other_vendors_client_has_the_same_limits(fault, words, tmp_path, no_pauses, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", SECRET)
+    server = Server(lambda text, n: fault if "question 3?" in text else None)
+    values = yaml.safe_load((ROOT / "conf" / "judge" / "claude_haiku.yaml").read_text())
+    del values["_target_"]
+    judge = LanguageModelJudge(**values | {"base_url": server.url, "timeout": 0.5})
+    with pytest.raises(UserError, match=words):
+        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 1, "cpu", "float32")
+    assert server.keys == {SECRET}
+    (file,) = tmp_path.rglob("annotations.json")
+    assert 0 < sum(1 <= (row["preference"] or 0) <= 2 for row in json.loads(file.read_text())) <= 7
+
+
+def test_a_server_that_refuses_everything_is_not_asked_to_the_end(tmp_path):
+    server = Server(lambda text, n: 400)
+    many = [Comparison(i, [], f"question {i}?", "a" * (i + 1), "b" * (2 * i + 3)) for i in range(100)]
+    with pytest.raises(UserError, match="judge mine failed: Error code: 400"):
+        small_judge(server).annotate(many, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    assert server.calls < 40
+
+
+def test_an_answer_without_usage_is_an_answer(tmp_path):
+    def without_usage(text, n):
+        answer = logprobs(-0.1, -2.0)
+        del answer["usage"]
+        return answer
+
+    rows = small_judge(Server(without_usage)).annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    assert all(1 < row["preference"] < 2 for row in rows)
 
 
 def test_a_refused_key_is_said_without_the_key_and_nothing_is_written_into_packages(run):
@@ -518,6 +744,7 @@ def test_answers_in_a_file_are_a_baseline_and_must_be_all(run, tmp_path):
         ([], "no value for judge"),
         (["judge=gpt4o_mini"], "needs a key in the environment variable OPENAI_API_KEY"),
         (["judge=local", "judge.base_url=http://u:p@h/v1", "judge.model=x"], "without user or password"),
+        (["judge=gpt4o_mini", "judge.timeout=0"], "timeout must be above 0 and at most 3600 seconds, is 0"),
         (["judge=reward_model", "checkpoints=some"], "checkpoints must be final or all"),
         (["judge=reward_model", "max_cost=-1"], "max_cost must not be negative"),
         (["judge=reward_model", "instructions=null"], "AlpacaEval's alpaca_eval_gpt4_baseline.json is not here"),
@@ -539,6 +766,17 @@ def test_a_question_is_asked_once(tmp_path, capsys):
     assert "1 rows ask what another row asks" in capsys.readouterr().err
 
 
+CLASSIFIER = {
+    "prompt_template": "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt",
+    "fn_completions": "openai_completions",
+    "completions_kwargs": {"max_tokens": 1, "temperature": 1, "logprobs": True, "price_per_token": 0},
+    "fn_completion_parser": "logprob_parser",
+    "completion_parser_kwargs": {"numerator_token": "m", "denominator_tokens": ["m", "M"], "is_binarize": False},
+    "completion_key": "completions_all",
+    "batch_size": 1,
+}
+
+
 def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_path):
     """And the answers are the judge's, whichever order they were shown in."""
     server = Server()
@@ -548,19 +786,7 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
         [0, 0],
         base_url=f"{server.url}/v1",
         model="m",
-        annotator={
-            "prompt_template": "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt",
-            "fn_completions": "openai_completions",
-            "completions_kwargs": {"max_tokens": 1, "temperature": 1, "logprobs": True, "price_per_token": 0},
-            "fn_completion_parser": "logprob_parser",
-            "completion_parser_kwargs": {
-                "numerator_token": "m",
-                "denominator_tokens": ["m", "M"],
-                "is_binarize": False,
-            },
-            "completion_key": "completions_all",
-            "batch_size": 1,
-        },
+        annotator=CLASSIFIER,
     )
     rows = judge.annotate(duels, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
     assert [row["index"] for row in rows] == list(range(60))

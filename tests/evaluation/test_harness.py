@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
+from prefopt.evaluation import harness as harness_module
 from prefopt.evaluation.config import HarnessConfig, check_harness
-from prefopt.evaluation.harness import checkpoints, load, record_file, tokenizer_of
+from prefopt.evaluation.harness import checkpoints, load, record_file, run_pending, tokenizer_of
 from prefopt.models.load import checkpoint_path
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.tracking.archive import read_records
@@ -240,3 +241,180 @@ def test_the_generation_config_of_the_model_changes_no_generated_text(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(foreign))
     assert generated() == expected
     assert load(checkpoint, config).model.generation_config.eos_token_id == [2, 5]
+
+
+# Tags, groups and perplexities: tasks of our own in lm-eval's registry
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch) -> Path:
+    """Two tasks of accuracy under the tag `both`, one of perplexity, and groups of them."""
+    import functools
+
+    import lm_eval.tasks
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": f"A {thing}?", "answer": i % 2, "text": f"The {thing} is here."} for i, thing in enumerate(THINGS)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
+    choice = data | {
+        "tag": "both", "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": ["no", "yes"], "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    text = data | {
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    files = {
+        "first": choice | {"task": "first"},
+        "second": choice | {"task": "second"},
+        "empty_context": choice | {"task": "empty_context", "doc_to_text": "", "tag": "other"},
+        "generates": data | {
+            "task": "generates", "test_split": "test", "output_type": "generate_until",
+            "doc_to_text": "{{text}} {{text}}", "doc_to_target": "here",
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        "perplexity": text | {"task": "perplexity"},
+        "plain": {"group": "plain", "task": ["first", "perplexity"]},
+        "mean": {"group": "mean", "task": ["first", "second"], "aggregate_metric_list": [{"metric": "acc"}]},
+        "nested": {"group": "nested", "task": ["mean", "perplexity"]},
+        "aimless": {"group": "aimless", "task": ["second"], "aggregate_metric_list": [{"metric": "f1"}]},
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(json.dumps(content))
+    own = functools.partial(lm_eval.tasks.TaskManager, include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
+    return folder
+
+
+def evaluated(tmp_path: Path, tasks: list[str], **changes) -> dict[str, dict]:
+    """The records of an evaluation of a tiny model, by task."""
+    if not (tmp_path / "model").exists():
+        save_tiny(tmp_path / "model")
+    config = HarnessConfig(
+        model=ModelConfig("tiny", str(tmp_path / "model")), tasks=tasks, output=str(tmp_path / "out"),
+        checkpoints="final", chat_template=False, batch_size=4, precision="float32", device="cpu",
+    )  # fmt: skip
+    run_pending(replace(config, **changes))
+    found = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")]
+    return {record["task"]: record for record in found}
+
+
+def test_a_tag_is_its_tasks(tasks, tmp_path, capsys):
+    found = evaluated(tmp_path, ["both", "first"])
+    assert set(found) == {"first", "second"}
+    assert all("acc" in record["metrics"] for record in found.values())
+    shown = capsys.readouterr().out
+    assert "first" in shown
+    assert "% (acc)" in shown
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    evaluated(tmp_path, ["both"])
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_perplexity_is_no_accuracy(tasks, tmp_path, capsys):
+    record = evaluated(tmp_path, ["perplexity", "first"])["perplexity"]
+    value = record["metrics"]["word_perplexity"]["value"]
+    assert value > 1
+    shown = capsys.readouterr().out
+    assert f"{value:.4g} (word_perplexity, lower is better)" in " ".join(shown.split())
+    assert f"{100 * value:.1f}" not in shown
+    assert len(record["first_request"]["continuation"]) > 3
+    row = next(line for line in shown.splitlines() if "tiny" in line)
+    accuracy = evaluated(tmp_path, ["first"])["first"]["metrics"]["acc"]["value"]
+    assert f"{100 * accuracy:.1f}" in row.split()[-2:]
+
+
+@pytest.mark.parametrize(
+    ("group", "columns"),
+    [
+        ("plain", ["first", "perplexity"]),
+        ("mean", ["mean"]),
+        ("nested", ["mean", "perplexity"]),
+        ("aimless", ["second"]),
+    ],
+)
+def test_a_group_without_a_mean_shows_its_parts(group, columns, tasks, tmp_path, capsys):
+    for _ in range(2):
+        (record,) = evaluated(tmp_path, [group]).values()
+        assert record["shown"] == columns
+        assert bool(record["metrics"]) == (columns == [group])
+        shown = capsys.readouterr().out
+        assert all(column in shown for column in columns)
+
+
+def test_a_task_without_a_context_has_its_first_request(tasks, tmp_path):
+    record = evaluated(tmp_path, ["empty_context"])["empty_context"]
+    assert len(record["first_request"]["context"]) == 1
+    assert record["first_request"]["continuation"]
+
+
+def test_what_lm_eval_refuses_late_is_refused_before_a_model_is_loaded(tasks, tmp_path, monkeypatch):
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, "UNSAFE_CODE", True, raising=False)
+    monkeypatch.setattr(harness_module, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(
+        UserError, match=r"task first runs code that the model writes(?s:.*)task nothing cannot be loaded"
+    ):
+        evaluated(tmp_path, ["both", "nothing"])
+
+
+def test_requests_longer_than_the_model_are_counted_and_said(tasks, tmp_path, capsys):
+    assert evaluated(tmp_path, ["first", "generates"])["first"]["requests"]["cut_from_the_left"] == 0
+    assert "cut from the left" not in capsys.readouterr().out
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 10}))
+    shutil.rmtree(tmp_path / "out")
+    found = evaluated(tmp_path, ["first", "generates", "perplexity"])
+    tokenizer = tokenizer_of(ModelConfig("t", str(tmp_path / "model")), HarnessConfig(chat_template=True))
+    rows = [json.loads(line) for line in (tasks / "rows.jsonl").read_text().splitlines()]
+    lengths = [len(tokenizer(f"{row['question']} {choice}").input_ids) for row in rows for choice in ("no", "yes")]
+    assert found["first"]["requests"] == {"n": 16, "cut_from_the_left": sum(n > 11 for n in lengths), "max_length": 10}
+    assert found["generates"]["requests"] == {"n": 8, "cut_from_the_left": 8, "max_length": 10}
+    assert found["perplexity"]["requests"]["cut_from_the_left"] == 0  # it is scored in windows
+    assert "tiny, generates: 8 of 8 requests were cut from the left to the 10 tokens" in capsys.readouterr().out
+
+
+def test_the_configured_tokenizer_is_the_one_that_is_used(tasks, tmp_path):
+    other = save_tiny(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    plain = evaluated(tmp_path, ["perplexity"])["perplexity"]
+    (tmp_path / "out").rename(tmp_path / "kept")
+    model = ModelConfig("tiny", str(tmp_path / "model"), tokenizer=str(other))
+    for chat_template in (False, True):
+        found = evaluated(tmp_path, ["perplexity"], model=model, chat_template=chat_template)["perplexity"]
+        assert found["first_request"] != plain["first_request"]
+        shutil.rmtree(tmp_path / "out")
+    # Neither is taken for the other.
+    shutil.move(tmp_path / "kept", tmp_path / "out")
+    evaluated(tmp_path, ["perplexity"], model=model)
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    with pytest.raises(UserError, match=r"model\.tokenizer=nowhere cannot be loaded"):
+        evaluated(tmp_path, ["perplexity"], model=replace(model, tokenizer="nowhere"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_policy_that_was_changed_after_its_run_is_refused(precision, run, tasks, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("harness"))
+    changes = {"run": str(copy), "output": None, "precision": precision}
+    evaluated(tmp_path, ["first"], **changes)
+    assert len(list((copy / "harness").iterdir())) == 1
+    evaluated(tmp_path, ["first"], **changes, checkpoints="initial")
+    assert len(list((copy / "harness").iterdir())) == 2
+    shutil.copy(run / "policies" / "step_0000002" / "model.safetensors", copy / "policy")
+    with pytest.raises(UserError, match="does not hold the weights that its run"):
+        evaluated(tmp_path, ["first"], **changes)
+    # The files of the initial model are compared first; without their digests in the record, its weights still are.
+    record = json.loads((copy / "record.json").read_text())
+    record["model"], record["initial_weights"] = {}, "0" * 64
+    (copy / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="does not hold the weights that its run"):
+        evaluated(tmp_path, ["second"], **changes, checkpoints="initial")
+    assert len(list((copy / "harness").iterdir())) == 2

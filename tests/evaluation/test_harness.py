@@ -253,6 +253,7 @@ def tasks(tmp_path, monkeypatch) -> Path:
 
     import lm_eval.tasks
 
+    monkeypatch.setenv("COLUMNS", "200")  # wide enough for a cell on one line
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [

@@ -63,7 +63,7 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
             f"peft.path={path} is a {config.peft_type.value} adapter, which cannot be merged into weights. Give one of "
             "another kind, LoRA for example."
         )
-    untie_adapted_embeddings(model)
+    note_tied_embeddings(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -105,20 +105,20 @@ def differing_tensors(peft_model: Any, path: str) -> list[str]:
     return problems
 
 
-def untie_adapted_embeddings(model: PreTrainedModel) -> None:
-    """Give the head a matrix of its own where it is that of the embeddings and an adapter lies on one of the two."""
+def note_tied_embeddings(model: PreTrainedModel) -> None:
+    """Say it where an adapter lies on one of two tied matrices, embeddings and head: merged by peft, it changes both,
+    while the adapter by itself changed one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return
     embeddings, head = (cast(Any, x.get_base_layer() if isinstance(x, BaseTunerLayer) else x) for x in layers)
-    if head is None or head.weight is not embeddings.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    log.info("  peft.path: its adapter on embeddings or head unties the two, which share a matrix in the base model")
+    if head is not None and head.weight is embeddings.weight:
+        log.warning(
+            "  peft.path: the adapter lies on embeddings or head, which are one matrix in this model. Merged, as peft "
+            "merges it, it changes both; the model is another than that of the adapter by itself."
+        )
 
 
 def reason_of(error: Exception) -> str:

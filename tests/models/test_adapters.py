@@ -67,20 +67,23 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_is_merged_as_peft_merges_it(kind, tied, tmp_path):
+def test_an_adapter_is_merged_as_peft_merges_it(kind, tied, tmp_path, caplog):
     folder = trained(base(tied=tied), copy.deepcopy(ADAPTERS[kind]), tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(base(tied=tied), folder).eval()
-    expected = theirs(IDS).logits
+    alone = theirs(IDS).logits
+    merged = theirs.merge_and_unload()
     model = base(tied=tied)
     merge_adapter(model, str(folder))
-    assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
-    assert not torch.allclose(expected, base(tied=tied)(IDS).logits, atol=1e-4)
-    # On one of two tied matrices peft adds to both, which is not what the adapter computes; here they are untied.
-    if not (tied and kind.startswith("on the")):
-        weights = dict(theirs.merge_and_unload().named_parameters())
-        assert weights.keys() == dict(model.named_parameters()).keys()
-        for name, p in model.named_parameters():
-            assert torch.allclose(p, weights[name], atol=1e-5), name
+    assert torch.allclose(model(IDS).logits, merged(IDS).logits, atol=1e-5)
+    assert not torch.allclose(model(IDS).logits, base(tied=tied)(IDS).logits, atol=1e-4)
+    # On one of two tied matrices peft's merge changes both, which is not what the adapter by itself computes.
+    both = tied and kind.startswith("on the")
+    assert torch.allclose(model(IDS).logits, alone, atol=1e-5) != both
+    assert ("which are one matrix in this model" in caplog.text) == both
+    weights = dict(merged.named_parameters())
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, weights[name], atol=1e-5), name
     # And what is exported is what was merged, with embeddings and head tied or not.
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

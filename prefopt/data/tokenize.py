@@ -285,7 +285,8 @@ def _chat(
         _, answer_end = _locate(text, common_prefix(alone, text), message["content"], changes)
         start = common_prefix(whole, encode(tokenizer, [opened])[0])
         inside = message["content"].count(tokenizer.eos_token)
-        if tokenizer.eos_token in _closing(tokenizer, item, i):
+        is_last = i + 1 == len(item.messages)
+        if tokenizer.eos_token in (text[answer_end:] if is_last else _closing(tokenizer, item, i, alone)):
             end = len(_to_the_end(tokenizer, whole, start, True, inside))
         else:
             changes["inner_turns_without_terminator"] += 1
@@ -307,16 +308,14 @@ def _chat(
     return chat
 
 
-def _closing(tokenizer: PreTrainedTokenizerBase, item: Chat, i: int) -> str:
+def _closing(tokenizer: PreTrainedTokenizerBase, item: Chat, i: int, alone: str) -> str:
     """What the template writes between the words of message `i` and those of the next one: the markup that closes the
-    turn and opens the next; of the last message, all that follows."""
-    messages, answer = item.messages[: i + 2], item.messages[i]["content"]
-    if i + 1 < len(item.messages):
-        messages[-1] = {**messages[-1], "content": USER}  # the real words may be empty, or look like markup
-    text = render(tokenizer, messages, False, item.tools)
-    alone = render(tokenizer, messages[:i], False, item.tools)
-    _, end = _locate(text, common_prefix(alone, text), answer, Counter())
-    return text[end : text.find(USER, end)] if i + 1 < len(item.messages) else text[end:]
+    turn and opens the next. `alone`: what it writes of the messages before."""
+    *messages, following = item.messages[: i + 2]
+    # The real words may be empty, or look like markup.
+    text = render(tokenizer, [*messages, {**following, "content": USER}], False, item.tools)
+    _, end = _locate(text, common_prefix(alone, text), messages[-1]["content"], Counter())
+    return text[end : text.find(USER, end)]
 
 
 def _locate(text: str, start: int, answer: str, changes: Counter[str]) -> tuple[int, int]:

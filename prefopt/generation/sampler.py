@@ -196,7 +196,7 @@ def vllm_sampler(
     from vllm import LLM, SamplingParams
 
     from prefopt.models.fingerprint import model_files
-    from prefopt.models.load import checkpoint_path, stop_ids
+    from prefopt.models.load import checkpoint_path, stopping_configs
     from prefopt.models.safe_weights import check_weights
 
     path = checkpoint_path(config)
@@ -205,7 +205,7 @@ def vllm_sampler(
     llm = LLM(
         model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
     )
-    stops = list(dict.fromkeys([tokenizer.eos_token_id, *sorted(stop_ids(config))]))
+    stops = stop_tokens(tokenizer, *stopping_configs(config))
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]

@@ -8,12 +8,17 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 
 def stop_tokens(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation_config: GenerationConfig | None
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, generation_config: GenerationConfig | None
 ) -> list[int]:
     """The ids of the tokens that end a response, each once: first the tokenizer's eos token, which training puts at the
     end of a completion; then those that the model's two configurations name, at which `generate` and vLLM stop."""
-    named = [tokenizer.eos_token_id]
-    for source in (config, config.get_text_config(), generation_config):
+    return list(dict.fromkeys([tokenizer.eos_token_id, *named_stops(config, generation_config)]))
+
+
+def named_stops(config: PreTrainedConfig | None, generation_config: GenerationConfig | None) -> list[int]:
+    """The ids that a model's configurations name as the end of a generation, each once. None: it has no such file."""
+    named: list[Any] = []
+    for source in (config, config and config.get_text_config(), generation_config):
         ids: Any = getattr(source, "eos_token_id", None)
         named += ids if isinstance(ids, list | tuple) else [ids]
     return list(dict.fromkeys(int(token) for token in named if token is not None))

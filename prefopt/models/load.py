@@ -26,6 +26,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.chat_template import resolve
 from prefopt.data.tokenize import check_chat_template
 from prefopt.errors import UserError
+from prefopt.models.generation_config import named_stops
 from prefopt.models.gguf import convert_gguf
 from prefopt.models.safe_weights import load_pretrained, no_pickles
 from prefopt.utils.files import resolve_path
@@ -54,22 +55,21 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("tokenizer", f"{key}={path}", path, error)) from None
-    resolve(tokenizer, config, stop_ids(config))
+    resolve(tokenizer, config, named_stops(*stopping_configs(config)))
     check_chat_template(tokenizer)
     return tokenizer
 
 
-def stop_ids(config: ModelConfig) -> set[int]:
-    """The tokens that end a generation, as the model's generation_config.json and config.json name them."""
+def stopping_configs(config: ModelConfig) -> tuple[PreTrainedConfig | None, GenerationConfig | None]:
+    """The model's config.json and generation_config.json, which name the tokens that end a generation. Neither has to
+    be there: a tokenizer may stand alone, and a broken config is refused by `check_model`."""
     path, revision = checkpoint_path(config), config.revision or "main"
-    found: list[Any] = []
-    # Neither file has to be there: a tokenizer may stand alone, and a broken config is refused by `check_model`.
-    with contextlib.suppress(Exception):
-        found.append(GenerationConfig.from_pretrained(path, revision=revision).eos_token_id)
+    values = generation = None
     with contextlib.suppress(Exception):
         values = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        found += [values.get_text_config().eos_token_id, getattr(values, "eos_token_id", None)]
-    return {i for ids in found for i in ([ids] if isinstance(ids, int) else ids or [])}
+    with contextlib.suppress(Exception):
+        generation = GenerationConfig.from_pretrained(path, revision=revision)
+    return values, generation
 
 
 def check_model(config: ModelConfig, key: str = "model.path") -> int | None:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.utils.files import atomic_write
+from prefopt.utils.files import write_plain_json
 
 log = logging.getLogger(__name__)
 
@@ -45,4 +45,4 @@ def save_reward_tokenizer(policy: PreTrainedModel, tokenizer: PreTrainedTokenize
     for part in (values, values.get("text_config")):
         if part is not None:
             part["pad_token_id"] = pad
-    atomic_write(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_plain_json(file, values)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from prefopt.utils.files import atomic_write
+from prefopt.utils.files import atomic_write, write_plain_json
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def write_rope(folder: Path) -> None:
     before = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     for part in parts:
         part |= rope(part)
-    atomic_write(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_plain_json(file, values)
     after = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     if not holds(after, before):
         atomic_write(file, original)
@@ -110,4 +110,4 @@ def write_tokenizer(folder: Path) -> None:
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     if values != before:
-        atomic_write(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_plain_json(file, values)

@@ -27,7 +27,7 @@ from prefopt.models.transformers4 import write_for_transformers4
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
-from prefopt.utils.files import atomic_write, follow_umask, remove
+from prefopt.utils.files import follow_umask, remove, write_plain_json
 from prefopt.utils.os_errors import from_text
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
         if "text_config" in values:
             values["text_config"]["eos_token_id"] = values["eos_token_id"]
-        atomic_write(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_plain_json(file, values)
 
 
 def publish(aside: Path, target: Path) -> None:

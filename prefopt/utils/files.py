@@ -93,7 +93,12 @@ def check_output(output: str, *inputs: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a record, job or result. Secrets are redacted: the text of an error may hold one."""
-    atomic_write(path, json.dumps(redact_values(content), indent=2, ensure_ascii=False) + "\n")
+    write_plain_json(path, redact_values(content))
+
+
+def write_plain_json(path: Path, content: Any) -> None:
+    """The same of what others read as it is, such as a model's configuration."""
+    atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

@@ -38,6 +38,15 @@ SMALL = {
     "initializer_range": 0.5,  # large weights, so that a wrong mask, window or cap shows
 }
 
+VISION = {  # of a tower that the loss does not reach
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())

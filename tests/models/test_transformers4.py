@@ -24,18 +24,10 @@ from transformers import (
 
 from prefopt.models.transformers4 import parts_with_rope, write_for_transformers4
 from prefopt.training.checkpoint import export
-from tests.helpers.tiny import SMALL, tiny_tokenizer
+from tests.helpers.tiny import SMALL, VISION, tiny_tokenizer
 
 SIZES = SMALL | {"vocab_size": 320, "initializer_range": 0.2, "max_position_embeddings": 512}
 HEADS = {"head_dim": 8}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LONG = {"rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4}

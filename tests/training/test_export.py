@@ -23,17 +23,9 @@ from prefopt.models.load import load_model, load_reward_model
 from prefopt.models.lora import adapter_layers, add_adapter, freeze_unreached
 from prefopt.training.config import TrainConfig
 from prefopt.training.export import PolicyExporter, collect_weights
-from tests.helpers.tiny import SMALL, run_program, tiny_tokenizer
+from tests.helpers.tiny import SMALL, VISION, run_program, tiny_tokenizer
 
 SIZES = SMALL | {"vocab_size": 320, "initializer_range": 0.1, "max_position_embeddings": 512}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 

@@ -7,7 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from prefopt.utils.files import PACKAGE, atomic_write
+from prefopt.utils.files import PACKAGE
+from prefopt.utils.store import opened
 
 
 def snapshot(folder: Path) -> Path:
@@ -29,17 +30,13 @@ def snapshot(folder: Path) -> Path:
     for part in itertools.chain.from_iterable((name.encode(), content) for name, content in sorted(contents.items())):
         digest.update(len(part).to_bytes(8, "big") + part)
     target = (folder / digest.hexdigest()[:16]).resolve()
-    if target.is_dir():
-        return target
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    for name, content in contents.items():
-        atomic_write(aside / name, content)
-    try:
-        aside.rename(target)
-    except OSError:  # another submitter was faster
-        if not target.is_dir():
-            raise
-    return target
+
+    def write(aside: Path) -> None:
+        for name, content in contents.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_bytes(content)
+
+    return opened(target, "a copy of the code", write)
 
 
 def python_environment(code: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@ gone, files damaged, memory short, numbers not finite, ranks that hang."""
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -31,6 +30,8 @@ from prefopt.training.checkpoint import (
     save_checkpoint,
 )
 from tests.helpers.forks import At, run, start
+from tests.helpers.harm import HARMS, cut
+from tests.helpers.harm import flip as flip_a_bit
 from tests.helpers.tiny import ENVIRONMENT, ROOT, records
 from tests.training.test_loop import TIMING
 
@@ -73,16 +74,6 @@ def folder_of(runs: Path) -> Path:
     return runs / record["name"]
 
 
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
 @contextlib.contextmanager
 def mounted(folder: Path, *how: str):
     folder.mkdir()
@@ -119,7 +110,7 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
     arguments = [*overrides(tmp_path / "killed"), *STEPS]
     moments = [
         At("prefopt.training.loop:train_step"),  # before its first step
-        At("prefopt.training.checkpoint:checksums"),  # in its first checkpoint, with the tensors written
+        At("prefopt.training.checkpoint:format_sums"),  # in its first checkpoint, with the tensors written
         At("prefopt.training.checkpoint:publish"),  # with all written, and it has not got its name yet
         At("prefopt.training.checkpoint:complete_checkpoints", 2),  # it has its name, and nothing else has happened
         At("prefopt.training.checkpoint:save_file", 6),  # a step and a half later, within a checkpoint
@@ -235,6 +226,31 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(overrides, whole
     assert said.count("is damaged: ") == 2
     assert said.count("weights.safetensors has the checksum") == 2
     assert "There is no other checkpoint" in said
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides, tmp_path):
+    """Tokens, the reference's log-probs and the samples of the initial policy, all of them at once."""
+    env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    oracle = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=6"]
+    found = []
+    for n in (1, 2):
+        runs = tmp_path / f"runs_{n}"
+        code, said = run(tmp_path / "log", *overrides(runs), *STEPS, *oracle, env=env)
+        assert code == 0, said
+        found.append(result(runs))
+        kept = [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix not in (".lock", "")]
+        kept = [f for f in kept if f.name != "lock"]
+        assert {f.suffix for f in kept} == {".arrow", ".json", ".jsonl", ".safetensors"}
+        if n == 1:
+            assert "is damaged" not in said
+            for file in kept:
+                harm(file)
+    for file in kept:
+        place = file if file.suffix == ".safetensors" else file.parent
+        assert f"{place} is damaged: " in said
+    assert said.count("It is made anew.") == 3
+    assert found[0] == found[1]
 
 
 # Disks.
@@ -610,7 +626,7 @@ def test_a_disk_that_fills_up_under_judging_keeps_the_answers(overrides, tmp_pat
             f"run={folder_of(disk)}", f"instructions={questions}", "judge=reward_model", "precision=float32",
             "device=cpu", "sampling.max_new_tokens=6",
         ]  # fmt: skip
-        full = At("prefopt.evaluation.alpaca:write_json", 1, partial(fill, disk))
+        full = At("prefopt.evaluation.alpaca:write_annotations", 1, partial(fill, disk))
         code, said = run(log, *arguments, program="alpaca", env=env, at=full)
         assert code == 2, said
         assert "Traceback" not in said

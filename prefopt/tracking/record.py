@@ -61,6 +61,8 @@ RECORD: Shape = {
     "data.train": MAPPING,
     "data.train.items": WHOLE,
     "evaluations": ROWS,
+    "stages": ROWS,
+    "files": MAPPING,
     "metrics": MAPPING,
     "metrics.length": WHOLE,
     "metrics.sha256": TEXT,

@@ -1,12 +1,14 @@
 """Which process works on a run, and whether it is still alive. The record alone cannot say: a killed process writes
 nothing."""
 
+import contextlib
 import getpass
 import os
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +65,33 @@ def acquire_lock(folder: Path) -> None:
 
     Raises UserError that says who holds it, and OSError where `folder` cannot be written.
     """
-    if owns_lock(folder):
-        return
-    file = folder / "lock"
+    if not owns_lock(folder):
+        _locks[folder.resolve()] = _take(folder / "lock", folder)
+
+
+def _take(file: Path, what: Path) -> filelock.BaseFileLock:
+    """The lock in `file`, acquired, with this process as its owner; of `what` in messages."""
     lock = try_lock(file)
     if lock is None:
         owner = file.read_text() or "another process"  # one that has not written its name yet
-        raise UserError(f"{folder} is held by {owner}. Wait for it, or stop it.")
+        raise UserError(f"{what} is held by {owner}. Wait for it, or stop it.")
     file.write_text(describe_owner(process_info()))
-    _locks[folder.resolve()] = lock
+    return lock
+
+
+@contextlib.contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Inside, this process is the only one that makes the file `output`.
+
+    Raises UserError that says who else does, and OSError where nothing can be written there.
+    """
+    file = output.with_name(f"{output.name}.lock")
+    lock = _take(file, output)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name any more
+        lock.release()
 
 
 def owns_lock(folder: Path) -> bool:

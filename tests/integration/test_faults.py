@@ -581,6 +581,51 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_one_process_works_on_an_output(tiny_folder, tmp_path, env):
+    """Another is refused, and says who does; the output is that of one alone."""
+    drawn, alone, scored = tmp_path / "drawn.jsonl", tmp_path / "alone.jsonl", tmp_path / "scored.jsonl"
+    sampling = [
+        "model=hub", f"model.path={tiny_folder / 'model'}", f"prompts={tiny_folder / 'train.jsonl'}",
+        "samples_per_prompt=2", "sampling.max_new_tokens=6", "sampling.batch_size=4", "device=cpu", "precision=float32",
+    ]  # fmt: skip
+    scoring = [f"input={drawn}", "scorer=vader"]
+    go_on = tmp_path / "go_on"
+    wait = partial(await_file, go_on)
+    for program, arguments, output, moment in (
+        ("sample", sampling, drawn, At("prefopt.generation.sampler:sample", 3, wait)),
+        ("score", scoring, scored, At("prefopt.score:write_rows", 1, wait)),
+    ):
+        arguments = [*arguments, f"output={output}"]
+        first = start(tmp_path / "first", *arguments, program=program, env=env, at=moment)
+        await_file(tmp_path / f"{output.name}.lock")
+        code, said = run(tmp_path / "second", *arguments, program=program, env=env)
+        assert code == 2, said
+        assert f"{output} is held by process {first.pid} on " in said
+        go_on.touch()
+        first.join()
+        assert first.exitcode == 0
+        go_on.unlink()
+    code, said = run(tmp_path / "log", *sampling, f"output={alone}", program="sample", env=env)
+    assert code == 0, said
+    assert drawn.read_bytes() == alone.read_bytes()
+    assert len(scored.read_text().splitlines()) == 12
+    assert {f.name for f in tmp_path.glob("*.jsonl*")} == {"drawn.jsonl", "alone.jsonl", "scored.jsonl"}
+
+
+def test_a_killed_writer_of_an_output_leaves_nothing_for_long(tiny_folder, tmp_path, env):
+    scored = tmp_path / "scored.jsonl"
+    rows = [{"prompt": "Hi", "responses": ["good"]}]
+    (tmp_path / "drawn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"input={tmp_path / 'drawn.jsonl'}", "scorer=vader", f"output={scored}"]
+    code, said = run(tmp_path / "log", *arguments, program="score", env=env, at=At("os:fsync"))
+    assert code == -signal.SIGKILL, said
+    assert not scored.exists()
+    assert len(list(tmp_path.glob("scored.jsonl.*"))) == 2  # a half, and a lock that nobody has
+    code, said = run(tmp_path / "log", *arguments, program="score", env=env)
+    assert code == 0, said
+    assert [f.name for f in tmp_path.glob("scored.jsonl*")] == ["scored.jsonl"]
+
+
 def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what_was_under_way(
     tiny_folder, tmp_path, env
 ):

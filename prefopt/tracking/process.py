@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 
 from prefopt.errors import UserError
-from prefopt.utils.locks import try_lock
+from prefopt.utils.locks import remove_and_release, try_lock
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "damaged", "unknown"]
 ACTIVE_STATES = ("queued", "running", "requeued")  # and perhaps "unknown"
@@ -90,8 +90,7 @@ def output_lock(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name any more
-        lock.release()
+        remove_and_release(file, lock)
 
 
 def owns_lock(folder: Path) -> bool:

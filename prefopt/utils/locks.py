@@ -55,4 +55,14 @@ def locked(file: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        remove_and_release(file, lock)
+
+
+def remove_and_release(file: Path, lock: filelock.BaseFileLock) -> None:
+    """Release the lock in `file`, and leave no file there.
+
+    It is removed while it is held: whoever has opened it sees that it has no name any more, and opens it again.
+    """
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
+    lock.release()

@@ -15,7 +15,7 @@ from typing import Any
 
 from prefopt.utils.distributed import heartbeat
 from prefopt.utils.files import follow_umask, sync
-from prefopt.utils.locks import locked, try_lock
+from prefopt.utils.locks import locked, remove_and_release, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,12 @@ def remove_unfinished(folder: Path) -> None:
     whose lock nobody has."""
     for aside in folder.parent.glob("*.tmp"):
         name = aside.name.removesuffix(".tmp")
-        lock = None if name == folder.name else try_lock(aside.with_name(f"{name}.lock"))
+        file = aside.with_name(f"{name}.lock")
+        lock = None if name == folder.name else try_lock(file)
         if lock is not None or name == folder.name:
             shutil.rmtree(aside, ignore_errors=True)
         if lock is not None:
-            lock.release()
+            remove_and_release(file, lock)
 
 
 def publish(aside: Path, target: Path) -> None:
@@ -131,8 +132,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def seal(content: dict[str, Any], salt: str = "") -> dict[str, Any]:
-    """`content` as JSON gives it back, with the digest of itself; with a `salt`, for those alone who know that."""
-    content = json.loads(json.dumps(content))
+    """`content` as JSON gives it back, with the digest of itself; with a `salt`, for those alone who know that.
+
+    A digest that it has already is replaced.
+    """
+    content = {key: value for key, value in json.loads(json.dumps(content)).items() if key != SEAL}
     return content | {SEAL: _digest(content, salt)}
 
 

@@ -263,7 +263,7 @@ def find_result(file: Path) -> dict[str, Any] | None:
 
 def update_record(folder: Path, **facts: object) -> None:
     """Merge `facts` into the record of a run that no other process writes."""
-    record = json.loads((folder / "record.json").read_text())
+    record = read_json(folder / "record.json")
     write_record(folder, record | facts)
 
 

@@ -732,6 +732,16 @@ def test_rewards_judge_for_nothing(run):
     command_ = [f"runs_dir={run.parent}", f"output={run.parent / 'report'}"]
     shown = run_program(*command_, program="report")
     assert shown.returncode == 0, shown.stderr
+    # A result beside it that is damaged is named, and ends nothing.
+    other = run / "alpaca" / "other" / "record.json"
+    other.parent.mkdir()
+    for content in ("", "{}", '{"weights": "x", "sha256": "0"}'):
+        other.write_text(content)
+        again = evaluate(run, "judge=reward_model", "baseline=initial")
+        assert again.returncode == 0, again.stderr
+        assert again.stdout == process.stdout
+        assert f"left out: {other} " in again.stderr
+    shutil.rmtree(other.parent)
     text = (run.parent / "report" / "table.md").read_text()
     assert "win rate (reward of Vader, against model-initial, 24 questions), % |" in text
     assert f"| {told['figures']['win_rate']:.1f} ± {told['figures']['standard_error']:.1f} |" in text

@@ -373,7 +373,7 @@ def test_two_jobs_with_one_run_folder_run_once(overrides, tmp_path):
 # The frozen job.
 
 
-def test_a_snapshot_is_the_package_by_content(tmp_path):
+def test_a_snapshot_is_the_package_by_content(tmp_path, capsys):
     code = snapshot(tmp_path)
     assert snapshot(tmp_path) == code
     files = {f.relative_to(ROOT) for f in (ROOT / "prefopt").rglob("*") if f.is_file() and f.suffix != ".pyc"}
@@ -385,6 +385,13 @@ def test_a_snapshot_is_the_package_by_content(tmp_path):
     ).stdout
     assert found.startswith(f"{code}/prefopt/__init__.py ")
     assert found.split(" ", 1)[1].strip() == str(json.loads((code / "git.json").read_text()))
+    # The bytecode that Python has left there is no damage; another source is.
+    edited = code / "prefopt" / "train.py"
+    before = edited.read_bytes()
+    edited.write_bytes(before + b"# edited")
+    assert snapshot(tmp_path) == code
+    assert edited.read_bytes() == before
+    assert "prefopt/train.py has the checksum" in capsys.readouterr().err
 
 
 def test_data_that_changed_since_submission_are_refused(overrides, tiny_folder, tmp_path):

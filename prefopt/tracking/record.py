@@ -255,10 +255,13 @@ def find_result(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return read_result(file)
+        result = unseal(read_json(file))
+        why = f"{file} is damaged: it is not what its {SEAL} was made of."
     except UserError as error:
-        log.warning(f"  {error} It is made anew.")
-        return None
+        result, why = None, str(error)
+    if result is None:
+        log.warning(f"  {why} It is made anew.")
+    return result
 
 
 def update_record(folder: Path, **facts: object) -> None:

@@ -253,6 +253,27 @@ def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides
     assert found[0] == found[1]
 
 
+def test_killed_makers_of_what_is_cached_leave_nothing(overrides, tmp_path):
+    env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    arguments = [*overrides(tmp_path / "runs"), *STEPS, "sampling.max_new_tokens=6"]
+    arguments += ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
+    moments = [
+        At("prefopt.data.cache:write_split", 2),
+        At("prefopt.utils.store:publish"),  # with all written, and it has not got its name yet
+        At("os:fsync"),  # in the writing of a single file
+        At("prefopt.training.evaluate:sample_logratios"),
+    ]
+    for moment in moments:
+        code, said = run(tmp_path / "log", *arguments, env=env, at=moment)
+        assert code == -signal.SIGKILL, said
+        assert len(list((tmp_path / "cache").rglob("*.tmp"))) <= 2
+    code, said = run(tmp_path / "log", *arguments, env=env)
+    assert code == 0, said
+    assert "is damaged" not in said
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
+
+
 # Disks.
 
 

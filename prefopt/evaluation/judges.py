@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from prefopt.data.formats import Message
+from prefopt.data.items import Message
 from prefopt.errors import UserError
 from prefopt.evaluation.annotations import is_preference, prune_annotations
 from prefopt.evaluation.clients import VENDOR_URLS, Calls, alpaca_eval, failure_reason, judge_client

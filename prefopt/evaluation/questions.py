@@ -6,7 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from prefopt.data.formats import Message, as_prompt
+from prefopt.data.fields import as_prompt
+from prefopt.data.items import Message
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
 

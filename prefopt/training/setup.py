@@ -279,8 +279,12 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
 
 def skip_finished(run: "Run") -> None:
+    from prefopt.tracking.provenance import note_edited_code
+
     if is_main_process():  # a run that was killed right after its end has its checkpoints still
         remove(run.checkpoints)
+        if code := run.record.get("code"):
+            note_edited_code(Path(code))
     log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
 
 

@@ -27,7 +27,7 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import SamplingConfig
-from prefopt.data.formats import as_messages
+from prefopt.data.fields import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig

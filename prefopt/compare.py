@@ -7,7 +7,6 @@ one the judge prefers.
 It is `prefopt.alpaca run=runs/A baseline=runs/B` with other defaults, and a page beside its record.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from prefopt.evaluation.alpaca import answers_of_baseline, evaluate_checkpoint, 
 from prefopt.evaluation.config import AlpacaConfig
 from prefopt.reporting.compare import page
 from prefopt.tracking.policies import exported_policies
-from prefopt.tracking.record import record_of
+from prefopt.tracking.record import read_result, record_of
 from prefopt.utils.files import atomic_write
+from prefopt.utils.store import read_sealed_lines
 
 
 @program("compare", AlpacaConfig)
@@ -40,9 +40,9 @@ def compare(cfg: DictConfig) -> None:
     folder = evaluate_checkpoint(
         config, judge, checkpoint, questions, lambda: answers_of_baseline(config, questions), {}
     )
-    record = json.loads((folder / "record.json").read_text())
+    annotations, _ = read_sealed_lines(folder / "annotations.json")
     output = folder / "page.html"
-    atomic_write(output, page(record, json.loads((folder / "annotations.json").read_text())))
+    atomic_write(output, page(read_result(folder / "record.json"), annotations))
     print(output)
 
 

@@ -6,7 +6,6 @@ FOLDER/job.json holds the resolved config, so nothing is composed again. Exit co
 saved, and to be started again. Any other means failed: the traceback is then on stderr and in record.json.
 """
 
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -20,7 +19,7 @@ from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
 from prefopt.tracking.provenance import check_frozen_code
-from prefopt.tracking.record import read_record, update_record
+from prefopt.tracking.record import read_json, read_record, update_record
 from prefopt.training.config import OnlineConfig, TrainConfig
 from prefopt.utils.console import configure_logging
 from prefopt.utils.distributed import is_main_process
@@ -48,7 +47,7 @@ def _run_locked(folder: Path) -> None:
         return
     if is_main_process():
         update_record(folder, status="running", **process_info())
-    frozen = json.loads((folder / "job.json").read_text())
+    frozen = read_json(folder / "job.json")
     try:
         check_frozen_code(Path(frozen["code"]))
         (_train if frozen["program"] == "train" else _run_pending)(folder, frozen)

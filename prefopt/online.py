@@ -8,8 +8,8 @@ parts as there are stages, by their content. A stage draws responses to its part
 has left, scores them, and trains on the best against the worst of each prompt, from that policy on.
 
 The folder holds record.json and stage_1, stage_2, ..., each with samples.jsonl.gz, scored.jsonl.gz and a run like any
-other. What is there is not made again, so the same command goes on wherever it was stopped. With -m every point of a
-grid is a job of its own.
+other. What is there is not made again, so the same command goes on wherever it was stopped, also where the folder was
+moved to another runs_dir. With -m every point of a grid is a job of its own.
 """
 
 from pathlib import Path

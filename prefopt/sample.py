@@ -19,6 +19,7 @@ from prefopt.config.parse import parse
 from prefopt.data.sources import write_rows
 from prefopt.generation.config import SampleConfig, check_sample
 from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
+from prefopt.tracking.process import output_lock
 from prefopt.utils.files import check_output
 
 log = logging.getLogger("prefopt.sample")
@@ -43,9 +44,10 @@ def main(cfg: DictConfig) -> None:
         device=config.device,
         precision=config.precision,
     )
-    responses, _ = generate_resumable(request, partial)
-    write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
-    partial.unlink()
+    with output_lock(output):
+        responses, _ = generate_resumable(request, partial)
+        write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
+        partial.unlink()
     log.info(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
 
 

@@ -20,6 +20,7 @@ from prefopt.errors import UserError
 from prefopt.rewards.config import ScoreConfig
 from prefopt.rewards.rows import score_rows
 from prefopt.rewards.scorers import RewardScorer
+from prefopt.tracking.process import output_lock
 from prefopt.utils.files import check_output
 
 log = logging.getLogger("prefopt.score")
@@ -36,7 +37,8 @@ def main(cfg: DictConfig) -> None:
     scorer = build(config.scorer, RewardScorer, "scorer")
     rows = list(read_rows(config.input, config.split))
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of scoring
-    write_rows(output, score_rows(rows, scorer, config.device, config.precision, config.name))
+    with output_lock(output):
+        write_rows(output, score_rows(rows, scorer, config.device, config.precision, config.name))
     log.info(f"wrote {len(rows)} scored rows to {output}")
 
 

@@ -1,16 +1,12 @@
 """Tokenized data on disk: memory-mapped Arrow files, made once and shared by all runs on this machine.
 
 The key covers everything that decides the tokens: the content of the data, how rows are read, the tokenizer and its
-template, the length policy, and the code that reads and tokenizes. The files of a key are written to another folder,
-which is then renamed, so no reader sees half of them. Two processes that need the same files at once both make them,
-and one result is kept.
+template, the length policy, and the code that reads and tokenizes. `utils/store.py` keeps the files of a key.
 """
 
 import itertools
 import json
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +28,9 @@ from prefopt.data.items import Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
 from prefopt.utils.console import Bar
-from prefopt.utils.files import cache_dir, follow_umask
+from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
+from prefopt.utils.store import opened
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +104,7 @@ def prepare_dataset(
     # Held out first: training items are checked against its prompts.
     names = ["heldout", "train"] if has_heldout(dataset) else ["train"]
     folder = cache_dir() / "tokenized" / cache_key(dataset, tokenizer, limits, names)
-    if not folder.is_dir():
-        build_cache(dataset, tokenizer, limits, names, folder, check, show)
+    opened(folder, "tokenized data", lambda aside: write_splits(dataset, tokenizer, limits, names, aside, check, show))
     prepared = {}
     for name in reversed(names):
         meta = json.loads((folder / f"{name}.json").read_text())
@@ -159,7 +155,7 @@ def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits
     return fingerprint(decides, *code, *of_formats)[:24]
 
 
-def build_cache(
+def write_splits(
     dataset: DatasetConfig,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
@@ -178,27 +174,15 @@ def build_cache(
         splits[name] = load_split(dataset, name, map(prompt_of, splits.get("heldout", ())))
         check(name, splits[name].rewards)
 
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        for name, split in splits.items():
-            file = aside / f"{name}.arrow"
-            counts, longest = write_split(file, name, split, tokenizer, limits, policies, show)
-            prompts = []
-            if name == "heldout":
-                kept_ids = set(TokenizedPairs(file).table["id"].to_pylist())  # tokenizing drops some items
-                prompts = [prompt_of(item) for item in split if item.id in kept_ids]
-            meta = {"prompts": prompts, "counts": counts, "rewards": split.rewards, "longest": longest}
-            (aside / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
-        follow_umask(aside)
-        try:
-            aside.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    for name, split in splits.items():
+        file = folder / f"{name}.arrow"
+        counts, longest = write_split(file, name, split, tokenizer, limits, policies, show)
+        prompts = []
+        if name == "heldout":
+            kept_ids = set(TokenizedPairs(file).table["id"].to_pylist())  # tokenizing drops some items
+            prompts = [prompt_of(item) for item in split if item.id in kept_ids]
+        meta = {"prompts": prompts, "counts": counts, "rewards": split.rewards, "longest": longest}
+        (folder / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
 
 
 def write_split(

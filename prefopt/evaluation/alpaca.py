@@ -22,6 +22,7 @@ from prefopt.config.parse import build
 from prefopt.config.schema import ModelConfig
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
+from prefopt.evaluation.annotations import write_annotations
 from prefopt.evaluation.clients import alpaca_eval
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
 from prefopt.evaluation.initial import initial_model
@@ -30,12 +31,15 @@ from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Questi
 from prefopt.evaluation.results import two_judges
 from prefopt.generation.responses import GenerationRequest, generate_resumable
 from prefopt.models.fingerprint import local_files
+from prefopt.tracking.archive import results_of
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
-from prefopt.tracking.record import record_of
+from prefopt.tracking.record import find_result, read_result, record_of, write_result
 from prefopt.utils.console import console, folding_table
-from prefopt.utils.files import cache_dir, write_json
+from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
+from prefopt.utils.locks import locked
+from prefopt.utils.store import read_sealed_lines
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +196,7 @@ def evaluate_checkpoint(
     extra: dict[str, str],
 ) -> Path:
     """Compare a checkpoint's answers with the baseline's, and return the folder with record.json and annotations.json.
-    Nothing is computed where the record exists.
+    Nothing is computed where the record exists. Other processes wait while one makes a comparison.
 
     `reference` returns the baseline's answers. It is called only when they are needed. `extra` goes into the record.
     Raises UserError where the judge does.
@@ -202,18 +206,34 @@ def evaluate_checkpoint(
     # Their files, too, which another training may have written anew.
     models = [local_files(model) for model in (checkpoint.model, baseline) if model]
     key = fingerprint([settings, models])[:8]
-    comparisons_folder = Path(config.run) / "alpaca"
-    folder = comparisons_folder / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
-    if (folder / "record.json").is_file():
-        return folder
+    folder = (
+        Path(config.run) / "alpaca" / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
+    )
+    with locked(folder.with_name(f"{folder.name}.lock"), f"the comparison of {checkpoint.path}"):
+        if not is_complete(folder):
+            compare(config, judge, checkpoint, questions, reference, extra, settings, folder)
+    return folder
 
+
+def compare(
+    config: AlpacaConfig,
+    judge: Judge,
+    checkpoint: Checkpoint,
+    questions: Questions,
+    reference: Callable[[], Answers],
+    extra: dict[str, str],
+    settings: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Make the comparison that `evaluate_checkpoint` describes, and write it into `folder`."""
+    name, _ = baseline_of(config)
     start = time.monotonic()
     ours = answer_questions(checkpoint.model, checkpoint.path, questions.items, config)
     theirs = reference()
     names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}")
     comparisons = _pair_answers(questions.items, theirs, ours)
     # Preferences are kept beside the comparisons, not inside: another checkpoint may give some of the same answers.
-    kept = comparisons_folder / "preferences"
+    kept = folder.parent / "preferences"
     annotations = judge.annotate(comparisons, names, kept, config.max_cost, config.device, config.precision)
     figures = summarize(annotations, questions.is_alpaca_eval)
 
@@ -231,14 +251,22 @@ def evaluate_checkpoint(
         "settings": settings,
         "seconds": time.monotonic() - start,
     }
-    write_result(folder, annotations, record | provenance() | extra)
-    return folder
+    # In this order: where the record exists, the comparison is complete.
+    write_annotations(folder / "annotations.json", [to_jsonable(row) for row in annotations])
+    write_result(folder / "record.json", record | provenance() | extra)
 
 
-def write_result(folder: Path, annotations: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    """Write annotations.json, and then record.json: where the record exists, the result is complete."""
-    write_json(folder / "annotations.json", [to_jsonable(row) for row in annotations])
-    write_json(folder / "record.json", record)
+def is_complete(folder: Path) -> bool:
+    """Whether the comparison in this folder has been made. A damaged one has not, which the log says."""
+    record = find_result(folder / "record.json")
+    if record is None:
+        return False
+    file = folder / "annotations.json"
+    rows, whole = read_sealed_lines(file)
+    if not whole or len(rows) != record["figures"]["n"]:
+        log.warning(f"  {file} is damaged. It is made anew.")
+        return False
+    return True
 
 
 def comparison_settings(config: AlpacaConfig, judge: Judge, questions: Questions) -> dict[str, Any]:
@@ -323,11 +351,10 @@ def run_pending(config: AlpacaConfig, **extra: str) -> None:
     reference = functools.cache(lambda: answers_of_baseline(config, questions))  # loads the model at most once
     for checkpoint in exported_policies(config.run, config.checkpoints):
         folder = evaluate_checkpoint(config, judge, checkpoint, questions, reference, extra)
-        record = json.loads((folder / "record.json").read_text())
+        record = read_result(folder / "record.json")
         console().print(format_results(record))
 
-        siblings = [json.loads(file.read_text()) for file in folder.parent.glob("*/record.json")]
-        same = [r for r in siblings if _without_judge(r) == _without_judge(record)]
+        same = [r for r in results_of(Path(config.run), "alpaca") if _without_judge(r) == _without_judge(record)]
         for key, value in two_judges(same).items():
             print(f"mean of the MMPO paper's two judges, {key.replace('_', ' ')}: {value:.2f} %")
         print(folder)

@@ -12,7 +12,9 @@ import pandas as pd
 from alpaca_eval import evaluate
 from alpaca_eval.annotators import PairwiseAnnotator
 
-from prefopt.utils.files import with_filename, write_json
+from prefopt.evaluation.annotations import write_annotations
+from prefopt.utils.files import with_filename
+from prefopt.utils.store import SEAL
 
 
 class AtomicAnnotator(PairwiseAnnotator):
@@ -25,16 +27,17 @@ class AtomicAnnotator(PairwiseAnnotator):
         aside = annotations.with_suffix(".tmp")
         with with_filename(annotations):
             super().save(aside)
-            # A server's answer may repeat the key that it was sent.
-            write_json(aside, json.loads(aside.read_text()))
-            aside.replace(annotations)
+            write_annotations(annotations, json.loads(aside.read_text()))
+            aside.unlink()
 
     def load_(self, path: str | None = None) -> None:
         """Read the file, with preferences as floats. Where all known ones are 1 or 2, pandas reads integers, and then
         has no room for the 1.5 of a later answer."""
         super().load_(path)
         known = self.df_annotations  # type: ignore[has-type]
-        self.df_annotations = None if known is None else known.astype({"preference": float})
+        if known is not None:
+            known = known.drop(columns=SEAL, errors="ignore").astype({"preference": float})
+        self.df_annotations = known
 
 
 def annotate(

@@ -1,5 +1,6 @@
 """LM Evaluation Harness over the policies of a run. One JSON record per policy and task."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,8 +22,10 @@ from prefopt.evaluation.results import lm_accuracy, task_names
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance
+from prefopt.tracking.record import find_result, read_result, write_result
 from prefopt.utils.console import console, folding_table
-from prefopt.utils.files import check_folder, write_json
+from prefopt.utils.files import check_folder
+from prefopt.utils.locks import locked
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -376,9 +379,11 @@ def run_pending(config: HarnessConfig, **extra: str) -> None:
     names, how = task_names(config.tasks), task_settings(config)
     policies, folder = checkpoints(config)
 
+    known = functools.cache(find_result)
+
     def pending() -> list[tuple[Checkpoint, list[str]]]:
         return [
-            (checkpoint, [t for t in names if not record_file(config, folder, checkpoint, t, how).is_file()])
+            (checkpoint, [t for t in names if known(record_file(config, folder, checkpoint, t, how)) is None])
             for checkpoint in policies
         ]
 
@@ -408,9 +413,12 @@ def run_pending(config: HarnessConfig, **extra: str) -> None:
                 **provenance(),
                 **extra,
             }
-            write_json(record_file(config, folder, checkpoint, task, how), run_task(lm, manager, task, config) | facts)
+            file = record_file(config, folder, checkpoint, task, how)
+            with locked(file.with_suffix(".lock"), f"{task} of {checkpoint.path}"):
+                if find_result(file) is None:  # another process may have evaluated it meanwhile
+                    write_result(file, run_task(lm, manager, task, config) | facts)
 
-    records = [json.loads(record_file(config, folder, c, t, how).read_text()) for c in policies for t in names]
+    records = [read_result(record_file(config, folder, c, t, how)) for c in policies for t in names]
     console().print(format_results(records))
     for line in filter(None, map(said_of_lengths, records)):
         print(line)

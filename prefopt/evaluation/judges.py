@@ -21,9 +21,10 @@ import yaml
 
 from prefopt.data.items import Message
 from prefopt.errors import UserError
+from prefopt.evaluation.annotations import is_preference, prune_annotations
 from prefopt.evaluation.clients import VENDOR_URLS, Calls, alpaca_eval, failure_reason, judge_client
 from prefopt.rewards.scorers import Request, RewardScorer
-from prefopt.utils.files import atomic_write, write_json
+from prefopt.utils.files import atomic_write
 from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
 
@@ -262,12 +263,12 @@ class LanguageModelJudge(Judge):
             configuration = self._write_configuration(judge_folder)
             calls = Calls()
             for _ in range(ATTEMPTS):
-                known = _prune(annotations)
+                known = prune_annotations(annotations)
                 # alpaca-eval does not ask about equal answers: it calls them a tie.
                 to_ask = [c for c in comparisons if c.reference != c.model and _key(c) not in known]
                 max_cost -= self._announce_cost(to_ask, len(comparisons), max_cost)
                 rows = self._ask(comparisons, names, configuration, annotations, calls)
-                given = {row["index"]: row for row in rows if _is_preference(row["preference"])}
+                given = {row["index"]: row for row in rows if is_preference(row["preference"])}
                 missing = [c.index for c in comparisons if c.index not in given]
                 if not missing:
                     return rows
@@ -409,24 +410,6 @@ def _output(comparison: Comparison, answer: str, generator: str) -> dict[str, An
 
 def _key(comparison: Comparison) -> tuple[str, str, str]:
     return comparison.instruction, comparison.reference, comparison.model
-
-
-def _is_preference(value: Any) -> bool:
-    return value is not None and 1 <= value <= 2  # False for NaN too
-
-
-def _prune(annotations: Path) -> set[tuple[str, str, str]]:
-    """Remove the rows without a preference from the file, and return the keys of the others. alpaca-eval takes every
-    row in the file for answered, and would not ask about it again."""
-    if not annotations.is_file():
-        return set()
-    rows = json.loads(annotations.read_text())
-    kept = [row for row in rows if _is_preference(row["preference"])]
-    if not kept:
-        annotations.unlink()
-    elif len(kept) < len(rows):
-        write_json(annotations, kept)
-    return {(row["instruction"], row["output_1"], row["output_2"]) for row in kept}
 
 
 def _sha256(text: str) -> str:

@@ -2,8 +2,8 @@
 
 import contextlib
 import importlib.metadata
-import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from prefopt.data.sources import Row, read_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils import signals
 from prefopt.utils.console import Bar
-from prefopt.utils.files import with_filename
+from prefopt.utils.files import atomic_write, with_filename
 from prefopt.utils.fingerprint import fingerprint
+from prefopt.utils.store import format_sealed_line, read_sealed_lines
 
 if TYPE_CHECKING:
     from prefopt.generation.sampler import Sample, Sampler
@@ -41,37 +42,44 @@ class GenerationRequest:
 
 
 class PartialFile:
-    """The responses that have been sampled so far, as JSON lines.
+    """The responses that have been sampled so far, as sealed JSON lines (`utils/store.py`).
 
-    The first line is {"settings": digest}. Each other line is {"prompt": number, "responses", "finished"}. `rows` holds
-    them by prompt number. The last line may be torn, where a process was killed while it wrote; then it is dropped.
+    The first line is {"settings": digest}. Each other line is {"prompt": number, "responses", "finished"}, and is
+    sealed with that digest. `rows` holds them by prompt number. Lines that are not whole are dropped. The last one may
+    be torn, where a process was killed while it wrote; others are damaged, which the log says.
     """
 
     def __init__(self, path: Path, digest: str):
         """Read the file, if there is one. Raises UserError where its settings have another digest."""
-        self.path = path
-        self.header = json.dumps({"settings": digest}).encode() + b"\n"
+        self.path, self.digest = path, digest
+        self.header = format_sealed_line({"settings": digest})
         path.parent.mkdir(parents=True, exist_ok=True)
 
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        complete = [line for line in lines if line.endswith(b"\n")]
-        if complete and complete[0] != self.header:
+        data = path.read_bytes() if path.is_file() else b""
+        headers, _ = read_sealed_lines(path)
+        rows, _ = read_sealed_lines(path, digest)
+        is_other = headers and headers[0] != {"settings": digest}
+        if not rows and (is_other or (not headers and b"\n" in data)):
             raise UserError(
                 f"{path} was begun with other settings, prompts or weights. Repeat that command to finish it, or "
                 "remove the file to begin again."
             )
-        if len(complete) < len(lines):
-            path.write_bytes(b"".join(complete))
-        rows = [json.loads(line) for line in complete[1:]]
+        kept = (self.header + "".join(format_sealed_line(row, digest) for row in rows)).encode() if rows else b""
+        if data not in (kept, self.header.encode()):
+            if not data.startswith(kept) or b"\n" in data.removeprefix(kept) or not data.strip(b"\0"):
+                log.warning(f"  {path} is damaged: {len(rows)} of its lines are whole. The others are made anew.")
+            atomic_write(path, kept)
         self.rows: dict[int, Row] = {row.pop("prompt"): row for row in rows}
 
     def append(self, rows: dict[int, Row]) -> None:
         """Add the rows of further prompts. Raises OSError with the file's name where there is no room."""
-        lines = [json.dumps({"prompt": i, **row}, ensure_ascii=False).encode() + b"\n" for i, row in rows.items()]
+        lines = [format_sealed_line({"prompt": i, **row}, self.digest) for i, row in rows.items()]
         with with_filename(self.path), self.path.open("ab") as file:
             if file.tell() == 0:
                 lines.insert(0, self.header)
-            file.writelines(lines)
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
         self.rows |= rows
 
 

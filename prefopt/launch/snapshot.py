@@ -5,16 +5,17 @@ import os
 import subprocess
 from pathlib import Path
 
-from prefopt.utils.files import PACKAGE, atomic_write
+from prefopt.utils.files import PACKAGE
+from prefopt.utils.store import opened
 
 
 def snapshot(folder: Path) -> Path:
     """Copy this package into `folder`/DIGEST, unless it is there; the absolute path.
 
-    git.json in it names the commit, and changes.diff holds what is not committed. Raises UserError where the copy
-    that is there has been edited.
+    git.json in it names the commit, and changes.diff holds what is not committed. A copy that has been edited is
+    made anew, which the log says.
     """
-    from prefopt.tracking.provenance import ask_git, check_frozen_code, code_digest, code_files, git
+    from prefopt.tracking.provenance import ask_git, code_digest, code_files, git
 
     contents = code_files(PACKAGE)
     contents["git.json"] = json.dumps(git()).encode()
@@ -23,18 +24,13 @@ def snapshot(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError):  # not a checkout
         contents["changes.diff"] = b""
     target = (folder / code_digest(contents)).resolve()
-    if target.is_dir():
-        check_frozen_code(target)
-        return target
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    for name, content in contents.items():
-        atomic_write(aside / name, content)
-    try:
-        aside.rename(target)
-    except OSError:  # another submitter was faster
-        if not target.is_dir():
-            raise
-    return target
+
+    def write(aside: Path) -> None:
+        for name, content in contents.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_bytes(content)
+
+    return opened(target, "a copy of the code", write)
 
 
 def python_environment(code: Path) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import UserError
 from prefopt.models.safe_weights import load_pretrained, no_pickles
-from prefopt.utils.files import cache_dir, follow_umask
+from prefopt.utils.files import cache_dir
+from prefopt.utils.store import opened
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +21,11 @@ def convert_gguf(gguf: Path) -> Path:
     user's cache folder. Raises UserError for a file that cannot be read."""
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
     target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
-    if target.is_dir():
-        return target
-    log.info(f"converting {gguf.name} to a float32 checkpoint in {target} (once; about 20 s for 135M parameters)")
+    return opened(target, f"the conversion of {gguf.name}", lambda folder: _convert(gguf, folder))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    log.info(f"converting {gguf.name} to a float32 checkpoint (once; about 20 s for 135M parameters)")
     transformers_logging.disable_progress_bar()
     try:
         loaded = load_pretrained(AutoModelForCausalLM, str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
@@ -40,15 +41,6 @@ def convert_gguf(gguf: Path) -> Path:
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-
-    # Renamed when complete, so that no reader sees half of a checkpoint.
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    model.save_pretrained(aside)
+    model.save_pretrained(folder)
     with no_pickles(str(gguf)):
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
-    follow_umask(aside)
-    try:
-        aside.rename(target)
-    except OSError:  # another process was faster
-        shutil.rmtree(aside)
-    return target
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

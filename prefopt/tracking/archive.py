@@ -11,7 +11,7 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.tracking.metrics import metrics_damage
-from prefopt.tracking.record import alpaca_problems, harness_problems, load_record, read_json, record_problems
+from prefopt.tracking.record import alpaca_problems, harness_problems, load_record, read_result, record_problems
 from prefopt.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ def _in_folder(place: Path) -> list[Record]:
         except UserError as error:
             log.warning(f"left out: {error}")
             continue
-        for kind, (pattern, problems) in RESULTS.items():
-            record[kind] = [result for path in sorted(file.parent.glob(pattern)) for result in _result(path, problems)]
+        for kind in RESULTS:
+            record[kind] = results_of(file.parent, kind)
         records.append(record)
     return records
 
@@ -69,10 +69,16 @@ def check_finished(file: Path, record: Record) -> None:
         raise UserError(f"{file.parent}: {why}. Bring it back, or remove the folder and train again.")
 
 
+def results_of(run: Path, kind: str) -> list[Record]:
+    """The results of a kind, harness or alpaca, in the folder `run`. One that is damaged is left out with a warning."""
+    pattern, problems = RESULTS[kind]
+    return [result for path in sorted(run.glob(pattern)) for result in _result(path, problems)]
+
+
 def _result(file: Path, problems: Callable[[Record], Iterator[str]]) -> list[Record]:
     """The result in `file`, or nothing, and a warning, where it is none."""
     try:
-        result = read_json(file)
+        result = read_result(file)
         if problem := next(problems(result), None):
             raise UserError(f"{file} is no result: {problem}.")
     except UserError as error:

@@ -1,12 +1,14 @@
 """Which process works on a run, and whether it is still alive. The record alone cannot say: a killed process writes
 nothing."""
 
+import contextlib
 import getpass
 import os
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import filelock
 
 from prefopt.errors import UserError
 from prefopt.tracking.heartbeat import Heartbeat
-from prefopt.utils.locks import try_lock
+from prefopt.utils.locks import remove_and_release, try_lock
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "damaged", "unknown"]
 ACTIVE_STATES = ("queued", "running", "requeued")  # and perhaps "unknown"
@@ -68,20 +70,38 @@ def acquire_lock(folder: Path) -> None:
     """
     if owns_lock(folder):
         return
-    file = folder / "lock"
-    lock = try_lock(file)
-    if lock is None:
-        owner = file.read_text() or "another process"  # one that has not written its name yet
-        raise UserError(f"{folder} is held by {owner}. Wait for it, or stop it.")
-    owner = describe_owner(process_info())
-    file.write_text(owner)
-    heartbeat = Heartbeat(folder, owner)
+    lock = _take(folder / "lock", folder)
+    heartbeat = Heartbeat(folder, describe_owner(process_info()))
     try:
         heartbeat.begin()
     except BaseException:
         lock.release()
         raise
     _locks[folder.resolve()] = lock, heartbeat
+
+
+def _take(file: Path, what: Path) -> filelock.BaseFileLock:
+    """The lock in `file`, acquired, with this process as its owner; of `what` in messages."""
+    lock = try_lock(file)
+    if lock is None:
+        owner = file.read_text() or "another process"  # one that has not written its name yet
+        raise UserError(f"{what} is held by {owner}. Wait for it, or stop it.")
+    file.write_text(describe_owner(process_info()))
+    return lock
+
+
+@contextlib.contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Inside, this process is the only one that makes the file `output`.
+
+    Raises UserError that says who else does, and OSError where nothing can be written there.
+    """
+    file = output.with_name(f"{output.name}.lock")
+    lock = _take(file, output)
+    try:
+        yield
+    finally:
+        remove_and_release(file, lock)
 
 
 def owns_lock(folder: Path) -> bool:

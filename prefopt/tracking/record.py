@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.tracking.process import STATES, resolve_status
-from prefopt.utils.files import refresh_nfs, write_json
+from prefopt.utils.files import refresh_nfs, write_json, write_plain_json
 from prefopt.utils.locks import open_lock
+from prefopt.utils.redact import redact_values
+from prefopt.utils.store import SEAL, seal, unseal
+
+log = logging.getLogger(__name__)
 
 # The kinds of values in a record. A bool is an int in Python, and is no number here.
 TEXT, NUMBER, WHOLE, MAPPING, ROWS = (str,), (int, float), (int,), (dict,), (list,)
@@ -56,6 +61,8 @@ RECORD: Shape = {
     "data.train": MAPPING,
     "data.train.items": WHOLE,
     "evaluations": ROWS,
+    "stages": ROWS,
+    "files": MAPPING,
     "metrics": MAPPING,
     "metrics.length": WHOLE,
     "metrics.sha256": TEXT,
@@ -229,9 +236,37 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     write_json(folder / "record.json", record)
 
 
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Write the result of an evaluation, sealed (`utils/store.py`). Secrets are redacted."""
+    write_plain_json(file, seal(redact_values(result)))
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """What `write_result` has written. Raises UserError, which names the file, where it is damaged."""
+    content = read_json(file)
+    result = unseal(content)
+    if result is None and SEAL in content:
+        raise UserError(f"{file} is damaged: it is not what its {SEAL} was made of.")
+    return content if result is None else result
+
+
+def find_result(file: Path) -> dict[str, Any] | None:
+    """The result in `file`; None where there is none, or where it is damaged, which the log says."""
+    if not file.is_file():
+        return None
+    try:
+        result = unseal(read_json(file))
+        why = f"{file} is damaged: it is not what its {SEAL} was made of."
+    except UserError as error:
+        result, why = None, str(error)
+    if result is None:
+        log.warning(f"  {why} It is made anew.")
+    return result
+
+
 def update_record(folder: Path, **facts: object) -> None:
     """Merge `facts` into the record of a run that no other process writes."""
-    record = json.loads((folder / "record.json").read_text())
+    record = read_json(folder / "record.json")
     write_record(folder, record | facts)
 
 

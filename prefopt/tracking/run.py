@@ -32,10 +32,14 @@ class Run:
     1 how often the run was started.
     """
 
-    def __init__(self, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]):
+    def __init__(
+        self, config: dict[str, Any], objective_name: str, data_digests: dict[str, str], root: Path | None = None
+    ):
         """`config` is the resolved configuration of a training run, as mappings. `data_digests` are the digests of its
-        data files, by split."""
+        data files, by split. The folder `root` may be moved: of paths in it, what is below it counts."""
         identity = {key: value for key, value in config.items() if key not in VOLATILE}
+        if root is not None:
+            identity = _below(identity, f"{root}/")
         self.id = fingerprint([identity, data_digests])[:8]
         self.name = f"{objective_name}-{config['model']['name']}-{config['dataset']['name']}-{self.id}"
         self.folder = Path(config["runs_dir"]) / self.name
@@ -49,9 +53,11 @@ class Run:
         self.attempt = 1
 
     @classmethod
-    def open(cls, config: dict[str, Any], objective_name: str, data_digests: dict[str, str]) -> "Run":
+    def open(
+        cls, config: dict[str, Any], objective_name: str, data_digests: dict[str, str], root: Path | None = None
+    ) -> "Run":
         """The run with what record.json in its folder says, if there is one. Raises UserError for a damaged one."""
-        run = cls(config, objective_name, data_digests)
+        run = cls(config, objective_name, data_digests, root)
         run.reload()
         return run
 
@@ -144,6 +150,13 @@ class Run:
             # The other processes fail after the first, with an error that says only that it has gone: keep the first.
             if world_size() == 1 or read_record(self.folder)["status"] != "failed":
                 update_record(self.folder, status="failed", finished=utc_now(), error=error)
+
+
+def _below(node: Any, root: str) -> Any:
+    """`node` with paths that begin with `root` without that."""
+    if isinstance(node, dict):
+        return {key: _below(value, root) for key, value in node.items()}
+    return node.removeprefix(root) if isinstance(node, str) else node
 
 
 def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

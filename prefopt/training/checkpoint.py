@@ -5,10 +5,8 @@ SHA256SUMS in it (`sha256sum -c` reads it) reveals damage on the disk; for that 
 Older ones are removed only after the new one is complete. No pickle is ever read.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -27,13 +25,13 @@ from prefopt.models.transformers4 import write_for_transformers4
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import heartbeat
-from prefopt.utils.files import follow_umask, remove, write_plain_json
+from prefopt.utils.files import remove, write_plain_json
 from prefopt.utils.os_errors import from_text
+from prefopt.utils.store import SUMS, damage, format_sums, publish
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest is damaged on the disk
-SUMS = "SHA256SUMS"
 OURS = re.compile(r"step_\d+(\.tmp|\.damaged)?")  # what is written and removed in checkpoints/
 FLOAT32_BYTES = 4
 ADAMW_MOMENTS = 2  # numbers that AdamW keeps for each weight
@@ -64,7 +62,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
             heartbeat()
         (aside / "meta.json").write_text(json.dumps({"step": step, **meta}))
-        (aside / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(aside).items()))
+        (aside / SUMS).write_text(format_sums(aside))
         remove(target)
         publish(aside, target)
     except (OSError, SafetensorError) as error:
@@ -105,37 +103,6 @@ def latest_checkpoint(folder: Path, check: Callable[[Path], str | None] | None =
             + f"\nThere is no other checkpoint. Bring the files back, or remove {folder} to begin again."
         )
     return None
-
-
-def damage(checkpoint: Path) -> str | None:
-    """How the files of a checkpoint differ from its SHA256SUMS; None where they do not."""
-    file = checkpoint / SUMS
-    expected = {}
-    try:
-        for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-            digest, _, name = line.partition("  ")
-            expected[name] = digest
-        actual = checksums(checkpoint)
-    except OSError as error:  # a bad block on the disk: the checkpoint before may lie elsewhere
-        return str(error)
-    wrong = [
-        f"{name} has the checksum {actual.get(name, 'of no file')}, and {SUMS} says "
-        f"{expected.get(name, 'nothing of it')}"
-        for name in sorted(expected.keys() | actual.keys())
-        if expected.get(name) != actual.get(name)
-    ]
-    return "; ".join(wrong) or (None if expected else f"it has no {SUMS}")
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file but SHA256SUMS, by the file's name."""
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != SUMS and path.is_file():
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            heartbeat()
-    return digests
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
@@ -233,16 +200,3 @@ def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         if "text_config" in values:
             values["text_config"]["eos_token_id"] = values["eos_token_id"]
         write_plain_json(file, values)
-
-
-def publish(aside: Path, target: Path) -> None:
-    """Flush the files of folder `aside` to the disk and give it its final name. Its files follow the umask."""
-    follow_umask(aside)
-    for path in [*aside.iterdir(), aside]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    aside.rename(target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

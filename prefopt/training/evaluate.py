@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from prefopt.utils.files import atomic_write, cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.memory import memory_for
 from prefopt.utils.stats import mean_and_error
+from prefopt.utils.store import opened
 
 log = logging.getLogger(__name__)
 
@@ -148,14 +150,17 @@ def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
         [config.seed, config.precision, config.device, torch.get_num_threads()],
     ]
     key = fingerprint(decisive, prefopt.generation.sampler, prefopt.models.logprobs, type(train_state.oracle))
-    cached = cache_dir() / "initial_samples" / key[:16]
     samples_file = samples_path(train_state, 0)
-    if not (cached / "metrics.json").is_file():
+
+    def draw(folder: Path) -> None:
         metrics = sample_metrics(train_state, 0)
-        atomic_write(cached / "samples.jsonl", samples_file.read_text())
-        atomic_write(cached / "metrics.json", json.dumps(metrics))
-    atomic_write(samples_file, (cached / "samples.jsonl").read_text())
-    return json.loads((cached / "metrics.json").read_text())
+        shutil.copyfile(samples_file, folder / "samples.jsonl")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    cached = opened(cache_dir() / "initial_samples" / key[:16], "samples of the initial policy", draw)
+    atomic_write(samples_file, (cached / "samples.jsonl").read_bytes())
+    metrics: dict[str, Any] = json.loads((cached / "metrics.json").read_text())
+    return metrics
 
 
 @torch.no_grad()

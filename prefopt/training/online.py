@@ -20,12 +20,15 @@ from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
 from prefopt.utils.distributed import world_size
+from prefopt.utils.store import checksums
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
     from prefopt.tracking.run import Run
 
 log = logging.getLogger(__name__)
+
+PARTIAL = "samples.partial"  # in a stage's folder, while it samples
 
 
 def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
@@ -61,6 +64,68 @@ def initial_model(config: ModelConfig) -> str:
     return str(files_of(config.path, config.revision)) if config.revision else config.path
 
 
+class StageFiles:
+    """The files that later parts of an online run read. Their digests are in its record, by their paths in its folder:
+    `files` = {path: {"sha256", and "rows" where it has rows}}."""
+
+    def __init__(self, run: "Run"):
+        self.run = run
+
+    def are_whole(self, file: Path) -> bool:
+        """Whether `file` is what the record says of it. A difference is said in the log."""
+        known = self._known(file)
+        if known is None:
+            return False
+        if not file.is_file() or digest(str(file)) != known["sha256"]:
+            log.warning(f"  {file} is damaged: it is not the file of {known['rows']} rows that was written.")
+            return False
+        return True
+
+    def write(self, file: Path, rows: list[dict[str, Any]]) -> None:
+        """Write rows, and record them. Raises UserError where others were trained on already."""
+        write_rows(file, rows)
+        found, known = {"rows": len(rows), "sha256": digest(str(file))}, self._known(file)
+        if known not in (None, found) and any(file.parent.glob("*/record.json")):
+            raise UserError(
+                f"{file} was damaged, and made anew it holds other rows than {file.parent} has trained on: another "
+                "machine may compute differently. Bring the old file back, or remove that folder and later stages."
+            )
+        self.run.update(files=self.run.record.get("files", {}) | {self._name(file): found})
+
+    def check_policy(self, policy: Path) -> None:
+        """Raise UserError where the policy of a stage that was finished before is not what the record says of it."""
+        found, known = self._policy(policy), self._below(policy)
+        if wrong := sorted(name for name in known if found.get(name) != known[name]):
+            raise UserError(
+                f"{self.run.folder / wrong[0]} is damaged: it is not what its stage has written. Bring it back, or "
+                f"remove {policy.parent} to train that stage again."
+            )
+
+    def record_policy(self, policy: Path) -> None:
+        """Record the policy of a stage that has just been finished. Where the record has another of it, what later
+        stages have drawn is forgotten, since it is that one's."""
+        found, known = self._policy(policy), self._below(policy)
+        stages = [f"stage_{n}" for n in range(1, int(policy.parts[-3].removeprefix("stage_")) + 1)]
+        kept = self.run.record.get("files", {})
+        if known and known != found:
+            kept = {name: facts for name, facts in kept.items() if name.partition("/")[0] in stages}
+        self.run.update(files={name: facts for name, facts in kept.items() if name not in known} | found)
+
+    def _policy(self, policy: Path) -> dict[str, Any]:
+        return {self._name(policy / name): {"sha256": value} for name, value in checksums(policy).items()}
+
+    def _below(self, policy: Path) -> dict[str, Any]:
+        recorded = self.run.record.get("files", {})
+        return {name: facts for name, facts in recorded.items() if name.startswith(f"{self._name(policy)}/")}
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.run.folder).as_posix()
+
+    def _known(self, file: Path) -> dict[str, Any] | None:
+        known: dict[str, Any] | None = self.run.record.get("files", {}).get(self._name(file))
+        return known
+
+
 def run_stage(
     config: OnlineConfig,
     objective: "Objective",
@@ -68,30 +133,39 @@ def run_stage(
     prompts: list[list[Message]],
     folder: Path,
     policy: Path | None,
+    files: StageFiles,
     facts: dict[str, str],
 ) -> "Run":
     """Sample, score and train, as far as that is not done yet. Returns the finished run.
 
-    `policy` is the one that the stage begins from (None: the initial one), and `facts` go into the run's record.
+    `policy` is the one that the stage begins from (None: the initial one), and `facts` go into the run's record. Files
+    of the stage that are damaged are made anew. Raises UserError for a damaged policy.
     """
     from prefopt.training.setup import prepare_run, run
 
     training = stage_config(config, folder, policy)
     samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
-    if not samples.is_file():
-        sample_responses(config, training.model, prompts, samples)
-    if not scored.is_file():
-        score_responses(config, objective, scorer, samples, scored)
-    planned = prepare_run(training)
+    if not files.are_whole(scored):
+        if not files.are_whole(samples):
+            sample_responses(config, training.model, prompts, samples, files)
+        score_responses(config, objective, scorer, samples, scored, files)
+    (folder / PARTIAL).unlink(missing_ok=True)
+    planned = prepare_run(training, files.run.folder)
+    if planned.run.finished:
+        files.check_policy(planned.run.policy_folder)
     run(planned, **facts)
+    files.record_policy(planned.run.policy_folder)
     return planned.run
 
 
-def sample_responses(config: OnlineConfig, model: ModelConfig, prompts: list[list[Message]], target: Path) -> None:
-    """Write rows {"prompt", "responses", ...} to `target`. Interrupted, it goes on from its partial file."""
+def sample_responses(
+    config: OnlineConfig, model: ModelConfig, prompts: list[list[Message]], target: Path, files: StageFiles
+) -> None:
+    """Write rows {"prompt", "responses", ...} to `target`. Interrupted, it goes on from its partial file, which it
+    leaves there."""
     from prefopt.generation.responses import GenerationRequest, generate_resumable
 
-    partial = target.parent / "samples.partial"
+    partial = target.parent / PARTIAL
     log.info(f"{target.parent}: {config.samples_per_prompt} responses to each of {len(prompts)} prompts")
     request = GenerationRequest(
         model=model,
@@ -104,12 +178,11 @@ def sample_responses(config: OnlineConfig, model: ModelConfig, prompts: list[lis
         precision=config.precision,
     )
     responses, _ = generate_resumable(request, partial, config.logger.progress)
-    write_rows(target, [{"prompt": prompt, **row} for prompt, row in zip(prompts, responses, strict=True)])
-    partial.unlink()
+    files.write(target, [{"prompt": prompt, **row} for prompt, row in zip(prompts, responses, strict=True)])
 
 
 def score_responses(
-    config: OnlineConfig, objective: "Objective", scorer: RewardScorer, samples: Path, target: Path
+    config: OnlineConfig, objective: "Objective", scorer: RewardScorer, samples: Path, target: Path, files: StageFiles
 ) -> None:
     """Write the rows of `samples` to `target`, each response with its reward."""
     from prefopt.rewards.rows import score_rows
@@ -119,7 +192,7 @@ def score_responses(
     rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
     # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there.
     key = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
-    write_rows(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
+    files.write(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
     mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
     log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
 
@@ -187,13 +260,16 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     policy: Path | None = None
     try:
         for n, prompts in enumerate(stage_prompts, start=1):
-            stage_run = run_stage(config, objective, scorer, prompts, run.folder / f"stage_{n}", policy, facts)
+            folder = run.folder / f"stage_{n}"
+            stage_run = run_stage(config, objective, scorer, prompts, folder, policy, StageFiles(run), facts)
             policy, record = stage_run.policy_folder, stage_run.record
             # The first evaluation of a later stage is the last one of the stage before.
             stage_evaluations = record["evaluations"][1:] if evaluations else record["evaluations"]
             evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in stage_evaluations]
             steps += record["config"]["steps"]
-            stage = {"stage": n, "prompts": len(prompts), "run": str(stage_run.folder), "policy": str(policy)}
+            places = {"run": stage_run.folder, "policy": policy}
+            stage: dict[str, Any] = {name: place.relative_to(run.folder).as_posix() for name, place in places.items()}
+            stage |= {"stage": n, "prompts": len(prompts)}
             stage |= {key: record[key] for key in ("data", "initial_weights", "final_weights")}
             run.update(stages=[*run.record["stages"], stage])
     except (Interrupted, KeyboardInterrupt) as error:

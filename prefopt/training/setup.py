@@ -108,8 +108,8 @@ def check_peft(config: PeftConfig, objective: "Objective") -> None:
         raise UserError(f"objective {objective.name} cannot be trained on weights of 4 bits: set peft.quantize=false.")
 
 
-def prepare_run(config: TrainConfig) -> RunPlan:
-    """Build the components, and identify the run by its config and data. Starts the watchdog.
+def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
+    """Build the components, and identify the run by its config and data. Starts the watchdog. `root`: as of `Run`.
 
     Raises UserError for what can be refused before data and weights are read.
     """
@@ -119,9 +119,8 @@ def prepare_run(config: TrainConfig) -> RunPlan:
     objective, schedule, oracle = build_components(config)
     start_watchdog(config.engine.hang_s)
     names = ["train", "heldout"] if has_heldout(config.dataset) else ["train"]
-    run = Run.open(
-        dataclasses.asdict(config), objective.name, {name: split_digest(config.dataset, name) for name in names}
-    )
+    digests = {name: split_digest(config.dataset, name) for name in names}
+    run = Run.open(dataclasses.asdict(config), objective.name, digests, root)
     if run.begun:
         run.refuse_changed_model(model_parts(config))
     return RunPlan(config, objective, schedule, oracle, run)

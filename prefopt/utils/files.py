@@ -1,6 +1,9 @@
 """Paths, checks of them, and files that are written whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import importlib.util
 import json
 import logging
@@ -9,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prefopt.errors import UserError
 from prefopt.utils.redact import redact_values
@@ -102,17 +105,56 @@ def write_plain_json(path: Path, content: Any) -> None:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see it whole or not at all. Makes its folder. Raises OSError that names it."""
+    """Write a file so that readers see it whole or not at all, also after the machine has failed. Makes its folder.
+
+    What killed processes have left of it is removed. Raises OSError that names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with with_filename(path):
+        remove_unfinished_writes(path)
         try:
-            aside.write_bytes(content.encode() if isinstance(content, str) else content)
-            aside.replace(path)
+            with _open_locked(aside) as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+                aside.replace(path)
+            sync(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)  # the half that was written may be what fills the disk
             raise
+
+
+def _open_locked(aside: Path) -> BinaryIO:
+    """The file opened for writing, and locked, which tells others that its writer lives."""
+    while True:
+        file = aside.open("wb")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # it was taken for a leftover before it was locked
+
+
+def remove_unfinished_writes(path: Path) -> None:
+    """Remove what `atomic_write` of `path` has left in processes that were killed."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where its writer lives
+            left.unlink()
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some file systems flush no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def follow_umask(folder: Path) -> None:

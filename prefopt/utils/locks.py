@@ -11,9 +11,12 @@ from pathlib import Path
 
 import filelock
 
+from prefopt.utils.distributed import heartbeat
 from prefopt.utils.files import with_filename
 
 log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 10.0  # between two signs of life while this process waits for a lock
 
 
 def open_lock(file: Path) -> filelock.BaseFileLock:
@@ -45,8 +48,21 @@ def locked(file: Path, what: str) -> Iterator[None]:
         log.info(f"  {what}: another job computes it; waiting")
         lock = open_lock(file)
         with with_filename(file):
-            lock.acquire()
+            while not lock.is_locked:
+                heartbeat()  # who waits for a process that works does not hang
+                with contextlib.suppress(filelock.Timeout):
+                    lock.acquire(timeout=HEARTBEAT_S)
     try:
         yield
     finally:
-        lock.release()
+        remove_and_release(file, lock)
+
+
+def remove_and_release(file: Path, lock: filelock.BaseFileLock) -> None:
+    """Release the lock in `file`, and leave no file there.
+
+    It is removed while it is held: whoever has opened it sees that it has no name any more, and opens it again.
+    """
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
+    lock.release()

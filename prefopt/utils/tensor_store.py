@@ -6,6 +6,7 @@ one is noticed, and written in one step, so that a failure loses only the shard 
 
 import contextlib
 import hashlib
+import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from prefopt.errors import UserError
 from prefopt.utils.files import atomic_write
 from prefopt.utils.locks import locked
+
+log = logging.getLogger(__name__)
 
 SHARD_ROWS = 1024  # rows that are computed before they are written
 
@@ -46,7 +48,7 @@ class TensorCache:
     def locked(self, what: str) -> Iterator[None]:
         """Inside, no other process changes the store, and all shards have been read. `what` names it to those who wait.
 
-        Raises UserError for a damaged shard.
+        A damaged shard is removed, which the log says: its rows are missing, and are computed anew.
         """
         assert self.folder is not None
         with locked(self.folder / "lock", what):
@@ -65,10 +67,14 @@ class TensorCache:
     def _read(self) -> None:
         assert self.folder is not None
         parts, self.rows, n = [self.values[:0]], {}, 0
+        for left in self.folder.glob("*.safetensors.*.tmp"):  # of processes that were killed
+            left.unlink(missing_ok=True)
         for file in sorted(self.folder.glob("*.safetensors")):
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest()[:24] != file.stem:
-                raise UserError(f"{file} is damaged: its content does not have the digest in its name. Remove it.")
+                log.warning(f"  {file} is damaged: its content has not the digest in its name. It is made anew.")
+                file.unlink()
+                continue
             tensors = load(data)
             self.rows |= {key.tobytes(): n + i for i, key in enumerate(tensors["keys"].numpy())}
             parts.append(tensors["values"])

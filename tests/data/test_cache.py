@@ -17,6 +17,7 @@ from prefopt.data.cache import Limits, Prepared, TokenizedPairs, prepare_dataset
 from prefopt.data.dataset import load_split
 from prefopt.data.tokenize import tokenize
 from prefopt.errors import UserError
+from tests.helpers.harm import HARMS
 from tests.helpers.tiny import CHATML, ENVIRONMENT, ROOT, tiny_tokenizer, write_pairs
 
 LIMITS = Limits(1800, 512)
@@ -154,3 +155,19 @@ def test_the_check_comes_before_tokenization_and_again_with_the_cache(dataset):
         with pytest.raises(UserError, match=r"(train|heldout) \d+ 0 0\.2 0\.9"):
             prepare_dataset(dataset, tiny_tokenizer(), LIMITS, refuse, show=False)
         run(dataset)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", ["train.arrow", "heldout.json"])
+def test_damaged_tokens_are_named_and_made_anew(name, harm, dataset, tmp_path, capsys):
+    first = run(dataset)
+    expected = [(list(split.pairs), split.prompts, split.counts) for split in first.values()]
+    (folder,) = made(tmp_path)
+    harm(tmp_path / "cache" / "tokenized" / folder / name)
+    capsys.readouterr()
+    assert [(list(split.pairs), split.prompts, split.counts) for split in run(dataset).values()] == expected
+    said = capsys.readouterr().err
+    assert f"{folder} is damaged: {name} has the checksum" in said
+    run(dataset)
+    assert "damaged" not in capsys.readouterr().err
+    assert made(tmp_path) == {folder}

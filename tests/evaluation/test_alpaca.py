@@ -41,6 +41,9 @@ from prefopt.rewards.reward_model import RewardModel
 from prefopt.rewards.scorers import OracleScorer
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import exported_policies
+from prefopt.tracking.record import read_result
+from prefopt.utils.store import unseal
+from tests.helpers.harm import HARMS, cut, empty, flip, zero
 from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny, tiny_model, tiny_tokenizer
 
 pytest.importorskip("alpaca_eval")
@@ -576,6 +579,46 @@ def test_what_was_judged_beside_faults_is_kept_and_paid_once(fault, tmp_path, no
     assert sum((server.asked - before).values()) == 1
 
 
+@pytest.mark.parametrize("harm", HARMS)
+def test_paid_preferences_that_are_whole_outlive_damage(harm, tmp_path, caplog):
+    server = Server()
+    ask = functools.partial(
+        small_judge(server).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+    )
+    expected = ask()
+    (file,) = tmp_path.rglob("annotations.json")
+    assert server.calls == len(DUELS)
+    harm(file)
+    given = [row["preference"] for row in expected]
+    assert [row["preference"] for row in ask()] == pytest.approx(given, abs=1e-9)  # pandas writes ten digits
+    again = {flip: 1, cut: 4, zero: 8, empty: 8}[harm]
+    assert server.calls - len(DUELS) in (again, again + 1)
+    kept = 2 * len(DUELS) - server.calls
+    assert f"{file} is damaged: {kept} of its preferences are whole" in caplog.text
+    now = sorted(json.loads(file.read_text()), key=lambda row: row["instruction"])
+    assert [row["preference"] for row in now] == pytest.approx(given, abs=1e-9)
+    assert all(unseal(row) for row in now)
+
+
+def test_the_official_alpaca_eval_reads_a_judges_file(tmp_path):
+    """Without asking again."""
+    from alpaca_eval.annotators import PairwiseAnnotator
+
+    server = Server()
+    expected = small_judge(server).annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    (file,) = tmp_path.rglob("annotations.json")
+    official = PairwiseAnnotator(annotators_config=str(file.parent / "judge" / "configuration"), caching_path=file)
+    sides = [
+        [{"instruction": duel.instruction, "output": getattr(duel, side), "generator": side} for duel in DUELS]
+        for side in ("reference", "model")
+    ]
+    rows = official.annotate_head2head(outputs_1=sides[0], outputs_2=sides[1])
+    order = {d.instruction: d.index for d in DUELS}
+    rows = sorted(rows, key=lambda row: order[row["instruction"]])
+    assert [row["preference"] for row in rows] == pytest.approx([row["preference"] for row in expected], abs=1e-9)
+    assert server.calls == len(DUELS)
+
+
 def test_a_server_that_fails_in_the_middle_leaves_what_it_judged(tmp_path, no_pauses):
     server = Server(lambda text, n: 401 if server.calls > 4 else None)
     judge = small_judge(server)
@@ -689,9 +732,56 @@ def test_rewards_judge_for_nothing(run):
     command_ = [f"runs_dir={run.parent}", f"output={run.parent / 'report'}"]
     shown = run_program(*command_, program="report")
     assert shown.returncode == 0, shown.stderr
+    # A result beside it that is damaged is named, and ends nothing.
+    other = run / "alpaca" / "other" / "record.json"
+    other.parent.mkdir()
+    for content in ("", "{}", '{"weights": "x", "sha256": "0"}'):
+        other.write_text(content)
+        again = evaluate(run, "judge=reward_model", "baseline=initial")
+        assert again.returncode == 0, again.stderr
+        assert again.stdout == process.stdout
+        assert f"left out: {other} " in again.stderr
+    shutil.rmtree(other.parent)
     text = (run.parent / "report" / "table.md").read_text()
     assert "win rate (reward of Vader, against model-initial, 24 questions), % |" in text
     assert f"| {told['figures']['win_rate']:.1f} ± {told['figures']['standard_error']:.1f} |" in text
+
+
+@pytest.mark.parametrize("name", ["record.json", "annotations.json"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_comparison_is_named_and_made_anew(harm, name, run, tmp_path, monkeypatch, caplog):
+    """And left out of the tables meanwhile."""
+    from prefopt.evaluation import alpaca
+
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("alpaca"))
+    questions = read_questions(str(folder / "questions.jsonl"), None)
+    texts = [f"answer {i}" for i in range(len(questions.items))]
+    answers = alpaca.Answers("tiny", texts, [True] * len(texts), "weights")
+    monkeypatch.setattr(alpaca, "answer_questions", lambda *_: answers)
+    config = AlpacaConfig(
+        run=str(folder), baseline="initial", backend="transformers", seed=0, precision="float32", device="cpu",
+        max_cost=0.0, sampling=SamplingConfig(0.0, 1.0, 8, 8),
+    )  # fmt: skip
+    (policy,) = exported_policies(str(folder), "final")
+    judge = RewardJudge(OracleScorer(Vader()))
+    evaluate = functools.partial(alpaca.evaluate_checkpoint, config, judge, policy, questions, lambda: answers, {})
+    found = evaluate()
+    whole = {file.name: file.read_text() for file in found.iterdir()}
+    record = read_result(found / "record.json")
+    harm(found / name)
+    if name == "record.json":
+        (read,) = read_records(tmp_path)
+        assert read["alpaca"] == []
+        assert f"left out: {found / name} " in caplog.text
+    caplog.clear()
+    assert evaluate() == found
+    assert f"{found / name} " in caplog.text
+    assert "It is made anew." in caplog.text
+    assert read_result(found / "record.json")["figures"] == record["figures"]
+    assert (found / "annotations.json").read_text() == whole["annotations.json"]
+    caplog.clear()
+    evaluate()
+    assert not caplog.text
 
 
 def test_a_result_is_that_of_one_training_of_each_model(run, tmp_path, monkeypatch):
@@ -703,7 +793,7 @@ def test_a_result_is_that_of_one_training_of_each_model(run, tmp_path, monkeypat
     texts = ["answer"] * len(questions.items)
     answers = alpaca.Answers("tiny", texts, [True] * len(texts), "weights")
     monkeypatch.setattr(alpaca, "answer_questions", lambda *_: answers)
-    monkeypatch.setattr(alpaca, "summarize", lambda *_: {})
+    monkeypatch.setattr(alpaca, "summarize", lambda rows, _: {"n": len(rows)})
     monkeypatch.setattr(RewardModel, "rewards", lambda self, requests, *_: [0.0] * len(requests))
     judge = RewardJudge(RewardModel(str(models["reward"]), "terminator"))
     config = AlpacaConfig(

@@ -1,9 +1,11 @@
 """LM-Harness on the tiny model and rows of our own: the same figures as lm-eval's command line, each computed once."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from prefopt.models.load import checkpoint_path
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import Checkpoint
+from tests.helpers.harm import HARMS
 from tests.helpers.tiny import CHATML, ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 pytest.importorskip("lm_eval")
@@ -102,15 +105,15 @@ def test_every_checkpoint_gives_what_lm_eval_gives_and_is_computed_once(run, hub
     mean, error = evaluation_columns(read_records(run.parent)[0])["mean acc of arc_challenge, arc_easy"]
     assert mean == pytest.approx(50 * sum(acc["value"] for acc in both))
     assert error == pytest.approx(50 * sum(acc["stderr"] ** 2 for acc in both) ** 0.5)
-    files = {f: f.stat().st_mtime_ns for f in (run / "harness").iterdir()}
+    files = {f: f.stat().st_mtime_ns for f in (run / "harness").glob("*.json")}
     again = harness(run, hub, "checkpoints=all")
     assert again.returncode == 0, again.stderr
     assert again.stdout == process.stdout
-    assert {f: f.stat().st_mtime_ns for f in (run / "harness").iterdir()} == files
+    assert {f: f.stat().st_mtime_ns for f in (run / "harness").glob("*.json")} == files
     # Other settings are other figures, and one more task is one more record.
     other = harness(run, hub, "tasks=arc_easy", "limit=4", "chat_template=true")
     assert other.returncode == 0, other.stderr
-    assert len(list((run / "harness").iterdir())) == len(files) + 1
+    assert len(list((run / "harness").glob("*.json"))) == len(files) + 1
 
 
 def test_tasks_that_cannot_be_loaded_are_all_named_before_a_model_is(run, hub, tmp_path):
@@ -185,7 +188,7 @@ def test_a_real_task_of_a_real_model_gives_what_lm_eval_gives(tmp_path):
     common = ["tasks=arc_easy", "precision=bfloat16", "device=cpu", "batch_size=8", "limit=24"]
     process = run_program(f"output={tmp_path / 'ours'}", *common, program="harness", cwd=REAL)
     assert process.returncode == 0, process.stderr
-    (ours,) = (json.loads(file.read_text()) for file in (tmp_path / "ours").iterdir())
+    (ours,) = (json.loads(file.read_text()) for file in (tmp_path / "ours").glob("*.json"))
     command = ["run", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu"]
     command += ["--tasks", "arc_easy", "--batch_size", "8", "--limit", "24", "--output_path", str(tmp_path / "theirs")]
     subprocess.run([sys.executable, "-m", "lm_eval", *command], cwd=REAL, env=ENVIRONMENT, check=True)
@@ -203,7 +206,7 @@ def test_a_sweep_over_runs_is_a_job_for_each(run, hub, tmp_path):
     assert process.stdout.count("mean acc_norm") == 2
     found = [json.loads((tmp_path / "sweep" / f"job_{n}" / "record.json").read_text()) for n in range(2)]
     assert [r["status"] for r in found] == ["finished"] * 2
-    assert [len(list((folder / "harness").glob("final-arc_easy-*"))) for folder in (run, copy)][1] == 1
+    assert [len(list((folder / "harness").glob("final-arc_easy-*.json"))) for folder in (run, copy)][1] == 1
     (file,) = (copy / "harness").glob("final-arc_easy-*.json")  # it says what does it again, alone
     again = "python -m prefopt.harness precision=float32 device=cpu batch_size=4"
     assert json.loads(file.read_text())["command"] == f"{again} run={copy} tasks=arc_easy limit=3"
@@ -312,9 +315,9 @@ def test_a_tag_is_its_tasks(tasks, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "first" in shown
     assert "% (acc)" in shown
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.json")}
     evaluated(tmp_path, ["both"])
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == files
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.json")} == files
 
 
 def test_a_perplexity_is_no_accuracy(tasks, tmp_path, capsys):
@@ -396,7 +399,7 @@ def test_the_configured_tokenizer_is_the_one_that_is_used(tasks, tmp_path):
     # Neither is taken for the other.
     shutil.move(tmp_path / "kept", tmp_path / "out")
     evaluated(tmp_path, ["perplexity"], model=model)
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
     with pytest.raises(UserError, match=r"model\.tokenizer=nowhere cannot be loaded"):
         evaluated(tmp_path, ["perplexity"], model=replace(model, tokenizer="nowhere"))
 
@@ -406,9 +409,9 @@ def test_a_policy_that_was_changed_after_its_run_is_refused(precision, run, task
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("harness"))
     changes = {"run": str(copy), "output": None, "precision": precision}
     evaluated(tmp_path, ["first"], **changes)
-    assert len(list((copy / "harness").iterdir())) == 1
+    assert len(list((copy / "harness").glob("*.json"))) == 1
     evaluated(tmp_path, ["first"], **changes, checkpoints="initial")
-    assert len(list((copy / "harness").iterdir())) == 2
+    assert len(list((copy / "harness").glob("*.json"))) == 2
     shutil.copy(run / "policies" / "step_0000002" / "model.safetensors", copy / "policy")
     with pytest.raises(UserError, match="does not hold the weights that its run"):
         evaluated(tmp_path, ["first"], **changes)
@@ -418,4 +421,47 @@ def test_a_policy_that_was_changed_after_its_run_is_refused(precision, run, task
     (copy / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="does not hold the weights that its run"):
         evaluated(tmp_path, ["second"], **changes, checkpoints="initial")
-    assert len(list((copy / "harness").iterdir())) == 2
+    assert len(list((copy / "harness").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_record_is_named_and_made_anew(harm, tasks, tmp_path, caplog, monkeypatch):
+    whole = evaluated(tmp_path, ["first", "perplexity"])
+    (file,) = (tmp_path / "out").glob("tiny-first-*.json")
+    harm(file)
+    ran = []
+    run_task = harness_module.run_task
+    monkeypatch.setattr(
+        harness_module, "run_task", lambda lm, m, task, c: (ran.append(task), run_task(lm, m, task, c))[1]
+    )
+    again = evaluated(tmp_path, ["first", "perplexity"])
+    assert caplog.text.count(f"{file} ") >= 1
+    assert "It is made anew." in caplog.text
+    assert ran == ["first"]
+    assert {task: record["metrics"] for task, record in again.items()} == {
+        task: record["metrics"] for task, record in whole.items()
+    }
+
+
+def test_processes_that_want_the_same_task_evaluate_it_once(tasks, tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    calls, barrier = context.Queue(), context.Barrier(2)
+    result = evaluated(tmp_path, ["first"])["first"]
+    shutil.rmtree(tmp_path / "out")
+
+    def run_task(*_):
+        calls.put(1)
+        time.sleep(0.2)
+        return result
+
+    monkeypatch.setattr(harness_module, "load", lambda *_: barrier.wait())
+    monkeypatch.setattr(harness_module, "weights_of", lambda _: "weights")
+    monkeypatch.setattr(harness_module, "run_task", run_task)
+    jobs = [context.Process(target=evaluated, args=(tmp_path, ["first"])) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert calls.get(timeout=10) == 1
+    assert calls.empty()

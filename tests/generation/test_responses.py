@@ -8,6 +8,8 @@ from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.errors import UserError
 from prefopt.generation.responses import GenerationRequest, PartialFile, generate_resumable
 from prefopt.utils import signals
+from prefopt.utils.store import unseal
+from tests.helpers.harm import HARMS, cut, empty, flip, zero
 from tests.helpers.tiny import save_tiny
 
 ROWS = {
@@ -24,12 +26,13 @@ def test_a_partial_file_is_read_back_as_it_was_written(tmp_path):
     for prompt, row in ROWS.items():
         file.append({prompt: row})
     assert file.rows == PartialFile(path, "digest").rows == ROWS
-    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert lines == [{"settings": "digest"}, {"prompt": 2, **ROWS[2]}, {"prompt": 0, **ROWS[0]}]
+    header, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert unseal(header) == {"settings": "digest"}
+    assert [unseal(line, "digest") for line in lines] == [{"prompt": 2, **ROWS[2]}, {"prompt": 0, **ROWS[0]}]
 
 
 @pytest.mark.parametrize("lost", range(1, 12))
-def test_a_torn_last_line_is_dropped_and_written_again(lost, tmp_path):
+def test_a_torn_last_line_is_dropped_and_written_again(lost, tmp_path, caplog):
     path = tmp_path / "out.partial"
     PartialFile(path, "digest").append(ROWS)
     complete = path.read_bytes()
@@ -38,6 +41,35 @@ def test_a_torn_last_line_is_dropped_and_written_again(lost, tmp_path):
     assert file.rows == {2: ROWS[2]}
     file.append({0: ROWS[0]})
     assert path.read_bytes() == complete
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_responses_that_are_whole_outlive_damage(harm, tmp_path, caplog):
+    """Whichever part of the file is damaged; and no response is another than was sampled."""
+    path = tmp_path / "out.partial"
+    rows = {i: {"responses": [f"response {i}" * 9], "finished": [True]} for i in range(5)}
+    PartialFile(path, "digest").append(rows)
+    complete = path.read_bytes()
+    harm(path)
+    file = PartialFile(path, "digest")
+    expected = {flip: {0, 1, 3, 4}, cut: {0, 1}, zero: set(), empty: set()}[harm]
+    assert set(file.rows) == expected
+    assert all(rows[i] == row for i, row in file.rows.items())
+    assert (f"{path} is damaged: {len(expected)} of its lines are whole" in caplog.text) == (harm in (flip, zero))
+    file.append({i: row for i, row in rows.items() if i not in file.rows})
+    assert len(path.read_bytes()) == len(complete)
+    assert PartialFile(path, "digest").rows == rows
+
+
+def test_a_damaged_first_line_costs_nothing(tmp_path, caplog):
+    path = tmp_path / "out.partial"
+    PartialFile(path, "digest").append(ROWS)
+    complete = path.read_bytes()
+    path.write_bytes(bytes([complete[0] ^ 1]) + complete[1:])
+    assert PartialFile(path, "digest").rows == ROWS
+    assert path.read_bytes() == complete
+    assert "is damaged" in caplog.text
 
 
 def test_a_torn_first_line_begins_the_file_again(tmp_path):

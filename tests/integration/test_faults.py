@@ -3,7 +3,6 @@ gone, files damaged, memory short, numbers not finite, ranks that hang."""
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -31,6 +30,8 @@ from prefopt.training.checkpoint import (
     save_checkpoint,
 )
 from tests.helpers.forks import At, run, start
+from tests.helpers.harm import HARMS, cut
+from tests.helpers.harm import flip as flip_a_bit
 from tests.helpers.tiny import ENVIRONMENT, ROOT, records
 from tests.training.test_loop import TIMING
 
@@ -73,16 +74,6 @@ def folder_of(runs: Path) -> Path:
     return runs / record["name"]
 
 
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
 @contextlib.contextmanager
 def mounted(folder: Path, *how: str):
     folder.mkdir()
@@ -119,7 +110,7 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
     arguments = [*overrides(tmp_path / "killed"), *STEPS]
     moments = [
         At("prefopt.training.loop:train_step"),  # before its first step
-        At("prefopt.training.checkpoint:checksums"),  # in its first checkpoint, with the tensors written
+        At("prefopt.training.checkpoint:format_sums"),  # in its first checkpoint, with the tensors written
         At("prefopt.training.checkpoint:publish"),  # with all written, and it has not got its name yet
         At("prefopt.training.checkpoint:complete_checkpoints", 2),  # it has its name, and nothing else has happened
         At("prefopt.training.checkpoint:save_file", 6),  # a step and a half later, within a checkpoint
@@ -235,6 +226,52 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(overrides, whole
     assert said.count("is damaged: ") == 2
     assert said.count("weights.safetensors has the checksum") == 2
     assert "There is no other checkpoint" in said
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides, tmp_path):
+    """Tokens, the reference's log-probs and the samples of the initial policy, all of them at once."""
+    env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    oracle = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=6"]
+    found = []
+    for n in (1, 2):
+        runs = tmp_path / f"runs_{n}"
+        code, said = run(tmp_path / "log", *overrides(runs), *STEPS, *oracle, env=env)
+        assert code == 0, said
+        found.append(result(runs))
+        kept = [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix not in (".lock", "")]
+        kept = [f for f in kept if f.name != "lock"]
+        assert {f.suffix for f in kept} == {".arrow", ".json", ".jsonl", ".safetensors"}
+        if n == 1:
+            assert "is damaged" not in said
+            for file in kept:
+                harm(file)
+    for file in kept:
+        place = file if file.suffix == ".safetensors" else file.parent
+        assert f"{place} is damaged: " in said
+    assert said.count("It is made anew.") == 3
+    assert found[0] == found[1]
+
+
+def test_killed_makers_of_what_is_cached_leave_nothing(overrides, tmp_path):
+    env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    arguments = [*overrides(tmp_path / "runs"), *STEPS, "sampling.max_new_tokens=6"]
+    arguments += ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
+    moments = [
+        At("prefopt.data.cache:write_split", 2),
+        At("prefopt.utils.store:publish"),  # with all written, and it has not got its name yet
+        At("os:fsync"),  # in the writing of a single file
+        At("prefopt.training.evaluate:sample_logratios"),
+    ]
+    for moment in moments:
+        code, said = run(tmp_path / "log", *arguments, env=env, at=moment)
+        assert code == -signal.SIGKILL, said
+        assert len(list((tmp_path / "cache").rglob("*.tmp"))) <= 2
+    code, said = run(tmp_path / "log", *arguments, env=env)
+    assert code == 0, said
+    assert "is damaged" not in said
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
 
 
 # Disks.
@@ -565,6 +602,51 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_one_process_works_on_an_output(tiny_folder, tmp_path, env):
+    """Another is refused, and says who does; the output is that of one alone."""
+    drawn, alone, scored = tmp_path / "drawn.jsonl", tmp_path / "alone.jsonl", tmp_path / "scored.jsonl"
+    sampling = [
+        "model=hub", f"model.path={tiny_folder / 'model'}", f"prompts={tiny_folder / 'train.jsonl'}",
+        "samples_per_prompt=2", "sampling.max_new_tokens=6", "sampling.batch_size=4", "device=cpu", "precision=float32",
+    ]  # fmt: skip
+    scoring = [f"input={drawn}", "scorer=vader"]
+    go_on = tmp_path / "go_on"
+    wait = partial(await_file, go_on)
+    for program, arguments, output, moment in (
+        ("sample", sampling, drawn, At("prefopt.generation.sampler:sample", 3, wait)),
+        ("score", scoring, scored, At("prefopt.score:write_rows", 1, wait)),
+    ):
+        arguments = [*arguments, f"output={output}"]
+        first = start(tmp_path / "first", *arguments, program=program, env=env, at=moment)
+        await_file(tmp_path / f"{output.name}.lock")
+        code, said = run(tmp_path / "second", *arguments, program=program, env=env)
+        assert code == 2, said
+        assert f"{output} is held by process {first.pid} on " in said
+        go_on.touch()
+        first.join()
+        assert first.exitcode == 0
+        go_on.unlink()
+    code, said = run(tmp_path / "log", *sampling, f"output={alone}", program="sample", env=env)
+    assert code == 0, said
+    assert drawn.read_bytes() == alone.read_bytes()
+    assert len(scored.read_text().splitlines()) == 12
+    assert {f.name for f in tmp_path.glob("*.jsonl*")} == {"drawn.jsonl", "alone.jsonl", "scored.jsonl"}
+
+
+def test_a_killed_writer_of_an_output_leaves_nothing_for_long(tiny_folder, tmp_path, env):
+    scored = tmp_path / "scored.jsonl"
+    rows = [{"prompt": "Hi", "responses": ["good"]}]
+    (tmp_path / "drawn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"input={tmp_path / 'drawn.jsonl'}", "scorer=vader", f"output={scored}"]
+    code, said = run(tmp_path / "log", *arguments, program="score", env=env, at=At("os:fsync"))
+    assert code == -signal.SIGKILL, said
+    assert not scored.exists()
+    assert len(list(tmp_path.glob("scored.jsonl.*"))) == 2  # a half, and a lock that nobody has
+    code, said = run(tmp_path / "log", *arguments, program="score", env=env)
+    assert code == 0, said
+    assert [f.name for f in tmp_path.glob("scored.jsonl*")] == ["scored.jsonl"]
+
+
 def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what_was_under_way(
     tiny_folder, tmp_path, env
 ):
@@ -610,7 +692,7 @@ def test_a_disk_that_fills_up_under_judging_keeps_the_answers(overrides, tmp_pat
             f"run={folder_of(disk)}", f"instructions={questions}", "judge=reward_model", "precision=float32",
             "device=cpu", "sampling.max_new_tokens=6",
         ]  # fmt: skip
-        full = At("prefopt.evaluation.alpaca:write_json", 1, partial(fill, disk))
+        full = At("prefopt.evaluation.alpaca:write_annotations", 1, partial(fill, disk))
         code, said = run(log, *arguments, program="alpaca", env=env, at=full)
         assert code == 2, said
         assert "Traceback" not in said

@@ -373,7 +373,7 @@ def test_two_jobs_with_one_run_folder_run_once(overrides, tmp_path):
 # The frozen job.
 
 
-def test_a_snapshot_is_the_package_by_content(tmp_path):
+def test_a_snapshot_is_the_package_by_content(tmp_path, capsys):
     code = snapshot(tmp_path)
     assert snapshot(tmp_path) == code
     files = {f.relative_to(ROOT) for f in (ROOT / "prefopt").rglob("*") if f.is_file() and f.suffix != ".pyc"}
@@ -385,10 +385,17 @@ def test_a_snapshot_is_the_package_by_content(tmp_path):
     ).stdout
     assert found.startswith(f"{code}/prefopt/__init__.py ")
     assert found.split(" ", 1)[1].strip() == str(json.loads((code / "git.json").read_text()))
+    # The bytecode that Python has left there is no damage; another source is.
+    edited = code / "prefopt" / "train.py"
+    before = edited.read_bytes()
+    edited.write_bytes(before + b"# edited")
+    assert snapshot(tmp_path) == code
+    assert edited.read_bytes() == before
+    assert "prefopt/train.py has the checksum" in capsys.readouterr().err
 
 
 def test_frozen_code_that_was_edited_is_refused_and_said(overrides, tmp_path):
-    """Where it would be frozen again, where a job begins, and of a finished run, whose result stays."""
+    """Refused where a job begins, made anew by the next sweep, and said of a finished run, whose result stays."""
     from prefopt.job import run
 
     arguments = overrides(tmp_path / "runs")
@@ -402,14 +409,11 @@ def test_frozen_code_that_was_edited_is_refused_and_said(overrides, tmp_path):
         run(job.folder)
     (found,) = inspect_runs([job.folder])
     assert (found.state, "the code has been edited" in found.why) == ("failed", True)
-    refused = run_program("-m", *arguments)
-    assert refused.returncode == 2
-    assert f"{code}: the code has been edited since it was frozen here" in refused.stderr
     assert not (job.folder / "metrics.jsonl").exists()
-
-    edited.write_text(before)
     ran = run_program("-m", *arguments)
     assert ran.returncode == 0, ran.stderr
+    assert f"{code} is damaged: prefopt/training/loop.py has the checksum" in ran.stderr
+    assert edited.read_text() == before
     for change in (lambda: (code / "git.json").unlink(), lambda: edited.write_text("")):
         change()
         for words in (["-m", *arguments], arguments):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig,
 from prefopt.config.schema import ModelConfig
 from prefopt.data.collate import Group, padded
 from prefopt.errors import UserError
+from prefopt.models import gguf
 from prefopt.models.load import (
     check_model,
     check_trainable,
@@ -22,6 +23,7 @@ from prefopt.models.load import (
 )
 from prefopt.models.logprobs import completion_logps
 from prefopt.models.lora import save_adapter, train_mode
+from tests.helpers.harm import HARMS
 from tests.helpers.tiny import run_program, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -226,3 +228,16 @@ def test_weights_that_the_model_does_not_take_are_said(tmp_path, caplog):
     load_model(ModelConfig("tiny", str(folder)), "cpu")
     assert "1 weights of" in caplog.text
     assert "are no part of LlamaForCausalLM: model.tower.weight" in caplog.text
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_conversion_of_a_gguf_file_is_made_anew(harm, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "_convert", lambda file, folder: save_tiny(folder))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    expected = weights_digest(load_model(ModelConfig("m", str(file)), "cpu"))
+    (weights,) = (tmp_path / "cache" / "models").rglob("model.safetensors")
+    harm(weights)
+    assert weights_digest(load_model(ModelConfig("m", str(file)), "cpu")) == expected
+    assert f"{weights.parent} is damaged: model.safetensors has the checksum" in caplog.text

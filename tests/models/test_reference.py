@@ -1,7 +1,6 @@
 """The reference in its three forms, and the cache on disk: made once, complete, checked, shared."""
 
 import multiprocessing
-import re
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Resident, cached, pair_key
 from prefopt.utils import tensor_store
 from prefopt.utils.files import atomic_write
+from tests.helpers.harm import HARMS
 from tests.helpers.tiny import records, run_program, tiny_model
 
 SCORE = LogprobComputer("float32")
@@ -112,13 +112,22 @@ def test_values_that_the_model_does_not_give_are_refused():
         make(pairs(5), policy(1))  # other weights under the same digest
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
-def test_a_damaged_file_is_named(cache, damage):
-    make(pairs(5))
-    (file,) = cache.rglob("*.safetensors")
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=rf"{re.escape(str(file))} is damaged"):
-        make(pairs(5))
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_file_is_named_and_its_rows_made_anew(harm, cache, computed, monkeypatch, capsys):
+    monkeypatch.setattr(tensor_store, "SHARD_ROWS", 4)
+    wanted = pairs(8)
+    expected = make(wanted).known.get([pair_key(p) for p in wanted])
+    whole = {file.name: file.read_bytes() for file in cache.rglob("*.safetensors")}
+    file = min(cache.rglob("*.safetensors"))
+    (file.parent / f"{file.name}.1.tmp").write_bytes(b"half")  # of a process that was killed
+    harm(file)
+    computed.clear()
+    capsys.readouterr()
+    assert torch.equal(make(wanted).known.get([pair_key(p) for p in wanted]), expected)
+    assert len(computed) == reference.SPOT_CHECKS + 4
+    assert f"{file} is damaged" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in cache.rglob("*.safetensors")} == whole
+    assert not list(file.parent.glob("*.tmp"))
 
 
 def test_what_was_written_before_a_failure_is_kept(cache, computed, monkeypatch):

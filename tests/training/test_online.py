@@ -1,5 +1,6 @@
 """Training in stages: what each is made of, its reference, and that a stopped one goes on where it was."""
 
+import gzip
 import importlib
 import json
 import shlex
@@ -23,6 +24,7 @@ from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
 from prefopt.training.online import run_pending, split_prompts, stage_config
 from prefopt.utils import signals
+from tests.helpers.harm import empty, flip
 from tests.helpers.tiny import ROOT, run_program, save_tiny
 
 PROMPTS = [f"Review the {thing} number {i}." for i in range(3) for thing in ("kettle", "train", "soup", "river")]
@@ -135,7 +137,7 @@ def test_each_stage_begins_where_the_one_before_has_left(whole):
             assert len(row["responses"]) == len(row["rewards"]) == 3
             # MaPPO wants [0, 1], and gets sigma(r).
             assert row["rewards"] == pytest.approx([torch.tensor(r).sigmoid().item() for r in row["raw_rewards"]])
-        run = json.loads((Path(stage["run"]) / "record.json").read_text())
+        run = json.loads((folder / stage["run"] / "record.json").read_text())
         # By default the first policy is the reference of all stages: later ones begin away from it.
         moved = abs(run["evaluations"][0]["chosen_logratio"]) > 1e-4
         assert moved == (n > 1)
@@ -177,9 +179,9 @@ def test_a_later_stage_keeps_what_its_policy_does_not_carry(tiny, tmp_path, monk
 
 def test_the_reference_may_be_the_policy_before(tiny, tmp_path):
     run_pending(config(tiny, tmp_path, "stage_reference=previous", "stages=2"))
-    _, told = record(tmp_path)
+    folder, told = record(tmp_path)
     for stage in told["stages"]:
-        run = json.loads((Path(stage["run"]) / "record.json").read_text())
+        run = json.loads((folder / stage["run"] / "record.json").read_text())
         assert run["evaluations"][0]["chosen_logratio"] == 0
 
 
@@ -237,6 +239,111 @@ def test_wherever_it_is_stopped_it_ends_with_the_same_weights(tiny, whole, tmp_p
     assert sorted(drawn) == sorted(PROMPTS)
 
 
+def interrupted(tiny: Path, runs: Path, monkeypatch, stage: int = 2) -> Path:
+    """The folder of an online run that was stopped before the training of this stage."""
+    setup = importlib.import_module("prefopt.training.setup")
+    run, calls = setup.run, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == stage:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_pending(config(tiny, runs))
+    return record(runs)[0]
+
+
+def read_lines(file: Path) -> list[bytes]:
+    return gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+
+
+def drop_half(file: Path) -> None:
+    lines = read_lines(file)
+    file.write_bytes(gzip.compress(b"".join(lines[: len(lines) // 2]), mtime=0))
+
+
+@pytest.fixture(scope="module")
+def halfway(tiny, tmp_path_factory) -> Path:
+    """The runs folder of an online run that was stopped before the training of its second stage."""
+    runs = tmp_path_factory.mktemp("halfway")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(tiny / "cache"))
+        patch.setattr(signals, "install_handlers", lambda: None)
+        interrupted(tiny, runs, patch)
+    return runs
+
+
+@pytest.mark.parametrize("names", [("samples",), ("scored",), ("samples", "scored")], ids=" and ".join)
+@pytest.mark.parametrize("harm", [drop_half, empty, Path.unlink])
+def test_rows_of_a_stage_that_are_damaged_are_made_anew(harm, names, tiny, whole, halfway, tmp_path, capsys):
+    """Of a stage that has trained, and of one that has not."""
+    shutil.copytree(halfway, tmp_path / "runs")
+    folder, _ = record(tmp_path / "runs")
+    expected_folder, expected = record(whole)
+    for n in (1, 2):
+        for name in names:
+            harm(folder / f"stage_{n}" / f"{name}.jsonl.gz")
+    run_pending(config(tiny, tmp_path / "runs"))
+    said = capsys.readouterr().err
+    _, told = record(tmp_path / "runs")
+    assert [s["final_weights"] for s in told["stages"]] == [s["final_weights"] for s in expected["stages"]]
+    for n in (1, 2):
+        read = [name for name in names if name == "scored" or "scored" in names]  # else it is not read again
+        for name in read:
+            assert f"{folder / f'stage_{n}' / name}.jsonl.gz is damaged: it is not the file of 4 rows" in said
+            file = Path(f"stage_{n}") / f"{name}.jsonl.gz"
+            assert (folder / file).read_bytes() == (expected_folder / file).read_bytes()
+    assert told["files"] == expected["files"]
+    assert told["files"]["stage_1/scored.jsonl.gz"]["rows"] == 4
+    assert all((folder / name).is_file() for name in told["files"] if "samples" not in name)
+
+
+def test_rows_that_come_out_otherwise_are_not_mixed_with_a_trained_stage(tiny, halfway, tmp_path, monkeypatch):
+    shutil.copytree(halfway, tmp_path / "runs")
+    folder, _ = record(tmp_path / "runs")
+    scored = folder / "stage_1" / "scored.jsonl.gz"
+    drop_half(scored)
+    with monkeypatch.context() as patch:
+        rows = importlib.import_module("prefopt.rewards.rows")
+        score = rows.score_rows
+        patch.setattr(rows, "score_rows", lambda *a, **k: [row | {"more": 1} for row in score(*a, **k)])
+        with pytest.raises(UserError, match=rf"{scored} was damaged, and made anew it holds other rows"):
+            run_pending(config(tiny, tmp_path / "runs"))
+
+
+def test_a_damaged_policy_of_a_stage_is_refused_and_trained_again(tiny, whole, halfway, tmp_path):
+    shutil.copytree(halfway, tmp_path / "runs")
+    folder, _ = record(tmp_path / "runs")
+    (run,) = (folder / "stage_1").glob("*/record.json")
+    flip(run.parent / "policy" / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model.safetensors is damaged.*remove {run.parent} to train"):
+        run_pending(config(tiny, tmp_path / "runs"))
+    shutil.rmtree(run.parent)
+    run_pending(config(tiny, tmp_path / "runs"))
+    assert record(tmp_path / "runs")[1]["final_weights"] == record(whole)[1]["final_weights"]
+
+
+def test_an_online_folder_that_was_moved_does_not_train_again(tiny, whole, halfway, tmp_path, monkeypatch):
+    shutil.copytree(halfway, tmp_path / "elsewhere" / "runs")
+    trained: list[str] = []
+    loop = importlib.import_module("prefopt.training.loop")
+    train = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: (trained.append("step"), train(*a, **k))[1])
+    run_pending(config(tiny, tmp_path / "elsewhere" / "runs"))
+    folder, told = record(tmp_path / "elsewhere" / "runs")
+    _, expected = record(whole)
+    assert len(trained) == 4  # two stages of two steps
+    assert told["final_weights"] == expected["final_weights"]
+    assert told["stages"] == expected["stages"]
+    for stage in told["stages"]:
+        assert (folder / stage["policy"] / "model.safetensors").is_file()
+        assert len(list((folder / stage["run"]).parent.glob("*/record.json"))) == 1
+
+
 def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, whole, tmp_path, capsys):
     runs = shutil.copytree(whole, tmp_path / "runs")
     run_pending(config(tiny, runs))
@@ -254,12 +361,13 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
     assert process.returncode == 0, process.stderr
     found = {f.parent.name.split("-model-")[0]: json.loads(f.read_text()) for f in tmp_path.glob("runs/*/record.json")}
     assert set(found) == {"online-mappo_dpo", "online-dpo"}
-    folder, alone = record(whole)
+    expected, alone = record(whole)
     mappo = found["online-mappo_dpo"]
-    assert mappo["name"] == folder.name
+    assert mappo["name"] == expected.name
+    folder = tmp_path / "runs" / mappo["name"]
     assert mappo["final_weights"] == alone["final_weights"] != found["online-dpo"]["final_weights"]
     # What is written down is what does it again, alone, and not that a launcher started it; in each stage too.
-    stages = [json.loads((Path(stage["run"]) / "record.json").read_text()) for stage in mappo["stages"]]
+    stages = [json.loads((folder / stage["run"] / "record.json").read_text()) for stage in mappo["stages"]]
     words = shlex.split(mappo["command"])
     assert words[:3] == ["python", "-m", "prefopt.online"]
     given = [o.replace("1e-2", "0.01") for o in command(tiny, tmp_path / "runs", "objective=mappo")]

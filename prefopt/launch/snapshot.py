@@ -12,10 +12,10 @@ from prefopt.utils.store import opened
 def snapshot(folder: Path) -> Path:
     """Copy this package into `folder`/DIGEST, unless it is there; the absolute path.
 
-    git.json in it names the commit, and changes.diff holds what is not committed. Raises UserError where the copy
-    that is there has been edited.
+    git.json in it names the commit, and changes.diff holds what is not committed. A copy that has been edited is
+    made anew, which the log says.
     """
-    from prefopt.tracking.provenance import ask_git, check_frozen_code, code_digest, code_files, git
+    from prefopt.tracking.provenance import ask_git, code_digest, code_files, git
 
     contents = code_files(PACKAGE)
     contents["git.json"] = json.dumps(git()).encode()
@@ -24,8 +24,6 @@ def snapshot(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError):  # not a checkout
         contents["changes.diff"] = b""
     target = (folder / code_digest(contents)).resolve()
-    if target.is_dir():
-        check_frozen_code(target)
 
     def write(aside: Path) -> None:
         for name, content in contents.items():

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.utils.files import atomic_write, refresh_nfs
+from prefopt.utils.files import refresh_nfs
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ class Heartbeat:
             elsewhere = _owner(seen[0])
             if elsewhere:
                 self._watch(seen, elsewhere)
-            atomic_write(self.file, self.text)
+            aside = self.file.with_name(f"heartbeat.{uuid.uuid4().hex}.tmp")  # two hosts may have the same pid
+            aside.write_text(self.text)
+            aside.replace(self.file)
             if elsewhere:  # another machine may have watched, too: the last one to write has it
                 time.sleep(BEAT_S)
                 self._refuse_other()

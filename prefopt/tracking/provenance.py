@@ -101,8 +101,8 @@ def check_frozen_code(folder: Path) -> None:
     contents |= {name: (folder / name).read_bytes() for name in FROZEN_BESIDE if (folder / name).is_file()}
     if code_digest(contents) != folder.name:
         raise UserError(
-            f"{folder}: the code has been edited since it was frozen here. Make changes in the checkout. Then move "
-            "this folder away, and give the command of the sweep again: it freezes the code anew."
+            f"{folder}: the code has been edited since it was frozen here. Keep your changes in the checkout, and "
+            "give the command of the sweep again: it freezes the code anew, and overwrites this folder."
         )
 
 

@@ -42,7 +42,7 @@ class AlpacaConfig:
 
     judge: Any = MISSING
     launcher: Any = MISSING
-    run: str = MISSING
+    run: str | None = None
     checkpoints: str = MISSING
     baseline: str = MISSING
     instructions: str | None = None
@@ -53,6 +53,9 @@ class AlpacaConfig:
     seed: int = MISSING
     precision: str = MISSING
     device: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    model_outputs: str | None = None
+    output: str | None = None
 
 
 def check_harness(config: HarnessConfig) -> None:
@@ -127,6 +130,10 @@ def check_alpaca(config: AlpacaConfig) -> None:
     problems = hardware_problems(config) + sampler_problems(1, config.backend)
     if config.checkpoints not in ("final", "all"):
         problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.run is not None and config.model_outputs is not None:
+        problems.append("run and model_outputs are two: give one of them")
+    if config.run is None and config.output is None:
+        problems.append("give run=FOLDER; or a model, or model_outputs=FILE, with output=FOLDER for the results")
     if config.max_cost < 0:
         problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
     if importlib.util.find_spec("alpaca_eval") is None:

@@ -22,7 +22,7 @@ from prefopt.cli.help import show, wants_help
 from prefopt.cli.hints import refusal
 from prefopt.cli.hydra_guard import check_overrides, guarded
 from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
-from prefopt.config.parse import NO_KEYS, register
+from prefopt.config.parse import NO_KEYS, drop_left_over, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.console import configure_logging
 from prefopt.utils.distributed import is_main_process
@@ -185,8 +185,11 @@ class Task:
     def run(self, composed: DictConfig | list[Point]) -> None:
         """Run the job with a config; all points of a sweep, which `hydra_plugins` hands in at once, are kept."""
         if isinstance(composed, list):
+            for point in composed:
+                drop_left_over(point.cfg, point.overrides)
             self.points = composed
             return
+        drop_left_over(composed, overrides())
         code = exit_code(lambda: self.job(composed), self.failures)
         self.code = max(self.code, code, key=(0, EXIT_CODE, 2, 1).index)  # from the best to the worst
 

@@ -5,13 +5,13 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from prefopt.errors import UserError
@@ -115,6 +115,25 @@ def build(node: Any, base: type[T], where: str) -> T:
         return cls(**rest, **built)
     except ValueError as error:
         raise UserError(f"{where}.{error}") from None
+
+
+def drop_left_over(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Where an override names another class (objective._target_=mine.Mine), take the keys out of its node in `cfg` that
+    the choice of the group has left there, and the class has no fields for. A key that an override names stays."""
+    named = [text.lstrip("+").partition("=")[0] for text in overrides]
+    for key in named:
+        place, _, last = key.rpartition(".")
+        node: Any = OmegaConf.select(cfg, place) if place and last == "_target_" else None
+        if not OmegaConf.is_dict(node):
+            continue
+        try:
+            fields = {f.name for f in dataclasses.fields(get_class(node["_target_"]))}
+        except Exception:  # `build` says what is wrong with it
+            continue
+        with open_dict(node):
+            for name in set(node) - fields - {"_target_"}:
+                if not any(f"{other}.".startswith(f"{place}.{name}.") for other in named):
+                    del node[name]
 
 
 def file_name_problems(names: dict[str, str]) -> list[str]:

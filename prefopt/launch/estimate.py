@@ -142,6 +142,6 @@ def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
     state = 4 + (2 if config.optimizer.eight_bit else 8)  # bytes: the weight, and Adam's two moments
     return Estimate(
         gpu_hours=flop / FLOP_PER_HOUR,
-        policies_gb=config.exports * 4 * n / 1e9,  # float32
+        policies_gb=config.exports * (2 if config.export_dtype == "bfloat16" else 4) * n / 1e9,
         checkpoint_gb=state * n / 1e9 if is_full else 0.0,  # that of an adapter is small
     )

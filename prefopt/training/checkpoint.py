@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest is damaged on the disk
 OURS = re.compile(r"step_\d+(\.tmp|\.damaged)?")  # what is written and removed in checkpoints/
 FLOAT32_BYTES = 4
+BFLOAT16_BYTES = 2
 ADAMW_MOMENTS = 2  # numbers that AdamW keeps for each weight
 WEIGHTS_PER_BYTE = 2  # of weights quantized to 4 bits
 
@@ -115,7 +116,7 @@ def run_bytes(config: TrainConfig, engine: Engine) -> int:
     """The most that a run's checkpoints and policies take on the disk at a time, in bytes."""
     saves = (config.total_steps - 1) // config.save_every + 1  # one after the last step
     checkpoints = min(KEPT + 1, saves)  # old ones go when a new one is complete
-    return checkpoint_bytes(config, engine) * checkpoints + policy_bytes(engine.policy) * config.exports
+    return checkpoint_bytes(config, engine) * checkpoints + policy_bytes(config, engine.policy) * config.exports
 
 
 def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
@@ -126,10 +127,10 @@ def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
     return trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment + best)
 
 
-def policy_bytes(policy: PreTrainedModel) -> int:
-    """The size of an exported policy, whose weights are float32 also where those in training are quantized."""
+def policy_bytes(config: TrainConfig, policy: PreTrainedModel) -> int:
+    """The size of an exported policy, whose weights are whole also where those in training are quantized."""
     weights = sum(p.numel() * (WEIGHTS_PER_BYTE if p.element_size() == 1 else 1) for p in policy.parameters())
-    return weights * FLOAT32_BYTES
+    return weights * (BFLOAT16_BYTES if config.export_dtype == "bfloat16" else FLOAT32_BYTES)
 
 
 def check_space(folder: Path, needed: int) -> None:

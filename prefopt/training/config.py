@@ -27,6 +27,7 @@ CHOICES = {
     "logits": ("tiled", "dense"),
     "reference": ("cached", "resident", "adapter_off"),
     "nonfinite": ("stop", "skip"),
+    "export_dtype": ("float32", "bfloat16"),
 }
 
 
@@ -56,6 +57,7 @@ class TrainConfig(Node):
     eval_every: int = MISSING
     save_every: int = MISSING
     exports: int = MISSING
+    export_dtype: str = MISSING
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None

@@ -139,8 +139,12 @@ class PolicyExporter:
         )
 
     def _write(self, policy: PreTrainedModel, target: Path) -> str:
-        checkpoint.export(policy, self.tokenizer, target)
-        return load.weights_digest(policy)
+        if self.config.export_dtype != "bfloat16":
+            checkpoint.export(policy, self.tokenizer, target)
+            return load.weights_digest(policy)
+        copied = rounded(policy, torch.bfloat16)
+        checkpoint.export(copied, self.tokenizer, target)
+        return load.weights_digest(rounded(copied, torch.float32))  # as `load_model` has them
 
 
 def portable_name(path: str, revision: str | None) -> tuple[str, str | None]:
@@ -160,6 +164,12 @@ def without_values(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` whose tensors are on torch's meta device: names, shapes and which of them are one tensor."""
     memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of `model` on the CPU with parameters of `dtype`; buffers stay as they are, as the routing bias does."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", dtype)) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.errors import UserError
-from prefopt.models.load import load_model, load_reward_model
+from prefopt.models.load import load_model, load_reward_model, weights_digest
 from prefopt.models.lora import adapter_layers, add_adapter, freeze_unreached
 from prefopt.training.config import TrainConfig
 from prefopt.training.export import PolicyExporter, collect_weights
@@ -172,3 +172,24 @@ def test_nothing_is_written_while_weights_are_collected(tmp_path):
     assert "model.embed_tokens.weight" in files["model.safetensors"]
     policy.save_pretrained(tmp_path / "copy")
     assert list((tmp_path / "copy").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "reward"])
+def test_weights_in_bfloat16_are_the_trained_ones_rounded(kind, tmp_path):
+    model = saved("llama", tmp_path / "model")
+    policy = load_reward_model(model, "cpu") if kind == "reward" else load_model(model, "cpu")
+    freeze_unreached(policy)
+    export = exporter(policy, model, all_layers(policy) if kind == "lora" else [], tmp_path)
+    export.config.export_dtype = "bfloat16"
+    if kind == "lora":
+        add_adapter(policy, export.config.peft, 0)
+    during = export(tmp_path / "during")
+    assert all(p.dtype == torch.float32 for p in policy.parameters())  # it is trained on
+    assert export.final(tmp_path / "final") == during
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "final")  # as users load it: in the type of its configuration
+    assert loaded.dtype == torch.bfloat16
+    expected = {name: p.bfloat16() for name, p in policy.named_parameters()}
+    assert all(torch.equal(p, expected[name]) for name, p in loaded.named_parameters())
+    if kind != "reward":  # of which no run begins
+        assert weights_digest(load_model(ModelConfig("tiny", str(tmp_path / "final")), "cpu")) == during

@@ -53,6 +53,7 @@ TRAIN = {
     "logits": "tiled",
     "reference": "cached",
     "nonfinite": "stop",
+    "export_dtype": "float32",
     "precision": "float32",
     "device": "cpu",
     "runs_dir": "runs",

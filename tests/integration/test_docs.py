@@ -150,7 +150,8 @@ def test_modules_outside_the_checkout_are_used_as_the_page_says(tiny_folder, ove
     config = json.loads(record.read_text())["config"]
     assert config["dataset"]["oracle"] == {"_target_": "questions.Short"}
     rows = [json.loads(line) for line in (record.parent / "metrics.jsonl").read_text().splitlines()]
-    assert {row["lr"] for row in rows if row["split"] == "train"} == {config["optimizer"]["lr"]}  # constant
+    peak = config["optimizer"]["lr"]
+    assert {row["lr"] for row in rows if row["split"] == "train"} == {peak, peak / 2}
     assert all(0 < row["oracle_reward"] <= 1 for row in rows if row["split"] == "heldout")
 
     (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "?", "responses": ["one", "one two"]}) + "\n")

@@ -9,7 +9,7 @@ from prefopt.cli.help import overview, show, wants_help
 from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
-    *("train", "online", "sample", "score", "harness", "alpaca", "compare", "report", "papers"),
+    *("train", "online", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
     *("runs", "prefetch", "data_report", "objectives"),
 )
 
@@ -29,7 +29,7 @@ def main() -> None:
         sys.path.insert(0, here)
     sys.argv = [f"prefopt {name}", *arguments]
     # Before the program imports torch; a command line with a key is left to it, which refuses without showing it.
-    if wants_help(arguments) and name != "objectives" and not find_secret("\n".join(arguments)):
+    if wants_help(arguments) and name not in ("objectives", "diff") and not find_secret("\n".join(arguments)):
         sys.exit(show(name, arguments))
     runpy.run_module(f"prefopt.{name}", run_name="__main__", alter_sys=True)
 

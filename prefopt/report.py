@@ -3,9 +3,10 @@ SVG, PDF).
 
     python -m prefopt.report runs_dir=runs output=results/mine
     python -m prefopt.report runs_dir=runs/mini/madpo/final output=results/mini/madpo columns=dataset.format.quality
+    python -m prefopt.report runs_dir=runs 'compare=["dpo β=0.1","mmpo β=0.1"]'       # or two runs, by folder or id
 
 Where runs differ in their seed alone there is also a table of their means over seeds; with `columns` one with a column
-for each value of that key.
+for each value of that key, and with `compare` one of the paired differences of two methods.
 
 Everything comes from record.json files, nothing from names or logs.
 """
@@ -17,8 +18,10 @@ from omegaconf import DictConfig
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.reporting.config import ReportConfig
+from prefopt.reporting.differences import print_table, settings_note
 from prefopt.reporting.figures import draw
 from prefopt.reporting.labels import sort_by_label
+from prefopt.reporting.paired import paired_table
 from prefopt.reporting.published import read_published
 from prefopt.reporting.summary import by_column_table, main_table, over_seeds_table, table_rows
 from prefopt.tracking.archive import read_records, write_archive_once
@@ -34,6 +37,7 @@ def main(cfg: DictConfig) -> None:
     records = sort_by_label(read_records(Path(config.runs_dir)))
     runs = main_table(table_rows(records), records, config)
     others = [over_seeds_table(records, config), by_column_table(records, config) if config.columns else None]
+    paired = paired_table(records, config) if config.compare else None
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -41,9 +45,13 @@ def main(cfg: DictConfig) -> None:
     for cells in runs.texts:
         table.add_row(*cells[:-1])
     console().print(table)
+    if note := settings_note(records):
+        print(note)
+    if paired:
+        print_table(paired)
 
     files = runs.write(output) + draw(records, output)
-    for other in filter(None, others):
+    for other in filter(None, [*others, paired]):
         files += other.write(output)
     for file in files + write_archive_once(records, config.runs_dir, output):
         print(file)

@@ -16,6 +16,7 @@ class ReportConfig:
     output: str = MISSING
     columns: str | None = None
     published: str | None = None
+    compare: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from prefopt.data.items import Message
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig
-from prefopt.reporting.style import COLORS, plotting, save
+from prefopt.reporting.style import COLORS, COLUMN, PAGE, plotting, save
 from prefopt.reporting.tables import MISSING, Column, markdown_table
 from prefopt.utils.console import console
 from prefopt.utils.files import resolve_path
@@ -309,7 +309,7 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
         axis.hist(np.clip(values, edges[0], edges[-1]), edges, weights=shares, label=label, **look)
 
     with plotting() as plt:
-        size = (9.0, 2.6 * len(splits) + 0.3)
+        size = (PAGE, 2.6 * len(splits) + 0.3)
         figure, axes = plt.subplots(len(splits), 2, figsize=size, squeeze=False, sharex="col", layout="constrained")
         measured = {name: lengths(split) for name, split in splits.items()}
         parts = list(measured["train"])
@@ -322,7 +322,7 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
                 limit = limits[members[0]]
                 if limit < edges[-1]:
                     axis.axvline(limit, color="0.4", linestyle="--", linewidth=1, label=f"limit {limit}")
-                axis.set_title(f"{config.dataset.name}, {name}", fontsize=9)
+                axis.set_title(f"{config.dataset.name}, {name}", fontsize=8)
                 axis.set_ylabel(f"share of {kind}")
                 axis.legend(frameon=False, fontsize=8)
             longest = " (last bar: and longer)" if values.max() > edges[-1] else ""
@@ -331,14 +331,14 @@ def draw(config: DataReportConfig, splits: Splits, output: Path) -> list[Path]:
 
         gaps = {name: gaps for name, split in splits.items() if len(gaps := reward_gaps(split))}
         if gaps:
-            size = (4.5 * len(gaps), 2.9)
+            size = (PAGE if len(gaps) > 1 else COLUMN, 2.6)
             figure, axes = plt.subplots(1, len(gaps), figsize=size, squeeze=False, sharex=True, layout="constrained")
             edges = bin_edges(np.concatenate(list(gaps.values())))
             for axis, (name, values) in zip(axes[0], gaps.items(), strict=True):
                 histogram(axis, values, edges, COLORS[0], "")
                 median = float(np.median(values))
                 axis.axvline(median, color="0.4", linestyle="--", linewidth=1, label=f"median {median:.3g}")
-                axis.set_title(f"{config.dataset.name}, {name}", fontsize=9)
+                axis.set_title(f"{config.dataset.name}, {name}", fontsize=8)
                 axis.set_xlabel("reward gap: chosen − rejected")
                 axis.set_ylabel("share of pairs")
                 axis.legend(frameon=False, fontsize=8)

@@ -1,16 +1,19 @@
 """The figures: reward over KL, and those of the papers."""
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.objectives import SIDES
 from prefopt.reporting.curves import Point, at_last_epoch, drift, paths, sensitive_keys, sensitivity
+from prefopt.reporting.differences import settings_note
 from prefopt.reporting.evaluated import Value, model_names
+from prefopt.reporting.labels import labels
 from prefopt.reporting.published import normalize_model_name
-from prefopt.reporting.style import MARKERS, is_mappo, method_colors, plotting, save, shade
-from prefopt.tracking.archive import Record, beta
+from prefopt.reporting.style import COLUMN, MARKERS, PAGE, is_mappo, method_colors, method_marker, plotting, save, shade
+from prefopt.tracking.archive import Record
 
 
 def draw_paths(
@@ -35,7 +38,7 @@ def draw_paths(
 
     with plotting() as plt:
         rows = 2 if has_accuracy else 1
-        size = (max(3.4, 2.35 * len(models)), 2.25 * rows + 0.75)
+        size = (PAGE if len(models) > 1 else COLUMN, 2.1 * rows + 0.9)
         figure, axes = plt.subplots(rows, len(models), figsize=size, squeeze=False, layout="constrained", sharey="row")
         for column, model in enumerate(models):
             axes[0][column].set_title(model)
@@ -171,7 +174,7 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
     colors = method_colors(methods)
     places = [(method, source) for method in methods for source in sources]
     with plotting() as plt:
-        size = (max(3.4, 0.9 + 0.17 * len(places) * len(models)), 2.6)
+        size = (PAGE if len(places) * len(models) > 14 else COLUMN, 2.6)
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         for source in sources:
             mark = {"marker": "o", "markersize": 3.5, "linestyle": "", "markeredgewidth": 0.8}
@@ -209,7 +212,7 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
     if not panels:
         return []
     with plotting() as plt:
-        size = (6.8, 2.4 * len(panels) + 0.9)
+        size = (PAGE, 2.4 * len(panels) + 0.9)
         figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained", sharey="row")
         handles: dict[str, Any] = {}
         for row, panel in zip(axes, panels, strict=True):
@@ -233,7 +236,7 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
                         axis.fill_between(steps, low, high, color=colors[label], alpha=0.15, linewidth=0)
                     handles.setdefault(label, handle)
                 axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
-                axis.set_title(f"{side} · {panel[0]} on {panel[1]}", fontsize=9)
+                axis.set_title(f"{side} · {panel[0]} on {panel[1]}", fontsize=8)
                 axis.set_xlabel("optimizer step")
                 axis.xaxis.get_major_locator().set_params(integer=True)
             row[0].set_ylabel("change of log-prob (nats)")
@@ -257,7 +260,7 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
         return re.sub(r"(?<==)\d+\.\d{3,}$", lambda number: f"{float(number[0]):.3g}", part)
 
     with plotting() as plt:
-        size = (max(3.4, 2.6 * len(panels)), 2.6 + 0.17 * lines)
+        size = (PAGE if len(panels) > 1 else COLUMN, 2.6 + 0.17 * lines)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
         for axis, (key, curves) in zip(axes[0], panels.items(), strict=True):
             colors = method_colors(list(curves))
@@ -273,7 +276,7 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
             title = " ".join(
                 shorten(part) for part in next(iter(curves)).split(" ") if part in shared and "=None" not in part
             )
-            axis.set_title(title, fontsize=9)
+            axis.set_title(title, fontsize=8)
             axis.set_xlabel(key.removeprefix("objective."))
             if len(curves) > 1:
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False, fontsize=7.5)
@@ -283,68 +286,63 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
 
 def draw(records: list[Record], output: Path) -> list[Path]:
     """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
-    set. The legend names objective and beta, by color and marker; runs that differ in something else (a seed) share a
+    set. The legend names what tells the methods apart, and below it what they do not share; seeds of a method share a
     name. Returns nothing if no run was evaluated by an oracle."""
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
-    panels = sorted({_panel(r) for r in sampled})
-    colors, markers = _styles(sampled)
+    panels: dict[tuple[str, str], list[Record]] = {}
+    for record in sampled:
+        panels.setdefault(_panel(record), []).append(record)
+    named = {panel: labels(members, without=("seed",)) for panel, members in panels.items()}
+    names = sorted({name for of_panel in named.values() for name in of_panel}, key=lambda name: (is_mappo(name), name))
+    colors = method_colors(names)
+    handles: dict[str, Any] = {}
     with plotting() as plt:
-        size = (5.2 * len(panels) + 0.2, 3.6)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        for axis, panel in zip(axes[0], panels, strict=True):
-            members = [r for r in sampled if _panel(r) == panel]
-            named: set[str] = set()
+        width = PAGE if len(panels) > 1 or len(names) > 6 else COLUMN
+        columns = max(1, int(width / (0.55 + 0.06 * max(map(len, names)))))
+        prompts = max(r["evaluations"][-1]["samples"] for r in sampled)
+        note = f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
+        note = textwrap.fill(f"{note} {settings_note(sampled)}".strip(), int(18 * width))
+        below = 0.16 * (-(-(len(names) + 1) // columns) + note.count("\n") + 1)
+        rows = -(-len(panels) // 3)
+        size = (width, 2.5 * rows + below)
+        figure, grid = plt.subplots(rows, -(-len(panels) // rows), figsize=size, squeeze=False, layout="constrained")
+        for axis in grid.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, (panel, members) in zip(grid.flat, sorted(panels.items()), strict=False):
             for start in sorted({r["evaluations"][0]["oracle_reward"] for r in members}):  # one for each seed
-                label = None if named else "initial policy"
-                axis.axhline(start, color="0.4", linestyle="--", linewidth=1, label=label, zorder=1)
-                named.add("initial policy")
-            for record in members:
+                line = axis.axhline(start, color="0.4", linestyle=":", linewidth=1, label="initial policy", zorder=1)
+                handles["initial policy"] = line
+            for record, name in zip(members, named[panel], strict=True):
                 points = record["evaluations"]
-                name = record["objective"] + (f" β={beta(record):g}" if beta(record) is not None else "")
-                marker = markers[record["objective"], beta(record)]
-                hollow = MARKERS.index(marker) % 2 == 1
-                axis.errorbar(
+                place = [other for other in names if colors[other] == colors[name]].index(name)
+                handles[name] = axis.errorbar(
                     [p["kl"] for p in points],
                     [p["oracle_reward"] for p in points],
                     xerr=[0.0] * (len(points) - 1) + [points[-1]["kl_se"]],
                     yerr=[0.0] * (len(points) - 1) + [points[-1]["oracle_reward_se"]],
-                    color=colors[record["objective"]],
-                    marker=marker,
-                    markersize=5,
-                    markerfacecolor="white" if hollow else None,
-                    linestyle="--" if hollow else "-",
-                    linewidth=1.4,
+                    color=colors[name],
+                    marker=method_marker(name, place),
+                    markersize=4.5,
+                    markerfacecolor="white" if place % 2 else None,
+                    linestyle="--" if place % 2 else "-",
+                    linewidth=1.2,
                     elinewidth=0.8,
                     alpha=0.9,
-                    label=None if name in named else name,
+                    label=name,
                 )
-                named.add(name)
-            axis.set_xlabel("KL to the reference (nats per response)")
-            axis.set_ylabel("oracle reward (mean over held-out prompts)")
-            axis.set_title(f"{panel[0]} on {panel[1]}; bars: ± 1 s.e. at the end", fontsize=9)
-            if len(named) <= 6:
-                axis.legend(frameon=False, fontsize=8)
-            else:
-                axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            axis.set_xlabel("KL to the reference (nats)")
+            axis.set_title("\n".join(panel) if len(panels) > 1 else f"{panel[0]} on {panel[1]}")
+        for row in grid:
+            row[0].set_ylabel("oracle reward")
+        order = ["initial policy", *names]
+        style: dict[str, Any] = {"frameon": False, "fontsize": 7, "handlelength": 2.4, "columnspacing": 1.0}
+        legend = figure.legend(
+            handles=[handles[name] for name in order], labels=order, loc="outside lower center", ncols=columns, **style
+        )
+        legend.set_title(note, prop={"size": 7})
         return save(figure, output, "reward_kl")
-
-
-def _styles(records: list[Record]) -> tuple[dict[str, str], dict[tuple[str, float | None], str]]:
-    """The color of each objective, and a marker per objective and beta: the same for the first, second, ... beta of
-    each objective, and others for the objectives that share a color (MaPPO and its base)."""
-    names = sorted({r["objective"] for r in records}, key=lambda name: (is_mappo(name), name))
-    betas = {name: sorted({beta(r) or 0.0 for r in records if r["objective"] == name}) for name in names}
-    most = max(len(values) for values in betas.values())
-    colors = method_colors(names)
-    markers: dict[tuple[str, float | None], str] = {}
-    for record in records:
-        name, value = record["objective"], beta(record)
-        alike = [other for other in names if colors[other] == colors[name]]
-        place = alike.index(name) * most + betas[name].index(value or 0.0)
-        markers[name, value] = MARKERS[place % len(MARKERS)]
-    return colors, markers
 
 
 def _panel(record: Record) -> tuple[str, str]:

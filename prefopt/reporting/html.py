@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from markupsafe import Markup
 
+from prefopt.reporting.differences import settings_note
 from prefopt.reporting.paper_common import Figure, commit
 from prefopt.reporting.tables import Tabular, text_columns
 from prefopt.reporting.templating import render
@@ -17,8 +18,9 @@ def page(
 ) -> str:
     """One HTML file that needs nothing besides: the figures stand in it as SVG. `origin`: sentences on what the page
     was made from; they stand on top, once, and not below each table."""
+    note = settings_note(records)
     pictures = [
-        (figure.title, figure.caption, inline(file.read_text(), figure.title))
+        (figure.title, f"{figure.caption} {note}".strip(), inline(file.read_text(), figure.title))
         for figure in figures
         for file in figure.files
         if file.suffix == ".svg"

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 MARKERS = "osD^vP*X"
-# Okabe and Ito's palette, told apart with every kind of color vision.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLUMN, PAGE = 3.3, 6.8  # inches: the width of a column of a paper, and of its page. Every figure has one of them
+# The hues of Okabe and Ito's palette, which every kind of color vision tells apart, in steps of lightness, which print
+# in gray keeps.
+COLORS = ("#0063A6", "#C95A12", "#2FA583", "#7A2E66", "#F5C440", "#69B1E0", "#000000")
 # The methods that the papers compare have the same color in all figures.
 METHOD_COLORS = dict(zip(("mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo"), COLORS, strict=True))
 
@@ -31,6 +33,14 @@ def method_colors(methods: Sequence[str]) -> dict[str, str]:
     return {m: by_base[b] for m, b in bases.items()}
 
 
+def method_marker(method: str, place: int = 0) -> str:
+    """A marker for a method, so that two methods are told apart without their colors; `place` counts the lines that
+    share its color."""
+    base = method.split(" ")[0].removeprefix("online-").removeprefix("mappo_")
+    first = list(METHOD_COLORS).index(base) if base in METHOD_COLORS else len(METHOD_COLORS)
+    return MARKERS[(first + place * 3) % len(MARKERS)]
+
+
 def shade(color: str, place: int, of: int) -> tuple[float, ...]:
     """`color` mixed with white: the first of so many is the lightest, the last one the color itself."""
     from matplotlib.colors import to_rgb
@@ -49,7 +59,8 @@ def plotting() -> Iterator[Any]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
+    style: Any = {"font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prefopt"}
     style["pdf.fonttype"] = 42  # Type 3 fonts are refused by some conferences
     with plt.rc_context(style):
         yield plt
@@ -61,7 +72,7 @@ def save(figure: Any, output: Path, name: str) -> list[Path]:
 
     output.mkdir(parents=True, exist_ok=True)
     files = [output / f"{name}.{suffix}" for suffix in ("png", "svg", "pdf")]
-    figure.savefig(files[0], dpi=160)
+    figure.savefig(files[0], dpi=200)
     figure.savefig(files[1], metadata={"Date": None})
     figure.savefig(files[2], metadata={"CreationDate": None})
     plt.close(figure)

@@ -12,6 +12,7 @@ import pandas as pd
 from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
+from prefopt.reporting.differences import settings_note
 from prefopt.reporting.evaluated import Value, flatten_value, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.published import figures_of_method, paper_heading, read_published
@@ -238,7 +239,7 @@ def command(config: ReportConfig) -> str:
 
 
 def provenance(records: list[Record], command: str) -> list[str]:
-    """Sentences that say from what a table was made, where, and by which command."""
+    """Sentences that say what the methods do not share, and from what a table was made, where, by which command."""
     machines = {json.dumps(r["machine"]): r["machine"] for r in records}.values()
     places = "; ".join(
         f"{m['cores']} cores of {m['processor']} ({m['instructions']}), {m['memory_gib']:.0f} GiB"
@@ -252,7 +253,9 @@ def provenance(records: list[Record], command: str) -> list[str]:
     if "samples" in evaluated:
         sampled = f", oracle reward and KL over {evaluated['samples']} responses, one to each held-out prompt; "
         sampled += "s.e. over these"
+    note = settings_note(records)
     return [
+        *([note] if note else []),
         f"Made by `{command}` from {len(records)} runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a "
         "resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",

@@ -1,0 +1,95 @@
+"""In which settings runs differ: the line below a table, and the two columns of `prefopt diff`."""
+
+from collections.abc import Sequence
+
+from prefopt.reporting.labels import flat_config, shortest_texts
+from prefopt.reporting.tables import MISSING, Tabular, text_columns
+from prefopt.tracking.archive import Record
+from prefopt.tracking.run import VOLATILE
+from prefopt.utils.console import console, folding_table
+
+# A label names the seed and beta, and the objective's class is its name. The others follow from what they belong to.
+_IN_LABELS = ("seed", "objective.beta", "objective._target_", "runs_dir")
+
+
+def settings_note(records: Sequence[Record]) -> str:
+    """Which settings the methods do not share: "not the same for all methods: optimizer.lr: madpo 2e-4; dpo, ipo
+    1e-4". "" where they share all, or are one method.
+
+    A method is an objective. Of each it is the set of values that counts: a key swept alike for all is no difference.
+    Keys that change no number (`VOLATILE`) are left out, and those of an objective that no other one has. A wrapper's
+    base counts as the objective itself.
+    """
+    methods: dict[str, list[dict[str, object]]] = {}
+    for record in records:
+        config = {_key(key): value for key, value in flat_config(record).items()}
+        methods.setdefault(record["objective"], []).append(config)
+    if len(methods) < 2:
+        return ""
+
+    parts = []
+    for key in sorted({key for configs in methods.values() for config in configs for key in config}):
+        if key in _IN_LABELS or key.split(".")[0] in VOLATILE:
+            continue
+        having = {name: configs for name, configs in methods.items() if any(key in config for config in configs)}
+        # Another objective has no such parameter, while a data format or a sampler without one has its own default.
+        compared = having if key.startswith("objective.") else methods
+        values = {repr(config.get(key)): config.get(key) for configs in compared.values() for config in configs}
+        texts = shortest_texts(values)
+        by_values: dict[str, list[str]] = {}
+        for name, configs in compared.items():
+            swept = sorted({repr(config.get(key)) for config in configs}, key=list(values).index)
+            by_values.setdefault(" and ".join(_short(texts[value]) for value in swept), []).append(name)
+        if len(by_values) > 1:
+            each = (
+                f"{', '.join(names)} {value}" for value, names in sorted(by_values.items(), key=lambda x: len(x[1]))
+            )
+            parts.append(f"{key}: {'; '.join(each)}")
+    return f"Not the same for all methods: {'. '.join(parts)}." if parts else ""
+
+
+def config_differences(a: Record, b: Record) -> Tabular:
+    """The settings in which two runs differ, those that change no number too: key, A, B."""
+    left, right = flat_config(a), flat_config(b)
+    rows = []
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            values = {repr(config[key]): config[key] for config in (left, right) if key in config}
+            texts = shortest_texts(values)
+            cells = [texts[repr(config[key])] if key in config else MISSING for config in (left, right)]
+            rows.append({"setting": key, "A": cells[0], "B": cells[1]})
+    for what, digests in (("data", "data_digests"), ("initial weights", "initial_weights")):
+        if a.get(digests) != b.get(digests):
+            rows.append({"setting": f"{what} (digest)", "A": _digest(a.get(digests)), "B": _digest(b.get(digests))})
+    commits = [(record.get("git") or {}).get("commit", MISSING)[:10] for record in (a, b)]
+    if commits[0] != commits[1]:
+        rows.append({"setting": "commit", "A": commits[0], "B": commits[1]})
+    columns = text_columns("setting", "A", "B")
+    return Tabular("diff", columns, [[row[c.key] for c in columns] for row in rows], rows, title="Settings that differ")
+
+
+def print_table(table: Tabular) -> None:
+    """Title, table and notes on stdout, at the terminal's width."""
+    shown = folding_table(*table.headings, title=table.title)
+    for cells in table.texts:
+        shown.add_row(*cells)
+    console().print(shown, *table.notes, sep="\n")
+
+
+def _key(key: str) -> str:
+    return key.replace("objective.base.", "objective.", 1) if key.startswith("objective.base.") else key
+
+
+def _digest(value: object) -> str:
+    digests = value.values() if isinstance(value, dict) else [value]
+    return " ".join(str(digest)[:8] for digest in digests)
+
+
+def _short(text: str) -> str:
+    """A small number as 1e-4, which is how learning rates are written; other texts as they are."""
+    try:
+        small = 0 < abs(float(text)) < 1e-3
+    except ValueError:
+        return text
+    mantissa, _, power = f"{float(text):e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}" if small else text

@@ -11,8 +11,9 @@ export HF_HUB_OFFLINE ?= 1
 SCALE ?= mini
 LAUNCHER ?= local
 ARGS ?=
+KILLS ?= 60
 
-.PHONY: help setup docs demo test test-shared test-slow slurm-test lint bench bench-fidelity clean-demo figures \
+.PHONY: help setup docs demo test test-shared test-slow test-kills slurm-test lint bench bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -57,6 +58,9 @@ test-shared: setup ## those of the tests that need real data beside the checkout
 
 test-slow: setup ## the tests with the real SmolLM2-135M or several processes
 	$(BIN)/python -m pytest -m slow
+
+test-kills: setup ## KILLS kills of each configuration at random moments
+	KILLS=$(KILLS) $(BIN)/python -m pytest -m kills -s
 
 slurm-test: setup ## a sweep of the tiny model through a Slurm of one node
 	$(BIN)/python -m pytest -m slurm -s

@@ -28,6 +28,8 @@ from prefopt.utils.store import read_sealed_lines
 def compare(cfg: DictConfig) -> None:
     refuse_launcher_without_multirun()
     config = parse(cfg, AlpacaConfig)
+    if config.run is None or config.model_outputs is not None:
+        raise UserError("two runs are compared: python -m prefopt.compare run=A run=B")
     if config.instructions is None:
         data = record_of(config.run)["config"]["dataset"]
         if not data["heldout"]:

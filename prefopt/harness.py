@@ -2,14 +2,17 @@
 
     python -m prefopt.harness run=runs/RUN tasks=mmpo                  # the final policy
     python -m prefopt.harness run=runs/RUN tasks=[arc_easy,piqa] checkpoints=all
-    python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo
+    python -m prefopt.harness 'run=runs/*' tasks=mmpo                  # all finished runs, one after the other
+    python -m prefopt.harness -m run=runs/A,runs/B tasks=mmpo          # a job for each
     python -m prefopt.harness model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct output=results/qwen tasks=mappo
 
 A checkpoint is loaded once for all tasks. Each task is evaluated by itself, so its figures do not depend on the other
 tasks; they are those of `lm-eval run` with the same arguments. The records are in RUN/harness (or `output`), named by
-checkpoint, task and settings. An evaluation that has a record is not computed again.
+checkpoint, task and settings, and lm-eval's own files in its folder lm_eval. An evaluation that has a record is not
+computed again.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -22,13 +25,15 @@ from prefopt.evaluation.harness import checkpoints, run_pending
 from prefopt.evaluation.results import task_names
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
+from prefopt.tracking.policies import runs_of
 
 
 def plan_job(point: Point, label: str, config: HarnessConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_harness(config)
     task_names(config.tasks)
-    policies = checkpoints(config)[0]
+    runs = runs_of(config.run) if config.run else [None]
+    policies = [policy for run in runs for policy in checkpoints(replace(config, run=run))[0]]
     return SweepJob(point.overrides, label, config, policies[-1].model, folder)
 
 

@@ -17,7 +17,8 @@ from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
-from prefopt.tracking.process import acquire_lock, process_info
+from prefopt.tracking.process import acquire_lock, process_info, release_lock
+from prefopt.tracking.provenance import check_frozen_code
 from prefopt.tracking.record import read_json, read_record, update_record
 from prefopt.training.config import OnlineConfig, TrainConfig
 from prefopt.utils.console import configure_logging
@@ -29,18 +30,26 @@ from prefopt.utils.signals import install_handlers
 def run(folder: Path) -> None:
     """Run the job in `folder`, and keep its status in its record.
 
-    Raises UserError where another process works on it, or the data files have changed since it was submitted, and
-    Interrupted where it was asked to stop and has saved.
+    Raises UserError where another process works on it, or the frozen code or the data files have changed since it was
+    submitted, and Interrupted where it was asked to stop and has saved.
     """
     install_handlers()  # first: what follows takes seconds, in which a signal would end the process
     if is_main_process():
         acquire_lock(folder)
+    try:
+        _run_locked(folder)
+    finally:
+        release_lock(folder)
+
+
+def _run_locked(folder: Path) -> None:
     if read_record(folder)["status"] == "finished":  # its node was lost before Slurm knew of it, and it was requeued
         return
     if is_main_process():
         update_record(folder, status="running", **process_info())
     frozen = read_json(folder / "job.json")
     try:
+        check_frozen_code(Path(frozen["code"]))
         (_train if frozen["program"] == "train" else _run_pending)(folder, frozen)
     except (Interrupted, KeyboardInterrupt):
         if frozen["program"] != "train":  # a training run has recorded it itself

@@ -98,8 +98,8 @@ def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
 
         loaders |= {f"AlpacaEval's {name}": partial(hub_file, name) for name in SHA256}
     if config.tasks:
-        from prefopt.evaluation.harness import preflight
         from prefopt.evaluation.results import task_names
+        from prefopt.evaluation.tasks import preflight
 
         names = task_names(config.tasks)
         loaders[f"tasks {', '.join(names)}"] = partial(preflight, names)

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 import prefopt.data.dataset
 from prefopt.config.parse import build
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data import chat_template, folders, formats, readers
+from prefopt.data import build_items, chat_template, fields, folders, formats, items, proof, readers, rendering
 from prefopt.data import sources as data_sources
 from prefopt.data import tokenize as tokenizing
 from prefopt.data.dataset import Split, dataset_fingerprint, has_heldout, load_split, prompt_of, sources, split_digest
-from prefopt.data.formats import Format, Item, Message
+from prefopt.data.formats import Format
+from prefopt.data.items import Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
 from prefopt.utils.console import Bar
@@ -149,7 +150,8 @@ def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits
     # A format may be the user's own class, in a file beside the data: its source counts, too.
     of_formats = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
     decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
-    code = [prefopt.data.dataset, data_sources, folders, readers, formats, tokenizing, chat_template]
+    reading = [prefopt.data.dataset, data_sources, folders, readers, formats, fields, items, build_items]
+    code = [*reading, tokenizing, rendering, proof, chat_template]
     return fingerprint(decides, *code, *of_formats)[:24]
 
 

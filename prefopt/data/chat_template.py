@@ -18,7 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.config.schema import ModelConfig
-from prefopt.data.formats import Message, common_prefix
+from prefopt.data.fields import common_prefix
+from prefopt.data.items import Message
 from prefopt.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -13,20 +13,9 @@ from omegaconf import OmegaConf
 
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data.formats import (
-    Chat,
-    Dropped,
-    Format,
-    Item,
-    Labelled,
-    Message,
-    Pair,
-    Row,
-    RowDefect,
-    content_id,
-    is_absent,
-    nested,
-)
+from prefopt.data.fields import content_id, is_absent, nested
+from prefopt.data.formats import Format
+from prefopt.data.items import Chat, Dropped, Item, Labelled, Message, Pair, Row, RowDefect
 from prefopt.data.layouts import find_layout
 from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError

@@ -32,7 +32,8 @@ def replace_path(arguments: Sequence[str], program: str) -> list[str]:
     if strays := [path for path in paths if not is_path(path, known)]:
         raise UserError(f"dataset={value}: {strays[0]} is no file or folder. A sweep is over names, or over files.")
 
-    from prefopt.data.layouts import find_layout, quoted  # reads files: most commands need none of it
+    from prefopt.data.layouts import find_layout  # reads files: most commands need none of it
+    from prefopt.data.overrides import quoted  # reads files: most commands need none of it
 
     others = [argument for i, argument in enumerate(arguments) if i != places[0]]
     given = {key.lstrip("+~"): val for key, _, val in (argument.partition("=") for argument in others)}

@@ -16,8 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.data.dataset import sources
-from prefopt.data.sources import SUFFIXES, cached_commit, check_card, prepared
-from prefopt.errors import MissingAssetError
+from prefopt.data.folders import files_of_split
+from prefopt.data.sources import SUFFIXES, cached_commit, fetch_data, fetched_files, prepared
+from prefopt.errors import MissingAssetError, UserError
 from prefopt.utils.files import resolve_path
 
 WEIGHTS = "model.safetensors"
@@ -141,7 +142,18 @@ class Data(Item):
         return bool(constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
 
     def there(self) -> int:
-        folder = prepared(self.path, self.revision, self.config)
+        try:
+            folder = prepared(self.path, self.revision, self.config)
+        except MissingAssetError:
+            files = None if self.config else fetched_files(self.path, self.revision)
+            if files is None:
+                raise
+            for split in self.splits:
+                try:
+                    files_of_split(self.path, files, split)
+                except UserError as error:
+                    raise MissingAssetError(str(error)) from None
+            return sum(f.stat().st_size for f in files.rglob("*") if f.is_file())
         known = json.loads((folder / "dataset_info.json").read_text()).get("splits") or {}
         for split in self.splits:
             if split not in known:
@@ -155,9 +167,7 @@ class Data(Item):
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        check_card(self.path, self.revision)
-        # Without `split`, all splits are prepared.
-        datasets.load_dataset(self.path, self.config, revision=self.revision)
+        fetch_data(self.path, self.config, self.revision)
 
 
 def wanted(files: Iterable[str], with_weights: bool = True) -> list[str]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants, get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, EntryNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 
 from prefopt.data import folders
@@ -37,6 +37,8 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
         if not file.is_file():
             raise _nowhere(path)
         rows = read_file(path, file)
+    elif folder := hub_folder(path, revision):
+        rows = _from_folder(path, folder, split)
     else:
         rows = _from_datasets(path, split, revision)
 
@@ -65,8 +67,10 @@ def check_kind(path: str) -> None:
 
 def digest(path: str, split: str = "train", revision: str | None = None) -> str:
     """A digest of the content: SHA-256 of the file; of a folder, over all its files; of a hub data set, the fingerprint
-    that `datasets` gives this split."""
+    that `datasets` gives this split, or as of a folder where its files are read as they are."""
     file = resolve_path(path)
+    if not file.exists() and not path.endswith(SUFFIXES) and (folder := hub_folder(path, revision)):
+        file = folder
     if file.is_file():
         return _sha256(file)
     if file.is_dir():
@@ -200,6 +204,61 @@ def prepared(path: str, revision: str | None = None, config: str | None = None) 
         configs = ", ".join(sorted(f.parts[-3] for f in matches))
         raise MissingAssetError(f"it has several configurations ({configs}): name one")
     return matches[0]
+
+
+@functools.cache
+def hub_folder(path: str, revision: str | None) -> Path | None:
+    """The folder with the files of a hub data set that `datasets` cannot prepare, such as shards of different columns.
+    They are read as a local folder's. None for a data set that it can. With the hub on, it is fetched if need be."""
+    import datasets
+
+    if _is_prepared(path, revision):
+        return None
+    if folder := fetched_files(path, revision):
+        return folder
+    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        return None
+    try:
+        fetch_data(path, None, revision)
+    except Exception:  # `_load` comes to the same error, and explains it
+        return None
+    return fetched_files(path, revision) if not _is_prepared(path, revision) else None
+
+
+def _is_prepared(path: str, revision: str | None) -> bool:
+    try:
+        return bool(prepared(path, revision))
+    except MissingAssetError:
+        return False
+
+
+def fetch_data(path: str, config: str | None, revision: str | None) -> None:
+    """Download a hub data set, and let `datasets` prepare it. Where that fails, its files are there as they are. Raises
+    UnsafePathError as `check_card`, and what the hub's clients raise."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    check_card(path, revision)
+    try:
+        datasets.load_dataset(path, config, revision=revision)  # without `split`, all splits are prepared
+    except DatasetGenerationError:  # one table of all shards cannot be made
+        patterns = [f"*{suffix}" for suffix in SUFFIXES]
+        snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=[*patterns, *folders.CARDS])
+
+
+def fetched_files(path: str, revision: str | None) -> Path | None:
+    """The folder of the hub's cache with all files of rows of a data set; None where one lacks. Uses no network."""
+    commit = cached_commit(path, "dataset", revision)
+    if commit is None:
+        return None
+    try:
+        tree = get_cached_repo_tree(path, repo_type="dataset", revision=commit)
+    except CachedRepoTreeNotFoundError:
+        return None
+    name = repo_folder_name(repo_id=path, repo_type="dataset")
+    folder = Path(constants.HF_HUB_CACHE) / name / "snapshots" / commit
+    files = [file.path for file in tree if file.path.endswith(SUFFIXES)]
+    return folder if files and all((folder / file).is_file() for file in files) else None
 
 
 def cached_commit(path: str, repo_type: str, revision: str | None) -> str | None:

@@ -13,13 +13,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.config.schema import PoliciesConfig
 from prefopt.data.chat_template import USER, markup, merges_system
-from prefopt.data.formats import Chat, Item, Message, Pair, common_prefix
+from prefopt.data.fields import common_prefix
+from prefopt.data.items import Chat, Item, Message, Pair
+from prefopt.data.proof import Defect, check_fields, check_spelling, check_written, locate
+from prefopt.data.rendering import encode, render, render_answers
 from prefopt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,14 +78,6 @@ class Tokenized(NamedTuple):
     noted: Counter[str]
 
 
-class Defect(Exception):
-    """An item that cannot be trained on. `reason` is a field of `PoliciesConfig`."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
-
-
 class Rendered(NamedTuple):
     """What the template writes of one pair.
 
@@ -96,8 +91,6 @@ class Rendered(NamedTuple):
 
 
 DEFAULTS = PoliciesConfig()
-# Fields of a message that hold a part of what is said, beside its content.
-SPOKEN_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
@@ -112,7 +105,7 @@ def encode_completion(
 
     Text that the template writes behind the terminator is left out. Raises UserError if it writes no terminator at all.
     """
-    _, opened, text = _rendered(tokenizer, prompt, [{"role": "assistant", "content": completion}])
+    _, opened, text = render_answers(tokenizer, prompt, [{"role": "assistant", "content": completion}])
     start, whole = encode(tokenizer, [opened, text])
     return _to_the_end(tokenizer, whole, common_prefix(whole, start), finished, completion.count(tokenizer.eos_token))
 
@@ -197,15 +190,15 @@ def _search(pattern: re.Pattern[str], item: Item) -> str | None:
 
 
 def _render_pair(tokenizer: PreTrainedTokenizerBase, item: Pair) -> Rendered:
-    """Raises Defect where the template leaves out something that the prompt says, and UserError as `_rendered` does."""
+    """Raises Defect where the template leaves out something the prompt says, UserError as `render_answers` does."""
     answers = [
         {"role": "assistant", "content": text, **fields}
         for text, fields in ((item.chosen, item.chosen_fields), (item.rejected, item.rejected_fields))
     ]
-    rendered = Rendered(*_rendered(tokenizer, item.prompt, answers, item.tools))
-    _check_written(tokenizer, item.prompt, item.tools, rendered.alone)
+    rendered = Rendered(*render_answers(tokenizer, item.prompt, answers, item.tools))
+    check_written(tokenizer, item.prompt, item.tools, rendered.alone)
     for answer, text in zip(answers, rendered[2:], strict=True):
-        _check_fields(tokenizer, [*item.prompt, answer], item.tools, text, len(item.prompt))
+        check_fields(tokenizer, [*item.prompt, answer], item.tools, text, len(item.prompt))
     return rendered
 
 
@@ -228,9 +221,9 @@ def _pair(
         (rendered.chosen, chosen, item.chosen, item.chosen_fields, item.chosen_finished),
         (rendered.rejected, rejected, item.rejected, item.rejected_fields, item.rejected_finished),
     ):
-        _locate(text, common_prefix(rendered.alone, text), answer, changes)
+        locate(text, common_prefix(rendered.alone, text), answer, changes)
         start = common_prefix(ids, prompt)
-        _check_spelling(tokenizer, ids[start:], text[common_prefix(rendered.opened, text) :], text, changes)
+        check_spelling(tokenizer, ids[start:], text[common_prefix(rendered.opened, text) :], text, changes)
         inside = f"{answer} {json.dumps(fields, ensure_ascii=False)}".count(tokenizer.eos_token)
         sides.append(_to_the_end(tokenizer, ids, start, finished, inside))
     chosen, rejected = sides
@@ -272,17 +265,17 @@ def _chat(
     a chat that cannot be trained on."""
     text = render(tokenizer, item.messages, False, item.tools)
     whole = encode(tokenizer, [text])[0]
-    _check_written(tokenizer, item.messages, item.tools, text)
+    check_written(tokenizer, item.messages, item.tools, text)
     mask = [False] * len(whole)
     first = end = 0  # where the first assistant turn begins, and where the last one ends
     for i, message in enumerate(item.messages):
         if message["role"] != "assistant":
             continue
-        alone, opened, _ = _rendered(tokenizer, item.messages[:i], [message], item.tools)
+        alone, opened, _ = render_answers(tokenizer, item.messages[:i], [message], item.tools)
         if not text.startswith((alone, opened)):
             raise Defect("rewritten_by_template", f"the turns before turn {i + 1} are written otherwise in the whole")
-        _check_fields(tokenizer, item.messages, item.tools, text, i)
-        _, answer_end = _locate(text, common_prefix(alone, text), message["content"], changes)
+        check_fields(tokenizer, item.messages, item.tools, text, i)
+        _, answer_end = locate(text, common_prefix(alone, text), message["content"], changes)
         start = common_prefix(whole, encode(tokenizer, [opened])[0])
         inside = message["content"].count(tokenizer.eos_token)
         is_last = i + 1 == len(item.messages)
@@ -292,7 +285,7 @@ def _chat(
             changes["inner_turns_without_terminator"] += 1
             end = common_prefix(whole, encode(tokenizer, [text[:answer_end]])[0])
         learnt = text[common_prefix(opened, text) : answer_end]
-        _check_spelling(tokenizer, whole[start:end], learnt, None, changes)
+        check_spelling(tokenizer, whole[start:end], learnt, None, changes)
         mask[start:end] = [True] * (end - start)
         first = first or start
 
@@ -314,165 +307,8 @@ def _closing(tokenizer: PreTrainedTokenizerBase, item: Chat, i: int, alone: str)
     *messages, following = item.messages[: i + 2]
     # The real words may be empty, or look like markup.
     text = render(tokenizer, [*messages, {**following, "content": USER}], False, item.tools)
-    _, end = _locate(text, common_prefix(alone, text), messages[-1]["content"], Counter())
+    _, end = locate(text, common_prefix(alone, text), messages[-1]["content"], Counter())
     return text[end : text.find(USER, end)]
-
-
-def _locate(text: str, start: int, answer: str, changes: Counter[str]) -> tuple[int, int]:
-    """(begin, end) of the answer in `text` from `start` on. The template may change blanks and newlines, which is
-    counted in `changes`, and nothing else: raises Defect."""
-    if (begin := text.find(answer, start)) >= 0:
-        return begin, begin + len(answer)
-    changes["whitespace_changed"] += 1
-    if (begin := text.find(answer.strip(), start)) >= 0:
-        return begin, begin + len(answer.strip())
-    places = [i for i in range(start, len(text)) if not text[i].isspace()]
-    begin = "".join(text[i] for i in places).find(wanted := _squash(answer))
-    if begin < 0:
-        raise Defect(
-            "rewritten_by_template",
-            f"the completion {_short(answer)} is written as {_short(text[start:])}",
-        )
-    return places[begin], places[begin + len(wanted) - 1] + 1
-
-
-def _check_spelling(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: str, text: str | None, changes: Counter[str]
-) -> None:
-    """Count a completion whose tokens `ids` do not spell `learnt`. With `text`, which is all that the template wrote,
-    they must spell it up to its end."""
-    spelt = _squash(str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)))
-    wanted = _squash(learnt)
-    # The first token may reach back into the prompt, so `spelt` may be longer.
-    right = wanted in spelt if text is None else spelt.endswith(wanted) and _squash(text).endswith(spelt)
-    changes["changed_by_tokenizer"] += not right
-
-
-def _check_written(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]], text: str
-) -> None:
-    """Raises Defect where `text`, which the template wrote, lacks the words of a user, the result of a tool, or the
-    tools. What a template does with earlier answers (it may leave out their thoughts) is its own affair."""
-    for i, message in enumerate(messages):
-        content = message.get("content") or ""
-        if message["role"] == "user":
-            if content.strip() not in text and _squash(content) not in _squash(text):
-                raise Defect("rewritten_by_template", f"it does not write the user's words {_short(content)}")
-        elif message["role"] == "tool":
-            blank = [*messages[:i], {**message, "content": ""}, *messages[i + 1 :]]
-            if content.strip() and not _matters(tokenizer, blank, tools, text):
-                raise Defect("rewritten_by_template", f"it does not write the tool's result {_short(content)}")
-        elif message.get("tool_calls"):
-            _check_fields(tokenizer, messages, tools, text, i, ("tool_calls",))
-    if tools and not _matters(tokenizer, messages, [], text):
-        raise Defect("rewritten_by_template", "it does not write the row's `tools`")
-
-
-def _check_fields(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: list[dict[str, Any]],
-    text: str,
-    i: int,
-    fields: Sequence[str] = SPOKEN_FIELDS,
-) -> None:
-    """Raises Defect where `text`, which the template wrote, would be the same without a field of message `i`."""
-    for field in fields:
-        if messages[i].get(field):
-            without = {key: value for key, value in messages[i].items() if key != field}
-            if not _matters(tokenizer, [*messages[:i], without, *messages[i + 1 :]], tools, text):
-                raise Defect("rewritten_by_template", f"it does not write the field {field!r}")
-
-
-def _matters(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]], text: str
-) -> bool:
-    """Whether the template writes something else than `text`, or fails, without what was left out of `messages`."""
-    try:
-        return render(tokenizer, messages, False, tools) != text
-    except UserError:
-        return True
-
-
-def _squash(text: str) -> str:
-    """The text without blanks and newlines."""
-    return "".join(text.split())
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 70 else f"{text[:70]}...")
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a template that opens with two BOS. Say it if a finished turn begins otherwise than the
-    generation prompt."""
-    prompt = [{"role": "user", "content": "Hello"}]
-    _, opened, closed = _rendered(tokenizer, prompt, [{"role": "assistant", "content": "Hi"}])
-    if encode(tokenizer, [closed])[0][:2] == [tokenizer.bos_token_id] * 2:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} opens with two BOS tokens: {closed[:60]!r}.")
-    if not closed.startswith(opened) or not closed[len(opened) :].lstrip().startswith("Hi"):
-        at = common_prefix(opened, closed)
-        log.info(
-            f"  chat template of {tokenizer.name_or_path}: a finished turn begins otherwise than the generation "
-            f"prompt: after {opened[max(0, at - 20) : at]!r} comes {closed[at : at + 40]!r}, not "
-            f"{opened[at : at + 40]!r}. The difference counts as part of the completion."
-        )
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
-    answers: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
-) -> list[str]:
-    """Texts: the prompt; the prompt with its generation prompt; then, for every answer, the whole conversation.
-
-    Raises UserError where the template writes the prompt otherwise in one of them: the difference would count as part
-    of the completion.
-    """
-    alone, opened = (render(tokenizer, prompt, generation_prompt, tools) for generation_prompt in (False, True))
-    texts = [render(tokenizer, [*prompt, answer], False, tools) for answer in answers]
-    # A template may close an unanswered conversation (Phi-3 writes its eos token); then the opened one tells.
-    if not all(text.startswith(opened) for text in texts):
-        for text in (opened, *texts):
-            if not text.startswith(alone):
-                at = common_prefix(alone, text)
-                raise UserError(
-                    f"the chat template of {tokenizer.name_or_path} writes this prompt otherwise once it is answered: "
-                    f"after {alone[max(0, at - 40) : at]!r} comes {text[at : at + 40]!r}, not "
-                    f"{alone[at : at + 40]!r}. Use a template that does not: model.chat_template=FILE."
-                )
-    return [alone, opened, *texts]
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    add_generation_prompt: bool,
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    """The conversation as the template writes it. Raises UserError where the template fails, refuses the messages, or
-    does something that jinja2's sandbox forbids."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=[*tools] if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-    except Exception as error:  # a template is somebody's program, and may refuse turns that it does not know
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} cannot write {', '.join(m['role'] for m in messages)}: "
-            f"{reason}. Use a model with another template, or leave out rows with such turns."
-        ) from None
-    assert isinstance(text, str)
-    return text
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of templated texts, without added special tokens. Many texts in one call are encoded on all cores."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _to_the_end(

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -26,9 +27,13 @@ class HarnessConfig:
     num_fewshot: int | None = None
     chat_template: bool = MISSING
     limit: int | None = None
-    batch_size: int = MISSING
+    batch_size: Any = MISSING
     precision: str = MISSING
     device: str = MISSING
+    system_instruction: str | None = None
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    include: str | None = None
 
 
 @dataclass
@@ -37,7 +42,7 @@ class AlpacaConfig:
 
     judge: Any = MISSING
     launcher: Any = MISSING
-    run: str = MISSING
+    run: str | None = None
     checkpoints: str = MISSING
     baseline: str = MISSING
     instructions: str | None = None
@@ -48,6 +53,9 @@ class AlpacaConfig:
     seed: int = MISSING
     precision: str = MISSING
     device: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    model_outputs: str | None = None
+    output: str | None = None
 
 
 def check_harness(config: HarnessConfig) -> None:
@@ -59,8 +67,15 @@ def check_harness(config: HarnessConfig) -> None:
         problems += file_name_problems({"tasks": str(task)})
     if config.checkpoints not in ("final", "all", "initial"):
         problems.append(f"checkpoints must be final, all or initial, is {config.checkpoints!r}")
-    if config.batch_size < 1:
-        problems.append(f"batch_size must be at least 1, is {config.batch_size}")
+    if config.batch_size != "auto" and (not _is_integer(config.batch_size) or config.batch_size < 1):
+        problems.append(f"batch_size must be at least 1, or auto, is {config.batch_size!r}")
+    if config.max_length is not None and config.max_length < 2:
+        problems.append(f"max_length must be at least 2 tokens, or null, is {config.max_length}")
+    if config.include is not None and not Path(config.include).is_dir():
+        problems.append(f"include={config.include} is no folder. It names one that holds YAML files of lm-eval tasks")
+    if config.system_instruction is not None and not config.system_instruction.strip():
+        problems.append("system_instruction is empty: leave it out")
+    problems += gen_kwargs_problems(config.gen_kwargs)
     if config.limit is not None and config.limit < 1:
         problems.append(f"limit must be at least 1, or null, is {config.limit}")
     if config.run is None and config.output is None:
@@ -71,12 +86,54 @@ def check_harness(config: HarnessConfig) -> None:
         raise UserError("\n".join(problems))
 
 
+# What may stand in `gen_kwargs`. `DRAWING`: transformers reads them where do_sample is true.
+DRAWING = ("temperature", "top_p", "top_k", "min_p")
+GEN_KWARGS: dict[str, tuple[tuple[type, ...], str]] = {
+    "until": ((str, list), "a text or a list of texts"),
+    "max_gen_toks": ((int,), "a whole number"),
+    "do_sample": ((bool,), "true or false"),
+    **dict.fromkeys([*DRAWING, "repetition_penalty"], ((int, float), "a number")),
+    **dict.fromkeys(["no_repeat_ngram_size", "num_beams"], ((int,), "a whole number")),
+}
+
+
+def gen_kwargs_problems(given: dict[str, Any]) -> list[str]:
+    """Messages about `gen_kwargs` that lm-eval would refuse late, or ignore; empty where all is well."""
+    problems = []
+    for key, value in given.items():
+        if key not in GEN_KWARGS:
+            problems.append(f"gen_kwargs.{key}: lm-eval may ignore it. There is {', '.join(GEN_KWARGS)}")
+            continue
+        kinds, words = GEN_KWARGS[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            problems.append(f"gen_kwargs.{key} must be {words}, is {value!r}")
+    if problems:
+        return problems
+
+    drawing = [key for key in DRAWING if key in given]
+    if drawing and not given.get("do_sample"):
+        problems.append(f"gen_kwargs.{drawing[0]} has no effect without gen_kwargs.do_sample=true")
+    if given.get("do_sample") and not given.get("temperature", 0) > 0:
+        problems.append("gen_kwargs.do_sample=true needs a temperature above 0: most tasks set it to 0")
+    if given.get("max_gen_toks", 1) < 1:
+        problems.append(f"gen_kwargs.max_gen_toks must be at least 1, is {given['max_gen_toks']}")
+    return problems
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_alpaca(config: AlpacaConfig) -> None:
     """Raise one UserError with everything that is wrong in an AlpacaEval job's configuration, or where alpaca-eval is
     not installed."""
     problems = hardware_problems(config) + sampler_problems(1, config.backend)
     if config.checkpoints not in ("final", "all"):
         problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.run is not None and config.model_outputs is not None:
+        problems.append("run and model_outputs are two: give one of them")
+    if config.run is None and config.output is None:
+        problems.append("give run=FOLDER; or a model, or model_outputs=FILE, with output=FOLDER for the results")
     if config.max_cost < 0:
         problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
     if importlib.util.find_spec("alpaca_eval") is None:

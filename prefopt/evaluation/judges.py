@@ -17,21 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from prefopt.data.formats import Message
+from prefopt.data.items import Message
 from prefopt.errors import UserError
 from prefopt.evaluation.annotations import is_preference, prune_annotations
 from prefopt.evaluation.clients import VENDOR_URLS, Calls, alpaca_eval, failure_reason, judge_client
+from prefopt.evaluation.judge_configuration import PACKAGES, check_annotator, read_configuration, write_configuration
 from prefopt.rewards.scorers import Request, RewardScorer
-from prefopt.utils.files import atomic_write
 from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # passes over the rows that got no preference
-PACKAGES = {"openai_completions": "openai", "anthropic_completions": "anthropic"}  # by alpaca-eval's fn_completions
 CHUNK = 20  # questions that are asked before the answers are written to disk
 CHARACTERS_PER_TOKEN = 4  # for the estimate of the cost: English text, any tokenizer
 # The variables of the environment by which the vendors' clients, or alpaca-eval, would ask another host or add headers.
@@ -192,7 +189,7 @@ class LanguageModelJudge(Judge):
         if self.annotator is None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name must be that of one of alpaca-eval's judges, is {self.name}")
         if self.annotator is not None:
-            _check_annotator(self.annotator)
+            check_annotator(self.annotator)
 
     @property
     def title(self) -> str:
@@ -260,7 +257,8 @@ class LanguageModelJudge(Judge):
 
         # The lock keeps a second job with the same judge from paying for the same questions.
         with locked(judge_folder / "lock", f"preferences of {self.name}"):
-            configuration = self._write_configuration(judge_folder)
+            configuration = judge_folder / "judge" / "configuration"
+            write_configuration(self.name, *self._configuration, configuration)
             calls = Calls()
             for _ in range(ATTEMPTS):
                 known = prune_annotations(annotations)
@@ -291,43 +289,7 @@ class LanguageModelJudge(Judge):
 
     @functools.cached_property
     def _configuration(self) -> tuple[dict[str, Any], str]:
-        """alpaca-eval's configuration of this judge, without its prompt_template, and the text of that template."""
-        spec = importlib.util.find_spec("alpaca_eval")
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError("a language model as judge needs the package alpaca-eval: pip install -e '.[evaluation]'")
-        packaged = Path(spec.submodule_search_locations[0]) / "evaluators_configs"
-
-        config = self.annotator
-        if config is None:
-            file = packaged / self.name / "configs.yaml"
-            if not file.is_file():
-                raise UserError(f"judge.name={self.name}: alpaca-eval has no such judge. Its judges: {packaged}")
-            config = yaml.safe_load(file.read_text())[self.name]
-        config = dict(config)
-        if self.model is not None:
-            config["completions_kwargs"] = {"model_name": self.model, **config["completions_kwargs"]}
-        if letters := config.get("completion_parser_kwargs", {}).get("outputs_to_match"):
-            # The keys are numbers. A job is frozen as JSON, which turns them into texts.
-            kwargs = {**config["completion_parser_kwargs"], "outputs_to_match": {int(k): v for k, v in letters.items()}}
-            config["completion_parser_kwargs"] = kwargs
-
-        template = config.pop("prompt_template")
-        prompt = next((f for f in (packaged / template, Path(template).expanduser()) if f.is_file()), None)
-        if prompt is None:
-            raise UserError(f"judge.annotator.prompt_template={template}: no such file, here or among alpaca-eval's")
-        return config, prompt.read_text()
-
-    def _write_configuration(self, judge_folder: Path) -> Path:
-        """Write the judge's configuration for alpaca-eval, without a key, and return its folder."""
-        config, prompt = self._configuration
-        folder = judge_folder / "judge" / "configuration"
-        atomic_write(folder / "prompt.txt", prompt)
-        annotators = {self.name: {"prompt_template": "configuration/prompt.txt", **config}}
-        atomic_write(folder / "configs.yaml", yaml.safe_dump(annotators, sort_keys=False))
-
-        # alpaca-eval wants a file that describes its clients. The one that it gets is made by `judge_client`.
-        atomic_write(folder / "client.yaml", yaml.safe_dump({"default": [{}]}))
-        return folder
+        return read_configuration(self.name, self.annotator, self.model)
 
     def _announce_cost(self, to_ask: Sequence[Comparison], n: int, max_cost: float) -> float:
         """Print the estimated cost of asking for the preferences of `to_ask`, of `n` questions, and return it in USD.
@@ -383,19 +345,6 @@ class LanguageModelJudge(Judge):
 
         order = {c.instruction: c.index for c in comparisons}
         return sorted(rows, key=lambda row: order[row["instruction"]])
-
-
-def _check_annotator(annotator: dict[str, Any]) -> None:
-    """Raise ValueError where alpaca-eval would run code, or reach a host, that this description chooses."""
-    completions = annotator.get("fn_completions")
-    if completions not in list(PACKAGES):  # a list, because what a YAML holds here may not be hashable
-        raise ValueError(f"annotator.fn_completions must be {' or '.join(PACKAGES)}, is {completions!r}")
-    foreign = [k for k in annotator.get("completions_kwargs", {}) if k.startswith(("client_", "openai_", "anthropic_"))]
-    if foreign:
-        raise ValueError(
-            f"annotator.completions_kwargs: {', '.join(foreign)} would choose another client, host or key: set "
-            "judge.base_url and judge.key"
-        )
 
 
 def _output(comparison: Comparison, answer: str, generator: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from prefopt.data.formats import Message, as_prompt
+from prefopt.data.fields import as_prompt
+from prefopt.data.items import Message
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
 
@@ -24,10 +25,12 @@ NUM_QUESTIONS = 805  # questions of AlpacaEval
 
 @dataclass(frozen=True)
 class Question:
-    """A question as messages for a policy, and as the one text that judges read."""
+    """A question as messages for a policy, and as the one text that judges read. `dataset`: where AlpacaEval has it
+    from."""
 
     prompt: list[Message]
     instruction: str
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def read_questions(path: str | None, split: str | None) -> Questions:
             text = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
         if text in questions:
             repeated += 1
-        questions[text] = Question(prompt, text)
+        dataset = row.get("dataset")
+        questions[text] = Question(prompt, text, dataset if isinstance(dataset, str) else None)
 
     if repeated:
         log.info(f"{file}: {repeated} rows ask what another row asks, and are left out")

@@ -30,6 +30,10 @@ SUITES = {
 }  # fmt: skip
 
 
+# Settings of prefopt.harness that change a figure. Records that differ in one share no table.
+FIGURE_SETTINGS = ("limit", "num_fewshot", "chat_template", "system_instruction", "gen_kwargs", "max_length")
+
+
 def task_names(tasks: Any) -> list[str]:
     """lm-eval's names of a suite, a task, or a list of them, each name once. Raises UserError for anything else."""
     names = [tasks] if isinstance(tasks, str) else tasks

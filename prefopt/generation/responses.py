@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.formats import Dropped, ImplicitPrompt, Message, as_prompt
+from prefopt.data.fields import as_prompt
+from prefopt.data.formats import ImplicitPrompt
+from prefopt.data.items import Dropped, Message
 from prefopt.data.sources import Row, read_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils import signals

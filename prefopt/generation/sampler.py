@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.formats import Message
+from prefopt.data.items import Message
 from prefopt.data.tokenize import encode_prompt
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.tracking.provenance import version

@@ -95,7 +95,7 @@ def rows(dataset: DatasetConfig) -> Rows | None:
 def _rows(source: str) -> Rows | None:
     from prefopt.config.schema import PoliciesConfig
     from prefopt.data.dataset import load_split
-    from prefopt.data.formats import Pair
+    from prefopt.data.items import Pair
 
     values = json.loads(source)
     config = DatasetConfig(**values | {"policies": PoliciesConfig(**values["policies"])})

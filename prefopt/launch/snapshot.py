@@ -1,7 +1,5 @@
 """A copy of the package for the jobs of a sweep, in a folder named by its content."""
 
-import hashlib
-import itertools
 import json
 import os
 import subprocess
@@ -14,22 +12,18 @@ from prefopt.utils.store import opened
 def snapshot(folder: Path) -> Path:
     """Copy this package into `folder`/DIGEST, unless it is there; the absolute path.
 
-    git.json in it names the commit, and changes.diff holds what is not committed.
+    git.json in it names the commit, and changes.diff holds what is not committed. A copy that has been edited is
+    made anew, which the log says.
     """
-    from prefopt.tracking.provenance import ask_git, git
+    from prefopt.tracking.provenance import ask_git, code_digest, code_files, git
 
-    files = [f for f in sorted(PACKAGE.rglob("*")) if f.is_file() and "__pycache__" not in f.parts]
-    contents = {str(f.relative_to(PACKAGE.parent)): f.read_bytes() for f in files}
+    contents = code_files(PACKAGE)
     contents["git.json"] = json.dumps(git()).encode()
     try:
         contents["changes.diff"] = ask_git("diff", "HEAD").encode()
     except (OSError, subprocess.CalledProcessError):  # not a checkout
         contents["changes.diff"] = b""
-    digest = hashlib.sha256()
-    # Each part after its length: else text could move from one file to the next under the same digest.
-    for part in itertools.chain.from_iterable((name.encode(), content) for name, content in sorted(contents.items())):
-        digest.update(len(part).to_bytes(8, "big") + part)
-    target = (folder / digest.hexdigest()[:16]).resolve()
+    target = (folder / code_digest(contents)).resolve()
 
     def write(aside: Path) -> None:
         for name, content in contents.items():

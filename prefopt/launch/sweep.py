@@ -27,6 +27,7 @@ from prefopt.errors import MissingAssetError, UserError
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import snapshot
 from prefopt.tracking.process import ACTIVE_STATES, describe_owner, process_info
+from prefopt.tracking.provenance import note_edited_code
 from prefopt.tracking.record import amending, write_record
 from prefopt.tracking.status import RunStatus, inspect_runs, status_table
 from prefopt.utils.console import console, rows_table
@@ -77,6 +78,9 @@ class Sweep:
             )
         )
 
+        for job in jobs:
+            if job.run and job.run.finished and job.run.record.get("code"):
+                note_edited_code(Path(job.run.record["code"]))
         if to_run := [job for job in jobs if job.to_run]:
             launcher.check()
             code = snapshot(to_run[0].folder.parent / "code")

@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from prefopt.config.schema import ModelConfig
 from prefopt.data.chat_template import resolve
-from prefopt.data.tokenize import check_chat_template
+from prefopt.data.rendering import check_chat_template
 from prefopt.errors import UserError
 from prefopt.models.generation_config import named_stops
 from prefopt.models.gguf import convert_gguf
-from prefopt.models.safe_weights import load_pretrained, no_pickles
+from prefopt.models.safe_weights import load_pretrained, no_pickles, refuse_adapter
 from prefopt.utils.files import resolve_path
 
 log = logging.getLogger(__name__)
@@ -81,30 +81,13 @@ def check_model(config: ModelConfig, key: str = "model.path") -> int | None:
 
 def read_config(config: ModelConfig, key: str = "model.path") -> PreTrainedConfig:
     """The model's configuration. Raises UserError for a model that cannot be found, and for an adapter."""
-    refuse_adapter(config.path, key)
+    refuse_adapter(config.path, config.revision, key)
     try:
         return AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # reading a foreign file may raise anything
         raise UserError(_cannot_load("model", f"{key}={config.path}", config.path, error)) from None
-
-
-def refuse_adapter(path: str, key: str = "model.path") -> None:
-    """Raise UserError for a folder that holds an adapter: transformers would put it into the model as it is."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return
-    if (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"{key}={path} holds an adapter beside a model. Move adapter_config.json and its weights into a folder of "
-            "their own; to train from both, give that as peft.path."
-        )
-    base = json.loads(file.read_text()).get("base_model_name_or_path") or "BASE"
-    advice = f"To train from it, give peft.path={path} model.path={base}"
-    if key != "model.path":
-        advice = "Merge it first: the policy/ folder of a run with peft.path is such a model"
-    raise UserError(f"{key}={path} is an adapter of {base}, not a model. {advice}.")
 
 
 def check_trainable(config: ModelConfig) -> None:
@@ -238,7 +221,6 @@ def load_custom_reward_model(config: ModelConfig, device: str) -> PreTrainedMode
 
 def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
     """(model in float32, names of the weights that its checkpoint lacks or holds in another shape)."""
-    refuse_adapter(config.path)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # missing weights are returned, not printed in a table
     try:

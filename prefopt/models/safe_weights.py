@@ -35,8 +35,7 @@ def load_pretrained(auto: Any, path: str, revision: str | None = None, **setting
 def check_weights(path: str, revision: str | None = None) -> None:
     """Raise UserError where the configuration or the index of the model in folder `path`, or of that name on the hub,
     names weights that are not safetensors files beside it, or where there is an adapter. Reads no weights."""
-    if _text(path, revision, "adapter_config.json") is not None:
-        raise UserError(f"{path} holds an adapter (adapter_config.json), which prefopt reads as peft.path alone.")
+    refuse_adapter(path, revision)
     indices = {INDEX}
     for name in named_weights(_json(path, revision, "config.json")):
         if isinstance(name, str) and INDEX_FILE.fullmatch(name):
@@ -49,6 +48,24 @@ def check_weights(path: str, revision: str | None = None) -> None:
         for name in shards.values() if isinstance(shards, dict) else [shards]:
             if not (isinstance(name, str) and FILE.fullmatch(name)):
                 refuse(path, index, name)
+
+
+def refuse_adapter(path: str, revision: str | None = None, key: str = "model.path") -> None:
+    """Raise UserError for a model, a folder or a name on the hub, that holds an adapter: transformers would put it into
+    the model as it is. `key`: the user's, for the message."""
+    if _text(path, revision, "adapter_config.json") is None:
+        return
+    if _text(path, revision, "config.json") is not None or any(Path(path).glob("*.gguf")):
+        raise UserError(
+            f"{key}={path} holds an adapter beside a model. Move adapter_config.json and its weights into a folder of "
+            "their own; to train from both, give that as peft.path."
+        )
+    told = _json(path, revision, "adapter_config.json")
+    base = (isinstance(told, dict) and told.get("base_model_name_or_path")) or "BASE"
+    advice = f"To train from it, give peft.path={path} model.path={base}"
+    if key != "model.path":
+        advice = "Merge it first: the policy/ folder of a run with peft.path is such a model"
+    raise UserError(f"{key}={path} is an adapter of {base}, not a model. {advice}.")
 
 
 def check_adapter(path: str) -> None:

@@ -22,7 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.config.parse import build
 from prefopt.data.cache import Limits, Prepared, TokenizedPairs
 from prefopt.data.dataset import load_split, prompt_of, sources
-from prefopt.data.formats import Format, Message, as_messages
+from prefopt.data.fields import as_messages
+from prefopt.data.formats import Format
+from prefopt.data.items import Message
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.reporting.config import DataReportConfig

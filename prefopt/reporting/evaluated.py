@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.evaluation.results import PAPER_JUDGES, accuracy_percent, task_names, two_judges
+from prefopt.evaluation.results import FIGURE_SETTINGS, PAPER_JUDGES, accuracy_percent, task_names, two_judges
 from prefopt.reporting.config import PapersConfig
 from prefopt.tracking.archive import Record
 from prefopt.utils.stats import mean_and_error
@@ -115,8 +115,8 @@ def check_comparable(policies: Sequence[Evaluated], models: dict[str, str], task
 def _conditions(policy: Evaluated, models: dict[str, str]) -> Iterable[tuple[str, str, str]]:
     """What must be the same for all policies: its name, its value as text, and the file of the record that has it."""
     for result in policy.harness:
-        for key in ("limit", "num_fewshot", "chat_template"):
-            yield key, str(result["settings"][key]), result["file"]
+        for key in FIGURE_SETTINGS:
+            yield key, str(result["settings"].get(key)), result["file"]
     if policy.harness:
         yield "tasks", ", ".join(sorted({r["task"] for r in policy.harness})), policy.harness[0]["file"]
 

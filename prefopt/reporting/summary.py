@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 
 from prefopt.errors import UserError
-from prefopt.evaluation.results import accuracy_percent
+from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.evaluated import Value, flatten_value, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.published import figures_of_method, paper_heading, read_published
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
 from prefopt.tracking.archive import Record, beta
+from prefopt.utils.fingerprint import fingerprint
 
 # A column for which no run has a figure is left out of the table of runs. `main_table` puts the post-hoc evaluations
 # behind these, and the run's name last.
@@ -54,9 +55,7 @@ def evaluation_columns(record: Record) -> dict[str, Value]:
     for settings, suite in suites.items():
         tasks, how = [t["task"] for t in suite], json.loads(settings)
         parts = [", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"]
-        parts += [f"{key} {how[key]}" for key in ("limit", "num_fewshot") if how[key] is not None]
-        if how["chat_template"]:
-            parts.append("chat template")
+        parts += [_setting(key, how[key]) for key in FIGURE_SETTINGS if how.get(key) not in (None, False)]
         columns[f"mean acc of {'; '.join(parts)}"] = accuracy_percent(suite)
 
     for result in record["alpaca"]:
@@ -74,6 +73,12 @@ def evaluation_columns(record: Record) -> dict[str, Value]:
             if value in figures:
                 columns[name] = figures[value], figures[error]
     return columns
+
+
+def _setting(key: str, value: Any) -> str:
+    """A setting of an evaluation in a column's name. A long text is its beginning and a digest."""
+    text = key if value is True else f"{key} {value}"
+    return text if len(text) <= 60 else f"{text[:48]}… ({fingerprint(value)[:8]})"
 
 
 def evaluation_names(records: list[Record]) -> list[str]:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.data.formats import Message
+from prefopt.data.items import Message
 from prefopt.errors import UserError
 
 

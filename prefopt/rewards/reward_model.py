@@ -95,7 +95,8 @@ class RewardModel(RewardScorer):
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> list[int]:
         """The token ids of prompt and response."""
-        from prefopt.data.tokenize import encode, encode_completion, render
+        from prefopt.data.rendering import encode, render
+        from prefopt.data.tokenize import encode_completion
 
         if self.ends_with == "terminator":
             return encode_completion(tokenizer, request.prompt, request.response, request.finished)

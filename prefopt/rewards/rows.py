@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prefopt.data.formats import answer, messages, read_prompt, responses_of
+from prefopt.data.fields import answer, messages, read_prompt, responses_of
 from prefopt.data.sources import Row
 from prefopt.errors import UserError
 from prefopt.rewards.scorers import Request, RewardScorer

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.data.formats import Message, finite
+from prefopt.data.fields import finite
+from prefopt.data.items import Message
 from prefopt.errors import UserError
 from prefopt.rewards.oracle import Oracle
 

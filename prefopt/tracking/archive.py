@@ -17,8 +17,8 @@ from prefopt.utils.files import atomic_write
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-# Where the results of the jobs that evaluate a run lie in its folder, and what keeps a file from being one.
-RESULTS = {"harness": ("harness/*.json", harness_problems), "alpaca": ("alpaca/*/record.json", alpaca_problems)}
+# By kind, which is also the name of their folder in a run's: the results in it, and what keeps a file from being one.
+RESULTS = {"harness": ("*.json", harness_problems), "alpaca": ("*/record.json", alpaca_problems)}
 # Left out of an archive: no figure depends on them, and they tell of the user's machine.
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
@@ -54,7 +54,7 @@ def _in_folder(place: Path) -> list[Record]:
             log.warning(f"left out: {error}")
             continue
         for kind in RESULTS:
-            record[kind] = results_of(file.parent, kind)
+            record[kind] = results_of(file.parent / kind, kind)
         records.append(record)
     return records
 
@@ -69,10 +69,10 @@ def check_finished(file: Path, record: Record) -> None:
         raise UserError(f"{file.parent}: {why}. Bring it back, or remove the folder and train again.")
 
 
-def results_of(run: Path, kind: str) -> list[Record]:
-    """The results of a kind, harness or alpaca, in the folder `run`. One that is damaged is left out with a warning."""
+def results_of(folder: Path, kind: str) -> list[Record]:
+    """The results of a kind, harness or alpaca, in their folder. One that is damaged is left out with a warning."""
     pattern, problems = RESULTS[kind]
-    return [result for path in sorted(run.glob(pattern)) for result in _result(path, problems)]
+    return [result for path in sorted(folder.glob(pattern)) for result in _result(path, problems)]
 
 
 def _result(file: Path, problems: Callable[[Record], Iterator[str]]) -> list[Record]:

@@ -1,5 +1,7 @@
 """The exported policies of a run, for the jobs that evaluate them."""
 
+import glob
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,8 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.tracking.archive import last_step
 from prefopt.tracking.record import record_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,28 @@ class Checkpoint:
     @property
     def path(self) -> str:
         return self.model.path
+
+
+def runs_of(pattern: str) -> list[str]:
+    """The folders of training runs that `run` names: one folder, or a pattern such as runs/*, of whose runs those that
+    have finished; the others are named in the log. Raises UserError where there is none."""
+    if Path(pattern).exists() or not glob.has_magic(pattern):
+        return [pattern]
+    folders = []
+    for file in sorted(glob.glob(f"{pattern}/record.json")):  # noqa: PTH207  # pathlib takes no absolute pattern
+        folder = str(Path(file).parent)
+        try:
+            record = record_of(folder)
+        except UserError as error:
+            log.warning(f"left out: {error}")
+            continue
+        if record["status"] == "finished":
+            folders.append(folder)
+        else:
+            log.warning(f"left out: {folder} is {record['status']}; finish it: {record.get('command')}")
+    if not folders:
+        raise UserError(f"run={pattern} matches no finished run.")
+    return folders
 
 
 def exported_policies(run: str, which: str) -> list[Checkpoint]:

@@ -15,6 +15,7 @@ from typing import Any
 import filelock
 
 from prefopt.errors import UserError
+from prefopt.tracking.heartbeat import Heartbeat
 from prefopt.utils.locks import remove_and_release, try_lock
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "damaged", "unknown"]
@@ -55,18 +56,28 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-_locks: dict[Path, filelock.BaseFileLock] = {}  # by the run's folder; a lock is released when nothing refers to it
+# By the run's folder; a lock is released when nothing refers to it.
+_locks: dict[Path, tuple[filelock.BaseFileLock, Heartbeat]] = {}
 
 
 def acquire_lock(folder: Path) -> None:
     """Make this process the only one that works on the run in `folder`, until `release_lock` or its end.
 
-    The lock is of the whole process, whatever its thread. May be called again.
+    The lock is of the whole process, whatever its thread. May be called again. Hosts that the lock does not reach know
+    the process by its heartbeat.
 
     Raises UserError that says who holds it, and OSError where `folder` cannot be written.
     """
-    if not owns_lock(folder):
-        _locks[folder.resolve()] = _take(folder / "lock", folder)
+    if owns_lock(folder):
+        return
+    lock = _take(folder / "lock", folder)
+    heartbeat = Heartbeat(folder, describe_owner(process_info()))
+    try:
+        heartbeat.begin()
+    except BaseException:
+        lock.release()
+        raise
+    _locks[folder.resolve()] = lock, heartbeat
 
 
 def _take(file: Path, what: Path) -> filelock.BaseFileLock:
@@ -95,13 +106,16 @@ def output_lock(output: Path) -> Iterator[None]:
 
 def owns_lock(folder: Path) -> bool:
     """Whether this process holds it; a forked child of the holder does not."""
-    lock = _locks.get(folder.resolve())
-    return lock is not None and lock.is_locked
+    held = _locks.get(folder.resolve())
+    return held is not None and held[0].is_locked
 
 
 def release_lock(folder: Path) -> None:
     """Let other processes work on the run in `folder`. Does nothing where this one does not hold it."""
-    if lock := _locks.pop(folder.resolve(), None):
+    if held := _locks.pop(folder.resolve(), None):
+        lock, heartbeat = held
+        if lock.is_locked:  # not in a forked child
+            heartbeat.end()
         lock.release()
 
 

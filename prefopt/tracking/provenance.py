@@ -1,8 +1,11 @@
 """Where a number comes from: command, commit, versions, machine."""
 
 import functools
+import hashlib
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import platform
 import shlex
@@ -11,7 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.utils.files import INSTALLED, PACKAGE
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "prefopt-lab",
@@ -26,6 +32,7 @@ PACKAGES = (
     "deepspeed",
     "vaderSentiment",
 )
+FROZEN_BESIDE = ("git.json", "changes.diff")  # files beside the package where a sweep has frozen it
 
 
 def provenance() -> dict[str, Any]:
@@ -71,6 +78,45 @@ def git() -> dict[str, Any] | None:
         return {"commit": ask_git("rev-parse", "HEAD").strip(), "dirty": bool(ask_git("status", "--porcelain", "."))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def code_files(package: Path) -> dict[str, bytes]:
+    """{path from the folder that a package is in: content} of the files of the package."""
+    files = [f for f in sorted(package.rglob("*")) if f.is_file() and "__pycache__" not in f.parts]
+    return {str(f.relative_to(package.parent)): f.read_bytes() for f in files}
+
+
+def code_digest(contents: dict[str, bytes]) -> str:
+    """The name of the folder that holds the files `contents`, where they are frozen for the jobs of a sweep."""
+    digest = hashlib.sha256()
+    # Each part after its length: else text could move from one file to the next under the same digest.
+    for part in itertools.chain.from_iterable((name.encode(), content) for name, content in sorted(contents.items())):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:16]
+
+
+def check_frozen_code(folder: Path) -> None:
+    """Raise UserError where the code that a sweep has frozen in `folder` is not there as it was frozen."""
+    contents = code_files(folder / PACKAGE.name)
+    contents |= {name: (folder / name).read_bytes() for name in FROZEN_BESIDE if (folder / name).is_file()}
+    if code_digest(contents) != folder.name:
+        raise UserError(
+            f"{folder}: the code has been edited since it was frozen here. Keep your changes in the checkout, and "
+            "give the command of the sweep again: it freezes the code anew, and overwrites this folder."
+        )
+
+
+@functools.cache  # said once, however many runs of a sweep have it
+def note_edited_code(folder: Path) -> None:
+    """Log where the frozen code that a finished run names has been edited: it no longer shows what made the result."""
+    if not (folder / PACKAGE.name).is_dir():  # removed, or of a run from elsewhere
+        return
+    try:
+        check_frozen_code(folder)
+    except UserError:
+        log.warning(
+            f"{folder}: edited since it was frozen, so it is not the code that finished runs name; git has that"
+        )
 
 
 def ask_git(*args: str) -> str:

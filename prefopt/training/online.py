@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.config.parse import build
 from prefopt.config.schema import ModelConfig
-from prefopt.data.formats import Format, Message, content_id
+from prefopt.data.fields import content_id
+from prefopt.data.formats import Format
+from prefopt.data.items import Message
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import UserError
 from prefopt.models.fingerprint import files_of

@@ -23,15 +23,14 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
-    """Linear warm-up to the peak, then half a cosine down to `final`.
+class WarmedUp(Schedule):
+    """Linear warm-up to the peak, then what `after_warmup` says.
 
     `warmup` below 1 is a share of all steps, from 1 on a number of steps. With w warm-up steps, step 0 has 1 / w of the
     peak, and step w - 1 reaches it.
     """
 
     warmup: float
-    final: float = 0.0
 
     def __post_init__(self) -> None:
         whole = self.warmup >= 1 and self.warmup == int(self.warmup)
@@ -39,14 +38,51 @@ class Cosine(Schedule):
             0 <= self.warmup < 1 or whole,
             f"warmup must be a share of the steps in [0, 1), or a number of steps, got {self.warmup}",
         )
-        require(0 <= self.final <= 1, f"final must be a share of the peak in [0, 1], got {self.final}")
 
     def __call__(self, step: int, steps: int) -> float:
         warmup = round(self.warmup * steps) if self.warmup < 1 else min(int(self.warmup), steps)
         if step < warmup:
             return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
+        return self.after_warmup((step - warmup) / max(1, steps - warmup))
+
+    @abstractmethod
+    def after_warmup(self, progress: float) -> float:
+        """The share of the peak after the share `progress`, in [0, 1), of the steps behind the warm-up."""
+
+
+@dataclass(frozen=True)
+class Constant(WarmedUp):
+    """The peak, after the warm-up."""
+
+    def after_warmup(self, progress: float) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Decaying(WarmedUp):
+    """From the peak down to `final`, a share of it."""
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.final <= 1, f"final must be a share of the peak in [0, 1], got {self.final}")
+
+
+@dataclass(frozen=True)
+class Cosine(Decaying):
+    """Half a cosine down to `final`, after the warm-up."""
+
+    def after_warmup(self, progress: float) -> float:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Linear(Decaying):
+    """A straight line down to `final`, after the warm-up."""
+
+    def after_warmup(self, progress: float) -> float:
+        return self.final + (1 - self.final) * (1 - progress)
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

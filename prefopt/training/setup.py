@@ -210,6 +210,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.training.checkpoint import check_space, run_bytes
     from prefopt.training.export import PolicyExporter
     from prefopt.training.loop import train_loop
+    from prefopt.training.model_card import write_model_card
     from prefopt.training.state import TrainState
 
     shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
@@ -270,6 +271,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     if is_main_process():
         with memory_for("writing the policy", "the same command, which goes on from the last step"):
             final_weights = exporter.final(run.policy_folder)
+            write_model_card(run.policy_folder, run.record, trained.evaluations)
         run.finish(
             evaluations=trained.evaluations,
             metrics=trained.metrics,
@@ -281,8 +283,12 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
 
 def skip_finished(run: "Run") -> None:
+    from prefopt.tracking.provenance import note_edited_code
+
     if is_main_process():  # a run that was killed right after its end has its checkpoints still
         remove(run.checkpoints)
+        if code := run.record.get("code"):
+            note_edited_code(Path(code))
     log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
 
 

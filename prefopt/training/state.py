@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.collate import LAYOUTS, Batch, Layout
-from prefopt.data.formats import Message
+from prefopt.data.items import Message
 from prefopt.data.mismatch import with_mismatched
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair

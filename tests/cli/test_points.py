@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefopt.data.formats import finite
+from prefopt.data.fields import finite
 from tests.cli.test_hydra_guard import call
 from tests.helpers.tiny import run_program
 

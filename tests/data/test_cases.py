@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.config.schema import ModelConfig, PoliciesConfig
-from prefopt.data.formats import Chat, Pair
+from prefopt.data.items import Chat, Pair
 from prefopt.data.tokenize import encode_prompt, tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_tokenizer

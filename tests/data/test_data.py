@@ -19,17 +19,8 @@ from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.data.dataset import CANNOT_BE_KEPT, check_dataset, load_split, split_digest
-from prefopt.data.formats import (
-    Chats,
-    Dropped,
-    Format,
-    ImplicitPrompt,
-    NoisyPreferences,
-    Pair,
-    Pairs,
-    ScoredResponses,
-    Transcripts,
-)
+from prefopt.data.formats import Chats, Format, ImplicitPrompt, NoisyPreferences, Pairs, ScoredResponses, Transcripts
+from prefopt.data.items import Dropped, Pair
 from prefopt.data.sampler import permutation, step_indices
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import TokenizedPair

@@ -22,24 +22,21 @@ from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig
 from prefopt.data.dataset import CANNOT_BE_KEPT, load_split
 from prefopt.data.dataset_path import replace_path
+from prefopt.data.fields import role_problem
 from prefopt.data.formats import (
-    Chat,
     Chats,
     Completions,
-    Dropped,
     Format,
     ImplicitPrompt,
-    Labelled,
     LabelledCompletions,
     NoisyPreferences,
-    Pair,
     Pairs,
     ScoredCompletions,
     ScoredResponses,
     Transcripts,
     TwoResponses,
-    role_problem,
 )
+from prefopt.data.items import Chat, Dropped, Labelled, Pair
 from prefopt.data.sources import SUFFIXES, read_rows, write_rows
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective

@@ -256,6 +256,61 @@ def test_afterwards_jobs_run_with_the_hub_switched_off(fetched, files):
     assert parameters > 0
 
 
+def rows_of(*rows: dict) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+READ = """
+import json, sys
+from prefopt.config.schema import DatasetConfig, ModelConfig
+from prefopt.data.hub import missing
+from prefopt.data.sources import digest, read_rows
+from prefopt.errors import UserError
+for name in ("lab/shards", "lab/conflict"):
+    dataset = DatasetConfig("pairs", name, None, "train")
+    try:
+        rows = [row for _, row in read_rows(name, "train")]
+    except UserError as error:
+        rows = str(error)
+    print(json.dumps([missing(ModelConfig("x", "package://x/y.gguf"), dataset), rows, digest(name, "train")]))
+"""
+
+
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_shards_that_differ_are_read_as_those_of_a_folder(prefetched, tmp_path):
+    """A column that is null in one shard, or in one alone, is no conflict; two types of a column are."""
+    a, b = {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "q", "chosen": "d", "rejected": "s"}
+    shards = [[a | {"note": None}], [b | {"note": "said", "more": 1}], [a | {"note": None, "other": ["x"]}]]
+    files = {f"data/train-{n:05d}-of-00003.jsonl": rows_of(*rows) for n, rows in enumerate(shards)}
+    conflict = {
+        "data/train-00000-of-00002.jsonl": rows_of(a | {"note": 1}),
+        "data/train-00001-of-00002.jsonl": rows_of(b | {"note": "one"}),
+    }
+    hub = Hub({"datasets/lab/shards": {"main": files}, "datasets/lab/conflict": {"main": conflict}})
+    environment = ENVIRONMENT | {"HF_HOME": str(tmp_path)}
+    with hub:
+        if prefetched:
+            words = ["model.path=package://x/y.gguf", "model=hub", "dataset=jsonl", "also=[lab/shards,lab/conflict]"]
+            local = tmp_path / "train.jsonl"
+            local.write_bytes(rows_of(a))
+            process = run_program(
+                *words, f"dataset.train={local}", f"dataset.heldout={local}", program="prefetch",
+                env=hub.environment | {"HF_HOME": str(tmp_path)},
+            )  # fmt: skip
+            assert "data lab/shards: fetched" in process.stderr, process.stderr
+        else:
+            environment |= hub.environment
+        command = [sys.executable, "-c", READ]
+        online = environment if not prefetched else environment | {"HF_HUB_OFFLINE": "1"}
+        process = subprocess.run(command, cwd=ROOT, env=online, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    (lacking, rows, first), (_, refused, second) = map(json.loads, process.stdout.splitlines())
+    assert (lacking, rows) == ([], [row for shard in shards for row in shard])
+    assert first != second
+    assert "lab/conflict/data/train-00001-of-00002.jsonl, row 1: field 'note' is text" in refused
+    assert "in data/train-00000-of-00002.jsonl of the same folder it is a number" in refused
+
+
 def test_check_lists_what_is_there(cluster, capsys):
     prefetch(PrefetchConfig(*on_the_hub(), also=["lab/plain"], check=True))
     found = [line.partition(": already there, ")[0] for line in capsys.readouterr().err.splitlines()]

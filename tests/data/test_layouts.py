@@ -10,23 +10,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from prefopt.config.parse import parse, register
 from prefopt.data.dataset import Split, check_dataset, load_split
 from prefopt.data.dataset_path import replace_path
+from prefopt.data.fields import role_problem
 from prefopt.data.formats import (
-    Chat,
     Chats,
     Completions,
-    Dropped,
     ImplicitPrompt,
     LabelledCompletions,
-    Pair,
     Pairs,
-    RowDefect,
     ScoredCompletions,
     ScoredResponses,
     Transcripts,
     TwoResponses,
-    role_problem,
 )
-from prefopt.data.layouts import quoted
+from prefopt.data.items import Chat, Dropped, Pair, RowDefect
+from prefopt.data.overrides import quoted
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
 from tests.helpers.tiny import ROOT

@@ -17,7 +17,7 @@ from prefopt.config.parse import parse, register
 from prefopt.config.schema import DatasetConfig, ModelConfig, PoliciesConfig
 from prefopt.data.cache import Limits, Prepared, format_counts, prepare_dataset
 from prefopt.data.dataset import Split, check_dataset, load_split
-from prefopt.data.formats import Pair
+from prefopt.data.items import Pair
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import tokenize
 from prefopt.errors import UserError

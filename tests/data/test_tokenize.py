@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.formats import Pair
+from prefopt.data.items import Pair
 from prefopt.data.tokenize import encode_completion, encode_prompt, tokenize
 from prefopt.errors import UserError
 from tests.helpers.tiny import CHATML, tiny_tokenizer

@@ -22,8 +22,10 @@ from prefopt.config.parse import parse
 from prefopt.config.schema import ModelConfig, PoliciesConfig
 from prefopt.data.cache import tokenizer_digest
 from prefopt.data.collate import LAYOUTS
-from prefopt.data.formats import Chat, Message, Pair, common_prefix
-from prefopt.data.tokenize import TokenizedPair, check_chat_template, encode, encode_completion, encode_prompt, tokenize
+from prefopt.data.fields import common_prefix
+from prefopt.data.items import Chat, Message, Pair
+from prefopt.data.rendering import check_chat_template, encode
+from prefopt.data.tokenize import TokenizedPair, encode_completion, encode_prompt, tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_tokenizer
 from tests.helpers.tiny import CHATML, ENVIRONMENT, ROOT, TEXT, tiny_tokenizer

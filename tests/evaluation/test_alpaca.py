@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,10 +27,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
-from prefopt.config.schema import SamplingConfig
-from prefopt.data.formats import as_messages
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.data.fields import as_messages
 from prefopt.errors import UserError
-from prefopt.evaluation.alpaca import bootstrap, summarize
+from prefopt.evaluation.alpaca_figures import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
@@ -889,6 +890,124 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
 
 
 # The page
+
+
+# Models, files of outputs, and alpaca-eval's own files
+
+
+def compared(questions: Path, folder: Path, judge: dict, **changes) -> dict:
+    """The record of the one new comparison in `folder`."""
+    from prefopt.evaluation.alpaca import run_pending
+
+    before = set(folder.glob("*/record.json"))
+    settings = {
+        "judge": judge, "checkpoints": "final", "baseline": "initial",
+        "instructions": str(questions / "questions.jsonl"),
+        "sampling": SamplingConfig(1.0, 1.0, 12, 32), "backend": "transformers", "max_cost": 1.0, "seed": 0,
+        "precision": "float32", "device": "cpu",
+    }  # fmt: skip
+    run_pending(AlpacaConfig(**settings | changes))
+    (new,) = set(folder.glob("*/record.json")) - before
+    return json.loads(new.read_text()) | {"folder": new.parent}
+
+
+@pytest.fixture
+def answers_cache(run, monkeypatch) -> None:
+    monkeypatch.setenv("PREFOPT_CACHE", str(run / "cache"))
+
+
+VADER = {
+    "_target_": "prefopt.evaluation.judges.RewardJudge",
+    "scorer": {
+        "_target_": "prefopt.rewards.scorers.OracleScorer",
+        "oracle": {"_target_": "prefopt.rewards.oracle.Vader"},
+    },
+}
+
+
+def test_alpaca_eval_reads_the_outputs_and_finds_the_same_figure(run, answers_cache, tmp_path):
+    import alpaca_eval
+
+    server = Server()
+    judge = {
+        "_target_": "prefopt.evaluation.judges.LanguageModelJudge", "name": "mine", "price": [0.0, 0.0],
+        "base_url": f"{server.url}/v1", "model": "m", "annotator": CLASSIFIER,
+    }  # fmt: skip
+    record = compared(run, run / "alpaca", judge, run=str(run))
+    calls, (kept,) = server.calls, (run / "alpaca" / "preferences").glob("mine-*")
+    ours, theirs = (record["folder"] / f"{side}_outputs.json" for side in ("model", "reference"))
+    assert {row["generator"] for row in json.loads(ours.read_text())} == {record["model"]}
+    leaderboard, _ = alpaca_eval.evaluate(
+        model_outputs=str(ours), reference_outputs=str(theirs), annotators_config=str(kept / "judge" / "configuration"),
+        caching_path=str(shutil.copy(kept / "annotations.json", tmp_path)), output_path=None, sort_by="win_rate",
+        precomputed_leaderboard=None, fn_metric="get_winrate", is_return_instead_of_print=True,
+    )  # fmt: skip
+    assert leaderboard.loc[record["model"], "win_rate"] == pytest.approx(record["figures"]["win_rate"], abs=0.01)
+    assert server.calls == calls  # it found every preference
+
+    # The file of outputs is judged as the policy was.
+    changes = {"run": None, "model_outputs": str(ours), "baseline": str(theirs), "output": str(tmp_path / "out")}
+    again = compared(run, tmp_path / "out", judge, **changes)
+    assert again["figures"] == record["figures"]
+    assert (again["model"], again["weights"], again["path"]) == (record["model"], None, str(ours))
+
+
+def test_any_model_is_judged_and_known_by_its_files(run, answers_cache, tmp_path):
+    policy = compared(run, run / "alpaca", VADER, run=str(run), seed=5)
+    config = json.loads((run / "record.json").read_text())["config"]
+    model = ModelConfig("policy", str(run / "policy"))
+    changes = {
+        "run": None,
+        "model": model,
+        "baseline": config["model"]["path"],
+        "seed": 5,
+        "output": str(tmp_path / "out"),
+    }
+    record = compared(run, tmp_path / "out", VADER, **changes)
+    assert (record["figures"], record["weights"]) == (policy["figures"], policy["weights"])
+    assert record["model"] == "policy"
+    other = save_tiny(tmp_path / "other", seed=9)
+    foreign = compared(run, tmp_path / "out", VADER, **changes | {"model": replace(model, path=str(other))})
+    assert foreign["weights"] != policy["weights"]
+    with pytest.raises(UserError, match="both sides are called model, and alpaca-eval tells models by their names"):
+        compared(run, tmp_path / "out", VADER, **changes | {"model": replace(model, name="model")})
+
+
+def test_an_edited_file_of_outputs_is_judged_again(run, answers_cache, tmp_path):
+    rows = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
+    for name, answer in (("good", "Good, lovely, wonderful."), ("bad", "A terrible, awful answer.")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row | {"output": answer} for row in rows]))
+    file = tmp_path / "outputs.json"
+    changes = {
+        "run": None, "model_outputs": str(file), "baseline": str(tmp_path / "bad.json"), "output": str(tmp_path / "out")
+    }  # fmt: skip
+    rates = []
+    for name in ("bad", "good"):
+        shutil.copy(tmp_path / f"{name}.json", file)
+        rates.append(compared(run, tmp_path / "out", VADER, **changes)["figures"]["win_rate"])
+    assert rates == [50, 100]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="needs the texts `instruction` and `output`"):
+        compared(run, tmp_path / "out", VADER, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": "x", "model_outputs": "y.json"}, "run and model_outputs are two: give one of them"),
+        ({"model_outputs": "y.json"}, "with output=FOLDER for the results"),
+        ({"model_outputs": "y.json", "output": "out"}, "baseline=initial is the model that a run began from"),
+        ({"model_outputs": "y.json", "output": "out", "baseline": "Q"}, "model_outputs=y.json is no file of rows"),
+    ],
+)
+def test_what_is_no_model_and_no_file_is_refused(changes, message, run, tmp_path):
+    from prefopt.evaluation import alpaca
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefopt.models.load.check_model", lambda *_: None)
+        patch.setattr(alpaca, "answer_questions", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(UserError, match=message):
+            compared(run, tmp_path, VADER, **{"run": None} | changes)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.evaluation import harness as harness_module
 from prefopt.evaluation.config import HarnessConfig, check_harness
-from prefopt.evaluation.harness import checkpoints, load, record_file, run_pending, tokenizer_of
+from prefopt.evaluation.harness import checkpoints, load, record_file, run_pending
+from prefopt.evaluation.harness_model import tokenizer_of
 from prefopt.models.load import checkpoint_path
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.tracking.archive import read_records
@@ -167,7 +168,7 @@ def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):
         (["run=nowhere"], "run=nowhere is no run's folder"),
         (["run=x", "precision=float16"], "precision must be auto, bfloat16 or float32"),
         (["run=x", "checkpoints=some"], "checkpoints must be final, all or initial"),
-        (["run=x", "batch_size=0"], "batch_size must be at least 1"),
+        (["run=x", "batch_size=0"], "batch_size must be at least 1, or auto"),
         (["run=x", "limit=0"], "limit must be at least 1"),
         ([], "give run=FOLDER, or a model with output=FOLDER"),
     ],
@@ -250,12 +251,8 @@ def test_the_generation_config_of_the_model_changes_no_generated_text(tmp_path):
 
 
 @pytest.fixture
-def tasks(tmp_path, monkeypatch) -> Path:
-    """Two tasks of accuracy under the tag `both`, one of perplexity, and groups of them."""
-    import functools
-
-    import lm_eval.tasks
-
+def own(tmp_path, monkeypatch) -> Path:
+    """A folder with two tasks of accuracy under the tag `both`, one of perplexity, and groups of them."""
     monkeypatch.setenv("COLUMNS", "200")  # wide enough for a cell on one line
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -290,9 +287,23 @@ def tasks(tmp_path, monkeypatch) -> Path:
     }  # fmt: skip
     for name, content in files.items():
         (folder / f"{name}.yaml").write_text(json.dumps(content))
-    own = functools.partial(lm_eval.tasks.TaskManager, include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
     return folder
+
+
+def index_of(folder: Path | None):
+    """lm-eval's TaskManager, with the tasks of a folder in place of its own, which take seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return lambda include_path=folder, include_defaults=True: TaskManager(
+        include_path=include_path, include_defaults=False
+    )
+
+
+@pytest.fixture
+def tasks(own, monkeypatch) -> Path:
+    """The same tasks as if they were lm-eval's."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", index_of(own))
+    return own
 
 
 def evaluated(tmp_path: Path, tasks: list[str], **changes) -> dict[str, dict]:
@@ -432,7 +443,7 @@ def test_a_damaged_record_is_named_and_made_anew(harm, tasks, tmp_path, caplog, 
     ran = []
     run_task = harness_module.run_task
     monkeypatch.setattr(
-        harness_module, "run_task", lambda lm, m, task, c: (ran.append(task), run_task(lm, m, task, c))[1]
+        harness_module, "run_task", lambda lm, m, task, *a: (ran.append(task), run_task(lm, m, task, *a))[1]
     )
     again = evaluated(tmp_path, ["first", "perplexity"])
     assert caplog.text.count(f"{file} ") >= 1
@@ -465,3 +476,215 @@ def test_processes_that_want_the_same_task_evaluate_it_once(tasks, tmp_path, mon
     assert [job.exitcode for job in jobs] == [0, 0]
     assert calls.get(timeout=10) == 1
     assert calls.empty()
+
+
+# Settings of lm-eval, its own files, and tasks of a folder
+
+
+def by_lm_eval(tmp_path: Path, tasks: Path, names: list[str], model: dict | None = None, **settings) -> dict:
+    """What lm-eval itself gives for these arguments."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    arguments = {"pretrained": str(tmp_path / "model"), "dtype": "float32"} | (model or {})
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return simple_evaluate("hf", arguments, names, device="cpu", batch_size=4, task_manager=manager, **settings)
+
+
+SETTINGS = {
+    "plain": {},
+    "system_instruction": {"system_instruction": "You shout."},
+    "gen_kwargs": {"gen_kwargs": {"max_gen_toks": 3, "until": ["e"]}},
+    "drawn": {"gen_kwargs": {"do_sample": True, "temperature": 0.8, "top_p": 0.9}},
+    "max_length": {"max_length": 16},
+    "chat": {"chat_template": True, "system_instruction": "You shout."},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_are_those_of_lm_eval(setting, tasks, tmp_path):
+    settings = SETTINGS[setting]
+    ours = evaluated(tmp_path, ["generates"], **settings)["generates"]
+    (file,) = (tmp_path / "out" / "lm_eval").glob("*/samples_generates_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    given = dict(settings)
+    model = {"max_length": given.pop("max_length")} if "max_length" in given else {}
+    if given.pop("chat_template", False):
+        given |= {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    theirs = by_lm_eval(tmp_path, tasks, ["generates"], model, **given)
+    assert [row["resps"] for row in samples] == [row["resps"] for row in theirs["samples"]["generates"]]
+    assert [row["prompt_hash"] for row in samples] == [row["prompt_hash"] for row in theirs["samples"]["generates"]]
+    assert ours["metrics"]["exact_match"]["value"] == theirs["results"]["generates"]["exact_match,none"]
+    assert ours["unused"] == {}
+    assert ours["settings"]["max_length"] == settings.get("max_length")
+    if setting == "plain":
+        return
+    evaluated(tmp_path, ["generates"])  # another setting is another evaluation
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+
+
+def test_lm_evals_tools_read_what_is_written(tasks, tmp_path):
+    from lm_eval.utils import get_file_task_name, get_results_filenames, get_sample_results_filenames, make_table
+
+    evaluated(tmp_path, ["first", "perplexity"])
+    evaluated(tmp_path, ["mean"])
+    (folder,) = (tmp_path / "out" / "lm_eval").iterdir()
+    files = [str(file) for file in folder.iterdir()]
+    (results,) = map(Path, get_results_filenames(files))
+    ours = json.loads(results.read_text())
+    theirs = by_lm_eval(tmp_path, tasks, ["mean", "perplexity"])
+    for key in ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better"):
+        assert ours[key] == json.loads(json.dumps(theirs[key])), key
+    assert make_table(ours) == make_table(theirs)
+    assert make_table(ours, "groups") == make_table(theirs, "groups")
+    assert ours["model_name"] == str(tmp_path / "model")
+    assert set(theirs) - {"samples"} <= set(ours)
+    # One file of samples for each task, whose figure is the mean of its rows.
+    by_task = {get_file_task_name(Path(file).name): Path(file) for file in get_sample_results_filenames(files)}
+    assert set(by_task) == {"first", "second", "perplexity"}
+    rows = [json.loads(line) for line in by_task["first"].read_text().splitlines()]
+    assert sum(row["acc"] for row in rows) / len(rows) == ours["results"]["first"]["acc,none"]
+
+
+def test_two_checkpoints_are_compared_row_by_row(run, tasks, tmp_path):
+    """The difference of two figures is the mean of their rows' differences."""
+    import pandas as pd
+
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("harness"))
+    evaluated(tmp_path, ["perplexity"], run=str(copy), output=None, checkpoints="all")
+    found = {}
+    for name in ("final", "step_0000002"):
+        (record,) = (json.loads(f.read_text()) for f in (copy / "harness").glob(f"{name}-*.json"))
+        (file,) = (copy / "harness" / "lm_eval" / record["lm_eval_files"]).glob("samples_perplexity_*.jsonl")
+        found[name] = pd.read_json(file, lines=True)
+    both = found["final"].merge(found["step_0000002"], on=["doc_id", "doc_hash"], suffixes=("_a", "_b"))
+    assert len(both) == len(THINGS)
+    assert (both["resps_a"] != both["resps_b"]).any()
+
+
+@pytest.mark.parametrize(
+    ("tasks_", "changes", "message"),
+    [
+        (["first", "generates"], {"gen_kwargs": {"max_gen_toks": 3}}, "gen_kwargs changes nothing in first: noth"),
+        (["perplexity"], {"system_instruction": "Shout."}, "system_instruction changes nothing in perplexity"),
+        (["perplexity"], {"num_fewshot": 1}, "num_fewshot changes nothing in perplexity"),
+        (["zero"], {"num_fewshot": 1}, "num_fewshot changes nothing in zero: a task that says 0 stays at 0"),
+        (["first"], {"max_length": 100_000}, "max_length=100000 is above the"),
+        (["first"], {"max_length": 1}, "max_length must be at least 2"),
+        (["first"], {"batch_size": "many"}, "batch_size must be at least 1, or auto"),
+        (["first"], {"batch_size": True}, "batch_size must be at least 1, or auto"),
+        (["first"], {"system_instruction": " "}, "system_instruction is empty"),
+        (["generates"], {"gen_kwargs": {"max_new_tokens": 3}}, "gen_kwargs.max_new_tokens: lm-eval may ignore it"),
+        (["generates"], {"gen_kwargs": {"temperature": 0.5}}, "temperature has no effect without gen_kwargs.do_sample"),
+        (["generates"], {"gen_kwargs": {"do_sample": True}}, "needs a temperature above 0"),
+        (["generates"], {"gen_kwargs": {"max_gen_toks": 2.5}}, "max_gen_toks must be a whole number, is 2.5"),
+        (["generates"], {"include": "nowhere"}, "include=nowhere is no folder"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_would_have_no_effect_is_refused(tasks_, changes, message, tasks, tmp_path, monkeypatch):
+    zero = json.loads((tasks / "first.yaml").read_text()) | {"task": "zero", "num_fewshot": 0, "tag": "none"}
+    (tasks / "zero.yaml").write_text(json.dumps(zero))
+    monkeypatch.setattr(harness_module, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=message):
+        evaluated(tmp_path, tasks_, **changes)
+
+
+def test_a_template_that_drops_the_system_instruction_is_refused(tasks, tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model")
+    model = ModelConfig("tiny", str(folder), system_message="drop")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(UserError, match="writes no system message, so system_instruction would be left out"):
+        evaluated(tmp_path, ["first"], model=model, system_instruction="Shout.", chat_template=True)
+    merged = evaluated(
+        tmp_path, ["first"], model=replace(model, system_message="merge"), system_instruction="Shout.",
+        chat_template=True,
+    )  # fmt: skip
+    assert merged["first"]["unused"] == {}
+
+
+def test_what_a_part_of_a_task_ignores_is_said_each_time(tasks, tmp_path, capsys):
+    (tasks / "mixed.yaml").write_text(json.dumps({"group": "mixed", "task": ["first", "generates"]}))
+    for _ in range(2):
+        record = evaluated(tmp_path, ["mixed"], gen_kwargs={"max_gen_toks": 3})["mixed"]
+        assert record["unused"] == {"gen_kwargs": ["first"]}
+        assert "tiny, mixed: gen_kwargs changed nothing in first" in capsys.readouterr().out
+
+
+def test_a_batch_size_is_found_for_each_task(tasks, tmp_path, capsys):
+    """Its figures are those of a fixed size, and lm-eval's search for it is not in the table's output."""
+    found = evaluated(tmp_path, ["generates", "first"], batch_size="auto")
+    assert found["first"]["batch_sizes"] == found["generates"]["batch_sizes"] == [64]
+    assert "Determined" not in capsys.readouterr().out
+    fixed = by_lm_eval(tmp_path, tasks, ["first", "generates"])
+    for name, metric in (("first", "acc"), ("generates", "exact_match")):
+        assert found[name]["metrics"][metric]["value"] == fixed["results"][name][f"{metric},none"]
+
+
+def test_a_batch_for_a_cpu_has_room_in_memory(monkeypatch):
+    from types import SimpleNamespace
+
+    from prefopt.evaluation import harness_model
+
+    monkeypatch.setattr(harness_model.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 2**20}.get)  # 4 GiB
+    sizes = {
+        vocabulary: SimpleNamespace(max_length=2048, config=SimpleNamespace(vocab_size=vocabulary))
+        for vocabulary in (512, 49152, 2**20)
+    }
+    assert [harness_model.batch_for_memory(lm) for lm in sizes.values()] == [64, 2, 1]
+
+
+def test_a_pattern_is_every_finished_run(run, tasks, tmp_path, capsys):
+    for name in ("a", "b", "unfinished"):
+        shutil.copytree(run, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("harness"))
+    (tmp_path / "runs" / "multirun").mkdir()
+    file = tmp_path / "runs" / "unfinished" / "record.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "failed"}))
+    evaluated(tmp_path, ["first"], run=f"{tmp_path}/runs/*", output=None)
+    shown, log = capsys.readouterr()
+    assert f"left out: {file.parent} is failed; finish it: " in log
+    assert len(list((tmp_path / "runs").glob("*/harness/final-first-*.json"))) == 2
+    assert [name in shown for name in ("a/final", "b/final", "unfinished")] == [True, True, False]
+    with pytest.raises(UserError, match=r"run=.*/none\* matches no finished run"):
+        evaluated(tmp_path, ["first"], run=f"{tmp_path}/none*", output=None)
+
+
+def test_tasks_of_a_folder_are_known_by_its_digest(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", index_of(None))
+    (own / "code.py").write_text("def text(doc):\n    return 'Is it ' + doc['question']\n")
+    task = json.loads((own / "first.yaml").read_text())
+    (own / "coded.yaml").write_text(json.dumps(task | {"task": "coded"}) + "\n")
+    text = (own / "coded.yaml").read_text().replace('"{{question}}"', "!function code.text")
+    (own / "coded.yaml").write_text(text)
+
+    found = evaluated(tmp_path, ["coded", "mean"], include=str(own))
+    (digest,) = {name.partition("@")[2] for name in found}
+    record = found[f"coded@{digest}"]
+    assert record["settings"]["include"][:8] == digest
+    assert record["shown"] == [f"coded@{digest}"]
+    assert set(found[f"mean@{digest}"]["subtasks"]) == {f"first@{digest}", f"second@{digest}"}
+    assert f"coded@{digest}" in capsys.readouterr().out
+    theirs = by_lm_eval(tmp_path, own, ["coded"])
+    assert record["metrics"]["acc"]["value"] == theirs["results"]["coded"]["acc,none"]
+    assert evaluated(tmp_path, ["coded"], include=str(own)) == found  # Python's cache in the folder is no change
+    (own / "code.py").write_text("def text(doc):\n    return doc['question']\n")
+    again = evaluated(tmp_path, ["coded"], include=str(own))
+    assert len(again) == 3
+    assert len(list((tmp_path / "out" / "lm_eval").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: (own / "first.yaml").write_text('{"task": "arc_easy"}'), "defines arc_easy, and lm-eval has"),
+        (lambda own: (own / "bad.yaml").write_text("a: ["), "bad.yaml cannot be read"),
+        (lambda own: (own / "x.yaml").write_text("include: ../y.yaml\ntask: x"), "x.yaml includes ../y.yaml, which"),
+        (lambda own: (own / "link").symlink_to("/etc/hostname"), "link is a link"),
+        (lambda own: [f.unlink() for f in own.glob("*.yaml")], "defines no task"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_its_digest_would_not_tell_is_refused(change, message, own, tmp_path):
+    change(own)
+    with pytest.raises(UserError, match=message):
+        evaluated(tmp_path, ["second"], include=str(own))

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.formats import as_messages
+from prefopt.data.fields import as_messages
 from prefopt.generation.sampler import _GumbelNoise, sample, vllm_sampler
 from prefopt.models.generation_config import stop_tokens
 from prefopt.models.load import load_model

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prefopt.data.formats import Dropped, Pair, Pairs
+from prefopt.data.formats import Pairs
+from prefopt.data.items import Dropped, Pair
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.dpo import DPO
 

@@ -3,7 +3,6 @@ gone, files damaged, memory short, numbers not finite, ranks that hang."""
 
 import contextlib
 import json
-import random
 import shutil
 import signal
 import socket
@@ -127,29 +126,6 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
     code, said = run(tmp_path / "log", *arguments, env=env)
     assert code == 0, said
     assert result(tmp_path / "killed") == whole
-
-
-@pytest.mark.slow
-def test_killed_fifty_times_in_a_row_at_random(overrides, tmp_path, env):
-    """With an objective of two passes and a state of its own."""
-    arguments = ["objective=beta_dpo", "steps=120", "eval_every=40", "save_every=1"]
-    code, said = run(tmp_path / "log", *overrides(tmp_path / "whole"), *arguments, env=env)
-    assert code == 0, said
-    moments = random.Random(0)
-    arguments = [*overrides(tmp_path / "killed"), *arguments]
-    for n in range(50):
-        (tmp_path / "log").unlink(missing_ok=True)
-        process = start(tmp_path / "log", *arguments, env=env)
-        if n % 5:  # within a few steps from where it went on, which take longer on a slow machine; else in its start-up
-            await_text(process, tmp_path / "log", "going on from step", "step 0:")
-        time.sleep(moments.expovariate(40 if n % 5 else 2))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, (n, (tmp_path / "log").read_text())
-    code, said = run(tmp_path / "log", *arguments, env=env)
-    assert code == 0, said
-    assert "going on from step" in said
-    assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
 def test_a_policy_that_is_exported_on_the_way_is_there_after_a_kill(overrides, tmp_path, env):

@@ -379,6 +379,38 @@ def test_a_task_is_a_name_and_no_file(tasks):
         check_harness(config)
 
 
+def test_code_of_a_folder_of_tasks_runs_where_include_names_it_alone(mark, tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    from prefopt.evaluation.harness import run_pending
+    from prefopt.evaluation.tasks import preflight, read_own_tasks, task_manager
+
+    # lm-eval's own tasks take seconds to read.
+    read = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **settings: read(**settings | {"include_defaults": False}))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w').close()\n\ndef text(doc):\n    return 'Hi'\n")
+    (folder / "rows.jsonl").write_text('{"answer": 0}\n')
+    (folder / "own.yaml").write_text(
+        "task: own_task\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: !function code.text\n"
+        "doc_to_choice: [a, b]\ndoc_to_target: answer\n"
+    )
+    monkeypatch.chdir(folder)
+    config = HarnessConfig(
+        ModelConfig("m", "p"), {}, None, "own_task", "final", "out", None, False, None, 1, "float32", "cpu"
+    )
+    with pytest.raises(UserError, match=r"task own_task cannot be loaded(?s:.*)need include=FOLDER"):
+        run_pending(config)
+    own = read_own_tasks(str(folder))
+    assert not mark.exists()
+    preflight(["own_task"], task_manager(own))
+    assert mark.exists()
+    mark.unlink()
+
+
 JUDGE = {"prompt_template": "x", "fn_completions": "openai_completions", "completions_kwargs": {"max_tokens": 1}}
 
 

@@ -11,7 +11,7 @@ from prefopt.config.hardware import resolve_hardware
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.collate import LAYOUTS, Group
 from prefopt.data.dataset import load_split
-from prefopt.data.formats import as_messages
+from prefopt.data.fields import as_messages
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import tokenize
 from prefopt.generation.config import SampleConfig

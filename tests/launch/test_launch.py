@@ -394,6 +394,36 @@ def test_a_snapshot_is_the_package_by_content(tmp_path, capsys):
     assert "prefopt/train.py has the checksum" in capsys.readouterr().err
 
 
+def test_frozen_code_that_was_edited_is_refused_and_said(overrides, tmp_path):
+    """Refused where a job begins, made anew by the next sweep, and said of a finished run, whose result stays."""
+    from prefopt.job import run
+
+    arguments = overrides(tmp_path / "runs")
+    _, (job,) = SWEEP.plan_jobs([point(*arguments)], Path())
+    code = snapshot(job.folder.parent / "code")
+    write_job_file(job, "train", code)
+    edited = code / "prefopt" / "training" / "loop.py"
+    before = edited.read_text()
+    edited.write_text(before + "# edited\n")
+    with pytest.raises(UserError, match="the code has been edited since it was frozen here"):
+        run(job.folder)
+    (found,) = inspect_runs([job.folder])
+    assert (found.state, "the code has been edited" in found.why) == ("failed", True)
+    assert not (job.folder / "metrics.jsonl").exists()
+    ran = run_program("-m", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{code} is damaged: prefopt/training/loop.py has the checksum" in ran.stderr
+    assert edited.read_text() == before
+    for change in (lambda: (code / "git.json").unlink(), lambda: edited.write_text("")):
+        change()
+        for words in (["-m", *arguments], arguments):
+            skipped = run_program(*words)
+            assert skipped.returncode == 0
+            assert skipped.stderr.count(f"{code}: edited since it was frozen") == 1, skipped.stderr
+    shutil.move(code, tmp_path / "aside")
+    assert "edited since" not in run_program("-m", *arguments).stderr  # what is not there is not the code of anything
+
+
 def test_data_that_changed_since_submission_are_refused(overrides, tiny_folder, tmp_path):
     from prefopt.job import run
 

@@ -22,7 +22,8 @@ from transformers import (
 from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.collate import LAYOUTS
-from prefopt.data.formats import Pairs, as_messages
+from prefopt.data.fields import as_messages
+from prefopt.data.formats import Pairs
 from prefopt.data.sources import read_rows
 from prefopt.data.tokenize import encode_prompt, tokenize
 from prefopt.errors import UserError

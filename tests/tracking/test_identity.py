@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.formats import as_messages
+from prefopt.data.fields import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig
 from prefopt.evaluation.harness import record_file

@@ -8,10 +8,12 @@ import torch
 
 from prefopt.config.schema import LoggerConfig, ModelConfig, OptimizerConfig
 from prefopt.data.collate import LAYOUTS
-from prefopt.data.formats import Chat, Pairs
+from prefopt.data.formats import Pairs
+from prefopt.data.items import Chat
+from prefopt.data.rendering import encode
 from prefopt.data.sampler import step_indices
 from prefopt.data.sources import read_rows
-from prefopt.data.tokenize import encode, tokenize
+from prefopt.data.tokenize import tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import LogprobComputer

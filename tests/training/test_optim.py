@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from prefopt.config.schema import OptimizerConfig
 from prefopt.models.logprobs import autocast
 from prefopt.training.checkpoint import load_checkpoint, save_checkpoint
 from prefopt.training.engine import Engine
-from prefopt.training.optim import Cosine, adamw
+from prefopt.training.optim import Constant, Cosine, Linear, adamw
 from tests.helpers.tiny import tiny_model
 
 CONFIG = OptimizerConfig(lr=1e-3, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
@@ -21,6 +22,38 @@ def test_cosine_by_hand():
     assert Cosine(warmup=0.0)(0, 1) == 1.0
     assert [Cosine(warmup=4)(step, 40) for step in range(40)] == [Cosine(warmup=0.1)(step, 40) for step in range(40)]
     assert Cosine(warmup=100)(3, 4) == 1  # a run that is over before
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        (Cosine(warmup=0), "cosine"),
+        (Linear(warmup=0), "linear"),
+        (Constant(warmup=0), "constant"),
+    ],
+)
+def test_schedules_are_those_of_transformers(schedule, name):
+    """Behind the warm-up; in it, transformers' first step has a learning rate of 0."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=10)
+    expected = []
+    for _ in range(10):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert [schedule(step, 10) for step in range(10)] == pytest.approx(expected)
+
+
+def test_linear_and_constant_by_hand():
+    linear = Linear(warmup=0.2, final=0.1)
+    assert [linear(step, 10) for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.55])
+    assert [Constant(warmup=4)(step, 10) for step in range(10)] == [0.25, 0.5, 0.75, *[1.0] * 7]
+    with pytest.raises(ValueError, match="warmup must be a share"):
+        Constant(warmup=1.5)
+    with pytest.raises(ValueError, match="final must be a share"):
+        Linear(warmup=0, final=2)
 
 
 def test_matrices_decay_and_vectors_do_not():

@@ -19,10 +19,10 @@ from prefopt.tracking.process import acquire_lock, owns_lock
 acquire_lock(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
-    print(owns_lock(Path(sys.argv[1])), flush=True)
+    os.write(1, f"{owns_lock(Path(sys.argv[1]))}\\n".encode())  # at once: the two write into one pipe
     time.sleep(600)
 program = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
-print(child, program.pid, flush=True)
+os.write(1, f"{child} {program.pid}\\n".encode())
 time.sleep(600)
 """
 

@@ -1,0 +1,122 @@
+"""What was read from a row -> `Pair` or `Chat`: ids, rewards, roles, what a row lacks."""
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.data.fields import (
+    as_number,
+    common_prefix,
+    extra_fields,
+    is_absent,
+    listed,
+    name_of,
+    read_prompt,
+    responses_of,
+    role_problem,
+    tools_of,
+)
+from prefopt.data.items import Chat, Dropped, Message, Pair, Row
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of scored responses: as many rewards and `finished` as responses, those without a usable reward left out
+    (`defects` has the reason then)."""
+
+    name: str
+    prompt: list[Message]
+    responses: list[Message]
+    rewards: list[float]
+    finished: list[bool]
+    tools: list[dict[str, Any]]
+    defects: dict[str, str]
+
+    @classmethod
+    def read(cls, row: Row) -> "Scored":
+        """Raises KeyError and ValueError as a `Format` does."""
+        prompt = read_prompt(row)
+        responses, finished = responses_of(row)
+        values = listed(row, "rewards", object, "numbers")
+        if len(values) != len(responses):
+            raise ValueError(f"{len(responses)} responses have {len(values)} rewards; each needs one")
+        rewards = [as_number(value) for value in values]
+        bad = [value for value, reward in zip(values, rewards, strict=True) if reward is None]
+        defects = {"bad_reward": f"'rewards' holds {reprlib.repr(bad[0])}, which is no finite number"} if bad else {}
+        used = [(m, r, f) for m, r, f in zip(responses, rewards, finished, strict=True) if r is not None]
+        return cls(
+            name=name_of(row, prompt),
+            prompt=prompt,
+            responses=[message for message, _, _ in used],
+            rewards=[reward for _, reward, _ in used],
+            finished=[is_finished for _, _, is_finished in used],
+            tools=tools_of(row),
+            defects=defects,
+        )
+
+    @property
+    def order(self) -> list[int]:
+        """The numbers of the responses, from the lowest reward to the highest."""
+        return sorted(range(len(self.rewards)), key=lambda i: self.rewards[i])
+
+    def pair(self, w: int, l: int, name: str | None = None, rewards: Sequence[float | None] | None = None) -> Pair:
+        """The pair of responses `w` (chosen) and `l` (rejected), with their own `rewards` unless others are given."""
+        rewards = self.rewards if rewards is None else rewards
+        return Pair(
+            id=name or self.name,
+            prompt=self.prompt,
+            chosen=self.responses[w]["content"],
+            rejected=self.responses[l]["content"],
+            chosen_finished=self.finished[w],
+            rejected_finished=self.finished[l],
+            chosen_reward=rewards[w],
+            rejected_reward=rewards[l],
+            chosen_fields=extra_fields(self.responses[w]),
+            rejected_fields=extra_fields(self.responses[l]),
+            tools=self.tools,
+            defects=self.defects,
+        )
+
+
+def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message) -> Pair:
+    """The pair of two answers, with the row's id, rewards and tools."""
+    tools, fields = tools_of(row), (extra_fields(chosen), extra_fields(rejected))
+    texts = chosen["content"], rejected["content"]
+    rewards, defects = [], {}
+    for key in ("chosen_reward", "rejected_reward"):
+        value = row.get(key)
+        rewards.append(as_number(value))
+        if rewards[-1] is None and not is_absent(value):
+            defects["bad_reward"] = f"field {key!r} must be a finite number, is {reprlib.repr(value)}"
+    more = (*fields, tools) if any(fields) or tools else ()  # so that the ids of pairs of text alone stay
+    return Pair(
+        id=name_of(row, prompt, *texts, *more),
+        prompt=prompt,
+        chosen=texts[0],
+        rejected=texts[1],
+        chosen_reward=rewards[0],
+        rejected_reward=rewards[1],
+        chosen_fields=fields[0],
+        rejected_fields=fields[1],
+        tools=tools,
+        defects=defects,
+    )
+
+
+def pair_of_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> Pair | Dropped:
+    """The pair in two whole conversations, which must differ in their last message alone, the assistant's."""
+    for side in (chosen, rejected):
+        if problem := role_problem(side[:-1], last=side[-1]["role"]):
+            return problem
+    if chosen[:-1] != rejected[:-1]:
+        return Dropped("sides_part_early", f"they share {common_prefix(chosen, rejected)} turns")
+    return pair_of(row, chosen[:-1], chosen[-1], rejected[-1])
+
+
+def chat_of(row: Row, chat: list[Message]) -> Chat | Dropped:
+    """The conversation, with the row's id and tools, unless its roles are wrong."""
+    if problem := role_problem(chat[:-1], last=chat[-1]["role"]):
+        return problem
+    tools = tools_of(row)
+    return Chat(name_of(row, chat, *([tools] if tools else [])), chat, tools=tools)

@@ -1,0 +1,70 @@
+"""What the rows of a data set are read as: preferences, conversations, and what gives neither."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]  # {"role": text, "content": text} and what else a template may read: tool_calls, ...
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it.
+
+    `*_fields` is what the assistant's message has besides role and content (tool_calls, ...), as the template gets it.
+    `tools` describes the functions that the assistant may call. `defects`: those that the format noticed in the row, by
+    reason (a field of `prefopt.config.schema.PoliciesConfig`), with a detail for messages.
+    """
+
+    id: str
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    chosen_finished: bool = True
+    rejected_finished: bool = True
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    source: str = ""
+    chosen_fields: Message = field(default_factory=dict)
+    rejected_fields: Message = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    defects: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation to train on: the loss counts the tokens of every assistant turn. `tools` as in `Pair`."""
+
+    id: str
+    messages: list[Message]
+    source: str = ""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that gives no item. `reason` is a field of `prefopt.config.schema.PoliciesConfig`."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A completion and whether it is a good one: half of a pair, which `LabelledCompletions.combine` looks for."""
+
+    prompt: list[Message]
+    completion: Message
+    is_good: bool
+    tools: list[dict[str, Any]]
+
+
+Item = Pair | Chat
+
+
+class RowDefect(ValueError):
+    """A row that gives no item, raised where a field is read. `reason` as in `Dropped`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.dropped = Dropped(reason, detail)

@@ -25,9 +25,14 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@PYTHON=$(PYTHON) scripts/setup.sh
 	@touch $@
 
-demo: setup ## train SmolLM2-135M with DPO and MMPO at two betas: runs/demo
+demo: setup ## train SmolLM2-135M with DPO, SimPO and MMPO: runs/demo
 	$(BIN)/python -m prefopt.train -m +sweep=demo $(ARGS)
 	$(BIN)/python -m prefopt.report runs_dir=runs/demo output=runs/demo/report
+	@echo; cat runs/demo/report/table.md; echo
+	@echo "Oracle reward over KL: $(CURDIR)/runs/demo/report/reward_kl.png"
+	@echo "See whether the reward rises above the initial policy's, and how far each objective goes from it (KL)."
+	@echo "Read answers side by side:"
+	@echo "  $(BIN)/python -m prefopt.compare $$(ls -d runs/demo/dpo-* runs/demo/mmpo-* | sed 's/^/run=/' | xargs)"
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo

@@ -110,15 +110,21 @@ class DatasetConfig:
 
 @dataclass
 class OptimizerConfig(Node):
-    lr: float = MISSING
+    lr: float | None = MISSING
     betas: list[float] = MISSING
     eps: float = MISSING
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
     eight_bit: bool = False
 
+    @property
+    def peak(self) -> float:
+        """`lr`, once the objective has decided what is null (`TrainConfig.fill`)."""
+        assert self.lr is not None
+        return self.lr
+
     def rules(self) -> Rules:
-        yield self.lr > 0, f"lr must be positive, is {self.lr}"
+        yield self.lr is None or self.lr > 0, f"lr must be positive, is {self.lr}"
         in_range = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         yield in_range, f"betas must be two numbers in [0, 1), is {self.betas}"
         yield self.eps > 0, f"eps must be positive, is {self.eps}"

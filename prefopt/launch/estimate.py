@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.errors import UserError
-from prefopt.training.config import TrainConfig
+from prefopt.training.config import EVALUATIONS, TrainConfig
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
@@ -137,7 +137,8 @@ def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
         flop += 2 * n * (min(trained, count * tokens) if config.reference == "cached" else trained)
     if "mismatched" in objective.needs:
         flop += 2 * 2 * n * trained  # policy and reference once more, without gradient
-    flop += 2 * n * tokens * (config.heldout_pairs or 0) * (1 + steps // config.eval_every)
+    evaluations = 1 + (steps // config.eval_every if config.eval_every else EVALUATIONS)
+    flop += 2 * n * tokens * (config.heldout_pairs or 0) * evaluations
 
     state = 4 + (2 if config.optimizer.eight_bit else 8)  # bytes: the weight, and Adam's two moments
     return Estimate(

@@ -186,6 +186,7 @@ class Objective(ABC):
     * `model_kind`: the kind of model that it trains.
     * `normalize_by`: what the sum of the losses is divided by: the step's pairs, or its chosen tokens.
     * `reward_range`: the lowest and highest prior reward that the objective accepts, or None for any.
+    * `learning_rates`: the peak learning rate where `optimizer.lr` is null: for all weights, and for an adapter.
     """
 
     equation: ClassVar[str] = ""
@@ -198,6 +199,7 @@ class Objective(ABC):
     model_kind: ClassVar[Literal["policy", "reward_model"]] = "policy"
     normalize_by: ClassVar[Literal["pair", "chosen_token"]] = "pair"
     reward_range: ClassVar[tuple[float, float] | None] = None
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
 
     @property
     def name(self) -> str:

@@ -21,6 +21,7 @@ class MaPPO(Objective):
     equation = "the base's loss with Δr = r_w − r_l times its rejected term"
     paper = "2507.21183"
     reward_range = (0.0, 1.0)
+    learning_rates = (5e-7, 1e-5)
 
     base: Pairwise
 

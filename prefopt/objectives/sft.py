@@ -14,6 +14,7 @@ class SFT(Objective):
     paper = "–"
     completions = ("chosen",)
     normalize_by = "chosen_token"
+    learning_rates = (2e-5, 2e-4)
 
     def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
         return ObjectiveOutput(-inputs.policy_chosen_logps)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -22,6 +22,10 @@ from prefopt.config.schema import (
 from prefopt.errors import UserError
 from prefopt.generation.config import sampler_problems
 
+if TYPE_CHECKING:
+    from prefopt.objectives.base import Objective
+
+EVALUATIONS = 10  # of a run with eval_every=0, beside that before its first step
 CHOICES = {
     "layout": ("packed", "prefix_shared", "padded"),
     "logits": ("tiled", "dense"),
@@ -71,8 +75,9 @@ class TrainConfig(Node):
     runs_dir: str = MISSING
 
     def rules(self) -> Rules:
-        for key in ("batch_size", "eval_every", "save_every"):
-            yield getattr(self, key) >= 1, f"{key} must be at least 1, is {getattr(self, key)}"
+        yield self.batch_size >= 1, f"batch_size must be at least 1, is {self.batch_size}"
+        yield self.eval_every >= 0, "eval_every must not be negative (0: ten times in the run)"
+        yield self.save_every >= 0, "save_every must not be negative (0: as often as it is evaluated)"
         yield self.heldout_pairs is None or self.heldout_pairs >= 1, "heldout_pairs must be at least 1, or null for all"
         yield self.steps is None or self.steps >= 1, f"steps must be at least 1, is {self.steps}"
         yield self.epochs is None or self.epochs > 0, f"epochs must be positive, is {self.epochs}"
@@ -92,14 +97,25 @@ class TrainConfig(Node):
 
     @property
     def total_steps(self) -> int:
-        """`steps`; where `epochs` are given, only after `count_steps`."""
+        """`steps`; where `epochs` count them, only after `count_steps`."""
         assert self.steps is not None
         return self.steps
 
     def count_steps(self, pairs: int) -> None:
-        """Where `epochs` are given, set `steps` to that many passes over `pairs` pairs."""
+        """Where `epochs` are given, set `steps` to that many passes over `pairs` pairs. Then `eval_every` and
+        `save_every`, where they are 0."""
         if self.epochs is not None:
             self.steps = math.ceil(self.epochs * pairs / self.batch_size)
+        self.eval_every = self.eval_every or math.ceil(self.total_steps / EVALUATIONS)
+        self.save_every = self.save_every or self.eval_every
+
+    def fill(self, objective: "Objective") -> None:
+        """Set what is null and what `objective` decides: the learning rate, and one epoch where no length is given. So
+        a run's identity and its record hold the numbers."""
+        if self.steps is None and self.epochs is None:
+            self.epochs = 1.0
+        if self.optimizer.lr is None:
+            self.optimizer.lr = objective.learning_rates[bool(self.peft.target_modules)]
 
 
 @dataclass
@@ -162,8 +178,11 @@ def train_problems(config: TrainConfig) -> list[str]:
     adapter, quantize = bool(config.peft.target_modules), config.peft.quantize
     # Names are checked here and not in their nodes: a ModelConfig is also made of a hub name, which has a slash.
     problems = file_name_problems({"model.name": config.model.name, "dataset.name": config.dataset.name})
-    if (config.steps is None) == (config.epochs is None):  # not a rule of the node: `count_steps` sets both
-        problems.append("give steps or epochs, and null for the other one (steps=null epochs=3)")
+    if config.steps is not None and config.epochs is not None:  # not a rule of the node: `count_steps` sets both
+        problems.append(
+            f"steps={config.steps} and epochs={config.epochs:g} are given: leave one of them out (steps=null or "
+            "epochs=null where a sweep's file gives it)"
+        )
     if config.reference == "adapter_off" and config.reference_model is not None:
         problems.append(
             "reference=adapter_off is the policy without its adapter, and reference_model is another model: leave one "

@@ -220,6 +220,7 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     from prefopt.training.setup import build_components
 
     objective = build(config.objective, Objective, "objective")
+    config.fill(objective)
     scorer = build(config.scorer, RewardScorer, "scorer")
     if "rejected" not in objective.completions or objective.model_kind == "reward_model":
         raise UserError(

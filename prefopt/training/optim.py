@@ -108,5 +108,5 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     if config.eight_bit:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        return AdamW8bit(groups, lr=config.peak, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.peak, betas=betas, eps=config.eps, fused=True)

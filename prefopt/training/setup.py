@@ -51,7 +51,8 @@ class RunPlan:
 
 
 def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
-    """Build objective, schedule and oracle, and check everything else that needs neither data nor weights.
+    """Build objective, schedule and oracle, and check everything else that needs neither data nor weights. Fills what
+    the objective decides into `config`.
 
     `check` has passed `config`, and its hardware is resolved. Raises UserError, or MissingAssetError where a model or
     data set is not on this machine.
@@ -66,6 +67,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     from prefopt.training.optim import Schedule, check_optimizer
 
     objective = build(config.objective, Objective, "objective")
+    config.fill(objective)
     schedule = build(config.schedule, Schedule, "schedule")
     oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
     if objective.model_kind == "reward_model":

@@ -53,7 +53,7 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     metrics = step_metrics(train_state.objective, scored, gradient_norm=gradient_norm)
     if train_state.router_loss:
         metrics["router_aux_loss"] = sum(all_gather_object(float(train_state.router_loss.total)))
-    lr = config.optimizer.lr * train_state.schedule(step, config.total_steps)
+    lr = config.optimizer.peak * train_state.schedule(step, config.total_steps)
 
     bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
     if bad:

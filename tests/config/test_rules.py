@@ -6,6 +6,8 @@ from omegaconf import OmegaConf
 from prefopt.config.parse import parse
 from prefopt.config.schema import EngineConfig, OptimizerConfig, PeftConfig, SamplingConfig, WandbConfig
 from prefopt.errors import UserError
+from prefopt.objectives.dpo import DPO
+from prefopt.objectives.sft import SFT
 from prefopt.training.config import OnlineConfig, TrainConfig
 
 GOOD = {
@@ -100,9 +102,9 @@ def test_a_node_with_values_still_missing_is_not_judged():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, 0) for key in ("batch_size", "eval_every", "save_every", "exports", "max_prompt_tokens")),
+        *((key, 0) for key in ("batch_size", "exports", "max_prompt_tokens")),
         *((key, 0) for key in ("max_completion_tokens", "heldout_pairs", "patience", "steps", "epochs")),
-        *((key, -1) for key in ("micro_batch_tokens", "seed", "squeeze_alarm")),
+        *((key, -1) for key in ("micro_batch_tokens", "seed", "squeeze_alarm", "eval_every", "save_every")),
         *((key, "nonsense") for key in ("layout", "logits", "reference", "nonfinite")),
         ("seed", 2**32),
     ],
@@ -111,6 +113,25 @@ def test_a_run_refuses_a_bad_value(key, value):
     assert parse(OmegaConf.create(TRAIN), TrainConfig).total_steps == 4
     with pytest.raises(UserError, match=f"^{key} must "):
         parse(OmegaConf.create(TRAIN | {key: value}), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("objective", "adapter", "lr"),
+    [(SFT(), False, 2e-5), (SFT(), True, 2e-4), (DPO(beta=0.1), False, 1e-6), (DPO(beta=0.1), True, 1e-5)],
+)
+def test_what_is_not_given_is_one_epoch_at_the_objectives_learning_rate(objective, adapter, lr):
+    targets = {"peft": GOOD[PeftConfig] | {"target_modules": ["q_proj"] * adapter}}
+    lengths = {"steps": None, "batch_size": 8, "eval_every": 0, "save_every": 0}
+    nothing = TRAIN | lengths | targets | {"optimizer": GOOD[OptimizerConfig] | {"lr": None}}
+    config = parse(OmegaConf.create(nothing), TrainConfig)
+    config.fill(objective)
+    assert (config.optimizer.lr, config.epochs) == (lr, 1)
+    config.count_steps(pairs=8 * 99 + 1)
+    assert (config.steps, config.eval_every, config.save_every) == (100, 10, 10)
+
+    given = parse(OmegaConf.create(TRAIN), TrainConfig)
+    given.fill(objective)
+    assert (given.steps, given.epochs, given.optimizer.lr) == (4, None, GOOD[OptimizerConfig]["lr"])
 
 
 @pytest.mark.parametrize(("key", "value"), [("stages", 0), ("samples_per_prompt", 1), ("stage_reference", "x")])

@@ -197,9 +197,39 @@ def test_madpos_runs_are_its_settings():
         assert config["schedule"]["warmup"] == 0.03
 
 
-def test_the_demo_is_two_objectives_at_two_betas():
-    found = {(r.record["objective"], r.record["config"]["objective"]["beta"]) for r in jobs("demo")}
-    assert found == {("dpo", 0.05), ("dpo", 0.5), ("mmpo", 0.05), ("mmpo", 0.5)}
+# What a sweep file decides itself, whatever the defaults: steps, epochs, pairs a step, steps between evaluations and
+# between checkpoints, held-out pairs, most tokens of prompt, completion and sample.
+SIZES = {
+    "demo": (10, None, 8, 5, 4, 64, 1800, 512, 64),
+    "madpo/": (None, 2, 32, 4, 4, None, 1800, 512, 64),
+    "mappo/offline": (None, 1, 128, 100, 50, 512, 2048, 2048, 64),
+    "mini/madpo": (8, None, 8, 8, 4, 32, 1800, 512, 64),
+    "mini/madpo_rewards": (96, None, 8, 24, 4, None, 1800, 512, 64),
+    "mini/mappo": (8, None, 8, 8, 4, 32, 1800, 512, 64),
+    "mini/mmpo": (10, None, 8, 10, 4, 32, 1800, 512, 64),
+    "mmpo/": (None, 5, 128, 64, 64, 512, 1800, 512, 64),
+    "mmpo/sft_llama3_2_1b": (None, 3, 8, 2000, 1000, 512, 4096, 4096, 64),
+    "mmpo/sft_llama3_2_1b_v3": (None, 3, 64, 2000, 1000, None, 4096, 4096, 64),
+    "mmpo/sft_smollm2": (None, 2, 32, 1000, 1000, 512, 2048, 2048, 64),
+    "mmpo/tuning": (None, 2, 128, 64, 64, 512, 1800, 512, 64),
+    "objectives": (8, None, 8, 8, 4, 16, 1800, 512, 64),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_decides_its_sizes_itself(name):
+    """A default that changes must not change an experiment."""
+    config = jobs(name)[0].record["config"]
+    keys = ("steps", "epochs", "batch_size", "eval_every", "save_every", "heldout_pairs", "max_prompt_tokens")
+    found = (*(config[key] for key in keys), config["max_completion_tokens"], config["sampling"]["max_new_tokens"])
+    assert found == SIZES[max((prefix for prefix in SIZES if name.startswith(prefix)), key=len)]
+    assert config["optimizer"]["lr"] is not None
+
+
+def test_the_demo_is_three_objectives_at_one_learning_rate():
+    configs = [run.record["config"] for run in jobs("demo")]
+    assert [run.record["objective"] for run in jobs("demo")] == ["dpo", "simpo", "mmpo"]
+    assert {config["optimizer"]["lr"] for config in configs} == {5e-5}
 
 
 def test_a_sweep_file_runs_from_another_folder(overrides, tmp_path):

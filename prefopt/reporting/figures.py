@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from prefopt.reporting.labels import labels
 from prefopt.reporting.published import normalize_model_name
 from prefopt.reporting.style import COLUMN, MARKERS, PAGE, is_mappo, method_colors, method_marker, plotting, save, shade
 from prefopt.tracking.archive import Record
+
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # of the methods, where markers tell the betas apart
 
 
 def draw_paths(
@@ -51,7 +54,10 @@ def draw_paths(
             row[0].set_ylabel(f"{metric}, %".replace("length-controlled ", "length-controlled\n"))
 
         line = plt.Line2D
-        methods = [line([], [], color=c, linewidth=2, label=m) for m, c in colors.items()]
+        methods = [
+            line([], [], color=c, linestyle=s, linewidth=1.5, label=m)
+            for (m, c), s in zip(colors.items(), cycle(LINES), strict=False)
+        ]
         lines = [line([], [], color="0.3", linestyle="--", linewidth=0.8, label="50 %")]
         if has_accuracy and sft:
             lines.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
@@ -67,10 +73,13 @@ StyledPath = tuple[list[Point], dict[str, Any]]  # a path, and matplotlib's keyw
 def _styled_paths(points: Sequence[Point], colors: Mapping[str, str], betas: list[float]) -> list[StyledPath]:
     """The path of each method and beta; a darker shade and another marker for each larger beta."""
     styled = []
+    lines = dict(zip(colors, cycle(LINES), strict=False))
     for (_, method, value), path in paths(points).items():
         place = betas.index(value) if value is not None else 0
         color = shade(colors[method], place, len(betas))
-        styled.append((path, {"color": color, "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.1}))
+        style: dict[str, Any] = {"color": color, "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.1}
+        style["linestyle"] = lines[method]
+        styled.append((path, style))
     return styled
 
 
@@ -226,7 +235,7 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
                     dashed = is_mappo(label)
                     style = {"color": colors[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
                     again = repeats[colors[label], dashed] = repeats.get((colors[label], dashed), -1) + 1
-                    style |= {"marker": MARKERS[again % len(MARKERS)], "markersize": 4}
+                    style |= {"marker": method_marker(label, again), "markersize": 4}
                     if dashed:
                         style["markerfacecolor"] = "white"
                     steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]

@@ -14,6 +14,7 @@ from prefopt.training.export import portable_name
 from prefopt.utils.files import atomic_write, resolve_path
 from prefopt.utils.plain import markdown_text
 
+MODEL_CARD = "README.md"
 # (key of an evaluation, its name in words, key of the standard error, key of n)
 METRICS = (
     ("loss", "loss", None, "n"),
@@ -27,7 +28,7 @@ METRICS = (
 
 def write_model_card(folder: Path, record: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
     """Write README.md into the policy's `folder`, from the run's record and its evaluations. Raises OSError."""
-    atomic_write(folder / "README.md", model_card(record, evaluations))
+    atomic_write(folder / MODEL_CARD, model_card(record, evaluations))
 
 
 def model_card(record: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:

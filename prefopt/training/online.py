@@ -19,6 +19,7 @@ from prefopt.models.fingerprint import files_of
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
+from prefopt.training.model_card import MODEL_CARD
 from prefopt.utils.distributed import world_size
 from prefopt.utils.store import checksums
 
@@ -112,7 +113,12 @@ class StageFiles:
         self.run.update(files={name: facts for name, facts in kept.items() if name not in known} | found)
 
     def _policy(self, policy: Path) -> dict[str, Any]:
-        return {self._name(policy / name): {"sha256": value} for name, value in checksums(policy).items()}
+        # The model card names commands and folders, and no later stage reads it.
+        return {
+            self._name(policy / name): {"sha256": value}
+            for name, value in checksums(policy).items()
+            if name != MODEL_CARD
+        }
 
     def _below(self, policy: Path) -> dict[str, Any]:
         recorded = self.run.record.get("files", {})

@@ -287,6 +287,7 @@ def skip_finished(run: "Run") -> None:
 
     if is_main_process():  # a run that was killed right after its end has its checkpoints still
         remove(run.checkpoints)
+        remove(run.folder / "heartbeat")
         if code := run.record.get("code"):
             note_edited_code(Path(code))
     log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")

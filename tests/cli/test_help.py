@@ -54,7 +54,7 @@ def test_an_unknown_program_gets_a_hint(monkeypatch, capsys):
     assert "train, online" in errors
 
 
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if p != "objectives"])
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in ("objectives", "diff")])
 def test_help_of_a_program(program, monkeypatch, capsys):
     code, said, errors = called(monkeypatch, capsys, program, "--help")
     assert (code, errors) == (0, "")
@@ -77,9 +77,9 @@ def test_help_of_train_holds_groups_keys_and_comments(monkeypatch, capsys):
     for part in (
         "peft lora_attention, lora_attention_mlp, none (now: none)",
         "objective beta_dpo, cal_dpo, cpo, dpo,",
-        "steps=8 optimizer steps; null: as many as `epochs` take",
+        "steps=null optimizer steps; null: as many as `epochs` take",
         "sampling.top_p=1.0 only the most likely tokens",
-        "optimizer.lr=0.0001 peak learning rate",
+        "optimizer.lr=null peak learning rate",
         "Keys of objective=dpo: objective.beta=0.1 strength of the pull",
         "demo, madpo/ablation",
     ):

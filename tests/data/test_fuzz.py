@@ -311,7 +311,7 @@ def test_any_values_are_a_configuration_or_refused(changes, composed):
         assert refusal.strip()
         return
     assert 0 <= config.seed < 2**32
-    assert all(map(math.isfinite, (config.optimizer.lr, *config.optimizer.betas)))
+    assert all(map(math.isfinite, (config.optimizer.lr or 0.0, *config.optimizer.betas)))
 
 
 @given(values=st.dictionaries(st.text(string.ascii_letters, min_size=1, max_size=6), JSON, min_size=1))

@@ -539,7 +539,7 @@ def paper(text: str, folder: Path) -> str:
         axis.legend()
         files = save(figure, folder, "figure")
     table = Tabular("t", text_columns(text), [[text]], [], [text], text)
-    record = {"name": text, "git": {"commit": text, "dirty": True}, "command": text}
+    record = {"name": text, "objective": text, "config": {}, "git": {"commit": text, "dirty": True}, "command": text}
     return papers_page(text, [table], [Figure(text, text, files)], [record], [text])
 
 

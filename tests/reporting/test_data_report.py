@@ -187,7 +187,7 @@ def test_chats_count_what_the_assistant_wrote(tiny_folder, tmp_path):
     assert found["Counts", "train / chats.jsonl", "chats"] == "2"
     assert float(found["Lengths in tokens", "train / learnt", "median"]) == (6 + 2) / 2
     assert found["Lengths in tokens", "train / learnt", "max"] == "6"  # XXX and Z with their terminators
-    assert found["Lengths in tokens", "train / whole chat", "limit"] == str(1800 + 512)
+    assert found["Lengths in tokens", "train / whole chat", "limit"] == str(1800 + 1024)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "⟦XXX<|im_end|>⟧\n<|im_start|>user\nQKQ<|im_end|>\n<|im_start|>assistant\n⟦Z<|im_end|>⟧" in text
     assert "Reward gap" not in text

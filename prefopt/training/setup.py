@@ -57,7 +57,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     `check` has passed `config`, and its hardware is resolved. Raises UserError, or MissingAssetError where a model or
     data set is not on this machine.
     """
-    from prefopt.data.dataset import check_dataset, has_heldout
+    from prefopt.data.dataset import NO_HELDOUT, check_dataset, has_heldout, made_share
     from prefopt.data.hub import missing
     from prefopt.errors import MissingAssetError
     from prefopt.objectives.base import Objective
@@ -85,10 +85,11 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     check_engine(config.engine, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
+    config.dataset.heldout_share = made_share(config.dataset)  # 0 where the data name held-out rows
     check_folder("runs_dir", config.runs_dir)
     check_peft(config.peft, objective)
     if config.patience is not None and not has_heldout(config.dataset):
-        raise UserError("patience watches the held-out loss, and dataset.heldout is null: give a file")
+        raise UserError(f"patience watches the held-out loss, and {NO_HELDOUT}")
     if config.reference_model and objective.model_kind == "reward_model":
         raise UserError(
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
@@ -216,6 +217,10 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
     with memory_for("reading and tokenizing the data", shorter):
         tokenizer, data = build_data(config, objective)
+    if config.patience is not None and "heldout" not in data:
+        raise UserError(
+            "patience watches the held-out loss, and all rows have the same prompt: give dataset.heldout=FILE"
+        )
     train_pairs = data["train"].pairs
     heldout_pairs = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
 

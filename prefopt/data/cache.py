@@ -158,8 +158,8 @@ def format_made(dataset: DatasetConfig, counts: dict[str, Any]) -> str:
     if "of_prompts" not in counts:
         return ""
     return (
-        f"held out: {counts['prompts']} of {counts['of_prompts']} prompts ({counts['items']} {counts['kind']}), the same "
-        f"for every seed, since dataset.heldout names none (dataset.heldout_share={dataset.heldout_share:g})"
+        f"held out: {counts['prompts']} of {counts['of_prompts']} prompts ({counts['items']} {counts['kind']}), the "
+        f"same for every seed, since dataset.heldout names none (dataset.heldout_share={dataset.heldout_share:g})"
     )
 
 
@@ -204,8 +204,8 @@ def write_splits(
 ) -> None:
     """Read and tokenize the splits `names` (held out first), and write them into `folder`.
 
-    Raises UserError where `check` does, and where a split has no item left. A made held-out split without prompts is left
-    out.
+    Raises UserError where `check` does, and where a split has no item left. A made held-out split without prompts is
+    left out.
     """
     splits: dict[str, Split] = {}
     policies = {name: source.policies for name, source in sources(dataset).items()}

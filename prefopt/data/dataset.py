@@ -140,7 +140,8 @@ def has_heldout(config: DatasetConfig) -> bool:
 
 
 def made_share(config: DatasetConfig) -> float:
-    """`heldout_share` where no source names held-out rows: the share of the training prompts that is held out. Else 0."""
+    """The share of the training prompts that is held out: `heldout_share` where no source names held-out rows, else
+    0."""
     return 0.0 if any(source.heldout for source in sources(config).values()) else config.heldout_share
 
 
@@ -168,7 +169,8 @@ def made_split(config: DatasetConfig) -> MadeSplit:
 
 
 def split_digest(config: DatasetConfig, split: str) -> str:
-    """A digest (hexadecimal) of the content of the files that the split is read from, and of the share of a made one."""
+    """A digest (hexadecimal) of the content of the files that the split is read from; of a made one, of its share
+    too."""
     if split == "heldout" and (share := made_share(config)):
         return fingerprint([split_digest(config, "train"), share])
     locations = [split_location(source, split) for source in sources(config).values()]

@@ -1,5 +1,7 @@
-"""Which items and prompts are taken of many: those whose content hashes lowest. So a choice depends neither on the order
-of the rows nor on a seed, and runs that differ in their seed compare."""
+"""Which items and prompts are taken of many: those whose content hashes lowest.
+
+So a choice depends neither on the order of the rows nor on a seed, and runs that differ in their seed compare.
+"""
 
 from collections.abc import Collection, Sequence
 from typing import TypeVar
@@ -15,8 +17,8 @@ MOST_HELDOUT = 500  # prompts that are held out of the training rows
 
 
 def heldout_prompts(prompts: Collection[str], share: float) -> frozenset[str]:
-    """Of the `content_id` of every distinct prompt, those that are held out: about `share` of them, at least one, at most
-    MOST_HELDOUT, and none where no other would be left to train on."""
+    """Of the `content_id` of every distinct prompt, those that are held out: about `share` of them, at least one, at
+    most MOST_HELDOUT, and none where no other would be left to train on."""
     wanted = min(max(1, min(MOST_HELDOUT, round(share * len(prompts)))), len(prompts) - 1)
     return frozenset(sorted(prompts, key=lambda prompt: content_id("heldout", prompt))[: max(0, wanted)])
 

@@ -170,8 +170,8 @@ def check_online(config: OnlineConfig) -> None:
         problems.append("dataset.train: a stage makes its own rows; leave it out, and name the prompts by prompts=FILE")
     if config.dataset.heldout_share:
         problems.append(
-            f"dataset.heldout_share={config.dataset.heldout_share:g}: every stage would hold out prompts of its own, and "
-            "their evaluations not compare; set it to 0, and give dataset.heldout=FILE"
+            f"dataset.heldout_share={config.dataset.heldout_share:g}: every stage would hold out prompts of its own, "
+            "and their evaluations would not compare; set it to 0, and give dataset.heldout=FILE"
         )
     problems += train_problems(config)
     if problems:

@@ -191,6 +191,8 @@ def planned_action(job: SweepJob) -> str:
         )
     checkpoint = max(complete_checkpoints(job.run.checkpoints), default=None)
     start = f"from step {int(checkpoint.name.removeprefix('step_'))}" if checkpoint else "from the start"
+    if checkpoint is None and job.config.resume:
+        start = f"from the end of {Path(job.config.resume).name}"
     return start if job.state == "new" else f"{job.state}: again {start}"
 
 

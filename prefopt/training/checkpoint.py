@@ -75,6 +75,18 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             remove(old)
 
 
+def tidy_checkpoints(folder: Path, keep: bool) -> None:
+    """Remove the checkpoints of a finished run, but for the last one where that is to be kept. Does nothing where there
+    are none."""
+    last = max(complete_checkpoints(folder), default=None) if keep else None
+    if last is None:
+        remove(folder)
+        return
+    for path in folder.iterdir():
+        if path != last and OURS.fullmatch(path.name):
+            remove(path)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were written to their end: folders without a suffix (.tmp, .damaged)."""
     return [path for path in folder.glob("step_*") if OURS.fullmatch(path.name) and not path.suffix and path.is_dir()]

@@ -15,7 +15,6 @@ from prefopt.errors import Interrupted, UserError
 from prefopt.tracking.metrics import metrics_damage
 from prefopt.tracking.run import Run
 from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
-from prefopt.training.config import TrainConfig
 from prefopt.training.evaluate import evaluate_on_main
 from prefopt.training.loggers import Loggers, read_metrics
 from prefopt.training.state import MicroBatch, TrainState
@@ -51,7 +50,7 @@ def train_loop(train_state: TrainState) -> Trained:
         UserError: out of memory, a step that is not finite, or metrics that another process has damaged.
     """
     config, run = train_state.config, train_state.run
-    steps, exports = config.total_steps, export_steps(config)
+    steps, exports = config.total_steps, config.export_steps(config.total_steps)
     with memory_for("reading the last checkpoint", LESS_STATE):
         start, early_stopping, vouched = resume(train_state)
     logger = Loggers(run, config.logger, vouched)
@@ -104,11 +103,6 @@ def train_loop(train_state: TrainState) -> Trained:
     final_step = steps if config.patience is None else early_stopping.step
     rows = [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= final_step]
     return Trained(rows, vouched)
-
-
-def export_steps(config: TrainConfig) -> set[int]:
-    """The steps after which the policy is exported: `exports` - 1 of them, evenly spaced. The final export is extra."""
-    return {round(k * config.total_steps / config.exports) for k in range(1, config.exports)}
 
 
 def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any] | None]:

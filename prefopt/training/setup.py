@@ -6,6 +6,7 @@ command line, do not wait for them.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
     from prefopt.rewards.oracle import Oracle
     from prefopt.tracking.run import Run
+    from prefopt.training.going_on import Origin
     from prefopt.training.optim import Schedule
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class RunPlan:
     schedule: "Schedule"
     oracle: "Oracle | None"
     run: "Run"
+    origin: "Origin | None"  # the shorter run that it goes on from
 
 
 def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
@@ -118,6 +121,7 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
     """
     from prefopt.data.dataset import has_heldout, split_digest
     from prefopt.tracking.run import Run
+    from prefopt.training.going_on import find_origin
 
     objective, schedule, oracle = build_components(config)
     start_watchdog(config.engine.hang_s)
@@ -126,7 +130,8 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
     run = Run.open(dataclasses.asdict(config), objective.name, digests, root)
     if run.begun:
         run.refuse_changed_model(model_parts(config))
-    return RunPlan(config, objective, schedule, oracle, run)
+    origin = find_origin(config, run, schedule, functools.partial(model_parts, config))
+    return RunPlan(config, objective, schedule, oracle, run, origin)
 
 
 def model_parts(config: TrainConfig) -> dict[str, str]:
@@ -194,7 +199,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     """Build what the config names, train it in the loop, and export the policy."""
     config, run, objective = plan.config, plan.run, plan.objective
     if run.finished:
-        skip_finished(run)
+        skip_finished(run, config)
         return
     announce(plan)
 
@@ -208,8 +213,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         build_reference,
         build_router_loss,
     )
-    from prefopt.training.checkpoint import check_space, run_bytes
+    from prefopt.training.checkpoint import check_space, run_bytes, tidy_checkpoints
     from prefopt.training.export import PolicyExporter
+    from prefopt.training.going_on import seed
     from prefopt.training.loop import train_loop
     from prefopt.training.model_card import write_model_card
     from prefopt.training.state import TrainState
@@ -233,6 +239,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
     check_agreement("have read different models", loaded)
     run.refuse_changed_model(loaded)
+    if plan.origin:
+        plan.origin.check_model(loaded)
     exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     if is_main_process():
         exporter.check()
@@ -243,6 +251,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     config.count_steps(len(train_pairs))
     counts = {name: split.counts for name, split in data.items()}
     model = model_parts(config) | loaded
+    if not run.begun:
+        facts = facts | {"continued_from": plan.origin.facts if plan.origin else None}
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
     # One process fills the cache of the reference, the others read it.
@@ -253,6 +263,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
+        if plan.origin:
+            seed(run, plan.origin)
 
     train_state = TrainState(
         config=config,
@@ -283,15 +295,16 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
             final_weights=final_weights,
             seconds=time.monotonic() - began,
         )
-        remove(run.checkpoints)
+        tidy_checkpoints(run.checkpoints, config.keep_checkpoint)
         log.info(f"  finished; the policy is in {run.policy_folder}")
 
 
-def skip_finished(run: "Run") -> None:
+def skip_finished(run: "Run", config: TrainConfig) -> None:
     from prefopt.tracking.provenance import note_edited_code
+    from prefopt.training.checkpoint import tidy_checkpoints
 
-    if is_main_process():  # a run that was killed right after its end has its checkpoints still
-        remove(run.checkpoints)
+    if is_main_process():  # a run that was killed right after its end has all its checkpoints still
+        tidy_checkpoints(run.checkpoints, config.keep_checkpoint)
         remove(run.folder / "heartbeat")
         if code := run.record.get("code"):
             note_edited_code(Path(code))
@@ -303,6 +316,11 @@ def announce(plan: RunPlan) -> None:
     config = plan.config
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
     log.info(f"{plan.run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
+    if plan.origin:
+        from prefopt.training.going_on import describe
+
+        for line in describe(plan.origin, config):
+            log.info(f"  {line}")
     log.info(f"  objective: {format_objective(plan.objective)}")
     if world_size() > 1:
         log.info(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")

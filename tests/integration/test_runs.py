@@ -244,7 +244,9 @@ def test_a_run_without_patience_left_ends_with_its_best_weights(overrides, tiny_
     ]
     assert [row["step"] for row in metrics if row["split"] == "heldout"] == [0, 1, 2]  # of 4 steps
     assert [row["step"] for row in record["evaluations"]] == [0]
-    without = run_program(*overrides(tmp_path / "runs"), "dataset.heldout=null", "dataset.heldout_share=0", "patience=2")
+    without = run_program(
+        *overrides(tmp_path / "runs"), "dataset.heldout=null", "dataset.heldout_share=0", "patience=2"
+    )
     assert without.returncode == 2
     assert "patience watches the held-out loss, and no pairs are held out" in without.stderr
 

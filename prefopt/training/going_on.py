@@ -230,7 +230,7 @@ def seed(run: Run, origin: Origin) -> None:
 
     run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / origin.checkpoint.name
-    aside = target.with_name(f"{target.name}.tmp")
+    aside = run.folder / "checkpoint.tmp"  # beside checkpoints/, where it would be the beginning of one
     remove(aside)
     aside.mkdir()
     for file in sorted(origin.checkpoint.iterdir()):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 import prefopt.data.dataset
@@ -49,7 +50,7 @@ from prefopt.data.formats import Format
 from prefopt.data.items import Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
-from prefopt.utils.console import Bar
+from prefopt.utils.console import Bar, log_wrapped
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.store import opened
@@ -79,6 +80,10 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def num_tokens(self, columns: Sequence[str]) -> int:
+        """The number of tokens in these columns of all rows: prompt, chosen, rejected. A column may come again."""
+        return sum(pc.sum(pc.list_value_length(self.table[column])).as_py() or 0 for column in columns)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedPair: ...
@@ -138,7 +143,7 @@ def prepare_dataset(
         prepared[name] = Prepared(TokenizedPairs(folder / f"{name}.arrow"), **meta)
         log.info(f"  {name}: {format_counts(meta['counts'])}")
         if made := format_made(dataset, meta["counts"]):
-            log.info(f"  {made}")
+            log_wrapped(log, made)
     return prepared
 
 

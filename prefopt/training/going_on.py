@@ -202,8 +202,10 @@ def describe(origin: Origin, config: TrainConfig) -> list[str]:
     last, next_ = origin.rates
     turn = "rises" if next_ > last else "falls" if next_ < last else "stays"
     name = str(config.schedule["_target_"]).rpartition(".")[2].lower()
-    lines.append(f"the learning rate {turn} from {last:.2g} to {next_:.2g}, as {name} over {length} has it there:")
-    lines.append(f"this is not the run that {length} is from the start (for that one: resume=null)")
+    lines.append(
+        f"the learning rate {turn} from {last:.2g} to {next_:.2g}, as {name} over {length} has it there: this is not "
+        f"the run that {length} is from the start (for that one: resume=null)"
+    )
     return lines
 
 

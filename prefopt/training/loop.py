@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from prefopt.tracking.run import Run
 from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
 from prefopt.training.evaluate import evaluate_on_main
 from prefopt.training.loggers import Loggers, read_metrics
+from prefopt.training.outlook import Pace
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
@@ -63,15 +65,19 @@ def train_loop(train_state: TrainState) -> Trained:
         if early_stopping.should_stop(config.patience):
             start = steps  # a run that was killed between its last checkpoint and its policy
 
+        pace = Pace(config, start)
         with Bar("training", steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in prefetch_batches(train_state, start):
                 metrics = train_step(train_state, step, micro_batches)
                 heartbeat()
                 done = step + 1
                 logger.log("train", done, metrics)
+                pace.step(done, metrics)
 
                 if done % config.eval_every == 0 or done == steps:
+                    began = time.monotonic()
                     heldout_metrics = evaluate_on_main(train_state, done)
+                    pace.evaluation(done, time.monotonic() - began)
                     logger.log("heldout", done, heldout_metrics)
                     early_stopping.update(train_state, done, heldout_metrics)
 

@@ -20,6 +20,7 @@ from prefopt.config.parse import build
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
+from prefopt.utils.console import log_wrapped
 from prefopt.utils.distributed import (
     check_agreement,
     is_main_process,
@@ -218,6 +219,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.training.going_on import seed
     from prefopt.training.loop import train_loop
     from prefopt.training.model_card import write_model_card
+    from prefopt.training.outlook import memory_line, size_lines
     from prefopt.training.state import TrainState
 
     shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
@@ -249,6 +251,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
+    for line in size_lines(config, objective, data["train"], len(heldout_pairs)):
+        log_wrapped(log, line)
     counts = {name: split.counts for name, split in data.items()}
     model = model_parts(config) | loaded
     if not run.begun:
@@ -260,6 +264,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
         engine = build_engine(config, policy)
+    log_wrapped(log, memory_line(config, engine))
     router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
@@ -314,13 +319,12 @@ def skip_finished(run: "Run", config: TrainConfig) -> None:
 def announce(plan: RunPlan) -> None:
     """Say what is going to be trained, before anything that takes time."""
     config = plan.config
-    length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
-    log.info(f"{plan.run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
+    log.info(f"{plan.run.folder}: {config.precision} on {config.device}")
     if plan.origin:
         from prefopt.training.going_on import describe
 
         for line in describe(plan.origin, config):
-            log.info(f"  {line}")
+            log_wrapped(log, line)
     log.info(f"  objective: {format_objective(plan.objective)}")
     if world_size() > 1:
         log.info(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")

@@ -58,6 +58,11 @@ def edit(folder: Path, **facts) -> None:
     (folder / "record.json").write_text(json.dumps(record | facts))
 
 
+def unwrapped(said: str) -> str:
+    """The messages of a program on one line."""
+    return " ".join(line.partition(" INFO ")[2].strip() for line in said.splitlines())
+
+
 def steps_of(folder: Path, split: str) -> list[int]:
     return [row["step"] for row in timeless(folder / "metrics.jsonl") if row["split"] == split]
 
@@ -67,8 +72,11 @@ def test_a_longer_run_is_bit_for_bit_the_one_of_that_length(copied, overrides, t
     longer = (*CONSTANT, "steps=null", "epochs=2")
     process = run_program(*overrides(copied.parent), *longer)
     assert process.returncode == 0, process.stderr
-    assert f"going on from {copied}, which has taken 4 of the 6 steps" in process.stderr
-    assert "the learning rate was the same so far: this is the run that epochs=2 is from the start" in process.stderr
+    said = unwrapped(process.stderr)
+    assert f"going on from {copied}, which has taken 4 of the 6 steps" in said
+    assert "the learning rate was the same so far: this is the run that epochs=2 is from the start" in said
+    assert "12 pairs, 2 epochs: 6 steps of 4, " in said
+    assert "6 held out, evaluated before the first step and every 2" in said
     whole = run_program(*overrides(tmp_path / "whole"), *longer)
     assert whole.returncode == 0, whole.stderr
 

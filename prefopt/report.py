@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import print_table, settings_note
+from prefopt.reporting.differences import continued_note, print_table, settings_note
 from prefopt.reporting.figures import draw
 from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.paired import paired_table
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     for cells in runs.texts:
         table.add_row(*cells[:-1])
     console().print(table)
-    if note := settings_note(records):
+    for note in filter(None, (settings_note(records), continued_note(records))):
         print(note)
     if paired:
         print_table(paired)

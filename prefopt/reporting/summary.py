@@ -12,7 +12,7 @@ import pandas as pd
 from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import settings_note
+from prefopt.reporting.differences import continued_note, settings_note
 from prefopt.reporting.evaluated import Value, flatten_value, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.published import figures_of_method, paper_heading, read_published
@@ -253,9 +253,8 @@ def provenance(records: list[Record], command: str) -> list[str]:
     if "samples" in evaluated:
         sampled = f", oracle reward and KL over {evaluated['samples']} responses, one to each held-out prompt; "
         sampled += "s.e. over these"
-    note = settings_note(records)
     return [
-        *([note] if note else []),
+        *filter(None, (settings_note(records), continued_note(records))),
         f"Made by `{command}` from {len(records)} runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a "
         "resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",

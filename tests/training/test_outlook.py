@@ -10,6 +10,7 @@ from torch import nn
 from prefopt.data.cache import Limits, prepare_dataset
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.sft import SFT
+from prefopt.tracking.status import age
 from prefopt.training.checkpoint import checkpoint_bytes, state_bytes
 from prefopt.training.outlook import Pace, size_lines
 from tests.data.test_cache import dataset as dataset  # a fixture
@@ -59,7 +60,7 @@ def test_the_time_that_is_left_is_steps_and_evaluations(start, said):
     left, more = start + 13 - evaluated, {0: 2, 7: 1}[start]
     assert said() == (
         "about 18 s left: 9 steps at 1.5 pairs/s, evaluations not counted; at most 1.2 GiB of memory so far "
-        f"about {(left * 2 + more * 30) / 60:.0f} min left: {left} steps at 1.5 pairs/s, "
+        f"about {age(left * 2 + more * 30)} left: {left} steps at 1.5 pairs/s, "
         f"{more} evaluation{'s' * (more > 1)} of 30 s counted"
     )
 

@@ -251,6 +251,7 @@ def test_the_reliability_table():
     assert calibration(torch.tensor([1e4, 1e4]))["calibration_error"] == 0
 
 
+@pytest.mark.slow
 def test_from_a_reward_model_to_mappo_on_the_command_line(overrides, tiny_folder, tmp_path):
     """Train it, score pairs with it, train on the rewards: raw ones are refused with the way out, which works."""
     environment = {"PREFOPT_CACHE": str(tiny_folder / "cache")}

@@ -15,7 +15,6 @@ class ReportConfig:
     runs_dir: str = MISSING
     output: str = MISSING
     columns: str | None = None
-    published: str | None = None
     compare: list[str] = field(default_factory=list)
 
 

@@ -1,4 +1,4 @@
-"""A table of results, as Markdown, CSV and LaTeX (booktabs); the HTML pages show it by templates/papers.html."""
+"""A table of results, as Markdown, CSV and LaTeX; the HTML pages show it by templates/papers.html."""
 
 import csv
 import io
@@ -85,7 +85,8 @@ def text_columns(*headings: str) -> list[Column]:
 
 @dataclass
 class Tabular:
-    """`texts` are the cells as people read them, `rows` the numbers as they are, `notes` sentences for below."""
+    """`texts` are the cells as people read them, `rows` the numbers as they are, `notes` sentences that a reader needs
+    (n, what ± means, what is not the same for all), `origin` sentences on what the table was made from."""
 
     name: str
     columns: Sequence[Column]
@@ -93,13 +94,16 @@ class Tabular:
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     title: str = ""
+    origin: list[str] = field(default_factory=list)
 
     @property
     def headings(self) -> list[str]:
         return [column.heading for column in self.columns]
 
     def markdown(self) -> str:
-        return "\n".join([markdown_table(self.columns, self.texts), "", *map(markdown_text, self.notes)]) + "\n"
+        title = [f"**{markdown_text(self.title)}**", ""] if self.title else []
+        below = map(markdown_text, [*self.notes, *self.origin])
+        return "\n".join([*title, markdown_table(self.columns, self.texts), "", *below]) + "\n"
 
     def csv(self) -> str:
         """The numbers with full precision; a column for every key that a row has."""
@@ -111,15 +115,34 @@ class Tabular:
         return stream.getvalue()
 
     def latex(self) -> str:
-        r"""A `tabular` for \input, the notes above it as comments. It needs \usepackage{booktabs}."""
-        alignment = "".join("l" if column.text else "r" for column in self.columns)
-        rows = [map(_latex_heading, self.headings), *(map(latex_text, cells) for cells in self.texts)]
-        head, *body = [" & ".join(cells) + r" \\" for cells in rows]
-        comments = ["% " + " ".join(note.split()) for note in [self.title, *self.notes] if note]
-        begin = rf"\begin{{tabular}}{{{alignment}}}"
-        return "\n".join(
-            [*comments, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
-        )
+        r"""A `table` for \input: title and notes are its caption, the origin stands above as comments.
+
+        Small type and cells of several lines keep it within a page's 6.5 inches. A table that is wider than the line it
+        stands on is shrunk to it.
+        """
+        sides = ["l" if column.text else "r" for column in self.columns]
+        head = [_stacked(heading, 12, side) for heading, side in zip(self.headings, sides, strict=True)]
+        body = [[_stacked(cell, 24, side) for cell, side in zip(cells, sides, strict=True)] for cells in self.texts]
+        head, *body = [" & ".join(cells) + r" \\" for cells in (head, *body)]
+        comments = [*self.origin, r"Needs \usepackage{booktabs,graphicx}. On a page of two columns: table*."]
+        caption = " ".join(latex_text(sentence) for sentence in [f"{self.title or self.name}.", *self.notes])
+        lines = [
+            *(f"% {' '.join(comment.split())}" for comment in comments),
+            r"\begin{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{' '.join(caption.split())}}}",
+            rf"\label{{tab:{self.name}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{''.join(sides)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
         """NAME.md, NAME.csv and NAME.tex."""
@@ -140,11 +163,13 @@ def markdown_table(columns: Sequence[Column], texts: Sequence[Sequence[str]]) ->
     return "\n".join([head, rule, *body])
 
 
-def _latex_heading(text: str) -> str:
-    """The heading in lines about as wide as a figure with its error: in one line the table is wider than a page."""
-    lines = textwrap.wrap(text, 12, break_long_words=False, break_on_hyphens=False)
+def _stacked(text: str, width: int, side: str) -> str:
+    """`text` for LaTeX in lines of about so many characters, at this side ("l" or "r") of its column. Figures, which
+    have ± or no letters, stay whole."""
+    figure = "±" in text or not re.search("[a-z]", text)
+    lines = [text] if figure else textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     stacked = r"\\".join(map(latex_text, lines))
-    return rf"\shortstack[r]{{{stacked}}}" if len(lines) > 1 else stacked
+    return rf"\shortstack[{side}]{{{stacked}}}" if len(lines) > 1 else stacked
 
 
 def latex_text(text: str) -> str:

@@ -205,6 +205,7 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path, note: str) 
                 axis.plot([x] * len(y), y, color=color, marker=method_marker(method), **mark)
         axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
         axis.set_xticks(range(len(models)), models)
+        axis.set_xlim(-0.5, len(models) - 0.5)
         axis.set_ylabel("win rate at the last epoch, %")
         axis.set_title("Spread of the win rate over β")
         handles = [

@@ -172,7 +172,8 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
     if not points or (metric is not None and (metric.key, metric.judges) == PUBLISHED_METRIC):
         drawn["published"] = published
     output, name = Path(config.output), metric.name if metric else "length-controlled win rate"
-    errors = f"Bars: ± 1 standard error over {metric.questions} questions, and the seeds." if metric and points else ""
+    errors = f"Bars: ± 1 standard error over {metric.questions} questions" if metric and points else ""
+    errors += " and the seeds." if any(point.seeds > 1 for point in points) else "." * bool(errors)
     note = " ".join([errors, *shared])
     paths = draw_paths(points, sft_accuracy(policies, models), drawn.get("published", []), name, output, note)
     spread = draw_spread(drawn, output, " ".join(["A mark for each β, a bar from the lowest to the highest.", *shared]))

@@ -13,6 +13,7 @@ from typing import Any
 from prefopt.utils.files import atomic_write
 from prefopt.utils.plain import csv_cell, markdown_text
 
+LINES_OF_PAGE = 45  # of small type, with room for a caption
 MISSING = "–"  # in a cell: not measured, or not published
 _LATEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
@@ -118,31 +119,38 @@ class Tabular:
         r"""A `table` for \input: title and notes are its caption, the origin stands above as comments.
 
         Small type and cells of several lines keep it within a page's 6.5 inches. A table that is wider than the line it
-        stands on is shrunk to it.
+        stands on is shrunk to it, and one of more than LINES_OF_PAGE lines goes on in further floats.
         """
         sides = ["l" if column.text else "r" for column in self.columns]
-        head = [_stacked(heading, 12, side) for heading, side in zip(self.headings, sides, strict=True)]
-        body = [[_stacked(cell, 24, side) for cell, side in zip(cells, sides, strict=True)] for cells in self.texts]
-        head, *body = [" & ".join(cells) + r" \\" for cells in (head, *body)]
+        head = _latex_row(self.headings, sides, 12)
         comments = [*self.origin, r"Needs \usepackage{booktabs,graphicx}. On a page of two columns: table*."]
-        caption = " ".join(latex_text(sentence) for sentence in [f"{self.title or self.name}.", *self.notes])
-        lines = [
-            *(f"% {' '.join(comment.split())}" for comment in comments),
-            r"\begin{table}",
-            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{' '.join(caption.split())}}}",
-            rf"\label{{tab:{self.name}}}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{''.join(sides)}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table}",
-        ]
-        return "\n".join(lines) + "\n"
+        floats = [f"% {' '.join(comment.split())}" for comment in comments]
+        parts: list[list[str]] = [[]]
+        for row in (_latex_row(cells, sides, 40) for cells in self.texts):
+            if sum(map(_height, (*parts[-1], row))) > LINES_OF_PAGE:
+                parts.append([])
+            parts[-1].append(row)
+
+        title = self.title or self.name
+        caption = " ".join(" ".join(latex_text(sentence) for sentence in [f"{title}.", *self.notes]).split())
+        for number, body in enumerate(parts):
+            floats += [
+                r"\begin{table}",
+                r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+                rf"\caption{{{latex_text(title)}, continued.}}" if number else rf"\caption{{{caption}}}",
+                *([] if number else [rf"\label{{tab:{self.name}}}"]),
+                r"\smallskip",
+                r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+                rf"\begin{{tabular}}{{{''.join(sides)}}}",
+                r"\toprule",
+                head,
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}}",
+                r"\end{table}",
+            ]
+        return "\n".join(floats) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
         """NAME.md, NAME.csv and NAME.tex."""
@@ -163,13 +171,20 @@ def markdown_table(columns: Sequence[Column], texts: Sequence[Sequence[str]]) ->
     return "\n".join([head, rule, *body])
 
 
-def _stacked(text: str, width: int, side: str) -> str:
-    """`text` for LaTeX in lines of about so many characters, at this side ("l" or "r") of its column. Figures, which
-    have ± or no letters, stay whole."""
-    figure = "±" in text or not re.search("[a-z]", text)
-    lines = [text] if figure else textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    stacked = r"\\".join(map(latex_text, lines))
-    return rf"\shortstack[{side}]{{{stacked}}}" if len(lines) > 1 else stacked
+def _latex_row(cells: Sequence[str], sides: Sequence[str], width: int) -> str:
+    """A row of a tabular. A text goes on in a next line after about so many characters, at this side ("l" or "r") of
+    its column."""
+    stacked = []
+    for cell, side in zip(cells, sides, strict=True):
+        lines = textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
+        text = r" \\ ".join(map(latex_text, lines))
+        stacked.append(rf"\begin{{tabular}}[b]{{@{{}}{side}@{{}}}}{text}\end{{tabular}}" if len(lines) > 1 else text)
+    return " & ".join(stacked) + r" \\"
+
+
+def _height(row: str) -> int:
+    """The lines of a row of a tabular: those of its highest cell."""
+    return 1 + max(cell.count(r" \\ ") for cell in row.split(" & "))
 
 
 def latex_text(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from prefopt.config.schema import DatasetConfig, ModelConfig
+from prefopt.evaluation.config import AlpacaConfig
 
 
 @dataclass
@@ -29,6 +30,15 @@ class PapersConfig:
     tasks: Any = None
     judge_name: str | None = None
     baseline_name: str | None = None
+
+
+@dataclass
+class CompareConfig(AlpacaConfig):
+    """What `python -m prefopt.compare` reads (conf/compare.yaml)."""
+
+    judge: Any = None
+    third: str | None = None
+    limit: int | None = None
 
 
 @dataclass

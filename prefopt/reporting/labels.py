@@ -16,9 +16,9 @@ def flat_config(record: Record) -> dict[str, Any]:
 
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
-    for the keys `without`, and those of the data that follow from the data's name. The objective's own keys come without
-    their `objective.`; a key that is null, or that the run lacks, is left out. Runs of one objective have the same
-    label if and only if they agree in all these."""
+    for the keys `without`, and those of the data that follow from its name. The objective's own keys come without their
+    `objective.`; a key that is null, or that the run lacks, is left out. Runs of one objective have the same label if
+    and only if they agree in all these."""
     flat = [flat_config(r) for r in records]
     # Of each objective, by key: the values in its runs, by their repr.
     values: dict[str, dict[str, dict[str, Any]]] = {r["objective"]: {} for r in records}

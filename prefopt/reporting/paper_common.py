@@ -111,9 +111,7 @@ def describe_metrics(metric: Metric | None, policies: Sequence[Evaluated]) -> li
         notes.append(f"LM accuracy, the mean acc of {tasks}{limits_note(results)}.")
     simpo = [policy.run["config"]["objective"] for policy in policies if policy.run["objective"] == "simpo"]
     if notes:
-        notes.append(
-            "± is one standard error over these questions and rows, and over seeds where there are several."
-        )
+        notes.append("± is one standard error over these questions and rows, and over seeds where there are several.")
     if simpo:
         forms = {"with" if objective.get("length_normalize") else "without" for objective in simpo}
         notes.append(f"SimPO {' and '.join(sorted(forms))} length normalization.")

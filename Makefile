@@ -32,7 +32,7 @@ demo: setup ## train SmolLM2-135M with DPO, SimPO and MMPO: runs/demo
 	@echo "Oracle reward over KL: $(CURDIR)/runs/demo/report/reward_kl.png"
 	@echo "See whether the reward rises above the initial policy's, and how far each objective goes from it (KL)."
 	@echo "Read answers side by side:"
-	@echo "  $(BIN)/python -m prefopt.compare $$(ls -d runs/demo/dpo-* runs/demo/mmpo-* | sed 's/^/run=/' | xargs)"
+	@echo "  $(BIN)/python -m prefopt.compare judge=reward_model $$(ls -d runs/demo/dpo-* runs/demo/mmpo-* | sed 's/^/run=/' | xargs)"
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo

@@ -155,7 +155,8 @@ def academic_table(
 
     shown = {column.key for column in columns}
     what = "; ".join(f"{c}: {m.replace(',', ', ')} of {task}" for c, (task, m) in benchmarks.items() if c in shown)
-    notes = [f"In percent: {what or 'no task was evaluated'}{limits}.", *notes]
+    error = "± is one standard error over the rows, and over seeds where there are several."
+    notes = [f"In percent: {what or 'no task was evaluated'}{limits}.", error, *notes]
     return Tabular("mappo_academic", columns, format_rows(columns, rows), rows, notes, "Academic benchmarks", origin)
 
 

@@ -93,9 +93,8 @@ def sides_differ(a: Sequence[Record], b: Sequence[Record]) -> str:
 def print_table(table: Tabular) -> None:
     """Title, table and notes on stdout, at the terminal's width. A number stays in one line, a text goes on in the next
     one; columns for which there is no room stand below, beside the first column once more."""
-    lines = [table.headings, *table.texts]
     needed = []
-    for column, (heading, *cells) in zip(table.columns, zip(*lines, strict=True), strict=True):
+    for column, (heading, *cells) in zip(table.columns, zip(table.headings, *table.texts, strict=True), strict=True):
         if column.text:
             needed.append(min(LEAST_TEXT, max(map(len, (heading, *cells)))))
         else:
@@ -114,8 +113,8 @@ def print_table(table: Tabular) -> None:
             if table.columns[place].text or needed[place] > LONGEST_NUMBER:
                 shown.add_column(heading, overflow="fold", vertical="bottom")
             else:
-                heading = "\n".join(textwrap.wrap(heading, needed[place], break_long_words=False, break_on_hyphens=False))
-                shown.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+                lines = textwrap.wrap(heading, needed[place], break_long_words=False, break_on_hyphens=False)
+                shown.add_column("\n".join(lines), justify="right", no_wrap=True, vertical="bottom")
         for cells in table.texts:
             shown.add_row(*(cells[place] for place in (0, *block)))
         console().print(shown)

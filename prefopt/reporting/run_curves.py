@@ -15,7 +15,7 @@ from typing import Any
 from prefopt.reporting.labels import labels
 from prefopt.reporting.style import PAGE, method_colors, method_marker, plotting
 from prefopt.tracking.archive import Record
-from prefopt.tracking.metrics import read_metrics
+from prefopt.tracking.metrics import metrics_files, read_metrics
 from prefopt.tracking.record import read_record
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import atomic_write
@@ -56,7 +56,8 @@ def write_curves(folder: Path) -> None:
                 continue
             record = read_record(place)
             model, data = (record["config"][part]["name"] for part in ("model", "dataset"))
-            draw(of_place, record, f"{labels([record])[0]} · {model} on {data}", target)
+            if draw(of_place, record, f"{labels([record])[0]} · {model} on {data}", target):
+                log.info(f"  its curves: {target}")
     except Exception as error:
         log.warning(f"  {folder / CURVES} was not drawn: {error}")
 
@@ -86,13 +87,6 @@ def draw(files: Sequence[Path], record: Record, title: str, target: Path) -> boo
         plt.close(figure)
     atomic_write(target, png.getvalue())
     return True
-
-
-def metrics_files(folder: Path) -> list[Path]:
-    """The metrics.jsonl of the run in `folder`; of an online run those of its stages, in their order."""
-    stages = sorted(folder.glob("stage_*"), key=lambda stage: int(stage.name.removeprefix("stage_")))
-    files = [folder / "metrics.jsonl", *(file for stage in stages for file in stage.glob("*/metrics.jsonl"))]
-    return [file for file in files if file.is_file()]
 
 
 def rows_of(files: Sequence[Path]) -> list[Row]:

@@ -22,6 +22,13 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
                 break
 
 
+def metrics_files(folder: Path) -> list[Path]:
+    """The metrics.jsonl of the run in `folder`; of an online run those of its stages, in their order."""
+    stages = sorted(folder.glob("stage_*"), key=lambda stage: int(stage.name.removeprefix("stage_")))
+    files = [folder / "metrics.jsonl", *(file for stage in stages for file in stage.glob("*/metrics.jsonl"))]
+    return [file for file in files if file.is_file()]
+
+
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """The metrics of a row that are numbers: what other loggers take of it, and a curve is drawn of."""
     return {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}

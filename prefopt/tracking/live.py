@@ -21,7 +21,7 @@ from prefopt.utils.files import read_lines_reversed
 
 SPEED_OVER = 10  # last training steps, over which the speed is a mean
 UNKNOWN = "–"
-FRAME_LINES = 6  # of a terminal, beside the rows: the counts, the head of the table, the line for what has no room
+FRAME_LINES = 8  # of a terminal, beside the rows: the counts, the head of the table, the line for what has no room
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Watch:
             table.add_row(*map(Text, [name, run.state, *self.progress[run.folder].texts().values()]))
         notes = [f"run: … is {common}"] if common else []
         more = [f"and {len(ordered) - room} more"] if len(ordered) > room else []
-        return Group(Text("; ".join([summary, *notes])), table, *map(Text, more))
+        return Group(Text(summary), *map(Text, notes), table, *map(Text, more))
 
     def changes(self) -> list[str]:
         """A line for each run whose status or step has changed since the last call."""

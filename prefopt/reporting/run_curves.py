@@ -109,7 +109,7 @@ def curves_figure(plt: Any, rows: Sequence[Row], title: str, method: str) -> Any
     panels = {key: lines for key in PANELS if any(lines := [curve(rows, split, key) for split in ("train", "heldout")])}
     if not panels:
         return None
-    columns = 4 if len(panels) in (4, 7, 8) else 3
+    columns = min(len(panels), 4 if len(panels) in (4, 7, 8) else 3)
     height = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
         height, columns, figsize=(PAGE, 1.5 * height + 0.6), squeeze=False, layout="constrained", sharex=True
@@ -138,9 +138,8 @@ def curves_figure(plt: Any, rows: Sequence[Row], title: str, method: str) -> Any
         axis.axis("off")
     for column in range(columns):
         lowest = max(row for row in range(height) if row * columns + column < len(panels))
-        axes[lowest][column].set_xlabel("optimizer step")
         axes[lowest][column].tick_params(labelbottom=True)
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(f"{title}, over optimizer steps", fontsize=8)
     style = {"frameon": False, "fontsize": 7.5, "handlelength": 2.4}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), **style)
     return figure

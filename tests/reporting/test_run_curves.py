@@ -70,6 +70,15 @@ def test_there_is_a_panel_for_each_metric_of_the_run_with_its_values(tmp_path):
         plt.close(sft)
 
 
+def test_a_single_metric_is_a_single_panel_and_none_is_no_figure():
+    rows = [{"step": 0, "split": "heldout", "stage": 0, "accuracy": None, "loss": 0.7}]
+    with plotting() as plt:
+        figure = curves_figure(plt, rows, "", "dpo")
+        assert [axis.get_title() for axis in figure.axes] == ["loss"]
+        plt.close(figure)
+        assert curves_figure(plt, [rows[0] | {"loss": None}], "", "dpo") is None
+
+
 def test_many_steps_are_averaged_in_equal_stretches_and_the_legend_says_so():
     line = [(float(i), float(i), 0.0) for i in range(1, 3 * MOST_POINTS + 1)]
     averaged, stretch = thinned(line)

@@ -208,7 +208,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(overrides, whole
 def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides, tmp_path):
     """Tokens, the reference's log-probs and the samples of the initial policy, all of them at once."""
     env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
-    oracle = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=6"]
+    oracle = ["dataset.oracle={_target_: prefopt.rewards.scorers.Vader}", "sampling.max_new_tokens=6"]
     found = []
     for n in (1, 2):
         runs = tmp_path / f"runs_{n}"
@@ -232,7 +232,7 @@ def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides
 def test_killed_makers_of_what_is_cached_leave_nothing(overrides, tmp_path):
     env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
     arguments = [*overrides(tmp_path / "runs"), *STEPS, "sampling.max_new_tokens=6"]
-    arguments += ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
+    arguments += ["dataset.oracle={_target_: prefopt.rewards.scorers.Vader}"]
     moments = [
         At("prefopt.data.cache:write_split", 2),
         At("prefopt.utils.store:publish"),  # with all written, and it has not got its name yet

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.kills]
 KILLS = int(os.environ.get("KILLS", "5"))  # of each configuration
 SEED = int(os.environ.get("KILLS_SEED", "0"))
 STEPS = ["steps=12", "eval_every=4", "save_every=1"]
-ORACLE = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=6"]
+ORACLE = ["dataset.oracle={_target_: prefopt.rewards.scorers.Vader}", "sampling.max_new_tokens=6"]
 CONFIGURATIONS = {
     "dpo": ["objective=dpo"],
     "beta_dpo, with its state": ["objective=beta_dpo"],

@@ -558,7 +558,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("action", [no_memory, torch_has_none])
 def test_too_little_memory_is_one_message_whatever_was_being_done(action, overrides, tmp_path, env):  # noqa: F811
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
+    oracle = "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}"
     for number, (place, doing) in enumerate(MOMENTS.items()):
         arguments = [*overrides(tmp_path / f"runs{number}"), *STEPS, "exports=2", oracle, "sampling.max_new_tokens=4"]
         own_cache = {"PREFOPT_CACHE": str(tmp_path / f"cache{number}")}  # so that nothing is answered from it

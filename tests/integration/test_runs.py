@@ -78,7 +78,7 @@ def test_the_exported_policy_loads_and_is_the_trained_one(grid, tiny_folder):
 def test_the_same_command_skips_what_is_finished(grid, overrides):
     runs, _ = grid
     before = {file: file.stat().st_mtime_ns for file in runs.glob("*/*") if "multirun" not in str(file)}
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
+    oracle = "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}"
     again = run_program(*overrides(runs), oracle, "sampling.max_new_tokens=6", "objective.beta=0.05")
     assert again.returncode == 0
     assert "finished, skipped" in again.stderr

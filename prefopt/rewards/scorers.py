@@ -129,7 +129,7 @@ def _function(name: str) -> Callable[..., Any]:
         raise ValueError(f"function: cannot import {name!r}: {error}") from None
     if not callable(function):
         raise ValueError(f"function: {name} is no function: {function!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def warn_of_squeezing(metrics: dict[str, Any], limit: float | None) -> None:
 
 @torch.no_grad()
 def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """The metrics of `pairs`, with the standard error of the accuracy. At step 0 also the check that policy and reference agree.
+    """The metrics of `pairs`, the accuracy with its standard error. At step 0 also the check that policy and reference
+    agree.
 
     An objective whose scope is the step gets all pairs at once, with its present state.
     """

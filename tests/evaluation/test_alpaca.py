@@ -28,7 +28,6 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.fields import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig

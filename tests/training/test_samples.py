@@ -119,7 +119,7 @@ def test_a_model_that_cannot_generate_is_told_the_way_out(state, monkeypatch):
         raise IndexError("index out of range")
 
     monkeypatch.setattr(prefopt.training.evaluate, "sample", fails)
-    with pytest.raises(UserError, match="the llama cannot generate .index out of range.. With sampling.prompts=0"):
+    with pytest.raises(UserError, match=r"the llama cannot generate \(index out of range\). With sampling\.prompts=0"):
         evaluate(state, 2)
 
 
@@ -154,9 +154,9 @@ def test_a_function_is_called_once_for_all_and_its_answer_is_checked(monkeypatch
     assert calls == [([[], []], ["a", "bcd"])]
     assert function.label == "reward"
     assert function.probability(0.0) == 0.5
-    with pytest.raises(UserError, match="mine.short returned 1 rewards for 2 responses"):
+    with pytest.raises(UserError, match=r"mine\.short returned 1 rewards for 2 responses"):
         rewards_of(Function("mine.short"), "a", "b")
-    with pytest.raises(UserError, match="mine.nan's reward of text 1 must be a finite number, is nan"):
+    with pytest.raises(UserError, match=r"mine\.nan's reward of text 1 must be a finite number, is nan"):
         rewards_of(Function("mine.nan"), "a", "b")
     for name, why in (("mine.none", "cannot import 'mine.none'"), ("reward", "cannot"), ("mine.value", "no function")):
         with pytest.raises(ValueError, match=why):

@@ -235,6 +235,8 @@ def measured(records: Sequence[Record]) -> list[str]:
         notes.append(f"{what} over {prompts} responses, one to each held-out prompt.")
     if notes:
         notes.append("± is one standard error over these. One training seed per run.")
+    if any(record["harness"] or record["alpaca"] for record in records):
+        notes.append("Of accuracies over tasks and win rates, ± is one standard error over their questions.")
     note = settings_note(records)
     return [" ".join(notes)] * bool(notes) + [note] * bool(note)
 

@@ -472,7 +472,6 @@ TABLE = [
           files={"runs/A/record.json": "{"}),
     other("report", "a record in another code", "", "record.json cannot be read",
              files={"runs/A/record.json": b"\xff"}),
-    other("report", "no figures", "published=none.csv", "published=none.csv: no such file", files=run()),
     other("report", "a column that is none", "columns=nope", "run A has no nope", files=run()),
     other("report", "a file for a folder", "output=train.jsonl", "output=train.jsonl", "Give another output",
              files=run()),

@@ -22,7 +22,7 @@ from prefopt.generation.config import SampleConfig
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.prefetch import PrefetchConfig
-from prefopt.reporting.config import DataReportConfig, PapersConfig, ReportConfig
+from prefopt.reporting.config import CompareConfig, DataReportConfig, PapersConfig, ReportConfig
 from prefopt.rewards.config import ScoreConfig
 from prefopt.tracking.status import RunsConfig
 from prefopt.training.config import OnlineConfig, TrainConfig, check
@@ -39,7 +39,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "harness": HarnessConfig,
     "alpaca": AlpacaConfig,
-    "compare": AlpacaConfig,
+    "compare": CompareConfig,
     "online": OnlineConfig,
     "sample": SampleConfig,
     "score": ScoreConfig,

@@ -32,8 +32,6 @@ def register(*schemas: type) -> None:
     store = ConfigStore.instance()
     for schema in schemas:
         for base in filter(dataclasses.is_dataclass, schema.__mro__):
-            if base is not schema and base in schemas:
-                continue
             name = re.sub(r"(?<!^)(?=[A-Z])", "_", base.__name__.removesuffix("Config")).lower()
             store.store(name=f"{name}_schema", node=schema)
     # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:

@@ -91,7 +91,7 @@ def test_commands_compose(command, tmp_path, monkeypatch):
     grid = [[f"{key}={value}" for value in values.split(",")] if "[" not in values else [o]
             for o in overrides if o != "-m" and not o.startswith("--")
             for key, _, values in [o.partition("=")]]  # fmt: skip
-    register(*SCHEMAS.values())
+    register(schema)
     for point in itertools.product(*grid):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = parse(compose(name, list(point)), schema)

@@ -44,7 +44,9 @@ def main(cfg: DictConfig) -> None:
     for table in filter(None, tables):
         print_table(table)
     files = [file for table in filter(None, tables) for file in table.write(output)]
-    files += draw(records, output) + draw_run_curves(records, output)
+    if not (figures := draw(records, output)):
+        print("No figure of reward over KL: no run has a reward of its samples, which dataset.oracle gives them.")
+    files += figures + draw_run_curves(records, output)
     for file in files + write_archive_once(records, config.runs_dir, output):
         print(file)
 

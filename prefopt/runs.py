@@ -2,7 +2,7 @@
 
     python -m prefopt.runs
     python -m prefopt.runs status=[failed,died] name=dpo-* watch=true
-    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the run that ended with the highest oracle reward
+    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the best run: by oracle reward, or else accuracy
 
 A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/tracking/process.py). watch=true
 shows losses, speed and the time left until all runs have ended, or until Ctrl-C, which ends no run.

@@ -198,6 +198,13 @@ def counts(values: Iterable[Any]) -> str:
     return " or ".join(map(str, sorted({value for value in values if value is not None})))
 
 
+def main_measure(records: Iterable[Record]) -> tuple[str, str]:
+    """By what the ends of these runs are compared, as the key of a figure and its name: the oracle reward where some
+    run has one, else the held-out accuracy."""
+    rewarded = any("oracle_reward" in row for record in records for row in record["evaluations"][-1:])
+    return ("oracle_reward", "oracle reward") if rewarded else ("accuracy", "held-out accuracy")
+
+
 def flatten_value(key: str, value: Value | None) -> dict[str, float | None]:
     """A figure and its standard error as two fields of a table's row: `key` and KEY_se."""
     mean, error = value or (None, None)

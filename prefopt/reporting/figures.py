@@ -9,7 +9,7 @@ from typing import Any
 from prefopt.objectives import SIDES
 from prefopt.reporting.curves import Point, at_last_epoch, drift, paths, sensitive_keys, sensitivity
 from prefopt.reporting.differences import settings_note
-from prefopt.reporting.evaluated import Value, counts, model_names
+from prefopt.reporting.evaluated import Value, counts, main_measure, model_names
 from prefopt.reporting.labels import labels
 from prefopt.reporting.published import normalize_model_name
 from prefopt.reporting.style import (
@@ -269,8 +269,9 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
 
 
 def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list[Path]:
-    """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error,
-    over seeds or (of one seed alone) over its prompts."""
+    """The final oracle reward (without any oracle: the held-out accuracy) over each hyperparameter that was varied, a
+    panel for each; bars of one standard error, over seeds or (of one seed alone) over its prompts or pairs."""
+    measure, measure_name = main_measure(records)
     panels = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
     if not panels:
         return []
@@ -301,9 +302,10 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
             axis.set_xlabel(key.removeprefix("objective."))
             if len(curves) > 1:
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False, fontsize=7.5)
-        axes[0][0].set_ylabel("final oracle reward")
-        prompts = counts(r["evaluations"][-1].get("samples") for r in records if r["evaluations"])
-        note = f"Bars: ± 1 standard error over seeds; of one seed, over its {prompts} held-out prompts."
+        axes[0][0].set_ylabel(f"final {measure_name}")
+        n, items = ("samples", "prompts") if measure == "oracle_reward" else ("n", "pairs")
+        number = counts(r["evaluations"][-1].get(n) for r in records if r["evaluations"])
+        note = f"Bars: ± 1 standard error over seeds; of one seed, over its {number} held-out {items}."
         note = wrapped(f"{note} {settings_note(records)}", size[0])
         figure.set_figheight(size[1] + 0.16 * (note.count("\n") + 1))
         figure.supxlabel(note, fontsize=7, x=0.02, ha="left")

@@ -129,7 +129,8 @@ def item_values(record: Record) -> dict[str, pd.Series]:
         frame = pd.DataFrame(_lines(samples))
         index = _keys(frame["prompt"])
         for key, measure in (
-            ("reward", "oracle reward"), ("logratio", "KL to reference (nats)"), ("finished", "answers that end")
+            ("reward", "oracle reward"), ("logratio", "KL to reference (nats)"), ("length", "length (tokens)"),
+            ("finished", "answers that end"),
         ):  # fmt: skip
             if key in frame and frame[key].notna().all():
                 measures[measure] = pd.Series(frame[key].astype(float).to_numpy(), index)

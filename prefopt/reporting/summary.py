@@ -15,10 +15,11 @@ from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.differences import settings_note
-from prefopt.reporting.evaluated import Value, counts, flatten_value, mean_over_seeds
+from prefopt.reporting.evaluated import Value, counts, flatten_value, main_measure, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
 from prefopt.tracking.archive import Record, beta
+from prefopt.tracking.record import heldout_accuracy
 from prefopt.utils.fingerprint import fingerprint
 
 # A column for which no run has a figure is left out of the table of runs. `main_table` puts the post-hoc evaluations
@@ -28,7 +29,7 @@ COLUMNS = {
     for column in (
         Column("objective", "objective", text=True),
         Column("beta", "β"),
-        Column("accuracy", "held-out accuracy", 2),
+        Column("accuracy", "held-out accuracy ± s.e.", 2, error=True),
         Column("heldout_loss", "held-out loss", 3),  # of reward models alone: other objectives' losses do not compare
         Column("calibration_error", "calibration error", 3),
         Column("oracle_reward", "oracle reward ± s.e.", 3, error=True),
@@ -104,7 +105,7 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
         name = f"initial policy ({record['config']['model']['name']})"
         name += f" on {data}" * several[0] + f" seed={seed}" * several[1]
         # Before training, accuracy is a matter of the objective's scores alone: a tie, or the reference's opinion.
-        rows.append(_row(start, start) | {"run": "", "objective": name, "beta": None, "accuracy": None})
+        rows.append(_row(start, start) | {"run": "", "objective": name, "beta": None} | flatten_value("accuracy", None))
 
     for record, label in zip(records, labels(records), strict=True):
         # beta has its own column; what else tells the run apart stays with the objective's name.
@@ -152,7 +153,8 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     rows = over_seeds(records)
     if all(row["n"] == 1 for row in rows):
         return None
-    columns = [Column("method", "method", text=True), Column("n", "seeds"), *MEASURES]
+    there = [c for c in MEASURES if c.key != "oracle_reward" or any(c.format(row) != MISSING for row in rows)]
+    columns = [Column("method", "method", text=True), Column("n", "seeds"), *there]
     note = (
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
         "held-out prompts, whose choice is a further error that these do not show."
@@ -163,25 +165,26 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
 
 
 def by_column(records: list[Record], key: str) -> list[dict[str, Any]]:
-    """The final oracle reward of each method for each value of `key`, over the runs that differ in nothing but their
-    seed: a row for each pair of the two that occurs.
+    """The final oracle reward of each method for each value of `key` (without any oracle: the held-out accuracy), over
+    the runs that differ in nothing but their seed: a row for each pair of the two that occurs.
 
     A row has method; `key`, the value as text; mean; se, its standard error over seeds (None for one alone); n, their
-    number; over_prompts, the median of the runs' standard errors over the held-out prompts.
+    number; over_prompts, the median of the runs' standard errors over the held-out prompts (pairs).
 
-    Raises UserError where runs lack the key or an oracle.
+    Raises UserError where runs lack the key or the figure.
     """
     finals = []
+    measure, name = main_measure(records)
     for record, method in zip(records, labels(records, without=("seed", "dataset.name", key)), strict=True):
-        config, last = flat_config(record), (record["evaluations"] or [{}])[-1]
-        if key not in config or "oracle_reward" not in last:
-            raise UserError(f"run {record['name']} has no {key}, or was not evaluated by an oracle: it fits no column.")
-        finals.append((method, str(config[key]), last["oracle_reward"], last["oracle_reward_se"]))
+        config, last = flat_config(record), _final_row(record)
+        if key not in config or last[measure] is None:
+            raise UserError(f"run {record['name']} has no {key if key not in config else name}: it fits no column.")
+        finals.append((method, str(config[key]), last[measure], last[f"{measure}_se"]))
 
-    frame = pd.DataFrame(finals, columns=["method", "value", "reward", "error"])
+    frame = pd.DataFrame(finals, columns=["method", "value", "figure", "error"])
     rows = []
     for (method, value), seeds in frame.groupby(["method", "value"], sort=False):
-        mean, error = mean_over_seeds(seeds["reward"]) or (None, None)
+        mean, error = mean_over_seeds(seeds["figure"]) or (None, None)
         row = {"method": method, key: value, "mean": mean, "se": error, "n": len(seeds)}
         rows.append(row | {"over_prompts": statistics.median(seeds["error"])})
     return rows
@@ -196,15 +199,17 @@ def by_column_table(records: list[Record], key: str, command: str) -> Tabular:
     texts = [[method, *(cells.get((method, value), MISSING) for value in values)] for method in methods]
     columns = [Column("method", "method", text=True), *(Column(value, value) for value in values)]
 
-    first = records[0]["evaluations"][0]
-    over_prompts = statistics.median(row["over_prompts"] for row in rows)
+    first, (measure, name) = records[0]["evaluations"][0], main_measure(records)
+    items = f"{first['samples']} held-out prompts" if measure == "oracle_reward" else f"{first['n']} held-out pairs"
+    over_items = statistics.median(row["over_prompts"] for row in rows)
     note = (
-        f"Mean over n seeds ± its standard error over seeds. A run's own standard error over its {first['samples']} "
-        f"held-out prompts, which are the same for all, is {over_prompts:.3f} (median). The initial policy has "
-        f"{format_value(first['oracle_reward'], first['oracle_reward_se'], 3)}."
+        f"Mean over n seeds ± its standard error over seeds. A run's own standard error over its {items}, which are "
+        f"the same for all, is {over_items:.3f} (median)."
     )
+    if measure == "oracle_reward":
+        note += f" The initial policy has {format_value(first[measure], first[f'{measure}_se'], 3)}."
     notes = [note, *filter(None, [settings_note(records)])]
-    title = f"Final oracle reward by {key}"
+    title = f"Final {name} by {key}"
     return Tabular("by_column", columns, texts, rows, notes, title, provenance(records, command))
 
 
@@ -224,14 +229,12 @@ def measured(records: Sequence[Record]) -> list[str]:
     ends = [record["evaluations"][-1] for record in records if record["evaluations"]]
     notes = []
     if pairs := counts(end.get("n") for end in ends):
-        notes.append(f"Accuracy over {pairs} held-out pairs.")
+        notes.append(f"Accuracy over {pairs} held-out pairs, where a tie is not right.")
     if prompts := counts(end.get("samples") for end in ends):
-        notes.append(
-            f"Oracle reward and KL over {prompts} responses, one to each held-out prompt; ± is one standard error over "
-            "these prompts."
-        )
+        what = "Oracle reward and KL" if main_measure(records)[0] == "oracle_reward" else "KL"
+        notes.append(f"{what} over {prompts} responses, one to each held-out prompt.")
     if notes:
-        notes.append("One training seed per run.")
+        notes.append("± is one standard error over these. One training seed per run.")
     if any(record["harness"] or record["alpaca"] for record in records):
         notes.append("Of accuracies over tasks and win rates, ± is one standard error over their questions.")
     note = settings_note(records)
@@ -268,7 +271,7 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
         "run": None,
         "objective": None,
         "beta": None,
-        "accuracy": last.get("accuracy"),
+        **flatten_value("accuracy", heldout_accuracy(last)),
         **{key: last.get(key) for key in ("oracle_reward", "oracle_reward_se", "kl", "kl_se")},
         "chosen_logps_drift": last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None,
         "sample_length": last.get("sample_length"),

@@ -322,8 +322,15 @@ TABLE = [
     config("chats for pairs", f"dataset.train=bad.jsonl dataset.heldout=null {format_('Chats')}",
            "objective dpo compares two completions, and bad.jsonl holds chats", files={"bad.jsonl": json.dumps(
                {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]})}),
-    config("oracle without prompts", "dataset.oracle={_target_:prefopt.rewards.oracle.Vader} dataset.heldout=null",
+    config("oracle without prompts", "dataset.oracle={_target_:prefopt.rewards.scorers.Vader} dataset.heldout=null",
            "dataset.heldout is null: give a file"),
+    config("rows' columns as oracle", "dataset.oracle={_target_:prefopt.rewards.scorers.Columns}",
+           "dataset.oracle: Columns reads what a row holds", "+scorer@dataset.oracle=vader"),
+    config("no model of the oracle", "+scorer@dataset.oracle=reward_model dataset.oracle.path=no/such",
+           "no model can be loaded from dataset.oracle.path=no/such"),
+    config("no function of the oracle", "+scorer@dataset.oracle=function dataset.oracle.function=json.none",
+           "dataset.oracle.function: cannot import 'json.none'"),
+    config("prompts", "sampling.prompts=-1", "sampling.prompts must not be negative"),
     # Models
     config("no model", "model.path=no/such-model", "no model can be loaded from model.path=no/such",
              "prefopt.prefetch"),

@@ -143,16 +143,17 @@ def test_modules_outside_the_checkout_are_used_as_the_page_says(tiny_folder, ove
         ours = [{"question": f"{row['prompt']} {split}", "good": row["chosen"], "bad": row["rejected"]} for row in rows]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
     program, *arguments = shlex.split(train)
-    others = [o for o in overrides(tmp_path / "runs") if not o.startswith("dataset")]
+    others = [o for o in overrides(tmp_path / "runs") if not o.startswith(("dataset", "sampling"))]
+    others.append("sampling.max_new_tokens=4")
     process = run_program(*arguments, *others, program=program, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     (record,) = (tmp_path / "runs").glob("exponential-*-questions-*/record.json")
     config = json.loads(record.read_text())["config"]
-    assert config["dataset"]["oracle"] == {"_target_": "questions.Short"}
+    assert config["dataset"]["oracle"] == {"_target_": "brief.Brief", "per_word": 0.1}
     rows = [json.loads(line) for line in (record.parent / "metrics.jsonl").read_text().splitlines()]
     peak = config["optimizer"]["lr"]
     assert {row["lr"] for row in rows if row["split"] == "train"} == {peak, peak / 2}
-    assert all(0 < row["oracle_reward"] <= 1 for row in rows if row["split"] == "heldout")
+    assert all(row["oracle_reward"] < 0 for row in rows if row["split"] == "heldout")
 
     (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "?", "responses": ["one", "one two"]}) + "\n")
     program, *arguments = shlex.split(score)

@@ -109,15 +109,21 @@ def test_reward_models_have_their_loss_and_calibration_and_no_columns_of_a_polic
     (tmp_path / "reward-0" / "record.json").write_text(json.dumps(record))
     found = read_records(tmp_path)
     table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
-    assert table.headings == ["objective", "held-out accuracy", "held-out loss", "calibration error"]
-    assert table.texts == [["initial policy (model)", "–", "0.693", "0.100"], ["reward", "0.66", "0.664", "0.100"]]
-    assert table.notes == ["Accuracy over 64 held-out pairs. One training seed per run."]
+    assert table.headings == ["objective", "held-out accuracy ± s.e.", "held-out loss", "calibration error"]
+    assert table.texts == [
+        ["initial policy (model)", "–", "0.693", "0.100"],
+        ["reward", "0.66 ± 0.06", "0.664", "0.100"],
+    ]
+    assert table.notes == [
+        "Accuracy over 64 held-out pairs, where a tie is not right. ± is one standard error over these. One training "
+        "seed per run."
+    ]
     # An initial policy of which nothing was measured is no row.
     found[0]["evaluations"] = [{k: v for k, v in e.items() if k in ("step", "accuracy", "n")} for e in ends]
     table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
     assert (table.headings, table.texts) == (
-        ["objective", "held-out accuracy"],
-        [["reward", "0.66"]],
+        ["objective", "held-out accuracy ± s.e."],
+        [["reward", "0.66 ± 0.06"]],
     )
 
 

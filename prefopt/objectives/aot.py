@@ -13,10 +13,10 @@ from prefopt.objectives.margin_matching import cross_entropy
 class AOT(ImplicitReward):
     """loss = -(1 - e) log sigma(beta d) - e log sigma(-beta d),  d = sort(lp_w - lp_l) - sort(rp_w - rp_l).
 
-    Both lists, of the policy's and of the reference's gaps, are sorted over all pairs of the optimizer step, so that the
-    pair with the policy's k-th smallest gap is held against the reference's k-th smallest: the distribution of the
-    policy's gaps shall dominate that of the reference. TRL sorts within a micro-batch. `label_smoothing` e as in cDPO.
-    The formula follows TRL 1.16. Scores are beta * u. Raises ValueError for beta <= 0 or e outside [0, 0.5).
+    Both lists, of the policy's and of the reference's gaps, are sorted over all pairs of the optimizer step. The pair
+    with the policy's k-th smallest gap is held against the reference's k-th smallest, so that the distribution of the
+    policy's gaps comes to dominate the reference's. `label_smoothing` e as in cDPO. The formula follows TRL 1.16, which
+    sorts within a micro-batch. Scores are beta * u. Raises ValueError for beta <= 0 or e outside [0, 0.5).
     """
 
     equation = "−(1−ε) log σ(βd) − ε log σ(−βd), d = sort(lp_w − lp_l) − sort(rp_w − rp_l) over the step"

@@ -11,7 +11,7 @@ from prefopt.objectives.plug_in import PlugIn
 
 @dataclass(frozen=True)
 class ARPO(PlugIn):
-    """The base objective with its rejected term times min(strength exp(slope d) - 1, 1),  d = |lp_w / n_w - lp_l / n_l|.
+    """The base with its rejected term times min(strength exp(slope d) - 1, 1),  d = |lp_w / n_w - lp_l / n_l|.
 
     The rejected completion is pushed down less the more it resembles the chosen one, as good translations do; at d = 0
     the factor is -0.1, as in the authors' code (github.com/fe1ixxu/ALMA, cpo_trainer.py), from which form and defaults

@@ -46,6 +46,6 @@ def soft_labels(inputs: PairInputs, gamma: float) -> Tensor:
     return torch.sigmoid(gamma * (inputs.chosen_rewards - inputs.rejected_rewards))
 
 
-def cross_entropy(z: Tensor, p: Tensor) -> Tensor:
+def cross_entropy(z: Tensor, p: Tensor | float) -> Tensor:
     """-p log sigma(z) - (1 - p) log sigma(-z): of log-odds z, where the label has probability p."""
     return -p * logsigmoid(z) - (1 - p) * logsigmoid(-z)

@@ -12,8 +12,8 @@ from prefopt.objectives.base import PairInputs, Pairwise, require
 class SLiC(Pairwise):
     """loss = max(0, margin - lp_w + lp_l) - nll_weight lp_w;  no reference.
 
-    The hinge on sums of log-probabilities, as HALOs has it (github.com/ContextualAI/HALOs, SLiCTrainer); `margin` is the
-    paper's delta. With a reference the same hinge is `objective=gpo objective.function=hinge`. The likelihood term is
+    The hinge on sums of log-probabilities, as HALOs has it (github.com/ContextualAI/HALOs, SLiCTrainer), with its
+    defaults; `margin` is the paper's delta. With a reference the same hinge is `objective=gpo objective.function=hinge`. The likelihood term is
     part of this objective, and `nll_weight` is its lambda; the paper takes it over the targets of fine-tuning, here it
     is over the chosen completions. Scores are lp. Raises ValueError for margin <= 0.
     """

@@ -98,15 +98,19 @@ FORMULAS = {
     "discopop": (DiscoPOP(0.05, tau=0.3), lambda p: discopop(p, 0.05, 0.3)),
     "dpo_norm": (
         DPONorm(5.0),
-        lambda p: -math.log(
-            sigmoid(5 * (ratios(p)[0] / p["chosen_lengths"] - ratios(p)[1] / p["rejected_lengths"])),
+        lambda p: (
+            -math.log(
+                sigmoid(5 * (ratios(p)[0] / p["chosen_lengths"] - ratios(p)[1] / p["rejected_lengths"])),
+            )
         ),
     ),
     "dpop": (DPOP(0.05, penalty=3.0), lambda p: dpop(p, 0.05, 3.0)),
     "r_dpo": (
         RDPO(0.3, alpha=0.2),
-        lambda p: -math.log(
-            sigmoid(0.3 * (ratios(p)[0] - ratios(p)[1]) + 0.2 * (p["chosen_lengths"] - p["rejected_lengths"]))
+        lambda p: (
+            -math.log(
+                sigmoid(0.3 * (ratios(p)[0] - ratios(p)[1]) + 0.2 * (p["chosen_lengths"] - p["rejected_lengths"]))
+            )
         ),
     ),
     "simper": (SimPER(), lambda p: -math.exp(means(p)[0]) + math.exp(means(p)[1])),
@@ -114,9 +118,7 @@ FORMULAS = {
     "alpha_po-negative": (AlphaPO(2.5, 0.55, alpha=-0.5), lambda p: alpha_po(p, 2.5, 1.375, -0.5)),
     "slic": (
         SLiC(2.0),
-        lambda p: (
-            max(0.0, 2 - p["policy_chosen_logps"] + p["policy_rejected_logps"]) - 0.1 * p["policy_chosen_logps"]
-        ),
+        lambda p: max(0.0, 2 - p["policy_chosen_logps"] + p["policy_rejected_logps"]) - 0.1 * p["policy_chosen_logps"],
     ),
     "budget": (Budget(0.3, budget=2.0, penalty=0.7), lambda p: dpo(p, 0.3) + 0.7 * max(0.0, -ratios(p)[0] - 2)),
     "arpo": (ARPO(CPO(0.3)), arpo),
@@ -242,7 +244,7 @@ def test_aot_unpaired_does_not_see_who_belongs_to_whom():
 
 
 def test_dpop_holds_the_chosen_completion_where_dpo_gives_it_up():
-    """Chosen and rejected both fall by 2 nats: DPO's gradient is small and equal on both, DPOP's pulls the chosen up."""
+    """Chosen and rejected both fall by 2 nats: DPO's gradient is the same on both, DPOP's pulls the chosen up."""
     x = moved(inputs(DPO(0.3)), policy_chosen_logps=0.0)
     x = dataclasses.replace(
         x,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch.nn.functional import logsigmoid
 
 from prefopt.config.parse import build
 from prefopt.errors import UserError
-from prefopt.objectives.__main__ import markdown, objectives, rows
-from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, clamped_exp, concatenate
+from prefopt.objectives.__main__ import groups, main, markdown, objectives, rows
 from prefopt.objectives.alpha_dpo import AlphaDPO
 from prefopt.objectives.alpha_po import AlphaPO
 from prefopt.objectives.aot import AOT
 from prefopt.objectives.arpo import ARPO
+from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, clamped_exp, concatenate
 from prefopt.objectives.bco import BCO
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.budget import Budget
@@ -329,7 +330,6 @@ def test_yaml_opens_with_its_command_and_lists_every_field(name):
     assert config.read_text().startswith(f"# python -m prefopt.train objective={name}")
     assert set(node) - {"_target_"} == {f.name for f in dataclasses.fields(objective)}
     assert objective.name == (f"{name}_{objective.base.name}" if isinstance(objective, PlugIn) else name)
-    assert objective.summary
     assert objective.equation
     assert objective.paper
 
@@ -354,10 +354,52 @@ def test_an_objective_takes_no_key_of_another():
 def test_the_listing_names_everything():
     listed = {row[0]: row for row in rows()}
     assert set(listed) == set(DEFAULTS) == {config.stem for config in CONFIGS}
+    assert f"any of {len(listed)} objectives" in (ROOT / "README.md").read_text()
     assert listed["mappo"][2:5] == ("reference, rewards", "pair", "base=DPO")
     assert listed["madpo"][4].startswith("beta=0.1, c_max=2, c_min=null")
     assert listed["cpo"][4] == "beta=0.1, nll_weight=0.2, nll_per=pair"
-    assert markdown().count("\n") == len(listed) + 1
+    table = markdown().splitlines()[-len(listed) - 2 :]
+    assert table[0].startswith("| objective | loss per pair |")
+    assert [row.split("`")[1] for row in table[2:]] == [row[0] for row in rows()]
+
+
+def test_the_groups_answer_what_they_ask():
+    """Each objective is in some group with its phrase, in several where several questions lead to it."""
+    members = {group.heading: {listed.name for listed in found} for group, found in groups()}
+    assert set.union(*members.values()) == set(DEFAULTS)
+    assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
+    assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
+    assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
+    assert members["Online"] == {"mappo", "sppo"}
+    assert members["Not of preferences"] == {"sft", "reward"}
+    alone = members["DPO and its relatives"]
+    assert {"dpo", "dpop", "apo_zero", "mmpo"} <= alone
+    assert all(alone.isdisjoint(others) for heading, others in members.items() if others is not alone)
+    shipped = [o for o, _ in DEFAULTS.values() if type(o).__module__.startswith("prefopt.objectives.")]
+    assert not [o.name for o in shipped if len(o.summary) > 120]
+    assert "* `dpop`: DPO that does not let" in markdown()
+
+
+def test_one_objective_is_shown_in_full(monkeypatch, capsys):
+    def shown(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["prefopt.objectives", *arguments])
+        monkeypatch.setenv("COLUMNS", "80")
+        main()
+        return capsys.readouterr().out
+
+    text = shown("madpo")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "        c(h) = c_min" in text or "    c(h) = c_min" in text  # a formula keeps its line
+    assert "needs: reference, rewards" in text
+    assert "c_max: 2.0 # largest amplification" in text
+    assert "1e-06 for all weights, 1e-05 for an adapter" in text
+    listed = shown()
+    assert max(map(len, listed.splitlines())) <= 80
+    assert all(f" {name} " in listed for name in DEFAULTS)
+    with pytest.raises(SystemExit) as stop:
+        shown("dpopp")
+    assert stop.value.code == 2
+    assert "did you mean dpop?" in capsys.readouterr().err
 
 
 def test_exp_until_is_exp_then_its_tangent():

@@ -17,8 +17,8 @@ class BCO(ImplicitReward):
     A classifier of single completions, whose logit is the implicit reward; its loss bounds DPO's from above.
 
     * `shift=running`: d, detached, is the mean of the rewards of both sides, averaged over the optimizer steps so far,
-      this one included, each counting the same. It is what the paper asks for, and what earlier versions of TRL computed,
-      there over micro-batches. The average is saved with the checkpoint.
+      this one included, each counting the same. It is what the paper asks for, and what earlier versions of TRL
+      computed, there over micro-batches. The average is saved with the checkpoint.
     * `shift=none`: d = 0, as TRL 1.16's `bco_pair`.
 
     Scores are beta * u. Raises ValueError for beta <= 0 or another shift.

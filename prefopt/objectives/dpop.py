@@ -16,8 +16,8 @@ class DPOP(ImplicitReward):
     The penalty acts where the chosen completion is less likely than under the reference, which plain DPO allows as long
     as the rejected one falls faster. `penalty` is the paper's lambda, 50 by its text (5 to 500 work alike), with beta
     0.3; 0 is DPO. The authors' repository (github.com/abacusai/smaug) has no code, and the paper itself was not at
-    hand: formula and values follow public implementations that quote it. Scores are beta * u.
-    Raises ValueError for beta <= 0 or penalty < 0.
+    hand: formula and values follow public implementations that quote it. Scores are beta * u. Raises ValueError for
+    beta <= 0 or penalty < 0.
     """
 
     equation = "−log σ(β(u_w − u_l − λ max(0, −u_w)))"

@@ -13,9 +13,10 @@ class SLiC(Pairwise):
     """loss = max(0, margin - lp_w + lp_l) - nll_weight lp_w;  no reference.
 
     The hinge on sums of log-probabilities, as HALOs has it (github.com/ContextualAI/HALOs, SLiCTrainer), with its
-    defaults; `margin` is the paper's delta. With a reference the same hinge is `objective=gpo objective.function=hinge`. The likelihood term is
-    part of this objective, and `nll_weight` is its lambda; the paper takes it over the targets of fine-tuning, here it
-    is over the chosen completions. Scores are lp. Raises ValueError for margin <= 0.
+    defaults; `margin` is the paper's delta. With a reference the same hinge is `objective=gpo
+    objective.function=hinge`. The likelihood term is part of this objective, and `nll_weight` is its lambda; the paper
+    takes it over the targets of fine-tuning, here it is over the chosen completions. Scores are lp. Raises ValueError
+    for margin <= 0.
     """
 
     equation = "max(0, δ − lp_w + lp_l) − λ lp_w, λ = nll_weight"

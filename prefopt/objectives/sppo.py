@@ -16,8 +16,8 @@ class SPPO(Pairwise):
 
     * `labels=hard`: P is 1 for the chosen and 0 for the rejected completion.
     * `labels=soft`: P is the row's reward, as in the authors' code (github.com/uclaml/SPPO): the mean over the n
-      samples of the prompt of sigma(s_i - s_j), the sample itself included, s a reward model's log-odds (theirs is PairRM).
-      `dataset.format.win_rates=true` makes these rewards from n scored responses.
+      samples of the prompt of sigma(s_i - s_j), the sample itself included, s a reward model's log-odds (theirs is
+      PairRM). `dataset.format.win_rates=true` makes these rewards from n scored responses.
 
     The authors' learning rate is 5e-7. Scores are u. Raises ValueError for beta <= 0 or other labels.
     """

@@ -14,7 +14,7 @@ class RDPO(ImplicitReward):
 
     The policy that maximizes E[r - alpha n] - beta KL has r = beta u + alpha n up to a constant of the prompt. With
     this r in the Bradley-Terry model the loss follows, and its sign. A pair whose chosen completion is the longer one
-    is so taken for settled in part, and pushes less. The paper itself was not at hand; a summary of it has this sign. The
+    is so taken for settled in part, and pushes less. The paper itself was not at hand; a summary has this sign. The
     repository of alpha-DPO (github.com/junkangwu/alpha-DPO) subtracts the term, which rewards length instead. alpha 0
     is DPO. Scores are beta * u. Raises ValueError for beta <= 0 or alpha < 0.
     """

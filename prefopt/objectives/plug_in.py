@@ -45,6 +45,14 @@ class PlugIn(Objective):
         return self.base.step0_loss
 
     @property
+    def reward_range(self) -> tuple[float, float] | None:  # type: ignore[override]
+        return self.base.reward_range
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.base.learning_rates
+
+    @property
     def derived(self) -> dict[str, float]:
         return self.base.derived
 

@@ -299,9 +299,10 @@ def test_alpha_dpo_by_hand():
 
 
 def test_arpo_takes_over_what_its_base_declares():
-    for base in (DPO(0.1), SimPO(2.0, 0.5), BCO(0.1)):
+    for base in (DPO(0.1), SimPO(2.0, 0.5), BCO(0.1), SPPO(0.1, labels="soft")):
         wrapped = ARPO(base)
         assert (wrapped.needs, wrapped.scope, wrapped.step0_loss) == (base.needs, base.scope, base.step0_loss)
+        assert (wrapped.reward_range, wrapped.learning_rates) == (base.reward_range, base.learning_rates)
         assert wrapped.name == f"arpo_{base.name}"
         x = inputs(wrapped)
         assert torch.equal(wrapped(x).chosen_scores, base(x).chosen_scores)
@@ -340,6 +341,7 @@ def test_soft_sppo_at_certain_labels_is_hard_sppo():
     assert SPPO(0.1, labels="soft").reward_range == (0.0, 1.0)
     assert SPPO(0.1).needs == {"reference"}
     assert SPPO(0.1).reward_range is None
+    assert (MaPPO(SPPO(0.1)).reward_range, MaPPO(SPPO(0.1)).learning_rates) == ((0.0, 1.0), (5e-7, 1e-5))
 
 
 def test_win_rates_are_those_of_the_authors_script():

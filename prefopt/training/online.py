@@ -196,8 +196,10 @@ def score_responses(
 
     show = config.logger.progress
     rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
-    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there.
-    key = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
+    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there. Win
+    # rates are, which the format makes of raw ones.
+    win_rates = config.dataset.format.get("win_rates", False)
+    key = "rewards_01" if objective.reward_range == (0.0, 1.0) and not win_rates else "rewards"
     files.write(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
     mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
     log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")

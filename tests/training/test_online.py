@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,17 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
 import prefopt.generation.sampler
-from prefopt.config.parse import parse, register
+from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig
+from prefopt.data.formats import Format
 from prefopt.data.sources import read_rows, write_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.generation.responses import read_prompts
 from prefopt.models.load import load_reward_model
+from prefopt.objectives.base import Objective
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
-from prefopt.training.online import run_pending, split_prompts, stage_config
+from prefopt.training.online import run_pending, score_responses, split_prompts, stage_config
 from prefopt.utils import signals
 from tests.helpers.harm import empty, flip
 from tests.helpers.tiny import ROOT, run_program, save_tiny
@@ -109,6 +112,29 @@ def test_prompts_of_preference_pairs_are_what_their_conversations_share(tmp_path
     write_rows(tmp_path / "texts.jsonl", [{"chosen": "Fine.", "rejected": "Hot."}])
     with pytest.raises(UserError, match="no field 'prompt'"):
         read_prompts(str(tmp_path / "texts.jsonl"), None)
+
+
+@pytest.mark.parametrize(
+    ("objective", "change", "key"),
+    [
+        ("dpo", [], "rewards"),
+        ("sppo objective.labels=soft", [], "rewards_01"),
+        ("sppo objective.labels=soft", ["dataset.format.win_rates=true"], "rewards"),  # the format makes rates of them
+    ],
+)
+def test_a_stage_trains_on_the_rewards_that_its_objective_wants(objective, change, key, tiny, tmp_path, monkeypatch):
+    scored = {"prompt": "Hi", "responses": ["a", "b"], "rewards": [2.0, -1.0], "rewards_01": [0.88, 0.27]}
+    monkeypatch.setattr("prefopt.rewards.rows.score_rows", lambda *_, **__: [scored])
+    found = config(tiny, tmp_path, f"objective={objective.split()[0]}", *objective.split()[1:], *change)
+    written = []
+    files = SimpleNamespace(write=lambda _, rows: written.extend(rows))
+    built = build(found.objective, Objective, "objective")
+    score_responses(found, built, None, tiny / "prompts.jsonl", tmp_path / "scored", files)  # type: ignore[arg-type]
+    (row,) = written
+    assert (row["rewards"], row["raw_rewards"]) == (scored[key], scored["rewards"])
+    pair = build(found.dataset.format, Format, "dataset.format")(row)
+    low, high = built.reward_range or (-2.0, 2.0)
+    assert low <= pair.rejected_reward < pair.chosen_reward <= high
 
 
 @pytest.fixture(scope="module")

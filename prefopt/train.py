@@ -26,8 +26,10 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, 
     """Raises UserError for a job that cannot be run, or MissingAssetError where only a model or data set is lacking."""
     check(config)
     configure_hardware(config, launcher)
-    planned = prepare_run(config).run
-    return SweepJob(point.overrides, label, config, config.model, planned.folder, planned)
+    planned = prepare_run(config)
+    if not planned.run.begun:  # decided now, for the job: what else is finished when it starts does not count
+        config.resume = str(planned.origin.folder) if planned.origin else None
+    return SweepJob(point.overrides, label, config, config.model, planned.run.folder, planned.run)
 
 
 SWEEP = Sweep("train", TrainConfig, plan_job, finish=write_curves)

@@ -90,7 +90,10 @@ class PoliciesConfig:
 
 @dataclass
 class DatasetConfig:
-    """A source of rows (train, heldout and how to read them), or a mixture of several (`sources`)."""
+    """A source of rows (train, heldout and how to read them), or a mixture of several (`sources`).
+
+    Where no source has `heldout`, `heldout_share` of the training prompts is held out; of a mixture, its own counts.
+    """
 
     name: str = MISSING
     train: str | None = None
@@ -106,6 +109,7 @@ class DatasetConfig:
     sources: dict[str, Any] = field(default_factory=dict)
     policies: PoliciesConfig = field(default_factory=PoliciesConfig)
     oracle: Any = None
+    heldout_share: float = 0.1
 
 
 @dataclass

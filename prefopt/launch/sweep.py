@@ -158,19 +158,19 @@ class Sweep:
                 size = estimate(config, build(config.objective, Objective, "objective"))
                 if size:
                     estimates.append(size)
-                    sizes = [f"{size.gpu_hours:.2g}", f"{size.policies_gb:.2g}"]
+                    sizes = [f"{size.gpu_hours:.2g}", f"{size.kept_gb:.2g}"]
             rows.append([label, *cells, *sizes])
 
         caption = ""
         if trains:
-            hours, kept = sum(e.gpu_hours for e in estimates), sum(e.policies_gb for e in estimates)
+            hours, kept = sum(e.gpu_hours for e in estimates), sum(e.kept_gb for e in estimates)
             at_work = max((e.checkpoint_gb for e in estimates), default=0.0)
             caption = (
                 f"Estimates for {len(estimates)} jobs, without evaluations after training: {hours:.3g} GPU hours "
-                f"({GPU}), {kept:.3g} GB of policies, and up to {at_work:.2g} GB more for the checkpoint of each job "
-                "under way."
+                f"({GPU}), {kept:.3g} GB that are kept (policies, and last checkpoints unless keep_checkpoint=false), "
+                f"and up to {at_work:.2g} GB more for the checkpoint of each job under way."
             )
-        headings = ("job", "folder", "what happens", "resources", "GPU hours", "policies, GB")
+        headings = ("job", "folder", "what happens", "resources", "GPU hours", "kept, GB")
         parents = [job.folder.parent if job else Path(config.runs_dir) for _, config, job in jobs]
         title = self.title(len(jobs), parents[0])
         console().print(rows_table(headings, rows, title, caption))
@@ -217,6 +217,8 @@ def planned_action(job: SweepJob) -> str:
         )
     checkpoint = max(complete_checkpoints(job.run.checkpoints), default=None)
     start = f"from step {int(checkpoint.name.removeprefix('step_'))}" if checkpoint else "from the start"
+    if checkpoint is None and job.config.resume:
+        start = f"from the end of {Path(job.config.resume).name}"
     return start if job.state == "new" else f"{job.state}: again {start}"
 
 

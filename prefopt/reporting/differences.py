@@ -53,6 +53,21 @@ def settings_note(records: Sequence[Record]) -> str:
     return f"Not the same for all methods: {'. '.join(parts)}." if parts else ""
 
 
+def continued_note(records: Sequence[Record]) -> str:
+    """Which runs went on from another one: "Not independent runs: A goes on from B after step 4." "" where none did."""
+    parts = []
+    for record in records:
+        if origin := record.get("continued_from"):
+            rate = "" if origin["same_as_from_the_start"] else ", with another learning rate until there"
+            parts.append(f"{record['name']} goes on from {origin['run']} after step {origin['step']}{rate}")
+    return f"Not independent runs: {'; '.join(parts)}." if parts else ""
+
+
+def comparison_notes(records: Sequence[Record]) -> list[str]:
+    """The sentences below a table of these runs: what its methods do not share, and which runs are not independent."""
+    return [note for note in (settings_note(records), continued_note(records)) if note]
+
+
 def config_differences(a: Record, b: Record) -> Tabular:
     """The settings in which two runs differ, those that change no number too: key, A, B."""
     left, right = flat_config(a), flat_config(b)

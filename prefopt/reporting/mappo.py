@@ -7,6 +7,7 @@ from typing import Any
 from prefopt.objectives import SIDES
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import Point, epoch_of, group_by_config, points_of
+from prefopt.reporting.differences import comparison_notes
 from prefopt.reporting.evaluated import (
     Metric,
     Value,
@@ -25,7 +26,6 @@ from prefopt.reporting.paper_common import (
     limits_note,
     policies_table,
     provenance_notes,
-    shared_notes,
     win_rate_heading,
 )
 from prefopt.reporting.published import join_published, paper_heading, published_table, read_csv
@@ -191,7 +191,7 @@ def mappo(records: Sequence[Record], config: PapersConfig) -> Made:
     models = model_names(records)
     points = points_of(policies, metric, models)
 
-    origin, shared = provenance_notes(records, config), shared_notes(records)
+    origin, shared = provenance_notes(records, config), comparison_notes(records)
     theirs = {name: read_csv(config.published, f"{name}.csv") for name in (*TITLES, "mappo_academic")}
     tables = []
     if records:

@@ -8,6 +8,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.results import PAPER_JUDGES, SUITES
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import Point, best_points, points_of, sft_accuracy, spreads
+from prefopt.reporting.differences import comparison_notes
 from prefopt.reporting.evaluated import Evaluated, Metric, flatten_value, metric_of, model_names, read_evaluated
 from prefopt.reporting.figures import draw_paths, draw_spread
 from prefopt.reporting.paper_common import (
@@ -16,7 +17,6 @@ from prefopt.reporting.paper_common import (
     describe_metrics,
     policies_table,
     provenance_notes,
-    shared_notes,
 )
 from prefopt.reporting.published import (
     join_published,
@@ -156,7 +156,7 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
     published = published_points(config.published)
     same_metric = as_published(metric, policies)
 
-    origin, shared = provenance_notes(records, config), shared_notes(records)
+    origin, shared = provenance_notes(records, config), comparison_notes(records)
     metrics = [*describe_metrics(metric, policies), *shared]
     tables = [
         table

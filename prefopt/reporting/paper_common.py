@@ -8,7 +8,6 @@ from typing import Any
 
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import epoch_of
-from prefopt.reporting.differences import settings_note
 from prefopt.reporting.evaluated import Evaluated, Metric, accuracy_of, flatten_value, win_rate_of
 from prefopt.reporting.labels import labels
 from prefopt.reporting.summary import provenance
@@ -93,11 +92,6 @@ def provenance_notes(records: Sequence[Record], config: PapersConfig) -> list[st
     if not records:
         return [f"Made by `{command(config)}` from the published figures alone."]
     return provenance(records, command(config))
-
-
-def shared_notes(records: Sequence[Record]) -> list[str]:
-    """What the methods do not share, as a list of one sentence or none."""
-    return [note] if (note := settings_note(records)) else []
 
 
 def describe_metrics(metric: Metric | None, policies: Sequence[Evaluated]) -> list[str]:

@@ -14,7 +14,7 @@ import pandas as pd
 from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import settings_note
+from prefopt.reporting.differences import comparison_notes
 from prefopt.reporting.evaluated import Value, counts, flatten_value, main_measure, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
@@ -159,7 +159,7 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
         "held-out prompts, whose choice is a further error that these do not show."
     )
-    notes = [note, *filter(None, [settings_note(records)])]
+    notes = [note, *comparison_notes(records)]
     origin = provenance(records, command(config))
     return Tabular("over_seeds", columns, format_rows(columns, rows), rows, notes, "Means over seeds", origin)
 
@@ -208,7 +208,7 @@ def by_column_table(records: list[Record], key: str, command: str) -> Tabular:
     )
     if measure == "oracle_reward":
         note += f" The initial policy has {format_value(first[measure], first[f'{measure}_se'], 3)}."
-    notes = [note, *filter(None, [settings_note(records)])]
+    notes = [note, *comparison_notes(records)]
     title = f"Final {name} by {key}"
     return Tabular("by_column", columns, texts, rows, notes, title, provenance(records, command))
 
@@ -237,8 +237,7 @@ def measured(records: Sequence[Record]) -> list[str]:
         notes.append("± is one standard error over these. One training seed per run.")
     if any(record["harness"] or record["alpaca"] for record in records):
         notes.append("Of accuracies over tasks and win rates, ± is one standard error over their questions.")
-    note = settings_note(records)
-    return [" ".join(notes)] * bool(notes) + [note] * bool(note)
+    return [" ".join(notes)] * bool(notes) + comparison_notes(records)
 
 
 def provenance(records: Sequence[Record], command: str) -> list[str]:

@@ -213,7 +213,8 @@ TABLE = [
     config("adapter of no rank", "peft=lora_attention peft.r=0", "peft.r must be at least 1, is 0"),
     config("no adapter", "peft=lora_attention peft.path=none", "peft.path=none is no adapter", "adapter_config.json"),
     config("no adapter to switch off", "reference=adapter_off", "reference=adapter_off", "peft=lora_attention"),
-    config("patience for nothing", "dataset.heldout=null patience=2", "dataset.heldout is null: give a file"),
+    config("patience for nothing", "dataset.heldout=null dataset.heldout_share=0 patience=2",
+           "no pairs are held out: give dataset.heldout=FILE"),
     config("a reference that is none", "reference_model=none", "reference_model=none", "Give a hub name"),
     config("runs in a file", "runs_dir=train.jsonl", "runs_dir=train.jsonl", "is a file", "Give another runs_dir"),
     # What a _target_ names
@@ -322,8 +323,6 @@ TABLE = [
     config("chats for pairs", f"dataset.train=bad.jsonl dataset.heldout=null {format_('Chats')}",
            "objective dpo compares two completions, and bad.jsonl holds chats", files={"bad.jsonl": json.dumps(
                {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]})}),
-    config("oracle without prompts", "dataset.oracle={_target_:prefopt.rewards.scorers.Vader} dataset.heldout=null",
-           "dataset.heldout is null: give a file"),
     config("rows' columns as oracle", "dataset.oracle={_target_:prefopt.rewards.scorers.Columns}",
            "dataset.oracle: Columns reads what a row holds", "+scorer@dataset.oracle=vader"),
     config("no model of the oracle", "+scorer@dataset.oracle=reward_model dataset.oracle.path=no/such",
@@ -331,6 +330,9 @@ TABLE = [
     config("no function of the oracle", "+scorer@dataset.oracle=function dataset.oracle.function=json.none",
            "dataset.oracle.function: cannot import 'json.none'"),
     config("prompts", "sampling.prompts=-1", "sampling.prompts must not be negative"),
+    config("oracle without prompts",
+           "dataset.oracle={_target_:prefopt.rewards.scorers.Vader} dataset.heldout=null dataset.heldout_share=0",
+           "no pairs are held out: give dataset.heldout=FILE"),
     # Models
     config("no model", "model.path=no/such-model", "no model can be loaded from model.path=no/such",
              "prefopt.prefetch"),

@@ -225,7 +225,7 @@ def interrupt() -> None:
 
 
 def test_ctrl_c_while_a_finished_run_tidies_up_leaves_it_finished(overrides, whole, tmp_path, env):  # noqa: F811
-    at = At("prefopt.training.setup:remove", 1, interrupt)
+    at = At("prefopt.training.checkpoint:tidy_checkpoints", 1, interrupt)
     code, _ = run(tmp_path / "log", *overrides(tmp_path / "runs"), *STEPS, env=env, at=at)
     assert code == 130
     assert records(tmp_path / "runs")[0]["status"] == "finished"

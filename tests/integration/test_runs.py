@@ -74,7 +74,7 @@ def test_the_exported_policy_loads_and_is_the_trained_one(grid, tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt", return_dict=False)
     assert policy(ids).logits.isfinite().all()
-    assert not list(folder.glob("checkpoints/*"))
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step_0000004"]
 
 
 def test_the_same_command_skips_what_is_finished(grid, overrides):
@@ -249,9 +249,11 @@ def test_a_run_without_patience_left_ends_with_its_best_weights(overrides, tiny_
     ]
     assert [row["step"] for row in metrics if row["split"] == "heldout"] == [0, 1, 2]  # of 4 steps
     assert [row["step"] for row in record["evaluations"]] == [0]
-    without = run_program(*overrides(tmp_path / "runs"), "dataset.heldout=null", "patience=2")
+    without = run_program(
+        *overrides(tmp_path / "runs"), "dataset.heldout=null", "dataset.heldout_share=0", "patience=2"
+    )
     assert without.returncode == 2
-    assert "patience watches the held-out loss, and dataset.heldout is null" in without.stderr
+    assert "patience watches the held-out loss, and no pairs are held out" in without.stderr
 
 
 def test_another_model_as_reference(overrides, tiny_folder, tmp_path):

@@ -352,7 +352,7 @@ def test_a_split_is_never_held_whole(tmp_path):
             for i in range(n):
                 row = {"prompt": f"Number {i}", "chosen": f"good {i} " * 200, "rejected": f"bad {i} " * 200}
                 lines.write(json.dumps(row) + "\n")
-        config = DatasetConfig("many", str(file), format={"_target_": "prefopt.data.formats.Pairs"})
+        config = DatasetConfig("many", str(file), format={"_target_": "prefopt.data.formats.Pairs"}, heldout_share=0.0)
 
         def read() -> None:
             split = load_split(config, "train")

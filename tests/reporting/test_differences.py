@@ -10,7 +10,7 @@ import pytest
 
 from prefopt.errors import UserError
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import config_differences, settings_note, sides_differ
+from prefopt.reporting.differences import config_differences, continued_note, settings_note, sides_differ
 from prefopt.reporting.paired import paired_table
 from prefopt.reporting.summary import main_table, table_rows
 from prefopt.tracking.archive import read_records
@@ -38,6 +38,20 @@ def test_what_was_swept_alike_or_changes_no_number_is_no_difference(grid):
         record["config"]["optimizer"]["lr"] = 3e-4 if record["objective"] == "dpo" else 0.001
     assert "optimizer.lr: dpo 3e-4; mmpo 0.001" in settings_note(found)
     assert settings_note([r for r in found if r["objective"] == "dpo"]) == ""
+
+
+def test_a_run_that_went_on_from_another_is_named_below_the_table(grid):
+    found = copy.deepcopy(read_records(grid[0]))
+    assert continued_note(found) == ""
+    a, b, c, *_ = found
+    a["continued_from"] = {"run": b["name"], "step": 2, "same_as_from_the_start": True}
+    c["continued_from"] = {"run": "elsewhere", "step": 4, "same_as_from_the_start": False}
+    note = (
+        f"Not independent runs: {a['name']} goes on from {b['name']} after step 2; {c['name']} goes on from elsewhere "
+        "after step 4, with another learning rate until there."
+    )
+    assert continued_note(found) == note
+    assert note in main_table(table_rows(found), found, ReportConfig("runs", "out")).notes
 
 
 def test_diff_shows_the_settings_of_both_in_eighty_columns(grid):

@@ -9,13 +9,9 @@ from prefopt.tracking.record import record_of
 def initial_model(run: str) -> ModelConfig:
     """The model that the run in this folder began from.
 
-    Raises UserError where it is no model that can be loaded by itself, and where its files have changed since.
+    Raises UserError where its files have changed since.
     """
     record = record_of(run)
-    if (record["config"].get("peft") or {}).get("path"):
-        raise UserError(
-            f"run={run} began from a model with an adapter (peft.path). Merge the two into a folder, and evaluate that."
-        )
     model, recorded = ModelConfig(**record["config"]["model"]), record.get("model", {})
     changed = [part for part, value in model_files(model).items() if recorded.get(f"its {part}", value) != value]
     if changed:

@@ -24,6 +24,7 @@ from prefopt.data.tokenize import encode_prompt
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
+from prefopt.utils.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -198,13 +199,15 @@ def vllm_sampler(
     from prefopt.models.fingerprint import model_files
     from prefopt.models.load import checkpoint_path, stopping_configs
     from prefopt.models.safe_weights import check_weights
+    from prefopt.models.whole import whole_model
 
-    path = checkpoint_path(config)
-    check_weights(path, config.revision)
-    # generation_config="vllm": without the sampling settings, and the limit of a response, that come with the model.
-    llm = LLM(
-        model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
-    )
+    with whole_model(config) as whole:
+        path = checkpoint_path(whole)
+        check_weights(path, whole.revision)
+        # generation_config="vllm": without the sampling settings, and the limit of a response, that come with a model.
+        llm = LLM(
+            model=path, revision=whole.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
+        )
     stops = stop_tokens(tokenizer, *stopping_configs(config))
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
@@ -229,8 +232,9 @@ def vllm_sampler(
         ]
 
     files = model_files(config)  # complete, since vLLM has read them
-    weights = files.get("weights", f"{path}@{config.revision}")
-    return sampler, weights, [path, config.revision, files, stops, version("vllm")]
+    weights = files.get("weights", f"{config.path}@{config.revision}")
+    weights = fingerprint([weights, files["adapter"]]) if config.adapter else weights
+    return sampler, weights, [checkpoint_path(config), config.revision, files, stops, version("vllm")]
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

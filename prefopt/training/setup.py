@@ -60,6 +60,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     from prefopt.data.dataset import check_dataset, has_heldout
     from prefopt.data.hub import missing
     from prefopt.errors import MissingAssetError
+    from prefopt.models.safe_weights import check_adapter
     from prefopt.objectives.base import Objective
     from prefopt.rewards.oracle import Oracle
     from prefopt.training.engine import check_engine
@@ -86,6 +87,8 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     check_logger(config.logger)
     check_dataset(config.dataset)
     check_folder("runs_dir", config.runs_dir)
+    if config.model.adapter:
+        check_adapter(config.model.adapter)
     check_peft(config.peft, objective)
     if config.patience is not None and not has_heldout(config.dataset):
         raise UserError("patience watches the held-out loss, and dataset.heldout is null: give a file")
@@ -99,11 +102,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
 
 
 def check_peft(config: PeftConfig, objective: "Objective") -> None:
-    """Raise UserError for a folder that is no adapter, and for quantization that is not possible."""
-    from prefopt.models.safe_weights import check_adapter
-
-    if config.path:
-        check_adapter(config.path)
+    """Raise UserError for quantization that is not possible."""
     if config.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.quantize needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
     if config.quantize and objective.model_kind == "reward_model":
@@ -130,12 +129,10 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
 
 def model_parts(config: TrainConfig) -> dict[str, str]:
     """Digests of the files of every model that a run reads, by their names in messages."""
-    from prefopt.models.fingerprint import adapter_files, model_files
+    from prefopt.models.fingerprint import model_files
     from prefopt.training.build import reference_model
 
     parts = {f"its {part}": value for part, value in model_files(config.model).items()}
-    if config.peft.path:
-        parts |= {f"the {part} in peft.path": value for part, value in adapter_files(config.peft.path).items()}
     if other := reference_model(config):
         parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
     return parts
@@ -207,10 +204,10 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         build_reference,
         build_router_loss,
     )
-    from prefopt.training.checkpoint import check_space, run_bytes
+    from prefopt.training.checkpoint import check_space, is_one_adapter, run_bytes
     from prefopt.training.export import PolicyExporter
     from prefopt.training.loop import train_loop
-    from prefopt.training.model_card import write_model_card
+    from prefopt.training.model_card import model_card
     from prefopt.training.state import TrainState
 
     shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
@@ -228,7 +225,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
     check_agreement("have read different models", loaded)
     run.refuse_changed_model(loaded)
-    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
+    of_adapter = is_one_adapter(config, policy)
+    exporter = PolicyExporter(config, policy, tokenizer, lambda rows: model_card(run.record, of_adapter, rows))
     if is_main_process():
         exporter.check()
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
@@ -270,8 +268,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     if is_main_process():
         with memory_for("writing the policy", "the same command, which goes on from the last step"):
-            final_weights = exporter.final(run.policy_folder)
-            write_model_card(run.policy_folder, run.record, trained.evaluations)
+            final_weights = exporter.final(run.policy_folder, trained.evaluations)
         run.finish(
             evaluations=trained.evaluations,
             metrics=trained.metrics,

@@ -30,7 +30,7 @@ class TrainState:
     """Everything one run needs.
 
     `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
-    it is into a folder, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
+    it is into a folder, with the evaluations so far, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
     what the objective carries from step to step.
     """
 
@@ -46,7 +46,7 @@ class TrainState:
     prompts: list[list[Message]]
     oracle: Oracle | None
     layout: Layout = LAYOUTS["padded"]
-    export: Callable[[Path], Any] | None = None
+    export: Callable[[Path, list[dict[str, Any]]], None] | None = None
     router_loss: RouterLoss | None = None
     objective_state: dict[str, Tensor] = field(init=False)
 

@@ -63,12 +63,12 @@ def saved(name: str, folder: Path, tied: bool = True) -> ModelConfig:
 
 def all_layers(model) -> list[str]:
     with pytest.raises(UserError, match=r"peft\.target_modules=") as error:
-        adapter_layers(model, PeftConfig(["nothing"], 2, 2, 0.0, None, False))
+        adapter_layers(model, PeftConfig(["nothing"], 2, 2, 0.0, False))
     return str(error.value).rpartition("=[")[2][:-1].split(",")
 
 
 def exporter(policy, model: ModelConfig, targets: list[str], folder: Path) -> PolicyExporter:
-    config = TrainConfig(model=model, peft=PeftConfig(targets, 2, 2, 0.0, None, False), seed=0)
+    config = TrainConfig(model=model, peft=PeftConfig(targets, 2, 2, 0.0, False), seed=0)
     return PolicyExporter(config, policy, tiny_tokenizer(), folder / "adapter")
 
 
@@ -117,7 +117,7 @@ def test_a_vision_tower_is_frozen_and_gets_no_adapter(tmp_path, caplog):
     assert "does not reach it: model.multi_modal_projector, model.vision_tower" in caplog.text
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in policy.named_parameters() if "vision_tower" in n or "multi_modal" in n}
-    targets = adapter_layers(policy, PeftConfig(["q_proj"], 2, 2, 0.0, None, False))
+    targets = adapter_layers(policy, PeftConfig(["q_proj"], 2, 2, 0.0, False))
     assert targets == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
@@ -141,7 +141,7 @@ def test_a_name_that_means_fused_experts_is_refused_with_the_layers_that_do_not(
     """Shared experts have layers of their own by the names that peft takes for the routed ones."""
     policy = load_model(saved("deepseek3", tmp_path), "cpu")
     with pytest.raises(UserError, match=r"peft takes gate_proj for the fused experts.*\[kv_a_proj_with_mqa,"):
-        adapter_layers(policy, PeftConfig(["o_proj", "gate_proj"], 2, 2, 0.0, None, False))
+        adapter_layers(policy, PeftConfig(["o_proj", "gate_proj"], 2, 2, 0.0, False))
 
 
 def test_weights_that_would_not_be_read_again_are_refused_before_the_first_step(tmp_path):

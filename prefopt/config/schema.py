@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,15 +62,19 @@ class ModelConfig(Node):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapter is None and self.path != MISSING and is_adapter(self.path):
-            folder, self.adapter = Path(self.path), self.path
+        if self.adapter is not None or self.path == MISSING or not is_adapter(self.path):
+            return
+        folder = Path(self.path).expanduser()
+        try:
             values = json.loads((folder / ADAPTER_CONFIG).read_text())
-            self.path = values.get("base_model_name_or_path") or ""
-            if not self.path:
-                raise ValueError(f"path={folder} is an adapter that names no base: give the base, and adapter={folder}")
-            self.revision = values.get("revision")
-            if self.tokenizer is None and (folder / "tokenizer_config.json").is_file():
-                self.tokenizer = self.adapter
+            base, revision = values["base_model_name_or_path"], values.get("revision")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            base = revision = None
+        if not (base and isinstance(base, str) and isinstance(revision, str | None)):
+            raise ValueError(f"path={folder} is an adapter that names no base: give path=BASE and adapter={folder}")
+        self.path, self.revision, self.adapter = base, revision, str(folder)
+        if self.tokenizer is None and (folder / "tokenizer_config.json").is_file():
+            self.tokenizer = self.adapter
 
     @property
     def place(self) -> str:
@@ -95,9 +100,10 @@ class ModelConfig(Node):
 
 def is_adapter(path: str) -> bool:
     """Whether `path` is a folder with an adapter, and no model beside it."""
-    folder = Path(path)
-    whole = (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
-    return (folder / ADAPTER_CONFIG).is_file() and not whole
+    folder = os.path.expanduser(path)  # noqa: PTH111  # what cannot be a path is none
+    if not os.path.isfile(f"{folder}/{ADAPTER_CONFIG}"):  # noqa: PTH113
+        return False
+    return not (Path(folder) / "config.json").is_file() and not any(Path(folder).glob("*.gguf"))
 
 
 @dataclass

@@ -24,9 +24,11 @@ def initial_model(run: str) -> ModelConfig:
 
 def initial_weights(run: str) -> str | None:
     """The digest of the float32 weights of `initial_model`, as the run recorded it. None where the run began from
-    others: rounded to 4 bits, or with the head of a reward model."""
+    others: rounded to 4 bits, or with the head of a reward model; or from an adapter, whose sum with the weights is not
+    the same to the last bit on all machines."""
     record = record_of(run)
     config = record["config"]
-    if (config.get("peft") or {}).get("quantize") or config["objective"].get("_target_", "").endswith(".Reward"):
+    quantized, adapter = (config.get("peft") or {}).get("quantize"), config["model"].get("adapter")
+    if quantized or adapter or config["objective"].get("_target_", "").endswith(".Reward"):
         return None
     return record.get("initial_weights")

@@ -77,8 +77,8 @@ def check_adapter(path: str) -> None:
         raise UserError(f"model.adapter={path} is no adapter: it holds no {ADAPTER_CONFIG}.")
     if not (folder / ADAPTER).is_file():
         raise UserError(
-            f"model.adapter={path} holds no {ADAPTER}; adapter_model.bin would be a pickle, which could run any code and "
-            "is not read. Save the adapter again with peft 0.7 or later."
+            f"model.adapter={path} holds no {ADAPTER}; adapter_model.bin would be a pickle, which could run any code "
+            "and is not read. Save the adapter again with peft 0.7 or later."
         )
 
 

@@ -163,7 +163,8 @@ def check_online(config: OnlineConfig) -> None:
         made_here = {"model.adapter": config.model.adapter, "model.resize_embeddings": config.model.resize_embeddings}
         problems += [
             f"{key}: the initial policy is the reference of every stage, and is in no folder from which a later stage "
-            "could load it. Start from one (the policy/ of a run with merge_adapter=true), or set stage_reference=previous"
+            "could load it. Start from one (the policy/ of a run with merge_adapter=true), or set "
+            "stage_reference=previous"
             for key, value in made_here.items()
             if value
         ]

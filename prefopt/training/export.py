@@ -137,7 +137,9 @@ def base_of(config: ModelConfig) -> tuple[str, str | None]:
     name, revision = portable_name(config.path, config.revision)
     if "/" in name:
         return name, revision
-    return (str(Path(load.checkpoint_path(config)).absolute()) if resolve_path(config.path).exists() else name), revision
+    return (
+        str(Path(load.checkpoint_path(config)).absolute()) if resolve_path(config.path).exists() else name
+    ), revision
 
 
 def portable_name(path: str, revision: str | None) -> tuple[str, str | None]:

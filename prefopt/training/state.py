@@ -30,8 +30,8 @@ class TrainState:
     """Everything one run needs.
 
     `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
-    it is into a folder, with the evaluations so far, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
-    what the objective carries from step to step.
+    it is, and what its evaluations were, into a folder. `router_loss` is None unless it is added to the objective's
+    loss, and `objective_state` is what the objective carries from step to step.
     """
 
     config: TrainConfig

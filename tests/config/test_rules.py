@@ -28,7 +28,6 @@ BAD = [
     (PeftConfig, {"alpha": 0}, "alpha must be at least 1"),
     (PeftConfig, {"dropout": 1.0}, "dropout must be in"),
     (PeftConfig, {"quantize": True, "target_modules": []}, "quantize freezes the weights"),
-    (PeftConfig, {"quantize": True, "path": "adapter"}, "quantize and peft.path do not go together"),
     (EngineConfig, {"name": "fsdp"}, "name must be single or zero2, is 'fsdp'"),
     (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
     (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),

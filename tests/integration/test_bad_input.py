@@ -211,7 +211,7 @@ TABLE = [
     config("warm-up", "schedule.warmup=1.5", "schedule.warmup must be a share"),
     config("alarm", "squeeze_alarm=0", "squeeze_alarm must be positive, or null"),
     config("adapter of no rank", "peft=lora_attention peft.r=0", "peft.r must be at least 1, is 0"),
-    config("no adapter", "peft=lora_attention peft.path=none", "peft.path=none is no adapter", "adapter_config.json"),
+    config("no adapter", "model.adapter=none", "model.adapter=none is no adapter", "adapter_config.json"),
     config("no adapter to switch off", "reference=adapter_off", "reference=adapter_off", "peft=lora_attention"),
     config("patience for nothing", "dataset.heldout=null patience=2", "dataset.heldout is null: give a file"),
     config("a reference that is none", "reference_model=none", "reference_model=none", "Give a hub name"),

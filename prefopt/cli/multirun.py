@@ -22,7 +22,7 @@ class Point:
 SWEEP_FOLDER = "hydra.sweep.dir="
 
 
-def files_of_groups(hydra: DictConfig) -> dict[str, Any]:
+def files_of_groups(hydra: Any) -> dict[str, Any]:
     """{group: the content of the file that was chosen of it}, of Hydra's section of a composed config."""
     loader: Any = GlobalHydra.instance().config_loader()
     files = {}

@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.items import Message
 from prefopt.data.tokenize import encode_prompt
+from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
@@ -127,6 +129,38 @@ def sample(
             # A batch that ends early has fewer steps than the bar counts for it.
             bar.advance(by=n * sampling.max_new_tokens - bar.done)
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    sampling: SamplingConfig,
+    streamer: BaseStreamer,
+) -> Sample:
+    """One answer to a conversation, which `streamer` gets token by token. Drawn from torch's random stream.
+
+    Raises UserError where the conversation fills what the model reads.
+    """
+    ids, stops = encode_prompt(tokenizer, messages), stop_tokens(tokenizer, model.config, model.generation_config)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = longest - len(ids) if longest else sampling.max_new_tokens
+    if room <= 0:
+        raise UserError(f"the conversation has {len(ids)} tokens, and the model reads {longest}: begin another one.")
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        **(drawn if sampling.temperature else {"do_sample": False}),
+    )
+    prompt = torch.tensor([ids], device=model.device)
+    with without_own_generation_config(model):
+        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=streamer
+        )
+    return as_sample(tokenizer, ids, output[0, len(ids) :].tolist(), stops)
 
 
 def as_sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], stops: list[int]) -> Sample:

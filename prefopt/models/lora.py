@@ -60,8 +60,8 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
 
     if not hasattr(peft_model.base_model, "merge_and_unload"):
         raise UserError(
-            f"model.adapter={path} is a {config.peft_type.value} adapter, which cannot be merged into weights. Give one "
-            "of another kind, LoRA for example."
+            f"model.adapter={path} is a {config.peft_type.value} adapter, which cannot be merged into weights. Give "
+            "one of another kind, LoRA for example."
         )
     note_tied_embeddings(model)
     try:

@@ -20,7 +20,7 @@ from prefopt.utils.fingerprint import fingerprint
 # Keys of the config that are no part of a run's identity. Those of the first line change no number. Those of the second
 # change the rounding at most, as the number of processes does, so that a run that ran out of memory goes on with less.
 VOLATILE = (
-    *("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm", "nonfinite"),
+    *("runs_dir", "logger", "launcher", "engine", "save_every", "push_to_hub", "squeeze_alarm", "nonfinite"),
     *("micro_batch_tokens", "gradient_checkpointing"),
 )
 

@@ -63,6 +63,7 @@ class TrainConfig(Node):
     exports: int = MISSING
     export_dtype: str = MISSING
     merge_adapter: bool = MISSING
+    push_to_hub: str | None = None
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None

@@ -66,6 +66,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     from prefopt.training.engine import check_engine
     from prefopt.training.loggers import check_logger
     from prefopt.training.optim import Schedule, check_optimizer
+    from prefopt.training.publish import check_push
 
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
@@ -87,6 +88,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     check_logger(config.logger)
     check_dataset(config.dataset)
     check_folder("runs_dir", config.runs_dir)
+    check_push(config.push_to_hub)
     if config.model.adapter:
         check_adapter(config.model.adapter)
     check_peft(config.peft, objective)
@@ -188,9 +190,13 @@ def refuse_active_run(run: "Run") -> None:
 
 def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     """Build what the config names, train it in the loop, and export the policy."""
+    from prefopt.training.publish import push
+
     config, run, objective = plan.config, plan.run, plan.objective
     if run.finished:
         skip_finished(run)
+        if is_main_process():
+            push(config.push_to_hub, run.policy_folder)
         return
     announce(plan)
 
@@ -277,6 +283,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         )
         remove(run.checkpoints)
         log.info(f"  finished; the policy is in {run.policy_folder}")
+        push(config.push_to_hub, run.policy_folder)
 
 
 def skip_finished(run: "Run") -> None:

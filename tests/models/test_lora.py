@@ -1,6 +1,7 @@
 """LoRA: its reference, its dropout, what is saved and what is exported. And gradient checkpointing."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
 from prefopt.training.export import portable_name
 from prefopt.training.step import accumulate_gradients, forward_policy, train_step
-from tests.helpers.tiny import records, run_program, save_tiny, tiny_model
+from tests.helpers.tiny import ROOT, records, run_program, save_tiny, tiny_model
 from tests.training.test_loop import make_train_state
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
@@ -281,6 +282,13 @@ def test_a_runs_policies_are_adapters_and_a_run_that_starts_from_one_is_whole(ov
     assert template
     assert load_tokenizer(ModelConfig("tiny", str(run / "policy"))).chat_template == template
     assert AutoTokenizer.from_pretrained(run / "policy").chat_template == template
+
+    # And so does the page's way to merge it.
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    exec(recipe.replace("runs/RUN", str(run)).replace('"merged"', repr(str(tmp_path / "merged"))))
+    merged = load_model(ModelConfig("tiny", str(tmp_path / "merged")), "cpu")
+    assert torch.allclose(logps(merged, train_state), expected, atol=1e-4)
+    assert load_tokenizer(ModelConfig("tiny", str(tmp_path / "merged"))).chat_template == template
 
     again = run_program(*common, f"model.path={run / 'policy'}", "exports=2", env=environment)
     assert again.returncode == 0, again.stderr

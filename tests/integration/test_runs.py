@@ -85,7 +85,8 @@ def test_the_same_command_skips_what_is_finished(grid, overrides):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/*") if "multirun" not in str(f)} == before
 
 
-@pytest.mark.parametrize("objective", ["dpo", "mmpo", "beta_dpo"])  # beta_dpo: two passes, and a state of its own
+# beta_dpo: two passes, and a state of its own
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "beta_dpo"])
 def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides, tmp_path):
     args = [f"objective={objective}", "steps=12", "eval_every=4", "save_every=3"]
     whole = run_program(*overrides(tmp_path / "whole"), *args)

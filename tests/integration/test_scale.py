@@ -342,6 +342,7 @@ def test_memory_mapped_pairs_take_no_more_memory_when_there_are_more(tmp_path):
     assert abs(through(2_000) - through(200)) < 100_000  # of 1 MB more
 
 
+@pytest.mark.slow
 def test_a_split_is_never_held_whole(tmp_path):
     def through(n: int) -> int:
         file = tmp_path / f"{n}.jsonl"

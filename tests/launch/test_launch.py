@@ -129,6 +129,7 @@ def test_what_was_submitted_is_what_runs(overrides, tmp_path):
     assert {r["config"]["optimizer"]["weight_decay"] for r in records(tmp_path / "runs")} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_and_goes_on_without_repeating_a_step(overrides, tmp_path):
     go, runs, steps = tmp_path / "go", tmp_path / "runs", 100
     arguments = ["-m", *overrides(runs), FAULTY[0], f"+objective.fault={go}", f"steps={steps}"]

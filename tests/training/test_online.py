@@ -354,6 +354,7 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, w
     assert len(names | {Run(asdict(base), "online-mappo_dpo", {"prompts": "b"}).name}) == 3
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):
     place = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     sweep = ["-m", *command(tiny, tmp_path / "runs", "objective=mappo,dpo"), "launcher.at_once=2", place]

@@ -12,7 +12,7 @@ from prefopt.training.config import OnlineConfig, TrainConfig
 
 GOOD = {
     OptimizerConfig: {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0},
-    PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "path": None, "quantize": False},
+    PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "quantize": False},
     EngineConfig: {"name": "single", "offload_optimizer": False, "hang_s": 60.0},
     WandbConfig: {"project": "p", "mode": "offline"},
     SamplingConfig: {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "batch_size": 4},
@@ -60,6 +60,7 @@ TRAIN = {
     "runs_dir": "runs",
     "compile": False,
     "gradient_checkpointing": False,
+    "merge_adapter": False,
     "micro_batch_tokens": 0,
     "seed": 0,
 } | dict.fromkeys(

@@ -46,10 +46,16 @@ PROGRAMS = {
 
 
 def warm_up(folder: Path) -> None:
-    """Import what the job in `folder` will import. Nothing is computed."""
-    for module in f"{RUN} {PROGRAMS[read_json(folder / 'job.json')['program']]}".split():
+    """Import what the job in `folder` will import, and read once what its model is identified by. No tensor is made."""
+    frozen = read_json(folder / "job.json")
+    for module in f"{RUN} {PROGRAMS[frozen['program']]}".split():
         with contextlib.suppress(ImportError):  # of a package that is not installed, or an extra: the job says so
             import_module(module)
+    if frozen["program"] == "train":
+        from prefopt.training.setup import model_parts
+
+        with contextlib.suppress(Exception):  # the job says what is wrong
+            model_parts(parse(OmegaConf.create(frozen["config"]), TrainConfig))
 
 
 def run(folder: Path) -> None:
@@ -125,8 +131,12 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == warm.FLAG:
+    is_warm = sys.argv[1] == warm.FLAG
+    if is_warm:
         warm.serve(lambda: warm_up(Path(sys.argv[2])))  # goes on here in every fork, with the arguments of its job
     sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
     configure_logging()
-    sys.exit(exit_code(lambda: run(Path(sys.argv[1])), []))
+    code = exit_code(lambda: run(Path(sys.argv[1])), [])
+    if is_warm:
+        warm.leave(code)
+    sys.exit(code)

@@ -6,6 +6,7 @@ of a thread or of CUDA is broken. It tries a fork first; where that leaves a thr
 no Linux, jobs are started as fresh processes.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -15,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,9 +26,9 @@ log = logging.getLogger(__name__)
 FLAG = "--warm"  # `python -m prefopt.job --warm FOLDER` is the warm process, for jobs such as that in FOLDER
 READY = "ready"
 PR_SET_CHILD_SUBREAPER = 36  # of sys/prctl.h
-# Arrow's second allocator has a thread, which its first one makes idle. Of the threads of numpy's OpenBLAS nothing has
-# to be said: it ends them before a fork, and makes them again when they are needed.
-ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+# Environment of the warm process alone. Arrow's spare allocator begins no thread. PyTorch asks the driver's library how
+# many GPUs there are, and not CUDA, after which no fork could use them.
+FORKABLE = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 class JobStarter:
@@ -44,7 +46,7 @@ class JobStarter:
         if like is not None and adopt_orphans(True):
             self.warm = subprocess.Popen(
                 [sys.executable, "-m", "prefopt.job", FLAG, str(like)],
-                env=environment | ONE_THREAD,
+                env=FORKABLE | environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -62,7 +64,7 @@ class JobStarter:
         if self.warm:
             assert self.warm.stdin
             with contextlib.suppress(BrokenPipeError):
-                self.warm.stdin.write(json.dumps({"folder": str(folder), "environment": environment}) + "\n")
+                self.warm.stdin.write(json.dumps({"folder": str(folder), "environment": self.environment | environment}) + "\n")
                 self.warm.stdin.flush()
             if (pid := self._answer()).isdecimal():
                 return Adopted(int(pid))
@@ -81,8 +83,8 @@ class JobStarter:
     def close(self) -> None:
         """End the warm process. May be called again."""
         if self.warm:
-            self.warm.kill()
-            self.warm.communicate()
+            with contextlib.suppress(BrokenPipeError), self.warm:  # closes its pipes, and waits
+                self.warm.kill()
             self.warm = None
             adopt_orphans(False)
 
@@ -132,10 +134,10 @@ def adopt_orphans(adopt: bool) -> bool:
     return ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0) == 0
 
 
-def serve(warm_up: Callable[[], Any]) -> Path:
+def serve(warm_up: Callable[[], Any]) -> None:
     """The warm process: call `warm_up`, which makes the imports, then fork for every request. Returns in each fork,
-    which is to become the job in the folder that is returned. The process ends when its launcher does.
-    """
+    which then is as a fresh process for the job whose folder is its argument, and ends by `leave`. The warm process
+    ends when its launcher does."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
     warm_up()
@@ -143,18 +145,17 @@ def serve(warm_up: Callable[[], Any]) -> Path:
     gc.freeze()  # no fork has to copy what lies here only for its collector to look at it
     if why := why_not_fork():
         print(why, file=answers)
-        _end()
+        leave(0)
     print(READY, file=answers)
     while line := sys.stdin.readline():
         request = json.loads(line)
-        folder, environment = Path(request["folder"]), request["environment"]
         pid = fork()
         if pid == 0:
             answers.close()
-            become(folder, environment)
-            return folder
+            become(Path(request["folder"]), request["environment"])
+            return
         print(pid, file=answers)
-    _end()
+    leave(0)
 
 
 def why_not_fork() -> str:
@@ -166,7 +167,7 @@ def why_not_fork() -> str:
     _, status = os.waitpid(pid, 0)
     if status:
         return "an import has begun to use the GPU"
-    # Only now: libraries that are made for it end their threads before a fork.
+    # Only now: libraries that are made for it, such as numpy's OpenBLAS, end their threads before a fork.
     threads = len(list(Path("/proc/self/task").iterdir())) - 1
     return f"{threads} threads run after the imports, which a fork would lack" if threads else ""
 
@@ -199,8 +200,7 @@ def become(folder: Path, environment: dict[str, str]) -> None:
     os.close(log_file)
     os.close(nothing)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # for the whole process
-    for name in ONE_THREAD:
-        os.environ.pop(name, None)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = [str(folder)]
     sys.orig_argv[-2:] = [str(folder)]
@@ -208,5 +208,11 @@ def become(folder: Path, environment: dict[str, str]) -> None:
         sys.modules["numpy"].random.seed()
 
 
-def _end() -> NoReturn:
-    os._exit(0)  # at once: there is nothing to tidy up
+def leave(code: int) -> NoReturn:
+    """End this process as an interpreter ends, with its threads and with what is registered for its exit, but without
+    taking all imports apart, which takes as long as the start of a small job."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

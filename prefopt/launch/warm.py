@@ -64,7 +64,9 @@ class JobStarter:
         if self.warm:
             assert self.warm.stdin
             with contextlib.suppress(BrokenPipeError):
-                self.warm.stdin.write(json.dumps({"folder": str(folder), "environment": self.environment | environment}) + "\n")
+                self.warm.stdin.write(
+                    json.dumps({"folder": str(folder), "environment": self.environment | environment}) + "\n"
+                )
                 self.warm.stdin.flush()
             if (pid := self._answer()).isdecimal():
                 return Adopted(int(pid))
@@ -90,7 +92,8 @@ class JobStarter:
 
     def _answer(self) -> str:
         """The next line that the warm process says; empty where it has ended."""
-        assert self.warm and self.warm.stdout
+        assert self.warm
+        assert self.warm.stdout
         return self.warm.stdout.readline().strip()
 
 
@@ -186,8 +189,9 @@ def fork() -> int:
         return 0
     os.close(writer)
     os.waitpid(between, 0)  # from now on it is an orphan
-    with open(reader) as said:
-        return int(said.read())
+    pid = int(os.read(reader, 32))
+    os.close(reader)
+    return pid
 
 
 def become(folder: Path, environment: dict[str, str]) -> None:

@@ -133,7 +133,9 @@ def test_however_a_fork_ends_the_launcher_knows_and_the_others_go_on(starter, tm
 
 def test_jobs_outlive_the_warm_process_and_later_ones_are_fresh(starter, tmp_path, monkeypatch):
     warm = starter()
-    running = warm.start(job(tmp_path, "running", f"import time\nwhile not Path('{tmp_path}/go').exists(): time.sleep(0.01)"), {})
+    running = warm.start(
+        job(tmp_path, "running", f"import time\nwhile not Path('{tmp_path}/go').exists(): time.sleep(0.01)"), {}
+    )
     os.kill(warm.warm.pid, signal.SIGKILL)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     later = warm.start(job(tmp_path, "later", "print('fresh')"), {})

@@ -40,7 +40,7 @@ transformers.generation.utils transformers.models.llama.modeling_llama
 PROGRAMS = {
     "train": "",
     "online": "prefopt.training.online prefopt.generation.responses prefopt.generation.sampler prefopt.rewards.rows",
-    "harness": "prefopt.evaluation.harness lm_eval",
+    "harness": "prefopt.evaluation.harness lm_eval.evaluator lm_eval.models.huggingface lm_eval.tasks",
     "alpaca": "prefopt.evaluation.alpaca prefopt.generation.responses prefopt.generation.sampler",
 }
 

@@ -101,7 +101,8 @@ class Adopted:
     """A child of this process that another one has forked; with what a launcher needs of `subprocess.Popen`."""
 
     def __init__(self, pid: int):
-        self.pid, self.returncode = pid, None
+        self.pid = pid
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)

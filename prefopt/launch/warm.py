@@ -63,10 +63,9 @@ class JobStarter:
         """Start the job in `folder`, whose log.txt is there, with these environment variables beside those of all."""
         if self.warm:
             assert self.warm.stdin
+            changes = {name: self.environment.get(name) for name in FORKABLE} | environment
             with contextlib.suppress(BrokenPipeError):
-                self.warm.stdin.write(
-                    json.dumps({"folder": str(folder), "environment": self.environment | environment}) + "\n"
-                )
+                self.warm.stdin.write(json.dumps({"folder": str(folder), "environment": changes}) + "\n")
                 self.warm.stdin.flush()
             if (pid := self._answer()).isdecimal():
                 return Adopted(int(pid))
@@ -195,8 +194,8 @@ def fork() -> int:
     return pid
 
 
-def become(folder: Path, environment: dict[str, str]) -> None:
-    """Make of this fork what a fresh process for the job in `folder` is."""
+def become(folder: Path, changes: dict[str, str | None]) -> None:
+    """Make of this fork what a fresh process for the job in `folder` is. `changes` of the environment: None removes."""
     os.setsid()
     log_file = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -205,8 +204,10 @@ def become(folder: Path, environment: dict[str, str]) -> None:
     os.close(log_file)
     os.close(nothing)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # for the whole process
-    os.environ.clear()
-    os.environ.update(environment)
+    for name, value in changes.items():  # all else stays: imports set variables, too
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     sys.argv[1:] = [str(folder)]
     sys.orig_argv[-2:] = [str(folder)]
     if "numpy" in sys.modules:  # Python's own generator gets a new seed in every fork

@@ -56,8 +56,8 @@ test: setup ## the tests (a few minutes), in two processes
 test-shared: setup ## those of the tests that need real data beside the checkout
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "shared and not slow and not slurm"
 
-test-slow: setup ## the tests with the real SmolLM2-135M or several processes
-	$(BIN)/python -m pytest -m slow
+test-slow: setup ## those that take longer: SmolLM2-135M, several processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-kills: setup ## KILLS kills of each configuration at random moments
 	KILLS=$(KILLS) $(BIN)/python -m pytest -m kills -s

@@ -23,6 +23,7 @@ from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
 from prefopt.launch import warm
+from prefopt.reporting.run_curves import write_curves
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
 from prefopt.tracking.provenance import check_frozen_code
 from prefopt.tracking.record import read_json, read_record, update_record
@@ -35,7 +36,7 @@ from prefopt.utils.signals import install_handlers
 # What a job imports when it runs, beyond this module: those of a run, and those of the other programs.
 RUN = """
 prefopt.training.build prefopt.training.export prefopt.training.loop prefopt.training.model_card prefopt.data.hub
-transformers.generation.utils transformers.models.llama.modeling_llama
+transformers.generation.utils transformers.models.llama.modeling_llama matplotlib.figure
 """
 PROGRAMS = {
     "train": "",
@@ -69,6 +70,7 @@ def run(folder: Path) -> None:
         acquire_lock(folder)
     try:
         _run_locked(folder)
+        write_curves(folder)
     finally:
         release_lock(folder)
 
@@ -126,7 +128,9 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
         case other:
             raise UserError(f"{folder}/job.json: there is no program {other!r} whose jobs can be run.")
     config: Any = parse(OmegaConf.create(frozen["config"]), schema)
-    run_pending(config, command=frozen["command"], code=frozen["code"])
+    place = run_pending(config, command=frozen["command"], code=frozen["code"])
+    if frozen["program"] == "online":  # whose folder is not the job's
+        write_curves(place)
     update_record(folder, status="finished")
 
 

@@ -6,9 +6,10 @@ SVG, PDF).
     python -m prefopt.report runs_dir=runs 'compare=["dpo β=0.1","mmpo β=0.1"]'       # or two runs, by folder or id
 
 Where runs differ in their seed alone there is also a table of their means over seeds; with `columns` one with a column
-for each value of that key, and with `compare` one of the paired differences of two methods.
+for each value of that key, and with `compare` one of the paired differences of two methods. curves/ has a figure for
+each run whose metrics.jsonl is there.
 
-Everything comes from record.json files, nothing from names or logs.
+All else comes from record.json files, nothing from names or logs.
 """
 
 from pathlib import Path
@@ -23,6 +24,7 @@ from prefopt.reporting.figures import draw
 from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.paired import paired_table
 from prefopt.reporting.published import read_published
+from prefopt.reporting.run_curves import draw_run_curves
 from prefopt.reporting.summary import by_column_table, main_table, over_seeds_table, table_rows
 from prefopt.tracking.archive import read_records, write_archive_once
 from prefopt.utils.console import console, folding_table
@@ -50,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     if paired:
         print_table(paired)
 
-    files = runs.write(output) + draw(records, output)
+    files = runs.write(output) + draw(records, output) + draw_run_curves(records, output)
     for other in filter(None, [*others, paired]):
         files += other.write(output)
     for file in files + write_archive_once(records, config.runs_dir, output):

@@ -17,6 +17,7 @@ from prefopt.config.parse import parse
 from prefopt.data.dataset_path import replace_path
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
+from prefopt.reporting.run_curves import write_curves
 from prefopt.training.config import TrainConfig, check, resolve
 from prefopt.training.setup import prepare_run, run
 
@@ -29,7 +30,7 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, 
     return SweepJob(point.overrides, label, config, config.model, planned.folder, planned)
 
 
-SWEEP = Sweep("train", TrainConfig, plan_job)
+SWEEP = Sweep("train", TrainConfig, plan_job, finish=write_curves)
 
 
 @program("train", TrainConfig, SWEEP, replace_path)
@@ -38,7 +39,9 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, TrainConfig)
     check(config)
     resolve(config)
-    run(prepare_run(config))
+    plan = prepare_run(config)
+    run(plan)
+    write_curves(plan.run.folder)
 
 
 if __name__ == "__main__":

@@ -173,14 +173,24 @@ class EngineConfig(Node):
 class WandbConfig(Node):
     project: str = MISSING
     mode: str = MISSING
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
     def rules(self) -> Rules:
         yield self.mode in ("offline", "online"), f"mode must be offline or online, is {self.mode!r}"
+        yield len(self.group or "") <= 128, "group must have at most 128 characters, for wandb"
+        yield (
+            all(1 <= len(tag) <= 64 for tag in self.tags),
+            "tags must have 1 to 64 characters each, as wandb takes them",
+        )
 
 
 @dataclass
 class LoggerConfig:
     progress: bool = MISSING
+    csv: bool = False
+    tensorboard: bool = False
     wandb: WandbConfig | None = None
 
 

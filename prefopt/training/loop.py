@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from prefopt.errors import Interrupted, UserError
-from prefopt.tracking.metrics import metrics_damage
+from prefopt.tracking.metrics import metrics_damage, read_metrics
 from prefopt.tracking.run import Run
 from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
 from prefopt.training.config import TrainConfig
 from prefopt.training.evaluate import evaluate_on_main
-from prefopt.training.loggers import Loggers, read_metrics
+from prefopt.training.loggers import Loggers
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
@@ -102,7 +102,7 @@ def train_loop(train_state: TrainState) -> Trained:
         raise UserError(f"{run.folder}: {why}. The same command goes on from the last checkpoint before that.")
     early_stopping.restore(train_state)
     final_step = steps if config.patience is None else early_stopping.step
-    rows = [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= final_step]
+    rows = [row for row in read_metrics(run.metrics_file) if row["split"] == "heldout" and row["step"] <= final_step]
     return Trained(rows, vouched)
 
 

@@ -239,8 +239,8 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     return objective, scorer, split_prompts(prompts, config.stages)
 
 
-def run_pending(config: OnlineConfig, **facts: str) -> None:
-    """Run all stages that are not finished yet. `facts` go into their records and that of the whole.
+def run_pending(config: OnlineConfig, **facts: str) -> Path:
+    """Run all stages that are not finished yet; the folder. `facts` go into their records and that of the whole.
 
     Raises UserError, and Interrupted with everything saved.
     """
@@ -258,7 +258,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     run.refuse_changed_model(parts)
     if run.finished:
         log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
-        return
+        return run.folder
 
     began = time.monotonic()
     run.start(stages=[], model=parts, **facts)
@@ -300,6 +300,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
         seconds=time.monotonic() - began,
     )
     log.info(f"{run.folder}: finished; the policy is in {run.policy_folder}")
+    return run.folder
 
 
 def data_digests(config: OnlineConfig) -> dict[str, str]:

@@ -578,6 +578,7 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_one_process_works_on_an_output(tiny_folder, tmp_path, env):
     """Another is refused, and says who does; the output is that of one alone."""
     drawn, alone, scored = tmp_path / "drawn.jsonl", tmp_path / "alone.jsonl", tmp_path / "scored.jsonl"
@@ -623,6 +624,7 @@ def test_a_killed_writer_of_an_output_leaves_nothing_for_long(tiny_folder, tmp_p
     assert [f.name for f in tmp_path.glob("scored.jsonl*")] == ["scored.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what_was_under_way(
     tiny_folder, tmp_path, env
 ):
@@ -656,6 +658,7 @@ def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what
         assert len(scored.read_text().splitlines()) == 12
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_judging_keeps_the_answers(overrides, tmp_path, env):
     pytest.importorskip("alpaca_eval")
     log = tmp_path / "log"

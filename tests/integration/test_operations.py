@@ -522,6 +522,7 @@ def test_watching_ends_when_all_is_done_also_without_a_terminal(tmp_path):
     assert "finished" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_the_local_rank_of_the_deepspeed_launcher_is_taken(overrides, tmp_path, env):  # noqa: F811
     pytest.importorskip("deepspeed")
     common = ["--local_rank=0", *overrides(tmp_path / "runs"), "steps=1"]
@@ -557,6 +558,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("action", [no_memory, torch_has_none])
+@pytest.mark.slow
 def test_too_little_memory_is_one_message_whatever_was_being_done(action, overrides, tmp_path, env):  # noqa: F811
     oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
     for number, (place, doing) in enumerate(MOMENTS.items()):

@@ -115,7 +115,8 @@ def test_prompts_of_preference_pairs_are_what_their_conversations_share(tmp_path
 def whole(tiny, tmp_path_factory) -> Path:
     """The runs folder of an undisturbed run, by the program."""
     runs = tmp_path_factory.mktemp("whole")
-    process = run_program(*command(tiny, runs), program="online", env={"PREFOPT_CACHE": str(tiny / "cache")})
+    cache = {"PREFOPT_CACHE": str(tiny / "cache")}
+    process = run_program(*command(tiny, runs), program="online", env=cache, curves=True)
     assert process.returncode == 0, process.stderr
     return runs
 
@@ -125,6 +126,8 @@ def test_each_stage_begins_where_the_one_before_has_left(whole):
     assert told["status"] == "finished"
     assert [stage["prompts"] for stage in told["stages"]] == [4, 4, 4]
     assert [row["step"] for row in told["evaluations"]] == [0, 2, 4, 6]
+    stages = [folder / stage["run"] for stage in told["stages"]]
+    assert all((place / "curves.png").is_file() for place in [folder, *stages])
     assert told["evaluations"][0]["chosen_logratio"] == 0
     weights = told["initial_weights"]
     seen = set()
@@ -354,6 +357,7 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, w
     assert len(names | {Run(asdict(base), "online-mappo_dpo", {"prompts": "b"}).name}) == 3
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):
     place = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     sweep = ["-m", *command(tiny, tmp_path / "runs", "objective=mappo,dpo"), "launcher.at_once=2", place]
@@ -365,6 +369,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
     mappo = found["online-mappo_dpo"]
     assert mappo["name"] == expected.name
     folder = tmp_path / "runs" / mappo["name"]
+    assert (folder / "curves.png").is_file()
     assert mappo["final_weights"] == alone["final_weights"] != found["online-dpo"]["final_weights"]
     # What is written down is what does it again, alone, and not that a launcher started it; in each stage too.
     stages = [json.loads((folder / stage["run"] / "record.json").read_text()) for stage in mappo["stages"]]

@@ -162,9 +162,9 @@ def sample_prompts(
     return chosen
 
 
-def build_layout(config: TrainConfig, policy: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
-    """The configured layout, checked against the model on some of `pairs`."""
-    return layout_check.choose_layout(config.layout, policy, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
+def build_layout(config: TrainConfig, policy: PreTrainedModel, digest: str, pairs: Sequence[TokenizedPair]) -> Layout:
+    """The configured layout, checked against the model on some of `pairs`. `digest` is that of the policy's weights."""
+    return layout_check.known_layout(config.layout, policy, digest, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
 
 
 def build_reference(

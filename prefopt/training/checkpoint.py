@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 
 from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens
@@ -114,8 +114,10 @@ def latest_checkpoint(folder: Path, check: Callable[[Path], str | None] | None =
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """Names of the tensors in which there is a NaN or an Inf."""
-    # A tensor without values, of an export that is only tried, has nothing to look at.
-    return [name for name, value in tensors.items() if not value.is_meta and not value.isfinite().all()]
+    # A tensor without values, of an export that is only tried, has nothing to look at. The sum, which is quicker, is
+    # finite where all values are, unless it overflows.
+    values = {name: value for name, value in tensors.items() if not value.is_meta}
+    return [name for name, value in values.items() if not value.sum().isfinite() and not value.isfinite().all()]
 
 
 def run_bytes(config: TrainConfig, engine: Engine) -> int:
@@ -194,7 +196,8 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
     if bad := not_finite(dict(policy.named_parameters())):
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
     with written_whole(target) as aside:
-        policy.save_pretrained(aside)
+        with never_wrapped():
+            policy.save_pretrained(aside)
         if hasattr(policy, "score"):
             save_reward_tokenizer(policy, tokenizer, aside)
         else:
@@ -226,6 +229,18 @@ def is_one_adapter(config: TrainConfig, policy: PreTrainedModel) -> bool:
     or on new embeddings."""
     on_files = config.model.adapter is None and not config.model.resize_embeddings
     return bool(config.peft.target_modules) and on_files and not hasattr(policy, "score")
+
+
+@contextlib.contextmanager
+def never_wrapped() -> Iterator[None]:
+    """Inside, transformers saves a model as it is. It would look whether deepspeed has wrapped it, which none of ours
+    is, and import deepspeed for that where it is installed: half of what the start of a small run takes."""
+    original = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model, **_: model  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.unwrap_model = original
 
 
 def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

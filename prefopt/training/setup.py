@@ -261,7 +261,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         exporter.check()
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
     with memory_for("checking the layout on a few pairs", half, smaller):
-        layout = build_layout(config, policy, train_pairs)
+        layout = build_layout(config, policy, digest, train_pairs)
 
     config.count_steps(len(train_pairs))
     for line in size_lines(config, objective, data["train"], len(heldout_pairs)):

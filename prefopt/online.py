@@ -22,8 +22,10 @@ from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
+from prefopt.reporting.run_curves import write_curves
 from prefopt.training.config import OnlineConfig, check_online
 from prefopt.training.online import prepare_online, run_pending
+from prefopt.training.publish import refuse_push_of_sweep
 
 
 def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher, folder: Path) -> SweepJob:
@@ -31,6 +33,7 @@ def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher,
     if config.launcher.get("gpus", 1) > 1 or config.launcher.get("nodes", 1) > 1:
         raise UserError("prefopt.online runs in one process: set launcher.gpus=1 and launcher.nodes=1.")
     check_online(config)
+    refuse_push_of_sweep(config.push_to_hub)
     configure_hardware(config, launcher)
     prepare_online(config)
     return SweepJob(point.overrides, label, config, config.model, folder)
@@ -39,7 +42,7 @@ def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher,
 @program("online", OnlineConfig, Sweep("online", OnlineConfig, plan_job, log_lines=1))
 def main(cfg: DictConfig) -> None:
     refuse_launcher_without_multirun()
-    run_pending(parse(cfg, OnlineConfig))
+    write_curves(run_pending(parse(cfg, OnlineConfig)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import prefopt.models.reference
 from prefopt.config.schema import ModelConfig
 from prefopt.data import cache
 from prefopt.data.collate import Layout
+from prefopt.data.fields import content_id
+from prefopt.data.items import Message
 from prefopt.data.mismatch import MismatchedOfRun, with_mismatched
 from prefopt.data.sampler import run_indices
-from prefopt.data.tokenize import TokenizedPair
+from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
 from prefopt.models.logprobs import LogprobComputer
@@ -25,7 +27,6 @@ from prefopt.models.lora import (
     checkpoint_activations,
     freeze_unreached,
     leaf_name,
-    merge_adapter,
 )
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
@@ -122,8 +123,6 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     if config.compile:
         load.compile_layers(policy)
     load.check_vocabulary(policy, tokenizer)
-    if config.peft.path:
-        merge_adapter(policy, config.peft.path)
     freeze_unreached(policy)
     if config.model.router_aux_loss_coef:
         balancing_loss(policy)  # refuses a model that has none
@@ -132,9 +131,40 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     return policy
 
 
-def build_layout(config: TrainConfig, policy: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
-    """The configured layout, checked against the model on some of `pairs`."""
-    return layout_check.choose_layout(config.layout, policy, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
+def sample_prompts(
+    config: TrainConfig,
+    objective: Objective,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+) -> list[list[Message]]:
+    """Of the held-out `prompts` those that get a response at each evaluation: the first `sampling.prompts` different
+    ones that leave room for it among the model's positions. None for a reward model."""
+    wanted = 0 if objective.model_kind == "reward_model" else config.sampling.prompts
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    chosen: list[list[Message]] = []
+    seen, too_long = set(), 0
+    for prompt in prompts:
+        if len(chosen) == wanted:
+            break
+        if (key := content_id(prompt)) in seen:
+            continue
+        seen.add(key)
+        if len(encode_prompt(tokenizer, prompt)) + config.sampling.max_new_tokens > room:
+            too_long += 1
+        else:
+            chosen.append(prompt)
+    if too_long:
+        log.info(
+            f"  samples: {too_long} held-out prompts get none, since with sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens} they are longer than the model's {room} positions"
+        )
+    return chosen
+
+
+def build_layout(config: TrainConfig, policy: PreTrainedModel, digest: str, pairs: Sequence[TokenizedPair]) -> Layout:
+    """The configured layout, checked against the model on some of `pairs`. `digest` is that of the policy's weights."""
+    return layout_check.known_layout(config.layout, policy, digest, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
 
 
 def build_reference(
@@ -195,8 +225,6 @@ def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
     other = reference_model(config)
     quantize = config.precision if config.peft.quantize and not other else None
     model = load.load_model(other or config.model, config.device, quantize)
-    if config.peft.path and not other:
-        merge_adapter(model, config.peft.path)
     if layout.name == "packed":
         enable_packed_attention(model)
     return model

@@ -19,7 +19,7 @@ from prefopt.models.fingerprint import files_of
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
-from prefopt.training.model_card import MODEL_CARD
+from prefopt.training.publish import check_push, push
 from prefopt.utils.distributed import world_size
 from prefopt.utils.store import checksums
 
@@ -50,9 +50,9 @@ def stage_config(config: OnlineConfig, folder: Path, policy: Path | None) -> Tra
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     values["dataset"] = dataclasses.replace(config.dataset, train=str(folder / "scored.jsonl.gz"))
     values["runs_dir"] = str(folder)
+    values["push_to_hub"] = None  # the last policy alone is put there
+    values["merge_adapter"] = True  # the next stage puts its adapter on a whole model, and on no other adapter
     if policy:
-        # An adapter that the first stage merged into its policy is there already.
-        values["peft"] = dataclasses.replace(config.peft, path=None)
         values["model"] = config.model.exported(str(policy))
         if config.stage_reference == "initial":
             values["reference_model"] = config.reference_model or initial_model(config.model)
@@ -113,6 +113,8 @@ class StageFiles:
         self.run.update(files={name: facts for name, facts in kept.items() if name not in known} | found)
 
     def _policy(self, policy: Path) -> dict[str, Any]:
+        from prefopt.training.checkpoint import MODEL_CARD
+
         # The model card names commands and folders, and no later stage reads it.
         return {
             self._name(policy / name): {"sha256": value}
@@ -196,8 +198,10 @@ def score_responses(
 
     show = config.logger.progress
     rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
-    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there.
-    key = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
+    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there. Win
+    # rates are, which the format makes of raw ones.
+    win_rates = config.dataset.format.get("win_rates", False)
+    key = "rewards_01" if objective.reward_range == (0.0, 1.0) and not win_rates else "rewards"
     files.write(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
     mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
     log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
@@ -232,6 +236,7 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
         raise UserError(
             f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
         )
+    check_push(config.push_to_hub)
     # What a stage would refuse later is refused now, before anything is sampled.
     build_components(stage_config(config, Path(config.runs_dir), None))
     check_format(config)
@@ -239,8 +244,8 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     return objective, scorer, split_prompts(prompts, config.stages)
 
 
-def run_pending(config: OnlineConfig, **facts: str) -> None:
-    """Run all stages that are not finished yet. `facts` go into their records and that of the whole.
+def run_pending(config: OnlineConfig, **facts: str) -> Path:
+    """Run all stages that are not finished yet; the folder. `facts` go into their records and that of the whole.
 
     Raises UserError, and Interrupted with everything saved.
     """
@@ -258,7 +263,8 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     run.refuse_changed_model(parts)
     if run.finished:
         log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
-        return
+        push(config.push_to_hub, run.policy_folder)
+        return run.folder
 
     began = time.monotonic()
     run.start(stages=[], model=parts, **facts)
@@ -300,6 +306,8 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
         seconds=time.monotonic() - began,
     )
     log.info(f"{run.folder}: finished; the policy is in {run.policy_folder}")
+    push(config.push_to_hub, run.policy_folder)
+    return run.folder
 
 
 def data_digests(config: OnlineConfig) -> dict[str, str]:

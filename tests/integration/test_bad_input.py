@@ -28,6 +28,7 @@ from tests.helpers.tiny import ROOT, run_program, write_pairs
 ALWAYS = {
     "train": "model=hub model.path=model dataset=jsonl dataset.train=train.jsonl dataset.heldout=heldout.jsonl "
     "runs_dir=runs logger=quiet device=cpu precision=float32",
+    "chat": "device=cpu precision=float32",
     "sample": "model=hub model.path=model device=cpu precision=float32 prompts=in.jsonl output=out.jsonl",
     "score": "device=cpu precision=float32 input=in.jsonl output=out.jsonl",
     "online": "model=hub model.path=model device=cpu precision=float32 logger=quiet prompts=in.jsonl stages=1",
@@ -139,7 +140,7 @@ RECORD = {
         "steps": 2,
         "seed": 0,
         "model": {"name": "m", "path": "model", "revision": None, "tokenizer": None},
-        "dataset": {"name": "d", "heldout": None, "heldout_split": "heldout"},
+        "dataset": {"name": "d", "train": "train.jsonl", "format": {}, "heldout": None, "heldout_split": "heldout"},
         "objective": {"beta": 0.1},
         "optimizer": {"lr": 0.1},
         "precision": "float32",
@@ -211,7 +212,7 @@ TABLE = [
     config("warm-up", "schedule.warmup=1.5", "schedule.warmup must be a share"),
     config("alarm", "squeeze_alarm=0", "squeeze_alarm must be positive, or null"),
     config("adapter of no rank", "peft=lora_attention peft.r=0", "peft.r must be at least 1, is 0"),
-    config("no adapter", "peft=lora_attention peft.path=none", "peft.path=none is no adapter", "adapter_config.json"),
+    config("no adapter", "model.adapter=none", "model.adapter=none is no adapter", "adapter_config.json"),
     config("no adapter to switch off", "reference=adapter_off", "reference=adapter_off", "peft=lora_attention"),
     config("patience for nothing", "dataset.heldout=null dataset.heldout_share=0 patience=2",
            "no pairs are held out: give dataset.heldout=FILE"),
@@ -323,8 +324,15 @@ TABLE = [
     config("chats for pairs", f"dataset.train=bad.jsonl dataset.heldout=null {format_('Chats')}",
            "objective dpo compares two completions, and bad.jsonl holds chats", files={"bad.jsonl": json.dumps(
                {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]})}),
+    config("rows' columns as oracle", "dataset.oracle={_target_:prefopt.rewards.scorers.Columns}",
+           "dataset.oracle: Columns reads what a row holds", "+scorer@dataset.oracle=vader"),
+    config("no model of the oracle", "+scorer@dataset.oracle=reward_model dataset.oracle.path=no/such",
+           "no model can be loaded from dataset.oracle.path=no/such"),
+    config("no function of the oracle", "+scorer@dataset.oracle=function dataset.oracle.function=json.none",
+           "dataset.oracle.function: cannot import 'json.none'"),
+    config("prompts", "sampling.prompts=-1", "sampling.prompts must not be negative"),
     config("oracle without prompts",
-           "dataset.oracle={_target_:prefopt.rewards.oracle.Vader} dataset.heldout=null dataset.heldout_share=0",
+           "dataset.oracle={_target_:prefopt.rewards.scorers.Vader} dataset.heldout=null dataset.heldout_share=0",
            "no pairs are held out: give dataset.heldout=FILE"),
     # Models
     config("no model", "model.path=no/such-model", "no model can be loaded from model.path=no/such",
@@ -390,6 +398,9 @@ TABLE = [
     other("sample", "a folder without rows", "prompts=model", "model/generation_config.json must hold a list of JSON"),
     other("sample", "another's rest", "", "was begun with other settings", "remove the file to begin again", loads=True,
           files=PROMPT | {"out.jsonl.partial": "junk\n"}),
+    # prefopt.chat
+    other("chat", "no run", "run=nowhere", "nowhere", "record.json"),
+    other("chat", "no model", "model=hub model.path=nowhere", "no tokenizer can be loaded from model.path=nowhere"),
     # prefopt.score
     other("score", "no scorer", "", "no value for scorer", "scorer=VALUE", files=RESPONSES),
     other("score", "nothing to score", "scorer=vader", "row 1 has no field 'chosen'", "A row to score has",
@@ -467,7 +478,6 @@ TABLE = [
           files={"runs/A/record.json": "{"}),
     other("report", "a record in another code", "", "record.json cannot be read",
              files={"runs/A/record.json": b"\xff"}),
-    other("report", "no figures", "published=none.csv", "published=none.csv: no such file", files=run()),
     other("report", "a column that is none", "columns=nope", "run A has no nope", files=run()),
     other("report", "a file for a folder", "output=train.jsonl", "output=train.jsonl", "Give another output",
              files=run()),

@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import asdict
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from prefopt.data.tokenize import tokenize
 from prefopt.models.logprobs import completion_rewards
 from prefopt.tracking.provenance import git
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from tests.helpers.tiny import ENVIRONMENT, ROOT, command, records, run_program, save_tiny
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, command, records, run_program, save_tiny
 from tests.training.test_loop import TIMING
 
 
@@ -59,7 +60,8 @@ def test_a_grid_trains_evaluates_and_leaves_records(grid):
         ]  # fmt: skip
         samples = (runs / record["name"] / "samples" / "step_0000004.jsonl").read_text().splitlines()
         assert len(samples) == 6
-        assert {"prompt", "response", "finished", "reward", "logratio"} == set(json.loads(samples[0]))
+        assert (runs / record["name"] / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert {"prompt", "response", "finished", "length", "reward", "logratio"} == set(json.loads(samples[0]))
     assert len({json.dumps(r["evaluations"][0]["oracle_reward"]) for r in found}) == 1
 
 
@@ -78,8 +80,7 @@ def test_the_exported_policy_loads_and_is_the_trained_one(grid, tiny_folder):
 def test_the_same_command_skips_what_is_finished(grid, overrides):
     runs, _ = grid
     before = {file: file.stat().st_mtime_ns for file in runs.glob("*/*") if "multirun" not in str(file)}
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
-    again = run_program(*overrides(runs), oracle, "sampling.max_new_tokens=6", "objective.beta=0.05")
+    again = run_program(*overrides(runs), *SAMPLED, "objective.beta=0.05")
     assert again.returncode == 0
     assert "finished, skipped" in again.stderr
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/*") if "multirun" not in str(f)} == before
@@ -88,7 +89,7 @@ def test_the_same_command_skips_what_is_finished(grid, overrides):
 # beta_dpo: two passes, and a state of its own
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "beta_dpo"])
 def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides, tmp_path):
-    args = [f"objective={objective}", "steps=12", "eval_every=4", "save_every=3"]
+    args = [f"objective={objective}", "steps=12", "eval_every=4", "save_every=3", "logger.csv=true"]
     whole = run_program(*overrides(tmp_path / "whole"), *args)
     assert whole.returncode == 0, whole.stderr
     runs = tmp_path / "killed"
@@ -108,6 +109,9 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(objective, overrides
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     metrics = [timeless(root / a["name"] / "metrics.jsonl") for root in (tmp_path / "whole", runs)]
     assert metrics[0] == metrics[1]
+    tables = [pandas.read_csv(root / a["name"] / "metrics.csv") for root in (tmp_path / "whole", runs)]
+    pandas.testing.assert_frame_equal(*(table.drop(columns=list(TIMING)) for table in tables), check_exact=True)
+    assert len(tables[0]) == len(metrics[0])
     assert a["evaluations"] == b["evaluations"]
 
 

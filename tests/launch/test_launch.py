@@ -35,7 +35,7 @@ from prefopt.tracking.status import RunsConfig, inspect_runs, select, status_tab
 from prefopt.train import SWEEP
 from prefopt.training.config import TrainConfig
 from prefopt.utils import signals
-from tests.helpers.tiny import ENVIRONMENT, ROOT, command, records, run_program
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, command, records, run_program
 
 FAULTY = ["objective._target_=tests.helpers.faulty.Faulty", "launcher.at_once=2", "steps=2"]
 
@@ -88,8 +88,7 @@ def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, over
     files = {file: file.stat().st_mtime_ns for file in runs.rglob("*")}
 
     def points(*objectives: str) -> list[Point]:
-        same = [*overrides(runs), "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
-        same += ["sampling.max_new_tokens=6", "objective.beta=0.05"]
+        same = [*overrides(runs), *SAMPLED, "objective.beta=0.05"]
         return [point(*same, f"objective={objective}") for objective in objectives]
 
     monkeypatch.setattr(Local, "run", lambda *_: pytest.fail("a job was started"))
@@ -97,6 +96,10 @@ def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, over
     _, jobs = SWEEP.plan_jobs(points("dpo", "mmpo", "ipo"), Path())
     assert [(job.state, job.to_run) for job in jobs] == [("finished", False)] * 2 + [("new", True)]
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("*")} == files
+    curves = jobs[0].folder / "curves.png"
+    curves.unlink()  # as after a job that was killed between its end and them
+    assert SWEEP(points("dpo"), runs, dry_run=False) == 0
+    assert curves.is_file()
 
 
 def test_a_dry_run_lists_the_jobs_and_writes_nothing(overrides, tmp_path):
@@ -166,7 +169,7 @@ def fake(tmp_path, monkeypatch):
 
     def make(n: int, script: str) -> list[SweepJob]:
         python = tmp_path / "python"
-        python.write_text(f"#!/bin/bash\n{script}\n")
+        python.write_text(f'#!/bin/bash\n[ "$3" != --warm ] || exit 1\n{script}\n')
         python.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(python))
         jobs = []
@@ -554,10 +557,29 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
         run.folder.mkdir(exist_ok=True)
         logger = Loggers(run, config.logger, vouched)
         vouched = logger.vouch()
-        logger.wandb = None
+        logger.others.clear()
         logger.close()
     assert len(set(seen)) == 1
     assert seen[0][1] == "allow"
+
+
+def test_the_runs_of_a_sweep_are_a_group_in_wandb(overrides, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+
+    def groups(*changes: list[str]) -> list[str | None]:
+        points = [point(*overrides(tmp_path), "logger=wandb", *of_point) for of_point in changes]
+        _, jobs = SWEEP.plan_jobs(points, Path())
+        return [job.config.logger.wandb.group for job in jobs]
+
+    assert groups(["seed=1", "objective.beta=0.1"], ["seed=2", "objective.beta=0.1"]) == ["seed"] * 2
+    assert groups(["seed=1", "objective=dpo"], ["seed=2", "objective=ipo"]) == ["seed, objective"] * 2
+    assert groups(["seed=1"]) == [None]
+    assert groups(["seed=1", "logger.wandb.group=mine"], ["seed=2", "logger.wandb.group=mine"]) == ["mine"] * 2
+    named = Point(["+sweep=demo", "seed=1"], point(*overrides(tmp_path), "logger=wandb").cfg)
+    assert prefopt.launch.sweep.sweep_name([named]) == "demo"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    assert groups(["seed=1"], ["seed=2"]) == ["mine"] * 2
 
 
 def test_the_exit_code_of_a_sweep_is_that_of_its_runs(overrides, tmp_path, monkeypatch):

@@ -94,7 +94,13 @@ def test_step_0_of_dpo_is_log_2_with_zero_margin(tmp_path):
     assert metrics["lr"] == pytest.approx(1e-3)
 
 
-INDEPENDENT = {name: o for name, o, _ in objectives() if o.scope != "micro_batch"} | {
+# Of those with scope `pair` one of each kind: that such a loss is a function of its pair alone is tested beside them.
+KINDS = {
+    name if o.scope == "step" else (o.needs, o.completions, o.model_kind, o.normalize_by): (name, o)
+    for name, o, _ in objectives()
+    if o.scope != "micro_batch"
+}
+INDEPENDENT = dict(KINDS.values()) | {
     "mmpo-raw": MMPO(0.1, normalization="none", auxiliary_weight=0.5),
     "mmpo-step": MMPO(0.1, normalization="step", auxiliary_weight=0.5),
     "mmpo-step-entropy": MMPO(0.1, normalization="step", auxiliary_weight=0.5, entropy_bonus=True),
@@ -367,16 +373,21 @@ def test_mean_and_error():
     assert mean_and_error([1.0])[1] != mean_and_error([1.0])[1]  # nan: one value has no spread
 
 
-def test_step_0_is_checked_on_training_pairs_where_none_are_held_out(tmp_path, capsys):
+def test_step_0_is_checked_by_the_first_step_alone_where_no_pairs_are_held_out(tmp_path, capsys):
     train_state = make_train_state(DPO(0.1), tmp_path)
     train_state.heldout_pairs = []
     assert evaluate(train_state, 0) == {}
-    assert "policy = reference" in capsys.readouterr().err
+    step(train_state, 0)
+    assert capsys.readouterr().err.count("step 0: policy = reference") == 1
+
+    train_state = make_train_state(DPO(0.1), tmp_path)
+    weights = train_state.engine.policy.get_output_embeddings().weight
     with torch.no_grad():
-        train_state.engine.policy.get_output_embeddings().weight.mul_(1.01)
-    train_state.heldout_reference = []
-    with pytest.raises(UserError, match="differs from the reference"):
-        evaluate(train_state, 0)
+        weights.mul_(1.01)
+    before = weights.detach().clone()
+    with pytest.raises(UserError, match="in the first training step the policy differs from the reference"):
+        step(train_state, 0)
+    assert torch.equal(weights, before)
 
 
 def test_the_weights_with_the_lowest_held_out_loss_come_back(tmp_path):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,17 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
 import prefopt.generation.sampler
-from prefopt.config.parse import parse, register
+from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig
+from prefopt.data.formats import Format
 from prefopt.data.sources import read_rows, write_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.generation.responses import read_prompts
 from prefopt.models.load import load_reward_model
+from prefopt.objectives.base import Objective
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
-from prefopt.training.online import run_pending, split_prompts, stage_config
+from prefopt.training.online import run_pending, score_responses, split_prompts, stage_config
 from prefopt.utils import signals
 from tests.helpers.harm import empty, flip
 from tests.helpers.tiny import ROOT, run_program, save_tiny
@@ -53,7 +56,7 @@ def command(tiny: Path, runs: Path, *changes: str) -> list[str]:
         f"dataset.heldout={tiny / 'heldout.jsonl'}", "scorer=reward_model", f"scorer.path={tiny / 'reward'}",
         "stages=3", "steps=2", "batch_size=2", "eval_every=2", "save_every=1", "micro_batch_tokens=200",
         "samples_per_prompt=3", "stage_sampling.max_new_tokens=6", "stage_sampling.batch_size=6", "objective=mappo",
-        "optimizer.lr=1e-2", "logger=quiet", "precision=float32", "device=cpu",
+        "optimizer.lr=1e-2", "sampling.prompts=0", "logger=quiet", "precision=float32", "device=cpu",
     ]  # fmt: skip
     changed = {change.split("=")[0] for change in changes}
     if "scorer=vader" in changes:
@@ -111,11 +114,35 @@ def test_prompts_of_preference_pairs_are_what_their_conversations_share(tmp_path
         read_prompts(str(tmp_path / "texts.jsonl"), None)
 
 
+@pytest.mark.parametrize(
+    ("objective", "change", "key"),
+    [
+        ("dpo", [], "rewards"),
+        ("sppo objective.labels=soft", [], "rewards_01"),
+        ("sppo objective.labels=soft", ["dataset.format.win_rates=true"], "rewards"),  # the format makes rates of them
+    ],
+)
+def test_a_stage_trains_on_the_rewards_that_its_objective_wants(objective, change, key, tiny, tmp_path, monkeypatch):
+    scored = {"prompt": "Hi", "responses": ["a", "b"], "rewards": [2.0, -1.0], "rewards_01": [0.88, 0.27]}
+    monkeypatch.setattr("prefopt.rewards.rows.score_rows", lambda *_, **__: [scored])
+    found = config(tiny, tmp_path, f"objective={objective.split()[0]}", *objective.split()[1:], *change)
+    written = []
+    files = SimpleNamespace(write=lambda _, rows: written.extend(rows))
+    built = build(found.objective, Objective, "objective")
+    score_responses(found, built, None, tiny / "prompts.jsonl", tmp_path / "scored", files)  # type: ignore[arg-type]
+    (row,) = written
+    assert (row["rewards"], row["raw_rewards"]) == (scored[key], scored["rewards"])
+    pair = build(found.dataset.format, Format, "dataset.format")(row)
+    low, high = built.reward_range or (-2.0, 2.0)
+    assert low <= pair.rejected_reward < pair.chosen_reward <= high
+
+
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory) -> Path:
     """The runs folder of an undisturbed run, by the program."""
     runs = tmp_path_factory.mktemp("whole")
-    process = run_program(*command(tiny, runs), program="online", env={"PREFOPT_CACHE": str(tiny / "cache")})
+    cache = {"PREFOPT_CACHE": str(tiny / "cache")}
+    process = run_program(*command(tiny, runs), program="online", env=cache, curves=True)
     assert process.returncode == 0, process.stderr
     return runs
 
@@ -125,6 +152,8 @@ def test_each_stage_begins_where_the_one_before_has_left(whole):
     assert told["status"] == "finished"
     assert [stage["prompts"] for stage in told["stages"]] == [4, 4, 4]
     assert [row["step"] for row in told["evaluations"]] == [0, 2, 4, 6]
+    stages = [folder / stage["run"] for stage in told["stages"]]
+    assert all((place / "curves.png").is_file() for place in [folder, *stages])
     assert told["evaluations"][0]["chosen_logratio"] == 0
     weights = told["initial_weights"]
     seen = set()
@@ -366,6 +395,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
     mappo = found["online-mappo_dpo"]
     assert mappo["name"] == expected.name
     folder = tmp_path / "runs" / mappo["name"]
+    assert (folder / "curves.png").is_file()
     assert mappo["final_weights"] == alone["final_weights"] != found["online-dpo"]["final_weights"]
     # What is written down is what does it again, alone, and not that a launcher started it; in each stage too.
     stages = [json.loads((folder / stage["run"] / "record.json").read_text()) for stage in mappo["stages"]]
@@ -418,7 +448,7 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
         (["backend=llama.cpp"], "backend must be transformers or vllm"),
         (["backend=vllm"], "needs the package vllm"),
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
-        (["peft.path=adapter"], r"peft\.path: the initial policy is the reference of every stage"),
+        (["model.adapter=adapter"], r"model\.adapter: the initial policy is the reference of every stage"),
         (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is the reference"),
         (["objective=sft"], "does not train a policy on pairs"),
         (["stages=100"], "12 different prompts do not suffice for stages=100"),

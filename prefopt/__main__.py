@@ -9,7 +9,7 @@ from prefopt.cli.help import overview, show, wants_help
 from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
-    *("train", "online", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
+    *("train", "online", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers", "claims"),
     *("runs", "prefetch", "data_report", "objectives"),
 )
 

@@ -249,8 +249,8 @@ def _row(answer: Answer) -> dict[str, Any]:
 def _verdict(row: Mapping[str, Any], claim: Claim) -> str:
     if claim.mathematics:
         return IDENTITY if (row["largest"] or 0.0) <= claim.margin else CONTRADICTED
-    if row["p_holm"] is None:
-        return UNDECIDED
+    if row["p_holm"] is None:  # no two seeds
+        return MISSING
     significant = row["p_holm"] < ALPHA
     if claim.expects == "equal":
         outside = row["low"] > claim.margin or row["high"] < -claim.margin
@@ -272,7 +272,8 @@ def describe(claim: Claim) -> str:
     for term in claim.contrast:
         sign = "−" if term.times < 0 else "+"
         size = "" if abs(term.times) == 1 else f"{abs(term.times):g} × "
-        keys = [str(v) if k == "objective" else f"{k.rpartition('.')[2]}={_listed(v)}" for k, v in term.runs.items()]
+        names = "objective", "objective.base._target_", "dataset.name"  # said without their key
+        keys = [_listed(v) if k in names else f"{k.rpartition('.')[2]}={_listed(v)}" for k, v in term.runs.items()]
         how = [] if term.over == "mean" else [f"{term.over} over its runs"]
         how += [f"at the highest {term.peak}"] if term.peak else []
         how += [term.metric] if term.metric else []

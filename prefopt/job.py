@@ -36,7 +36,8 @@ from prefopt.utils.signals import install_handlers
 # What a job imports when it runs, beyond this module: those of a run, and those of the other programs.
 RUN = """
 prefopt.training.build prefopt.training.export prefopt.training.loop prefopt.training.model_card prefopt.data.hub
-transformers.generation.utils transformers.models.llama.modeling_llama matplotlib.figure
+transformers.generation.utils transformers.models.llama.modeling_llama
+matplotlib.backends.backend_agg matplotlib.pyplot
 """
 PROGRAMS = {
     "train": "",

@@ -38,6 +38,7 @@ def empty(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_five_commands(empty, tiny_folder):
     model = ["model=hub", f"model.path={tiny_folder / 'model'}", *TINY]
 

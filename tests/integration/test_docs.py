@@ -22,7 +22,7 @@ from prefopt.generation.config import ChatConfig, SampleConfig
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.prefetch import PrefetchConfig
-from prefopt.reporting.config import CompareConfig, DataReportConfig, PapersConfig, ReportConfig
+from prefopt.reporting.config import ClaimsConfig, CompareConfig, DataReportConfig, PapersConfig, ReportConfig
 from prefopt.rewards.config import ScoreConfig
 from prefopt.tracking.status import RunsConfig
 from prefopt.training.config import OnlineConfig, TrainConfig, check
@@ -40,6 +40,7 @@ SCHEMAS: dict[str, type] = {
     "harness": HarnessConfig,
     "alpaca": AlpacaConfig,
     "compare": CompareConfig,
+    "claims": ClaimsConfig,
     "online": OnlineConfig,
     "chat": ChatConfig,
     "sample": SampleConfig,

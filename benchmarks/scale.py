@@ -68,7 +68,7 @@ class Bench:
         changes = {
             "model": "hub", "model.path": self.model, "dataset": "jsonl", "dataset.train": pairs,
             "runs_dir": runs, "logger": "quiet", "precision": "float32", "device": "cpu", "steps": STEPS,
-            "batch_size": BATCH, "eval_every": STEPS, "save_every": STEPS,
+            "batch_size": BATCH, "sampling.prompts": 0, "eval_every": STEPS, "save_every": STEPS,
         }  # fmt: skip
         return [*(f"{key}={value}" for key, value in changes.items()), *more]
 

@@ -143,6 +143,7 @@ def overrides(spec: Spec) -> list[str]:
         f"eval_every={spec.steps}",
         f"save_every={spec.steps}",
         f"max_prompt_tokens={MAX_LENGTH}",
+        "sampling.prompts=0",
         *spec.overrides,
     ]
 

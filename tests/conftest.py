@@ -43,9 +43,8 @@ def overrides(tiny_folder):
 def grid(tiny_folder, overrides, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A finished grid of the tiny model with an oracle: (runs folder, the process)."""
     runs = tmp_path_factory.mktemp("grid")
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
     process = tiny.run_program(
-        "-m", *overrides(runs), oracle, "sampling.max_new_tokens=6", "objective=dpo,mmpo", "objective.beta=0.05,0.5",
+        "-m", *overrides(runs), *tiny.SAMPLED, "objective=dpo,mmpo", "objective.beta=0.05,0.5",
         "launcher.at_once=2",
         env={"PREFOPT_CACHE": str(tiny_folder / "cache")},
     )  # fmt: skip

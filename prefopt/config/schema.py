@@ -196,3 +196,14 @@ class SamplingConfig(Node):
         yield 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, is {self.top_p}"
         yield self.max_new_tokens >= 1, "max_new_tokens must be at least 1"
         yield self.batch_size >= 1, "batch_size must be at least 1"
+
+
+@dataclass
+class EvaluationSamplingConfig(SamplingConfig):
+    """Of the samples of a training run's evaluations. `prompts`: how many held-out prompts get one; None: all."""
+
+    prompts: int | None = MISSING
+
+    def rules(self) -> Rules:
+        yield from super().rules()
+        yield self.prompts is None or self.prompts >= 0, "prompts must not be negative (0: none), or null for all"

@@ -224,17 +224,20 @@ def items(model: ModelConfig, dataset: DatasetConfig, also: Iterable[str] = ()) 
     return [*models, *(replace(item, splits=splits) for item, splits in data.items())]
 
 
-def missing(model: ModelConfig, dataset: DatasetConfig) -> list[str]:
+def missing(model: ModelConfig, dataset: DatasetConfig, oracle: ModelConfig | None = None) -> list[str]:
     """A message for every model that does not exist; and, if the hub is switched off, for everything on the hub that a
-    job needs and this machine lacks.
+    job needs and this machine lacks. `oracle`: the model of the data set's oracle, where it has one.
 
     Uses no network. To stay fast, it loads no torch, and `datasets` only if the data set is on the hub. Raises
     UserError for a data set without rows to read (`prefopt.data.dataset.sources`).
     """
     messages = []
-    for item in items(model, dataset):
+    named = [("model.path", item) for item in items(model, dataset)]
+    if oracle:
+        named.append(("dataset.oracle.path", Model(oracle.path, oracle.revision)))
+    for key, item in named:
         model_itself = isinstance(item, Model) and item.weights
-        what = f"no model can be loaded from model.path={item.path}" if model_itself else f"no {item}"
+        what = f"no model can be loaded from {key}={item.path}" if model_itself else f"no {item}"
         # With a path that is no valid name on the hub, a network would not help either.
         if isinstance(item, Model) and not item.local and not is_on_hub(item):
             messages.append(f"{what}: it is neither a folder here nor a name on the hub (OWNER/NAME).")

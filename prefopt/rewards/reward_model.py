@@ -48,16 +48,15 @@ class RewardModel(RewardScorer):
     def label(self) -> str:
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
-    def model_files(self) -> dict[str, str]:
-        from prefopt.models.fingerprint import local_files
-
-        return local_files(self._model)
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(self.path, self.path, self.revision)
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
         from prefopt.models.load import check_vocabulary, load_tokenizer
         from prefopt.utils.console import Bar
 
-        tokenizer = load_tokenizer(self._model)
+        tokenizer = load_tokenizer(self.model)
         texts = [self._encode(tokenizer, request) for request in requests]
         keys = [tensor_store.hash_tokens(tokens) for tokens in texts]
         by_key = dict(zip(keys, texts, strict=True))  # equal texts are computed once
@@ -84,14 +83,10 @@ class RewardModel(RewardScorer):
         log.info(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
         return cache.get(keys)[:, 0].tolist()
 
-    @property
-    def _model(self) -> ModelConfig:
-        return ModelConfig(self.path, self.path, self.revision)
-
     def _load(self, device: str) -> "PreTrainedModel":
         from prefopt.models.load import load_trained_reward_model
 
-        return load_trained_reward_model(self._model, device)
+        return load_trained_reward_model(self.model, device)
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> list[int]:
         """The token ids of prompt and response."""
@@ -158,7 +153,7 @@ class CustomRewardModel(RewardModel):
     def _load(self, device: str) -> "PreTrainedModel":
         from prefopt.models.load import load_custom_reward_model
 
-        return load_custom_reward_model(self._model, device)
+        return load_custom_reward_model(self.model, device)
 
     def _layout(self, model: "PreTrainedModel", texts: list[list[int]], precision: str) -> None:
         return None

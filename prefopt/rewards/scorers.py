@@ -1,20 +1,23 @@
-"""Scorers, which give a reward to a response: an oracle, columns that the rows already have, or a reward model
-(reward_model.py).
+"""Scorers, which give a reward to a response: sentiment, a Python function, columns that the rows already have, or a
+reward model (reward_model.py).
 
 Each is a dataclass that a YAML of conf/scorer names by `_target_`. "Reward" is the number, on any scale; `probability`
-maps it to [0, 1].
+maps it to [0, 1]. As `dataset.oracle`, a scorer gives the samples of a run's evaluations their rewards.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from hydra.utils import get_method
+
+from prefopt.config.schema import ModelConfig
 from prefopt.data.fields import finite
 from prefopt.data.items import Message
 from prefopt.errors import UserError
-from prefopt.rewards.oracle import Oracle
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Request:
 class RewardScorer(ABC):
     """Gives a reward to a response. The higher the better; the scale is the scorer's."""
 
+    reads_rows: ClassVar[bool] = False  # whether it looks at more of a row than prompt and response: none for samples
+
     @property
     @abstractmethod
     def label(self) -> str:
@@ -42,9 +47,16 @@ class RewardScorer(ABC):
         """The rewards of the requests, in their order. `show`: show progress. Raises UserError, naming the row, for a
         response that can have no reward."""
 
+    @property
+    def model(self) -> ModelConfig | None:
+        """The model that it loads, and releases, in each call of `rewards`; None where it has none."""
+        return None
+
     def model_files(self) -> dict[str, str]:
-        """The digests of the files of its model (`models.fingerprint.local_files`); none where it has no model."""
-        return {}
+        """The digests of the files of its model (`models.fingerprint.local_files`); {} where it has none."""
+        from prefopt.models.fingerprint import local_files
+
+        return local_files(self.model) if self.model else {}
 
     def probability(self, reward: float) -> float:
         """The reward on [0, 1], for objectives that need it there: sigma(reward), if it is not there already."""
@@ -53,20 +65,68 @@ class RewardScorer(ABC):
 
 
 @dataclass(frozen=True)
-class OracleScorer(RewardScorer):
-    """An oracle's rewards, which lie in [0, 1]."""
+class Vader(RewardScorer):
+    """VADER's compound sentiment (Hutto & Gilbert 2014) of the response alone, mapped from [-1, 1] to [0, 1].
 
-    oracle: Oracle
+    Building it raises UserError where the package vaderSentiment is missing.
+    """
+
+    def __post_init__(self) -> None:
+        _analyzer()  # fails now rather than at the first response
 
     @property
     def label(self) -> str:
-        return type(self.oracle).__name__
+        return "Vader"
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
-        return [self.oracle(r.prompt, r.response) for r in requests]
+        return [(_analyzer().polarity_scores(r.response)["compound"] + 1) / 2 for r in requests]
 
     def probability(self, reward: float) -> float:
         return reward
+
+
+@functools.cache
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise UserError("the sentiment scorer needs the package vaderSentiment: pip install -e '.[offline]'") from None
+    return SentimentIntensityAnalyzer()
+
+
+@dataclass(frozen=True)
+class Function(RewardScorer):
+    """A Python function, named as package.module.function, that is called once for all responses.
+
+    It gets a list of prompts (each a list of messages) and the list of responses to them (texts), and returns a finite
+    number for each, in a list or an array.
+    """
+
+    function: str
+
+    def __post_init__(self) -> None:
+        _function(self.function)  # fails now rather than at the first response
+
+    @property
+    def label(self) -> str:
+        return self.function.rpartition(".")[2]
+
+    def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
+        returned = _function(self.function)([r.prompt for r in requests], [r.response for r in requests])
+        values = [v.item() if hasattr(v, "item") else v for v in returned]  # of an array or tensor
+        if len(values) != len(requests):
+            raise UserError(f"{self.function} returned {len(values)} rewards for {len(requests)} responses.")
+        try:
+            return [finite(v, f"{self.function}'s reward of {r.where}") for r, v in zip(requests, values, strict=True)]
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
+
+
+def _function(name: str) -> Callable[..., Any]:
+    try:
+        return get_method(name)
+    except Exception as error:  # whatever importing somebody's module raises
+        raise ValueError(f"function: cannot import {name!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -77,6 +137,8 @@ class Columns(RewardScorer):
     response; a dot leads into a nested object. `scale` is [lowest, highest] of the possible rewards, which are then
     mapped to [0, 1] linearly; None: by sigma.
     """
+
+    reads_rows: ClassVar[bool] = True
 
     chosen: str = "score_chosen"
     rejected: str = "score_rejected"

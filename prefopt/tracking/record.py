@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from prefopt.tracking.process import STATES, resolve_status
 from prefopt.utils.files import refresh_nfs, write_json, write_plain_json
 from prefopt.utils.locks import open_lock
 from prefopt.utils.redact import redact_values
+from prefopt.utils.stats import share_error
 from prefopt.utils.store import SEAL, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -172,11 +173,21 @@ def record_problems(record: dict[str, Any], finished: bool = False) -> Iterator[
                 yield f"{where} lacks some of {', '.join([first, *others])}"
 
 
+def heldout_accuracy(evaluation: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The accuracy of an evaluation and its standard error over the held-out pairs. None where it has none, and where
+    all pairs tie, as where policy and reference are equal: then the accuracy of 0 says nothing."""
+    accuracy, n = evaluation.get("accuracy"), evaluation.get("n")
+    if accuracy is None or not n or evaluation.get("tie_rate") == 1:
+        return None
+    return accuracy, share_error(accuracy, n)
+
+
 NO_FIGURES = ("split", "reliability")  # of what an evaluation holds
 # Figures that an evaluation has together, and all evaluations of a run or none.
 TOGETHER = (
     ("chosen_logps",),
-    ("oracle_reward", "oracle_reward_se", "kl", "kl_se", "samples"),
+    ("oracle_reward", "oracle_reward_se", "kl"),
+    ("kl", "kl_se", "samples"),
     ("calibration_error", "loss"),
 )
 

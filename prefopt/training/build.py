@@ -13,9 +13,11 @@ import prefopt.models.reference
 from prefopt.config.schema import ModelConfig
 from prefopt.data import cache
 from prefopt.data.collate import Layout
+from prefopt.data.fields import content_id
+from prefopt.data.items import Message
 from prefopt.data.mismatch import MismatchedOfRun, with_mismatched
 from prefopt.data.sampler import run_indices
-from prefopt.data.tokenize import TokenizedPair
+from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
 from prefopt.models.logprobs import LogprobComputer
@@ -130,6 +132,37 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     if config.peft.target_modules:
         adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
     return policy
+
+
+def sample_prompts(
+    config: TrainConfig,
+    objective: Objective,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+) -> list[list[Message]]:
+    """Of the held-out `prompts` those that get a response at each evaluation: the first `sampling.prompts` different
+    ones that leave room for it among the model's positions. None for a reward model."""
+    wanted = 0 if objective.model_kind == "reward_model" else config.sampling.prompts
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    chosen: list[list[Message]] = []
+    seen, too_long = set(), 0
+    for prompt in prompts:
+        if len(chosen) == wanted:
+            break
+        if (key := content_id(prompt)) in seen:
+            continue
+        seen.add(key)
+        if len(encode_prompt(tokenizer, prompt)) + config.sampling.max_new_tokens > room:
+            too_long += 1
+        else:
+            chosen.append(prompt)
+    if too_long:
+        log.info(
+            f"  samples: {too_long} held-out prompts get none, since with sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens} they are longer than the model's {room} positions"
+        )
+    return chosen
 
 
 def build_layout(config: TrainConfig, policy: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:

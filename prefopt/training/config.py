@@ -11,6 +11,7 @@ from prefopt.config.parse import file_name_problems
 from prefopt.config.schema import (
     DatasetConfig,
     EngineConfig,
+    EvaluationSamplingConfig,
     LoggerConfig,
     ModelConfig,
     Node,
@@ -48,7 +49,7 @@ class TrainConfig(Node):
     schedule: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: Any = MISSING
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: EvaluationSamplingConfig = field(default_factory=EvaluationSamplingConfig)
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = MISSING

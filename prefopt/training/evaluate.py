@@ -1,8 +1,8 @@
 """Held-out pairs and samples of the policy, and the check that nothing is wrong before the first step."""
 
+import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,15 @@ import prefopt.models.logprobs
 from prefopt.data.cache import tokenizer_digest
 from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
+from prefopt.errors import UserError
 from prefopt.generation.sampler import Sample, sample
 from prefopt.models.fingerprint import loaded_model
 from prefopt.models.generation_config import stop_tokens
 from prefopt.models.logprobs import autocast
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import apply_objective
+from prefopt.rewards.scorers import Request, RewardScorer
+from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, step_metrics
 from prefopt.training.state import TrainState
@@ -31,8 +34,8 @@ from prefopt.utils.console import progress
 from prefopt.utils.distributed import on_main_process
 from prefopt.utils.files import atomic_write, cache_dir
 from prefopt.utils.fingerprint import fingerprint
-from prefopt.utils.memory import memory_for
-from prefopt.utils.stats import mean_and_error
+from prefopt.utils.memory import is_out_of_memory, memory_for
+from prefopt.utils.stats import mean_and_error, share_error
 from prefopt.utils.store import opened
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ def evaluate_on_main(train_state: TrainState, step: int) -> dict[str, Any]:
 
 
 def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
-    """Evaluate after `step` steps: the held-out pairs and, with an oracle, samples to the held-out prompts.
+    """Evaluate after `step` steps: the held-out pairs, and samples to held-out prompts.
 
     Says the main figures, and returns all metrics. Raises UserError as `check_step0` does.
     """
@@ -55,8 +58,8 @@ def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
     elif step == 0:  # no figures without held-out pairs, but the check of step 0 needs some pairs
         indices = step_indices(len(train_state.train_pairs), config.seed, 0, config.batch_size)
         evaluate_pairs(train_state, 0, [train_state.train_pairs[i] for i in indices])
-    if train_state.oracle:
-        metrics |= initial_sample_metrics(train_state) if step == 0 else sample_metrics(train_state, step)
+    if train_state.prompts:
+        metrics |= sample_metrics(train_state, step)
 
     log.info(f"  step {step}/{config.total_steps}: {format_evaluation(metrics)}")
     if step == config.total_steps:
@@ -70,13 +73,16 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
     """The main figures of an evaluation in one line."""
     parts = []
     if "accuracy" in metrics:
-        parts.append(f"held-out accuracy {metrics['accuracy']:.3f} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
+        accuracy = heldout_accuracy(metrics)
+        text = f"{accuracy[0]:.3f} ± {accuracy[1]:.3f}" if accuracy else "–"
+        parts.append(f"held-out accuracy {text} (ties {metrics['tie_rate']:.2f}, n {metrics['n']})")
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
     if "calibration_error" in metrics:
         parts.append(f"calibration error {metrics['calibration_error']:.3f}")
     if "oracle_reward" in metrics:
         parts.append(f"oracle reward {metrics['oracle_reward']:.3f} ± {metrics['oracle_reward_se']:.3f}")
+    if "kl" in metrics:
         parts.append(f"KL {metrics['kl']:.2f} ± {metrics['kl_se']:.2f}")
         parts.append(f"length {metrics['sample_length']:.1f}")
     return ", ".join(parts) or "nothing to evaluate"
@@ -102,7 +108,7 @@ def warn_of_squeezing(metrics: dict[str, Any], limit: float | None) -> None:
 
 @torch.no_grad()
 def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """The metrics of `pairs`. At step 0 also the check that policy and reference agree.
+    """The metrics of `pairs`, with the standard error of the accuracy. At step 0 also the check that policy and reference agree.
 
     An objective whose scope is the step gets all pairs at once, with its present state.
     """
@@ -122,6 +128,8 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     scored = [(part, apply_objective(objective, part)) for part in inputs]
 
     metrics = step_metrics(objective, scored)
+    if "accuracy" in metrics:
+        metrics["accuracy_se"] = share_error(metrics["accuracy"], metrics["n"])
     if objective.model_kind == "reward_model":
         margins = [output.chosen_scores - output.rejected_scores for _, output in scored]  # type: ignore[operator]
         metrics |= calibration(torch.cat(margins))
@@ -132,12 +140,36 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     return metrics
 
 
-def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
-    """`sample_metrics` of the initial policy, which all runs of a sweep share: computed once, then read from the user's
-    cache. The key holds everything that decides the samples."""
+def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
+    """Draw one response to each of the run's prompts, let the oracle reward them, if there is one, and write them to
+    samples/.
+
+    `kl` estimates KL(policy || reference) in nats per response: the mean log-ratio over the policy's own samples,
+    unbiased at temperature 1.
+    """
+    rows = initial_samples(train_state) if step == 0 else draw_samples(train_state, step)
+    if train_state.oracle:
+        rewards = oracle_rewards(train_state, train_state.oracle, step, rows)
+        rows = [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
+    atomic_write(samples_path(train_state, step), _as_lines(rows))
+
+    metrics: dict[str, Any] = {}
+    for name, key in (("oracle_reward", "reward"), ("kl", "logratio")):
+        if key in rows[0]:
+            metrics[name], metrics[f"{name}_se"] = mean_and_error([row[key] for row in rows])
+    return metrics | {
+        "sample_length": sum(row["length"] for row in rows) / len(rows),
+        "sample_finished": sum(row["finished"] for row in rows) / len(rows),
+        "samples": len(rows),
+    }
+
+
+def initial_samples(train_state: TrainState) -> list[dict[str, Any]]:
+    """`draw_samples` of the initial policy, which all runs of a sweep share: drawn once, then read from the user's
+    cache. The key holds everything that decides them; rewards are not kept."""
     config = train_state.config
     if config.reference_model:
-        return sample_metrics(train_state, 0)  # the KL is to another model
+        return draw_samples(train_state, 0)  # the log-ratios are to another model
     policy, tokenizer = train_state.engine.policy, train_state.tokenizer
     decisive = [
         *loaded_model(policy, train_state.run.record["initial_weights"]),
@@ -145,68 +177,65 @@ def initial_sample_metrics(train_state: TrainState) -> dict[str, Any]:
         tokenizer_digest(tokenizer),
         train_state.run.record["versions"],
         [encode_prompt(tokenizer, prompt) for prompt in train_state.prompts],
-        repr(train_state.oracle),
-        config.sampling,
+        dataclasses.replace(config.sampling, prompts=None),  # the prompts themselves stand above
         [config.seed, config.precision, config.device, torch.get_num_threads()],
     ]
-    key = fingerprint(decisive, prefopt.generation.sampler, prefopt.models.logprobs, type(train_state.oracle))
-    samples_file = samples_path(train_state, 0)
+    key = fingerprint(decisive, draw_samples, prefopt.generation.sampler, prefopt.models.logprobs)
 
     def draw(folder: Path) -> None:
-        metrics = sample_metrics(train_state, 0)
-        shutil.copyfile(samples_file, folder / "samples.jsonl")
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "samples.jsonl").write_text(_as_lines(draw_samples(train_state, 0)))
 
     cached = opened(cache_dir() / "initial_samples" / key[:16], "samples of the initial policy", draw)
-    atomic_write(samples_file, (cached / "samples.jsonl").read_bytes())
-    metrics: dict[str, Any] = json.loads((cached / "metrics.json").read_text())
-    return metrics
+    return [json.loads(line) for line in (cached / "samples.jsonl").read_text().split("\n")[:-1]]
 
 
 @torch.no_grad()
-def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
-    """Draw one response to each held-out prompt and score it; write the texts to samples/.
+def draw_samples(train_state: TrainState, step: int) -> list[dict[str, Any]]:
+    """One response to each prompt: its text, whether it ended, its length in tokens, and its log-ratio in nats.
 
-    `kl` estimates KL(policy || reference) in nats per response: the mean log-ratio over the policy's own samples,
-    unbiased at temperature 1.
+    Raises UserError for a model that cannot generate.
     """
-    assert train_state.oracle is not None
-    show = train_state.config.logger.progress
-    half = f"sampling.batch_size={max(1, train_state.config.sampling.batch_size // 2)}"
-    fewer = "lower sampling.max_new_tokens"
-    with (
-        memory_for(f"sampling after step {step}", half, fewer),
-        autocast(train_state.engine.device, train_state.config.precision),
-    ):
-        drawn = sample(
-            train_state.engine.policy,
-            train_state.tokenizer,
-            train_state.prompts,
-            train_state.config.sampling,
-            train_state.config.seed,
-            1,
-            show,
-        )
+    policy, sampling = train_state.engine.policy, train_state.config.sampling
+    half, none = f"sampling.batch_size={max(1, sampling.batch_size // 2)}", "sampling.prompts=0, which draws no samples"
+    with memory_for(f"sampling after step {step}", half, "lower sampling.max_new_tokens", none):
+        try:
+            with autocast(train_state.engine.device, train_state.config.precision):
+                show = train_state.config.logger.progress
+                drawn = sample(
+                    policy, train_state.tokenizer, train_state.prompts, sampling, train_state.config.seed, 1, show
+                )
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the {policy.config.model_type} cannot generate ({why}). With sampling.prompts=0 it is trained and "
+                "evaluated without samples."
+            ) from error
     samples = [responses[0] for responses in drawn]
-    logratios = sample_logratios(train_state, samples)
-    rewards = [train_state.oracle(prompt, s.text) for prompt, s in zip(train_state.prompts, samples, strict=True)]
-    lines = [
-        {"prompt": prompt, "response": s.text, "finished": s.finished, "reward": reward, "logratio": logratio}
-        for prompt, s, reward, logratio in zip(train_state.prompts, samples, rewards, logratios, strict=True)
+    with memory_for(f"computing the KL after step {step}", none):
+        logratios = sample_logratios(train_state, samples)
+    return [
+        {"prompt": prompt, "response": s.text, "finished": s.finished, "length": len(s.tokens), "logratio": logratio}
+        for prompt, s, logratio in zip(train_state.prompts, samples, logratios, strict=True)
     ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic_write(samples_path(train_state, step), text)
-    reward, reward_se = mean_and_error(rewards)
-    kl, kl_se = mean_and_error(logratios)
-    return {
-        "oracle_reward": reward,
-        "oracle_reward_se": reward_se,
-        "kl": kl,
-        "kl_se": kl_se,
-        "sample_length": sum(len(s.tokens) for s in samples) / len(samples),
-        "sample_finished": sum(s.finished for s in samples) / len(samples),
-        "samples": len(samples),
-    }
+
+
+def oracle_rewards(
+    train_state: TrainState, oracle: RewardScorer, step: int, rows: Sequence[dict[str, Any]]
+) -> list[float]:
+    """The rewards of the responses in `rows`. A reward model is in memory meanwhile, beside the policy."""
+    requests = [
+        Request(row, i, row["prompt"], row["response"], row["finished"], f"sample {i + 1} after step {step}")
+        for i, row in enumerate(rows)
+    ]
+    config = train_state.config
+    with memory_for(f"scoring the samples after step {step}", "dataset.oracle=null, which gives no rewards"):
+        return oracle.rewards(requests, str(train_state.engine.device), config.precision, config.logger.progress)
+
+
+def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def samples_path(train_state: TrainState, step: int) -> Path:

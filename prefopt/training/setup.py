@@ -32,7 +32,7 @@ from prefopt.utils.memory import memory_for
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
-    from prefopt.rewards.oracle import Oracle
+    from prefopt.rewards.scorers import RewardScorer
     from prefopt.tracking.run import Run
     from prefopt.training.optim import Schedule
 
@@ -46,11 +46,11 @@ class RunPlan:
     config: TrainConfig
     objective: "Objective"
     schedule: "Schedule"
-    oracle: "Oracle | None"
+    oracle: "RewardScorer | None"
     run: "Run"
 
 
-def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle | None]":
+def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardScorer | None]":
     """Build objective, schedule and oracle, and check everything else that needs neither data nor weights. Fills what
     the objective decides into `config`.
 
@@ -61,7 +61,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     from prefopt.data.hub import missing
     from prefopt.errors import MissingAssetError
     from prefopt.objectives.base import Objective
-    from prefopt.rewards.oracle import Oracle
+    from prefopt.rewards.scorers import RewardScorer
     from prefopt.training.engine import check_engine
     from prefopt.training.loggers import check_logger
     from prefopt.training.optim import Schedule, check_optimizer
@@ -69,7 +69,13 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
     schedule = build(config.schedule, Schedule, "schedule")
-    oracle = build(config.dataset.oracle, Oracle, "dataset.oracle") if config.dataset.oracle else None
+    oracle = build(config.dataset.oracle, RewardScorer, "dataset.oracle") if config.dataset.oracle else None
+    if oracle and oracle.reads_rows:
+        raise UserError(
+            f"dataset.oracle: {type(oracle).__name__} reads what a row holds beside its texts, and the policy's own "
+            "samples are in no row. Take a scorer that reads the response: +scorer@dataset.oracle=vader, or "
+            "reward_model, hub_reward_model, function."
+        )
     if objective.model_kind == "reward_model":
         oracle = None  # a reward model draws no samples
 
@@ -93,7 +99,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, Oracle 
         raise UserError(
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
         )
-    if lacking := missing(config.model, config.dataset):
+    if lacking := missing(config.model, config.dataset, oracle.model if oracle else None):
         raise MissingAssetError("\n".join(lacking))
     return objective, schedule, oracle
 
@@ -124,11 +130,11 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
     digests = {name: split_digest(config.dataset, name) for name in names}
     run = Run.open(dataclasses.asdict(config), objective.name, digests, root)
     if run.begun:
-        run.refuse_changed_model(model_parts(config))
+        run.refuse_changed_model(model_parts(config, oracle))
     return RunPlan(config, objective, schedule, oracle, run)
 
 
-def model_parts(config: TrainConfig) -> dict[str, str]:
+def model_parts(config: TrainConfig, oracle: "RewardScorer | None" = None) -> dict[str, str]:
     """Digests of the files of every model that a run reads, by their names in messages."""
     from prefopt.models.fingerprint import adapter_files, model_files
     from prefopt.training.build import reference_model
@@ -138,6 +144,8 @@ def model_parts(config: TrainConfig) -> dict[str, str]:
         parts |= {f"the {part} in peft.path": value for part, value in adapter_files(config.peft.path).items()}
     if other := reference_model(config):
         parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
+    if oracle:
+        parts |= {f"the {part} of dataset.oracle": value for part, value in oracle.model_files().items()}
     return parts
 
 
@@ -206,6 +214,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         build_policy,
         build_reference,
         build_router_loss,
+        sample_prompts,
     )
     from prefopt.training.checkpoint import check_space, run_bytes
     from prefopt.training.export import PolicyExporter
@@ -237,12 +246,14 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     config.count_steps(len(train_pairs))
     counts = {name: split.counts for name, split in data.items()}
-    model = model_parts(config) | loaded
+    model = model_parts(config, plan.oracle) | loaded
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
     # One process fills the cache of the reference, the others read it.
     with memory_for("computing the reference", half, "reference=cached", smaller), main_process_first():
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
+    heldout_prompts = data["heldout"].prompts if "heldout" in data else []
+    prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
         engine = build_engine(config, policy)
     router_loss = build_router_loss(config, policy)
@@ -259,7 +270,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         tokenizer=tokenizer,
         train_pairs=train_pairs,
         heldout_pairs=heldout_pairs,
-        prompts=data["heldout"].prompts if plan.oracle else [],
+        prompts=prompts,
         oracle=plan.oracle,
         layout=layout,
         export=exporter,

@@ -17,7 +17,7 @@ from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Reference
 from prefopt.models.router import RouterLoss
 from prefopt.objectives.base import Objective
-from prefopt.rewards.oracle import Oracle
+from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.run import Run
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -29,7 +29,7 @@ from prefopt.utils.distributed import rank, world_size
 class TrainState:
     """Everything one run needs.
 
-    `reference` is None where a reward model is trained, `prompts` are the held-out ones, `export` writes the policy as
+    `reference` is None where a reward model is trained, `prompts` are held-out ones to sample from, `export` writes the policy as
     it is into a folder, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
     what the objective carries from step to step.
     """
@@ -44,7 +44,7 @@ class TrainState:
     train_pairs: Sequence[TokenizedPair]
     heldout_pairs: Sequence[TokenizedPair]
     prompts: list[list[Message]]
-    oracle: Oracle | None
+    oracle: RewardScorer | None
     layout: Layout = LAYOUTS["padded"]
     export: Callable[[Path], Any] | None = None
     router_loss: RouterLoss | None = None

@@ -13,6 +13,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
+def share_error(share: float, n: int) -> float:
+    """The standard error of a share of n independent items: sqrt(p (1 - p) / n), as of a binomial count."""
+    return math.sqrt(share * (1 - share) / n)
+
+
 def paired_difference(differences: np.ndarray) -> tuple[float, float, float, float]:
     """The mean of paired differences (n,), the ends of its 95 % interval, and p for a mean of 0.
 

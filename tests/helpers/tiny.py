@@ -122,7 +122,14 @@ def tiny_overrides(model: Path, data: Path, runs: Path) -> list[str]:
         "eval_every=2",
         "save_every=1",
         "optimizer.lr=1e-3",
+        "sampling.prompts=0",  # `SAMPLED` draws samples: they cost as much as the steps
     ]
+
+
+# Samples to all held-out prompts, with rewards; behind `tiny_overrides`.
+SAMPLED = [
+    "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}", "sampling.prompts=null", "sampling.max_new_tokens=6"
+]  # fmt: skip
 
 
 def command(*args: str, program: str = "train") -> list[str]:

@@ -322,7 +322,7 @@ TABLE = [
     config("chats for pairs", f"dataset.train=bad.jsonl dataset.heldout=null {format_('Chats')}",
            "objective dpo compares two completions, and bad.jsonl holds chats", files={"bad.jsonl": json.dumps(
                {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]})}),
-    config("oracle without prompts", "dataset.oracle={_target_:prefopt.rewards.oracle.Vader} dataset.heldout=null",
+    config("oracle without prompts", "dataset.oracle={_target_:prefopt.rewards.scorers.Vader} dataset.heldout=null",
            "dataset.heldout is null: give a file"),
     # Models
     config("no model", "model.path=no/such-model", "no model can be loaded from model.path=no/such",

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from prefopt.data.sources import read_rows
-from prefopt.rewards.oracle import Vader
+from prefopt.rewards.scorers import Vader
+from tests.helpers.rewards import rewards_of
 from tests.helpers.tiny import ROOT, records, run_program, write_pairs
 
 
@@ -63,7 +64,7 @@ def test_sample_writes_what_the_data_format_reads(tiny_folder, tmp_path):
     process = run_program(f"input={output}", f"output={scored}", "scorer=vader", program="score")
     assert process.returncode == 0, process.stderr
     for _, row in read_rows(str(scored)):
-        assert row["rewards"] == row["rewards_01"] == [Vader()([], response) for response in row["responses"]]
+        assert row["rewards"] == row["rewards_01"] == rewards_of(Vader(), *row["responses"])
 
 
 def test_epochs_are_the_steps_that_they_take(overrides, tmp_path):

@@ -31,7 +31,7 @@ from prefopt.training.checkpoint import (
 from tests.helpers.forks import At, run, start
 from tests.helpers.harm import HARMS, cut
 from tests.helpers.harm import flip as flip_a_bit
-from tests.helpers.tiny import ENVIRONMENT, ROOT, records
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, records
 from tests.training.test_loop import TIMING
 
 STEPS = ["steps=6", "eval_every=3", "save_every=1"]
@@ -208,11 +208,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(overrides, whole
 def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides, tmp_path):
     """Tokens, the reference's log-probs and the samples of the initial policy, all of them at once."""
     env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
-    oracle = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=6"]
     found = []
     for n in (1, 2):
         runs = tmp_path / f"runs_{n}"
-        code, said = run(tmp_path / "log", *overrides(runs), *STEPS, *oracle, env=env)
+        code, said = run(tmp_path / "log", *overrides(runs), *STEPS, *SAMPLED, env=env)
         assert code == 0, said
         found.append(result(runs))
         kept = [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix not in (".lock", "")]
@@ -231,8 +230,7 @@ def test_whatever_is_damaged_in_the_cache_is_named_and_made_anew(harm, overrides
 
 def test_killed_makers_of_what_is_cached_leave_nothing(overrides, tmp_path):
     env = {"PREFOPT_CACHE": str(tmp_path / "cache")}
-    arguments = [*overrides(tmp_path / "runs"), *STEPS, "sampling.max_new_tokens=6"]
-    arguments += ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
+    arguments = [*overrides(tmp_path / "runs"), *STEPS, *SAMPLED]
     moments = [
         At("prefopt.data.cache:write_split", 2),
         At("prefopt.utils.store:publish"),  # with all written, and it has not got its name yet

@@ -20,7 +20,7 @@ from typing import Protocol
 import pytest
 
 from tests.helpers.forks import start
-from tests.helpers.tiny import ENVIRONMENT, ROOT, records
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, records
 from tests.integration.test_faults import result
 from tests.training.test_online import command, tiny  # noqa: F401
 
@@ -29,7 +29,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.kills]
 KILLS = int(os.environ.get("KILLS", "5"))  # of each configuration
 SEED = int(os.environ.get("KILLS_SEED", "0"))
 STEPS = ["steps=12", "eval_every=4", "save_every=1"]
-ORACLE = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=6"]
 CONFIGURATIONS = {
     "dpo": ["objective=dpo"],
     "beta_dpo, with its state": ["objective=beta_dpo"],
@@ -142,7 +141,7 @@ def test_the_making_of_shared_caches(overrides, tmp_path):
 
     def begin(runs: Path) -> Forked:
         env = {"PREFOPT_CACHE": str(runs.with_suffix(".cache"))}
-        return Forked(tmp_path / "log", *overrides(runs), "steps=2", *ORACLE, env=env)
+        return Forked(tmp_path / "log", *overrides(runs), "steps=2", *SAMPLED, env=env)
 
     def found(runs: Path) -> object:
         cache = runs.with_suffix(".cache")

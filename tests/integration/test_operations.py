@@ -21,7 +21,7 @@ from prefopt.tracking.record import give_up
 from prefopt.training.checkpoint import complete_checkpoints, latest_checkpoint, save_checkpoint
 from prefopt.utils.os_errors import explain, from_text
 from tests.helpers.forks import At, run, start
-from tests.helpers.tiny import records, run_program, save_tiny
+from tests.helpers.tiny import SAMPLED, records, run_program, save_tiny
 from tests.integration.test_faults import (  # noqa: F401
     FAULTY,
     STEPS,
@@ -558,9 +558,8 @@ MOMENTS = {
 
 @pytest.mark.parametrize("action", [no_memory, torch_has_none])
 def test_too_little_memory_is_one_message_whatever_was_being_done(action, overrides, tmp_path, env):  # noqa: F811
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
     for number, (place, doing) in enumerate(MOMENTS.items()):
-        arguments = [*overrides(tmp_path / f"runs{number}"), *STEPS, "exports=2", oracle, "sampling.max_new_tokens=4"]
+        arguments = [*overrides(tmp_path / f"runs{number}"), *STEPS, "exports=2", *SAMPLED]
         own_cache = {"PREFOPT_CACHE": str(tmp_path / f"cache{number}")}  # so that nothing is answered from it
         code, said = run(tmp_path / "log", *arguments, env=own_cache, at=At(place, 1, action))
         assert code == 2, (place, said)

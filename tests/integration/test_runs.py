@@ -19,7 +19,7 @@ from prefopt.data.tokenize import tokenize
 from prefopt.models.logprobs import completion_rewards
 from prefopt.tracking.provenance import git
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from tests.helpers.tiny import ENVIRONMENT, ROOT, command, records, run_program, save_tiny
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, command, records, run_program, save_tiny
 from tests.training.test_loop import TIMING
 
 
@@ -59,7 +59,7 @@ def test_a_grid_trains_evaluates_and_leaves_records(grid):
         ]  # fmt: skip
         samples = (runs / record["name"] / "samples" / "step_0000004.jsonl").read_text().splitlines()
         assert len(samples) == 6
-        assert {"prompt", "response", "finished", "reward", "logratio"} == set(json.loads(samples[0]))
+        assert {"prompt", "response", "finished", "length", "reward", "logratio"} == set(json.loads(samples[0]))
     assert len({json.dumps(r["evaluations"][0]["oracle_reward"]) for r in found}) == 1
 
 
@@ -78,8 +78,7 @@ def test_the_exported_policy_loads_and_is_the_trained_one(grid, tiny_folder):
 def test_the_same_command_skips_what_is_finished(grid, overrides):
     runs, _ = grid
     before = {file: file.stat().st_mtime_ns for file in runs.glob("*/*") if "multirun" not in str(file)}
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
-    again = run_program(*overrides(runs), oracle, "sampling.max_new_tokens=6", "objective.beta=0.05")
+    again = run_program(*overrides(runs), *SAMPLED, "objective.beta=0.05")
     assert again.returncode == 0
     assert "finished, skipped" in again.stderr
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/*") if "multirun" not in str(f)} == before

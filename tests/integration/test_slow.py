@@ -138,7 +138,7 @@ def test_a_short_real_run_learns(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["dataset=jsonl", f"dataset.train={file}", f"dataset.heldout={file}", f"runs_dir={tmp_path}"]
     data.append("dataset.policies.prompt_in_heldout=keep")
-    settings = ["steps=4", "batch_size=4", "eval_every=4", "optimizer.lr=5e-5"]
+    settings = ["steps=4", "batch_size=4", "eval_every=4", "optimizer.lr=5e-5", "sampling.prompts=0"]
     process = run_program(*data, *settings, env={"OMP_NUM_THREADS": str(THREADS)})
     assert process.returncode == 0, process.stderr
     (record,) = records(tmp_path)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from prefopt.data.formats import Pairs
 from prefopt.objectives.dpo import DPO
 from prefopt.training.optim import Schedule
-from prefopt.rewards.oracle import Oracle
 from prefopt.rewards.scorers import RewardScorer
 
 
@@ -45,12 +44,6 @@ class Flat(Schedule):
 
 
 @dataclass(frozen=True)
-class Short(Oracle):
-    def __call__(self, prompt, response):
-        return 1 / (1 + len(response))
-
-
-@dataclass(frozen=True)
 class Length(RewardScorer):
     @property
     def label(self):
@@ -58,6 +51,10 @@ class Length(RewardScorer):
 
     def rewards(self, requests, device, precision, show=True):
         return [float(len(request.response)) for request in requests]
+
+
+def brevity(prompts, responses):
+    return [-len(response) for response in responses]
 """
 YAMLS = {
     "objective/sharp.yaml": "_target_: mine.Sharp\nbeta: 0.1\nsharpness: 2.0\n",
@@ -65,7 +62,7 @@ YAMLS = {
     "scorer/length.yaml": "_target_: mine.Length\n",
     "dataset/questions.yaml": (
         "name: questions\ntrain: own.jsonl\nheldout: own.jsonl\nformat:\n  _target_: mine.Questions\n"
-        "policies: {prompt_in_heldout: keep}\noracle:\n  _target_: mine.Short\n"
+        "policies: {prompt_in_heldout: keep}\noracle:\n  _target_: mine.Length\n"
     ),
 }
 
@@ -145,7 +142,7 @@ def test_a_sweep_runs_on_a_copy_of_what_is_installed(call, tiny_folder, installe
 
 @pytest.mark.parametrize("command", [["prefopt", "train"], ["python", "-m", "prefopt.train"]], ids=lambda c: c[0])
 def test_a_folder_of_ones_own(call, command, tiny_folder):
-    """An objective, a format, an oracle, a schedule and a scorer in a module in the current folder."""
+    """An objective, a format, a schedule, a scorer and a reward function in a module in the current folder."""
     folder = call.folder
     (folder / "mine.py").write_text(MODULE)
     for name, text in YAMLS.items():
@@ -155,6 +152,7 @@ def test_a_folder_of_ones_own(call, command, tiny_folder):
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [o for o in tiny("runs", tiny_folder) if not o.startswith("dataset")]
     own = ["--config-dir", "own", "dataset=questions", "schedule=flat", "sampling.max_new_tokens=4"]
+    given.append("sampling.prompts=null")
     call(*command, *own, *given, "steps=2", "objective=sharp")
     call(*command, "-m", *own, *given, "steps=2", "objective=sharp", "objective.sharpness=3.0,4.0")
     found = records(folder / "runs")
@@ -162,10 +160,13 @@ def test_a_folder_of_ones_own(call, command, tiny_folder):
     for record in found:
         assert record["status"] == "finished"
         assert record["name"].startswith("mine-model-questions-")
-        assert 0 < record["evaluations"][-1]["oracle_reward"] <= 1
+        assert record["evaluations"][-1]["oracle_reward"] > 0
     pairs = [{"prompt": "How?", "chosen": "So, with care.", "rejected": "No."}]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     score = [*command[:-1], command[-1].replace("train", "score")]
     call(*score, "--config-dir", "own", "scorer=length", "input=pairs.jsonl", "output=scored.jsonl", "device=cpu")
     (row,) = [json.loads(line) for line in (folder / "scored.jsonl").read_text().splitlines()]
     assert (row["chosen_reward"], row["rejected_reward"]) == (14.0, 3.0)
+    call(*score, "scorer=function", "scorer.function=mine.brevity", "input=pairs.jsonl", "output=f.jsonl", "device=cpu")
+    (row,) = [json.loads(line) for line in (folder / "f.jsonl").read_text().splitlines()]
+    assert (row["chosen_reward"], row["rejected_reward"]) == (-14.0, -3.0)

@@ -35,7 +35,7 @@ from prefopt.tracking.status import RunsConfig, inspect_runs, select, status_tab
 from prefopt.train import SWEEP
 from prefopt.training.config import TrainConfig
 from prefopt.utils import signals
-from tests.helpers.tiny import ENVIRONMENT, ROOT, command, records, run_program
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, command, records, run_program
 
 FAULTY = ["objective._target_=tests.helpers.faulty.Faulty", "launcher.at_once=2", "steps=2"]
 
@@ -88,8 +88,7 @@ def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, over
     files = {file: file.stat().st_mtime_ns for file in runs.rglob("*")}
 
     def points(*objectives: str) -> list[Point]:
-        same = [*overrides(runs), "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"]
-        same += ["sampling.max_new_tokens=6", "objective.beta=0.05"]
+        same = [*overrides(runs), *SAMPLED, "objective.beta=0.05"]
         return [point(*same, f"objective={objective}") for objective in objectives]
 
     monkeypatch.setattr(Local, "run", lambda *_: pytest.fail("a job was started"))

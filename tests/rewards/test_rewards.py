@@ -14,13 +14,13 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
-from prefopt.rewards.oracle import Vader
 from prefopt.rewards.reward_model import CustomRewardModel, RewardModel
 from prefopt.rewards.rows import requests_of, score_rows
-from prefopt.rewards.scorers import Columns, OracleScorer, RewardScorer
+from prefopt.rewards.scorers import Columns, RewardScorer, Vader
 from prefopt.training.metrics import calibration
 from prefopt.utils import tensor_store
 from prefopt.utils.files import atomic_write
+from tests.helpers.rewards import rewards_of
 from tests.helpers.tiny import records, run_program, save_tiny, write_pairs
 
 ROW = {
@@ -156,11 +156,9 @@ def test_rows_get_r_and_r_on_0_to_1():
     (scored,) = score_rows([("row 1", ROW | {"z": [1, 800.0, -800.0]})], raw, "cpu", "float32", "model")
     assert scored["model"] == [1.0, 800.0, -800.0]
     assert scored["model_01"] == pytest.approx([1 / (1 + math.exp(-1)), 1.0, 0.0])
-    oracle = OracleScorer(Vader())
-    (scored,) = score_rows([("row 1", pair)], oracle, "cpu", "float32")
-    assert (
-        scored["chosen_reward"] == scored["chosen_reward_01"] == Vader()([], "lovely") > 0.5 > scored["rejected_reward"]
-    )
+    (scored,) = score_rows([("row 1", pair)], Vader(), "cpu", "float32")
+    (lovely,) = rewards_of(Vader(), "lovely")
+    assert scored["chosen_reward"] == scored["chosen_reward_01"] == lovely > 0.5 > scored["rejected_reward"]
 
 
 def test_whole_conversations_are_pairs_too():

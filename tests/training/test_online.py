@@ -53,7 +53,7 @@ def command(tiny: Path, runs: Path, *changes: str) -> list[str]:
         f"dataset.heldout={tiny / 'heldout.jsonl'}", "scorer=reward_model", f"scorer.path={tiny / 'reward'}",
         "stages=3", "steps=2", "batch_size=2", "eval_every=2", "save_every=1", "micro_batch_tokens=200",
         "samples_per_prompt=3", "stage_sampling.max_new_tokens=6", "stage_sampling.batch_size=6", "objective=mappo",
-        "optimizer.lr=1e-2", "logger=quiet", "precision=float32", "device=cpu",
+        "optimizer.lr=1e-2", "sampling.prompts=0", "logger=quiet", "precision=float32", "device=cpu",
     ]  # fmt: skip
     changed = {change.split("=")[0] for change in changes}
     if "scorer=vader" in changes:

@@ -14,7 +14,7 @@ from prefopt.generation.sampler import sample
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import cache_folder
 from prefopt.utils.fingerprint import class_names, fingerprint
-from tests.helpers.tiny import ROOT, run_program, tiny_model
+from tests.helpers.tiny import ROOT, SAMPLED, run_program, tiny_model
 
 
 def test_moving_a_class_of_prefopt_changes_no_identity():
@@ -59,7 +59,7 @@ def test_an_edited_sampler_draws_anew_and_an_edited_collator_does_not_tokenize_a
     copy, cache = tmp_path / "copy", tmp_path / "cache"
     for folder in ("prefopt", "conf", "sweeps"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    arguments = ["dataset.oracle={_target_: prefopt.rewards.oracle.Vader}", "sampling.max_new_tokens=2", "steps=1"]
+    arguments = [*SAMPLED, "steps=1"]
 
     def cached(runs: str) -> dict[str, set[str]]:
         process = run_program(*overrides(tmp_path / runs), *arguments, cwd=copy, env={"PREFOPT_CACHE": str(cache)})

@@ -10,7 +10,7 @@ from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
     *("train", "online", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
-    *("runs", "prefetch", "data_report", "objectives"),
+    *("runs", "prefetch", "data_report", "lab", "objectives"),
 )
 
 

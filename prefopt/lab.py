@@ -52,7 +52,8 @@ def main(cfg: DictConfig) -> None:
     found = json.loads((output / "world.json").read_text())
     if {key: found[key] for key in identity} != identity:
         raise UserError(
-            f"{output} was made with seed={found['seed']} by another version or seed. Remove it, or give another output."
+            f"{output} is the world of seed={found['seed']}, or of another version of prefopt. Remove it, or give another "
+            "output."
         )
     print(output)
     for fact, value in grammar.facts().items():

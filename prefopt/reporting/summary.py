@@ -34,13 +34,14 @@ COLUMNS = {
         Column("kl", "KL to reference ± s.e. (nats)", 2, error=True),
         Column("chosen_logps_drift", "chosen log-prob drift (nats)", 2),
         Column("sample_length", "length (tokens)", 1),
+        Column("sample_grammatical", "grammatical", 3, error=True),  # the laboratory's alone
     )
 }
 RUN = Column("run", "run", text=True)
 # Over seeds each of these has an error, so their headings do not say it.
 MEASURES = [
     replace(COLUMNS[key], heading=COLUMNS[key].heading.replace(" ± s.e.", ""), error=True)
-    for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
+    for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length", "sample_grammatical")
 ]
 
 
@@ -280,6 +281,7 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
         **{key: last.get(key) for key in ("oracle_reward", "oracle_reward_se", "kl", "kl_se")},
         "chosen_logps_drift": last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None,
         "sample_length": last.get("sample_length"),
+        **{key: last.get(key) for key in ("sample_grammatical", "sample_grammatical_se") if key in last},
         "step": last.get("step"),
     }
     if last.get("calibration_error") is not None:  # a reward model

@@ -3,9 +3,9 @@
     python -m prefopt.lab
     python -m prefopt.lab output=elsewhere seed=1
 
-`output` gets model/ (a Llama of a million parameters with random weights, and its tokenizer), prompts.jsonl.gz,
-reviews.jsonl.gz (for supervised fine-tuning), and tasks/ for `prefopt harness`. A folder that is whole is left as it is.
-What the world is, and what to do in it: docs/laboratory.md.
+`output` gets model/ (a Llama of 170,000 parameters with random weights, and its tokenizer), prompts.jsonl.gz,
+reviews.jsonl.gz (for supervised fine-tuning), and tasks/ for `prefopt harness`. What is there and whole is left as it
+is. What the world is, and what to do in it: docs/laboratory.md.
 """
 
 import json
@@ -52,8 +52,8 @@ def main(cfg: DictConfig) -> None:
     found = json.loads((output / "world.json").read_text())
     if {key: found[key] for key in identity} != identity:
         raise UserError(
-            f"{output} is the world of seed={found['seed']}, or of another version of prefopt. Remove it, or give another "
-            "output."
+            f"{output} is the world of seed={found['seed']}, or of another version of prefopt. Remove it, or give "
+            "another output."
         )
     print(output)
     for fact, value in grammar.facts().items():

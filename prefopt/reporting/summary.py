@@ -137,7 +137,8 @@ def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
     for method, seeds in finals.groupby("method", sort=False):
         row: dict[str, Any] = {"method": method, "n": len(seeds)}
         for measure in MEASURES:
-            row |= flatten_value(measure.key, mean_over_seeds(seeds[measure.key]))
+            if measure.key in seeds:
+                row |= flatten_value(measure.key, mean_over_seeds(seeds[measure.key]))
         rows.append(row)
     return rows
 
@@ -153,7 +154,7 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     columns = [
         Column("method", "method", text=True),
         Column("n", "seeds"),
-        *MEASURES,
+        *(measure for measure in MEASURES if measure.key in rows[0]),
         *(Column(f"paper_{name}", paper_heading(name)) for name in theirs),
     ]
     papers = [figures_of_method(published, row["method"]) for row in rows]

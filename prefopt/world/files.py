@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
+import prefopt.models.load  # noqa: F401  # which keeps saving from importing deepspeed on a machine without a GPU
 from prefopt.data.sources import write_rows
 from prefopt.world import grammar
 
@@ -57,6 +59,7 @@ def process_results(row, results):
 
 def make_files(folder: Path, place: str, seed: int) -> None:
     """Write everything into the empty `folder`, which will then be at `place`. The same seed gives the same bytes."""
+    transformers_logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     make_model(len(tokenizer), seed).save_pretrained(folder / "model")
@@ -104,6 +107,7 @@ def make_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
         num_attention_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
+        initializer_range=0.125,  # 1/sqrt(hidden_size): from the usual 0.02 so narrow a model learns late
         pad_token_id=SPECIAL.index("<pad>"),
         bos_token_id=None,
         eos_token_id=SPECIAL.index("<end>"),

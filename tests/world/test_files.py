@@ -97,7 +97,7 @@ def test_a_token_is_a_word(tokenizer):
 def test_template(tokenizer):
     prompt = [{"role": "user", "content": "review the old pie from the market"}]
     ids = encode_prompt(tokenizer, prompt)
-    expected = ["<user>", *"review the old pie from the market".split(), "<end>", "<assistant>"]
+    expected = ["<user>", "review", "the", "old", "pie", "from", "the", "market", "<end>", "<assistant>"]
     assert tokenizer.convert_ids_to_tokens(ids) == expected
     answer = [*prompt, {"role": "assistant", "content": "the taste is fair"}]
     text = tokenizer.apply_chat_template(answer, tokenize=False)

@@ -9,7 +9,7 @@ sentiment of a clause. Three rules reach beyond a clause, and a review that brea
 
 * every aspect belongs to the family of the prompt's kind;
 * no aspect comes twice;
-* "and" joins two neighbours of the same sign, "but" two of opposite signs.
+* "and" joins adjectives of one sign, "but" of opposite signs, whatever "not" does to the clauses.
 
 A grammatical review has one parse, so its probability is the product of the choices that made it.
 """
@@ -57,11 +57,16 @@ INTENSIFIERS = {"slightly": 0.5, "rather": 0.75, "very": 1.5, "extremely": 2.0}
 NOT = -0.5
 
 # The probabilities of the choices. What is not named is uniform: the words of a grade, the aspects that are left.
-P_POSITIVE = 0.5  # of the first clause
-P_NOT = 0.2
+P_POSITIVE = 0.5  # of the first adjective
 P_GRADE = {1: 0.5, 2: 0.3, 3: 0.2}  # of an adjective's grade without its sign
-P_INTENSIFIER = {"": 0.4} | dict.fromkeys(INTENSIFIERS, 0.15)
-P_AND = 0.6  # and not "but"
+# By whether the adjective is positive. That they differ, and that "and" is more frequent, is what a model learns the signs
+# of the adjectives from: by the rule of "and" and "but" alone, a small one finds them late.
+P_NOT = {True: 0.25, False: 0.1}
+P_INTENSIFIER = {
+    True: {"": 0.4, "slightly": 0.05, "rather": 0.1, "very": 0.25, "extremely": 0.2},
+    False: {"": 0.4, "slightly": 0.25, "rather": 0.2, "very": 0.1, "extremely": 0.05},
+}
+P_AND = 0.75  # and not "but"
 P_MORE = (0.75, 0.5, 0.25, 0.0)  # of another clause after the first, the second, ...
 
 FAMILY = {kind: family for family, kinds in KINDS.items() for kind in kinds}
@@ -90,7 +95,8 @@ class Clause:
 
     @property
     def is_positive(self) -> bool:
-        return self.sentiment > 0
+        """Of the adjective's grade, on which the rule of "and" and "but" looks."""
+        return GRADE[self.adjective] > 0
 
     def __str__(self) -> str:
         words = ["the", self.aspect, "is", "not" if self.negated else "", self.intensifier, self.adjective]
@@ -127,11 +133,11 @@ def draw(family: str, rng: random.Random) -> Review:
     conjunctions = []
     is_positive = rng.random() < P_POSITIVE
     for aspect, p_more in zip(aspects, P_MORE, strict=True):
-        negated = rng.random() < P_NOT
-        (intensifier,) = rng.choices(list(P_INTENSIFIER), list(P_INTENSIFIER.values()))
+        negated = rng.random() < P_NOT[is_positive]
+        (intensifier,) = rng.choices(list(P_INTENSIFIER[is_positive]), list(P_INTENSIFIER[is_positive].values()))
         (size,) = rng.choices(list(P_GRADE), list(P_GRADE.values()))
-        grade = size if is_positive != negated else -size
-        clauses.append(Clause(aspect, negated, intensifier, rng.choice(ADJECTIVES[grade])))
+        adjective = rng.choice(ADJECTIVES[size if is_positive else -size])
+        clauses.append(Clause(aspect, negated, intensifier, adjective))
         if rng.random() >= p_more:
             break
         joined = rng.random() < P_AND
@@ -184,32 +190,41 @@ def log_probability(family: str, text: str) -> float:
     p = P_POSITIVE if review.clauses[0].is_positive else 1 - P_POSITIVE
     for n, clause in enumerate(review.clauses):
         p /= len(ASPECTS[family]) - n
-        p *= P_NOT if clause.negated else 1 - P_NOT
-        grade = GRADE[clause.adjective]
-        p *= P_INTENSIFIER[clause.intensifier] * P_GRADE[abs(grade)] / len(ADJECTIVES[grade])
+        p_not, grade = P_NOT[clause.is_positive], GRADE[clause.adjective]
+        p *= p_not if clause.negated else 1 - p_not
+        p *= P_INTENSIFIER[clause.is_positive][clause.intensifier] * P_GRADE[abs(grade)] / len(ADJECTIVES[grade])
         p *= P_MORE[n] if n < len(review.conjunctions) else 1 - P_MORE[n]
     for conjunction in review.conjunctions:
         p *= P_AND if conjunction == "and" else 1 - P_AND
     return math.log(p)
 
 
+def reached() -> list[tuple[float, float]]:
+    """Of the first clause, the second, ...: the probability that a review has it, and that its adjective is then
+    positive."""
+    found = [(1.0, P_POSITIVE)]
+    for p_more in P_MORE[:-1]:
+        p, positive = found[-1]
+        found.append((p * p_more, positive * P_AND + (1 - positive) * (1 - P_AND)))
+    return found
+
+
 def entropy() -> float:
     """The entropy of a review given its prompt, in nats: by the chain rule, over the choices of `draw`."""
-    phrase = _entropy([P_NOT, 1 - P_NOT]) + _entropy(P_INTENSIFIER.values()) + _entropy(P_GRADE.values())
-    phrase += math.log(len(ADJECTIVES[1]))
-    total, reached = _entropy([P_POSITIVE, 1 - P_POSITIVE]), 1.0
-    for n, p_more in enumerate(P_MORE):
-        total += reached * (math.log(len(ASPECTS["dish"]) - n) + phrase + _entropy([p_more, 1 - p_more]))
-        reached *= p_more
-        total += reached * _entropy([P_AND, 1 - P_AND])
+    word = _entropy(P_GRADE.values()) + math.log(len(ADJECTIVES[1]))
+    phrase = {sign: word + _entropy(P_INTENSIFIER[sign].values()) + _entropy([P_NOT[sign]]) for sign in P_NOT}
+    total = _entropy([P_POSITIVE])
+    for n, ((p, positive), p_more) in enumerate(zip(reached(), P_MORE, strict=True)):
+        clause = math.log(len(ASPECTS["dish"]) - n) + positive * phrase[True] + (1 - positive) * phrase[False]
+        total += p * (clause + _entropy([p_more]) + p_more * _entropy([P_AND]))
     return total
 
 
 def mean_length() -> float:
     """The expected number of a review's tokens, with the one that ends it."""
-    clause = 4 + P_NOT + (1 - P_INTENSIFIER[""])
-    clauses = sum(math.prod(P_MORE[:n]) for n in range(len(P_MORE)))
-    return clauses * (clause + 1)  # between two clauses a conjunction, behind the last one the end
+    words = {sign: 4 + P_NOT[sign] + 1 - P_INTENSIFIER[sign][""] for sign in P_NOT}
+    # Behind every clause stands a conjunction, or the end.
+    return sum(p * (positive * words[True] + (1 - positive) * words[False] + 1) for p, positive in reached())
 
 
 def facts() -> dict[str, float]:
@@ -219,7 +234,9 @@ def facts() -> dict[str, float]:
 
 
 def _entropy(probabilities: Iterable[float]) -> float:
-    return -sum(p * math.log(p) for p in probabilities if p > 0)
+    """Of a choice; of one probability alone, with that of its opposite."""
+    found = list(probabilities)
+    return -sum(p * math.log(p) for p in [*found, 1 - sum(found)] if p > 1e-12)
 
 
 def sentiment(text: str) -> float:

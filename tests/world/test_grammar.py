@@ -14,7 +14,7 @@ from prefopt.world.grammar import ASPECTS, P_MORE, Clause, draw, log_probability
 def clauses(family: str) -> list[Clause]:
     """Every clause of a family."""
     choices = itertools.product(
-        grammar.ASPECTS[family], (False, True), grammar.P_INTENSIFIER, itertools.chain(*grammar.ADJECTIVES.values())
+        grammar.ASPECTS[family], (False, True), grammar.P_INTENSIFIER[True], itertools.chain(*grammar.ADJECTIVES.values())
     )
     return [Clause(*choice) for choice in choices]
 
@@ -31,7 +31,7 @@ def small(monkeypatch) -> dict[str, float]:
     monkeypatch.setattr(grammar, "ASPECTS", {"dish": ["taste", "smell"]})
     monkeypatch.setattr(grammar, "ADJECTIVES", {1: ["fair"], -1: ["dull"]})
     monkeypatch.setattr(grammar, "P_GRADE", {1: 1.0})
-    monkeypatch.setattr(grammar, "P_INTENSIFIER", {"": 0.4, "very": 0.6})
+    monkeypatch.setattr(grammar, "P_INTENSIFIER", {True: {"": 0.4, "very": 0.6}, False: {"": 0.7, "very": 0.3}})
     monkeypatch.setattr(grammar, "P_POSITIVE", 0.7)
     monkeypatch.setattr(grammar, "P_MORE", (0.75, 0.0))
     one = [str(clause) for clause in clauses("dish")]
@@ -97,7 +97,7 @@ def test_what_is_drawn_is_parsed():
         "the taste is very not good",
         "the taste is good  and the smell is fine",
         "the taste is good and the smell is bad",  # "and" between two signs
-        "the taste is good but the smell is not bad",  # "but" between equal ones
+        "the taste is good but the smell is not fine",  # "but" between equal ones
         "the taste is good and the taste is fine",
         "the taste is good and the room is fine",
         "the taste is good . ",

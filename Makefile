@@ -32,7 +32,7 @@ demo: setup ## train SmolLM2-135M with DPO, SimPO and MMPO: runs/demo
 	@echo "Oracle reward over KL: $(CURDIR)/runs/demo/report/reward_kl.png"
 	@echo "See whether the reward rises above the initial policy's, and how far each objective goes from it (KL)."
 	@echo "Read answers side by side:"
-	@echo "  $(BIN)/python -m prefopt.compare $$(ls -d runs/demo/dpo-* runs/demo/mmpo-* | sed 's/^/run=/' | xargs)"
+	@echo "  $(BIN)/python -m prefopt.compare judge=reward_model $$(ls -d runs/demo/dpo-* runs/demo/mmpo-* | sed 's/^/run=/' | xargs)"
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
@@ -46,12 +46,19 @@ reproduce-madpo: setup ## MADPO's three data qualities, likewise
 reproduce-mmpo reproduce-mappo reproduce-madpo: reproduce-%:
 	scripts/$(SCALE)/$*.sh launcher=$(LAUNCHER) $(ARGS)
 
-figures: setup ## the papers' tables, figures and pages from results/mini
+figures: setup ## tables, figures and pages of results/mini from its records
 	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
 	for paper in mmpo mappo madpo; do \
 		$(BIN)/python -m prefopt.papers paper=$$paper runs_dir=results/mini/$$paper/records.jsonl \
 			output=results/mini/$$paper || exit 1; \
 	done
+	for folder in $$(find results/mini -name records.jsonl | xargs dirname); do \
+		$(BIN)/python -m prefopt.report runs_dir=$$folder/records.jsonl output=$$folder || exit 1; \
+	done
+	$(BIN)/python -m prefopt.report runs_dir=results/mini/madpo/records.jsonl output=results/mini/madpo \
+		columns=dataset.format.quality
+	$(BIN)/python -m prefopt.papers paper=madpo runs_dir=results/mini/madpo/variants/records.jsonl \
+		output=results/mini/madpo/variants
 
 test: setup ## the tests (a few minutes), in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -59,8 +66,8 @@ test: setup ## the tests (a few minutes), in two processes
 test-shared: setup ## those of the tests that need real data beside the checkout
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "shared and not slow and not slurm"
 
-test-slow: setup ## the tests with the real SmolLM2-135M or several processes
-	$(BIN)/python -m pytest -m slow
+test-slow: setup ## those that take longer: SmolLM2-135M, several processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-kills: setup ## KILLS kills of each configuration at random moments
 	KILLS=$(KILLS) $(BIN)/python -m pytest -m kills -s

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.step import PROFILES, Profile
 from benchmarks.variants import BETAS, FLOORS, GRID, NAMES, TRL, VARIANTS
-from prefopt.reporting.style import COLORS, plotting, save
+from prefopt.reporting.style import COLORS, PAGE, plotting, save
 
 Numbers = dict[str, float]
 BAR_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "0.65")  # of the variants in the figure, the floor in grey
@@ -189,14 +189,14 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
     if not profiles:
         return []
     with plotting() as plt:
-        panels = 3 if scaling else 2
-        figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels + 0.4, 3.5), layout="constrained")
+        rows = 3 if scaling else 2
+        figure, axes = plt.subplots(rows, 1, figsize=(PAGE, 2.3 * rows), layout="constrained")
         draw_bars(axes[0], profiles, "seconds_per_step", "seconds per step")
         draw_bars(axes[1], profiles, "peak_memory_gib", "peak memory (GiB)")
         if scaling:
             draw_scaling(axes[2], scaling)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7.5)
         return save(figure, output, "steps")
 
 
@@ -217,6 +217,7 @@ def draw_bars(axis: Any, profiles: dict[str, Any], key: str, label: str) -> None
     ]
     axis.set_xticks(range(len(ticks)), ticks)
     axis.set_ylabel(label)
+    axis.margins(y=0.12)
     rounds = next(iter(profiles.values()))["vs_floor"]["n"]
     axis.set_title(f"median of {rounds}, lowest and highest", fontsize=9)
 

@@ -17,6 +17,7 @@ from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
+from prefopt.reporting.run_curves import write_curves
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
 from prefopt.tracking.provenance import check_frozen_code
 from prefopt.tracking.record import read_json, read_record, update_record
@@ -38,6 +39,7 @@ def run(folder: Path) -> None:
         acquire_lock(folder)
     try:
         _run_locked(folder)
+        write_curves(folder)
     finally:
         release_lock(folder)
 
@@ -95,7 +97,9 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
         case other:
             raise UserError(f"{folder}/job.json: there is no program {other!r} whose jobs can be run.")
     config: Any = parse(OmegaConf.create(frozen["config"]), schema)
-    run_pending(config, command=frozen["command"], code=frozen["code"])
+    place = run_pending(config, command=frozen["command"], code=frozen["code"])
+    if frozen["program"] == "online":  # whose folder is not the job's
+        write_curves(place)
     update_record(folder, status="finished")
 
 

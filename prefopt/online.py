@@ -22,6 +22,7 @@ from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
+from prefopt.reporting.run_curves import write_curves
 from prefopt.training.config import OnlineConfig, check_online
 from prefopt.training.online import prepare_online, run_pending
 
@@ -39,7 +40,7 @@ def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher,
 @program("online", OnlineConfig, Sweep("online", OnlineConfig, plan_job, log_lines=1))
 def main(cfg: DictConfig) -> None:
     refuse_launcher_without_multirun()
-    run_pending(parse(cfg, OnlineConfig))
+    write_curves(run_pending(parse(cfg, OnlineConfig)))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python -m prefopt.runs
     python -m prefopt.runs status=[failed,died] name=dpo-* watch=true
-    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the run that ended with the highest oracle reward
+    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the best run: by oracle reward, or else accuracy
 
-A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/tracking/process.py).
+A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/tracking/process.py). watch=true
+shows losses, speed and the time left until all runs have ended, or until Ctrl-C, which ends no run.
 """
 
 import contextlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from rich.live import Live
 from prefopt.cli.program import program
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
+from prefopt.tracking.live import Watch
 from prefopt.tracking.process import ACTIVE_STATES, STATES
-from prefopt.tracking.status import RunsConfig, best, select, status_table
+from prefopt.tracking.status import RunsConfig, RunStatus, best, select, status_table
 from prefopt.utils.console import console
 
 WATCH_EVERY_S = 5.0
@@ -42,31 +43,31 @@ def main(cfg: DictConfig) -> None:
     if not config.watch:
         console().print(status_table(select(config)))
         return
-    with contextlib.suppress(KeyboardInterrupt):
-        watch(config)
+    runs = watch(config)
+    console().print(status_table(runs))
 
 
-def watch(config: RunsConfig) -> None:
-    """Show the runs until none of them is under way, and how they ended. On a terminal the table is kept up to date;
-    elsewhere it is printed whenever the state of a run has changed."""
-    is_terminal = os.isatty(1)
-    before: list[tuple[Path, str]] | None = None
-    with contextlib.ExitStack() as stack:
-        live = stack.enter_context(Live(console=console(), screen=True, auto_refresh=False)) if is_terminal else None
+def watch(config: RunsConfig) -> list[RunStatus]:
+    """Show losses, speed and the time left until no run is under way, or until Ctrl-C. Returns the runs as they are
+    then. On a terminal a table is kept up to date; elsewhere a line is printed whenever something has changed."""
+    runs: list[RunStatus] = []
+    watched = Watch()
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        screen = None
+        if os.isatty(1):
+            screen = stack.enter_context(Live(console=console(), screen=True, auto_refresh=False))
         while True:
             runs = select(config)
-            states = [(run.folder, run.state) for run in runs]
-            if live:
-                live.update(status_table(runs), refresh=True)
-            elif states != before:
-                console().print(status_table(runs))
-                sys.stdout.flush()
-            before = states
-            if not any(state in (*ACTIVE_STATES, "unknown") for _, state in states):
+            watched.look(runs)
+            if screen:
+                screen.update(watched.table(screen.console.height), refresh=True)
+            else:
+                for line in watched.changes():
+                    print(line, flush=True)
+            if not any(run.state in (*ACTIVE_STATES, "unknown") for run in runs):
                 break
             time.sleep(WATCH_EVERY_S)
-    if is_terminal:  # the screen is gone
-        console().print(status_table(runs))
+    return runs
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from prefopt.config.parse import parse
 from prefopt.data.dataset_path import replace_path
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
+from prefopt.reporting.run_curves import write_curves
 from prefopt.training.config import TrainConfig, check, resolve
 from prefopt.training.setup import prepare_run, run
 
@@ -25,11 +26,13 @@ def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, 
     """Raises UserError for a job that cannot be run, or MissingAssetError where only a model or data set is lacking."""
     check(config)
     configure_hardware(config, launcher)
-    planned = prepare_run(config).run
-    return SweepJob(point.overrides, label, config, config.model, planned.folder, planned)
+    planned = prepare_run(config)
+    if not planned.run.begun:  # decided now, for the job: what else is finished when it starts does not count
+        config.resume = str(planned.origin.folder) if planned.origin else None
+    return SweepJob(point.overrides, label, config, config.model, planned.run.folder, planned.run)
 
 
-SWEEP = Sweep("train", TrainConfig, plan_job)
+SWEEP = Sweep("train", TrainConfig, plan_job, finish=write_curves)
 
 
 @program("train", TrainConfig, SWEEP, replace_path)
@@ -38,7 +41,9 @@ def main(cfg: DictConfig) -> None:
     config = parse(cfg, TrainConfig)
     check(config)
     resolve(config)
-    run(prepare_run(config))
+    plan = prepare_run(config)
+    run(plan)
+    write_curves(plan.run.folder)
 
 
 if __name__ == "__main__":

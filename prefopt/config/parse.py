@@ -27,11 +27,13 @@ NO_KEYS = (
 
 
 def register(*schemas: type) -> None:
-    """Register the schemas with Hydra (TrainConfig as train_schema), and the groups and resolvers that YAMLs use."""
+    """Register the schemas with Hydra (TrainConfig as train_schema), and the groups and resolvers that YAMLs use. One
+    that extends another stands for that too, so that its YAML can build on the other's."""
     store = ConfigStore.instance()
     for schema in schemas:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", schema.__name__.removesuffix("Config")).lower()
-        store.store(name=f"{name}_schema", node=schema)
+        for base in filter(dataclasses.is_dataclass, schema.__mro__):
+            name = re.sub(r"(?<!^)(?=[A-Z])", "_", base.__name__.removesuffix("Config")).lower()
+            store.store(name=f"{name}_schema", node=schema)
     # A wrapper (MaPPO) chooses its base among the pairwise objectives, which are those with a likelihood term:
     # objective/base=NAME is conf/objective/NAME.yaml.
     for file in sorted((ROOT / "conf" / "objective").glob("*.yaml")):

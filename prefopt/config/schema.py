@@ -90,7 +90,10 @@ class PoliciesConfig:
 
 @dataclass
 class DatasetConfig:
-    """A source of rows (train, heldout and how to read them), or a mixture of several (`sources`)."""
+    """A source of rows (train, heldout and how to read them), or a mixture of several (`sources`).
+
+    Where no source has `heldout`, `heldout_share` of the training prompts is held out; of a mixture, its own counts.
+    """
 
     name: str = MISSING
     train: str | None = None
@@ -106,6 +109,7 @@ class DatasetConfig:
     sources: dict[str, Any] = field(default_factory=dict)
     policies: PoliciesConfig = field(default_factory=PoliciesConfig)
     oracle: Any = None
+    heldout_share: float = 0.1
 
 
 @dataclass
@@ -173,14 +177,24 @@ class EngineConfig(Node):
 class WandbConfig(Node):
     project: str = MISSING
     mode: str = MISSING
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
     def rules(self) -> Rules:
         yield self.mode in ("offline", "online"), f"mode must be offline or online, is {self.mode!r}"
+        yield len(self.group or "") <= 128, "group must have at most 128 characters, for wandb"
+        yield (
+            all(1 <= len(tag) <= 64 for tag in self.tags),
+            "tags must have 1 to 64 characters each, as wandb takes them",
+        )
 
 
 @dataclass
 class LoggerConfig:
     progress: bool = MISSING
+    csv: bool = False
+    tensorboard: bool = False
     wandb: WandbConfig | None = None
 
 

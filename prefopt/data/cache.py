@@ -14,20 +14,43 @@ from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 import prefopt.data.dataset
 from prefopt.config.parse import build
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data import build_items, chat_template, fields, folders, formats, items, proof, readers, rendering
+from prefopt.data import (
+    build_items,
+    chat_template,
+    fields,
+    folders,
+    formats,
+    items,
+    portions,
+    proof,
+    read_row,
+    readers,
+    rendering,
+)
 from prefopt.data import sources as data_sources
 from prefopt.data import tokenize as tokenizing
-from prefopt.data.dataset import Split, dataset_fingerprint, has_heldout, load_split, prompt_of, sources, split_digest
+from prefopt.data.dataset import (
+    Split,
+    dataset_fingerprint,
+    has_heldout,
+    load_split,
+    made_share,
+    made_split,
+    prompt_of,
+    sources,
+    split_digest,
+)
 from prefopt.data.formats import Format
 from prefopt.data.items import Item, Message
 from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
-from prefopt.utils.console import Bar
+from prefopt.utils.console import Bar, log_wrapped
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.store import opened
@@ -57,6 +80,10 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def num_tokens(self, columns: Sequence[str]) -> int:
+        """The number of tokens in these columns of all rows: prompt, chosen, rejected. A column may come again."""
+        return sum(pc.sum(pc.list_value_length(self.table[column])).as_py() or 0 for column in columns)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedPair: ...
@@ -96,7 +123,8 @@ Check = Callable[[str, dict[str, Any]], None]  # (split, rewards) -> None, or ra
 def prepare_dataset(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, check: Check, show: bool = True
 ) -> dict[str, Prepared]:
-    """The splits "train" and, where the data have one, "heldout"; from the cache, or read, tokenized and cached.
+    """The splits "train" and, where the data have one or it is made, "heldout"; from the cache, or read, tokenized and
+    cached. None is made of rows that have one prompt.
 
     `check(split, rewards)` may raise UserError before the data are tokenized; `rewards` are those of `Split`. Raises
     UserError where a split has no item left.
@@ -107,10 +135,15 @@ def prepare_dataset(
     opened(folder, "tokenized data", lambda aside: write_splits(dataset, tokenizer, limits, names, aside, check, show))
     prepared = {}
     for name in reversed(names):
+        if not (folder / f"{name}.json").is_file():
+            log.info("  held out: nothing, since all rows have the same prompt")
+            continue
         meta = json.loads((folder / f"{name}.json").read_text())
         check(name, meta["rewards"])
         prepared[name] = Prepared(TokenizedPairs(folder / f"{name}.arrow"), **meta)
         log.info(f"  {name}: {format_counts(meta['counts'])}")
+        if made := format_made(dataset, meta["counts"]):
+            log_wrapped(log, made)
     return prepared
 
 
@@ -123,6 +156,16 @@ def format_counts(counts: dict[str, Any]) -> str:
     if counts["kept"]:
         parts.append(f"kept: {', '.join(f'{reason} {n}' for reason, n in counts['kept'].items())}")
     return "; ".join(parts)
+
+
+def format_made(dataset: DatasetConfig, counts: dict[str, Any]) -> str:
+    """How the held-out split with these counts was made; "" for one that the data name, and for the training split."""
+    if "of_prompts" not in counts:
+        return ""
+    return (
+        f"held out: {counts['prompts']} of {counts['of_prompts']} prompts ({counts['items']} {counts['kind']}), the "
+        f"same for every seed, since dataset.heldout names none (dataset.heldout_share={dataset.heldout_share:g})"
+    )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -150,8 +193,8 @@ def cache_key(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, limits
     # A format may be the user's own class, in a file beside the data: its source counts, too.
     of_formats = [type(build(source.format, Format, "format")) for source in sources(dataset).values()]
     decides = [digests, dataset_fingerprint(dataset), tokenizer_digest(tokenizer), limits]
-    reading = [prefopt.data.dataset, data_sources, folders, readers, formats, fields, items, build_items]
-    code = [*reading, tokenizing, rendering, proof, chat_template]
+    reading = [prefopt.data.dataset, portions, read_row, data_sources, folders, readers, formats, fields, items]
+    code = [*reading, build_items, tokenizing, rendering, proof, chat_template]
     return fingerprint(decides, *code, *of_formats)[:24]
 
 
@@ -166,11 +209,15 @@ def write_splits(
 ) -> None:
     """Read and tokenize the splits `names` (held out first), and write them into `folder`.
 
-    Raises UserError where `check` does, and where a split has no item left.
+    Raises UserError where `check` does, and where a split has no item left. A made held-out split without prompts is
+    left out.
     """
     splits: dict[str, Split] = {}
     policies = {name: source.policies for name, source in sources(dataset).items()}
+    made = made_split(dataset) if made_share(dataset) else None
     for name in names:
+        if name == "heldout" and made and not made.prompts:
+            continue
         splits[name] = load_split(dataset, name, map(prompt_of, splits.get("heldout", ())))
         check(name, splits[name].rewards)
 
@@ -181,6 +228,8 @@ def write_splits(
         if name == "heldout":
             kept_ids = set(TokenizedPairs(file).table["id"].to_pylist())  # tokenizing drops some items
             prompts = [prompt_of(item) for item in split if item.id in kept_ids]
+            if made:
+                counts |= {"prompts": len(made.prompts), "of_prompts": made.of}
         meta = {"prompts": prompts, "counts": counts, "rewards": split.rewards, "longest": longest}
         (folder / f"{name}.json").write_text(json.dumps(meta, ensure_ascii=False))
 

@@ -13,19 +13,25 @@ from omegaconf import OmegaConf
 
 from prefopt.config.parse import build, parse
 from prefopt.config.schema import DatasetConfig, PoliciesConfig
-from prefopt.data.fields import content_id, is_absent, nested
+from prefopt.data.fields import content_id
 from prefopt.data.formats import Format
-from prefopt.data.items import Chat, Dropped, Item, Labelled, Message, Pair, Row, RowDefect
+from prefopt.data.items import Chat, Dropped, Item, Labelled, Message, Pair
 from prefopt.data.layouts import find_layout
+from prefopt.data.portions import heldout_prompts, subsample
+from prefopt.data.read_row import read_row, scaled
 from prefopt.data.sources import check_kind, digest, read_rows
 from prefopt.errors import UserError
 from prefopt.utils.files import resolve_path
+from prefopt.utils.fingerprint import fingerprint
 
 # Defects of rows that nothing can be trained on; see `PoliciesConfig` for all of them.
 CANNOT_BE_KEPT = (
     "wrong_roles", "sides_part_early", "multi_turn_completion", "missing_text", "not_text", "no_preference",
     "unpaired_label", "prompt_too_long", "rewritten_by_template", "identical_after_truncation",
 )  # fmt: skip
+
+
+NO_HELDOUT = "no pairs are held out: give dataset.heldout=FILE, or a dataset.heldout_share above 0"
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def sources(config: DatasetConfig) -> dict[str, DatasetConfig]:
         source = parse(OmegaConf.create(node), DatasetConfig, f"dataset.sources.{name}.")
         if source.sources or not source.train:
             raise UserError(f"dataset.sources.{name} needs rows of its own: dataset.sources.{name}.train=VALUE")
-        parsed[name] = source
+        parsed[name] = replace(source, heldout_share=0.0)  # the mixture's own counts
     return parsed
 
 
@@ -122,17 +128,51 @@ def check_dataset(config: DatasetConfig) -> None:
         scale = source.reward_scale
         if scale is not None and not (len(scale) == 2 and scale[0] < scale[1]):
             raise UserError(f"{where}.reward_scale must be [lowest, highest] reward, is {scale}.")
+    if not 0 <= config.heldout_share < 1:
+        raise UserError(f"dataset.heldout_share must be a share of the prompts in [0, 1), is {config.heldout_share:g}.")
     if config.oracle and not has_heldout(config):
-        raise UserError("dataset.oracle samples the held-out prompts, and dataset.heldout is null: give a file")
+        raise UserError(f"dataset.oracle samples the held-out prompts, and {NO_HELDOUT}")
 
 
 def has_heldout(config: DatasetConfig) -> bool:
-    """Whether any source has held-out rows."""
-    return any(source.heldout for source in sources(config).values())
+    """Whether any source has held-out rows, or a share of the training prompts is to be held out."""
+    return made_share(config) > 0 or any(source.heldout for source in sources(config).values())
+
+
+def made_share(config: DatasetConfig) -> float:
+    """The share of the training prompts that is held out: `heldout_share` where no source names held-out rows, else
+    0."""
+    return 0.0 if any(source.heldout for source in sources(config).values()) else config.heldout_share
+
+
+@dataclass(frozen=True)
+class MadeSplit:
+    """The held-out prompts (`content_id`) of a data set that names none, and how many prompts it has."""
+
+    prompts: frozenset[str]
+    of: int
+
+
+_made: dict[str, MadeSplit] = {}  # what this process has read a whole data set for
+
+
+def made_split(config: DatasetConfig) -> MadeSplit:
+    """The held-out prompts, chosen by `made_share` from all prompts that are trained on without it. Raises UserError as
+    `load_split`."""
+    share = made_share(config)
+    key = fingerprint([split_digest(config, "train"), dataset_fingerprint(config), share])
+    if key not in _made:
+        items = _used_items(config, "train", frozenset(), Counter(), {})
+        prompts = {content_id(prompt_of(item)) for item, _ in items}
+        _made[key] = MadeSplit(heldout_prompts(prompts, share), len(prompts))
+    return _made[key]
 
 
 def split_digest(config: DatasetConfig, split: str) -> str:
-    """A digest (hexadecimal) of the content of the files that the split is read from."""
+    """A digest (hexadecimal) of the content of the files that the split is read from; of a made one, of its share
+    too."""
+    if split == "heldout" and (share := made_share(config)):
+        return fingerprint([split_digest(config, "train"), share])
     locations = [split_location(source, split) for source in sources(config).values()]
     digests = [digest(*location) for location in locations if location is not None]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -189,9 +229,27 @@ def read_items(
     """(item, its defects) for the items that are used. The others are counted in `drops`, and `first` gets what is
     wrong with the first row that is dropped for a reason.
 
-    `held_out`: the `content_id` of every held-out prompt. Raises UserError for a bad row, and for a defect whose policy
-    is to fail.
+    `held_out`: the `content_id` of every held-out prompt. Where the held-out items are made of the training rows, those
+    of `made_split` count in its place, and what is dropped is counted with the training split. Raises UserError for a
+    bad row, and for a defect whose policy is to fail.
     """
+    if not made_share(config):
+        yield from _used_items(config, split, held_out, drops, first)
+        return
+    prompts, is_heldout = made_split(config).prompts, split == "heldout"
+    items = _used_items(config, "train", frozenset(), Counter() if is_heldout else drops, first, repeat=not is_heldout)
+    yield from (used for used in items if (content_id(prompt_of(used[0])) in prompts) == is_heldout)
+
+
+def _used_items(
+    config: DatasetConfig,
+    split: str,
+    held_out: frozenset[str],
+    drops: Counter[str],
+    first: dict[str, str],
+    repeat: bool = True,
+) -> Iterator[tuple[Item, list[str]]]:
+    """`read_items` of the rows that are named for `split`. `repeat`: as of `subsample`."""
     seen = set[str]()  # prompts of all sources so far: one that two sources have is a duplicate, too
 
     def is_used(name: str, policies: PoliciesConfig, defects: dict[str, str], where: str) -> bool:
@@ -219,7 +277,7 @@ def read_items(
                 if is_used(name, source.policies, {item.reason: item.detail}, where):
                     drops[item.reason] += 1  # kept, if it could be
                 continue
-            item = replace(_scaled(item, source, where), source=name)
+            item = replace(scaled(item, source, where), source=name)
             # Prompts are compared by digest, so that a large data set's prompts need not stay in memory.
             prompt = content_id(prompt_of(item))
             conditions = {"duplicate_prompt": prompt in seen, "prompt_in_heldout": prompt in held_out}
@@ -230,7 +288,7 @@ def read_items(
 
     for name, source in sources(config).items():
         if split == "train" and (source.weight is not None or source.count is not None):
-            yield from subsample(list(used_items(name, source)), source)
+            yield from subsample(list(used_items(name, source)), source, repeat)
         else:
             yield from used_items(name, source)
 
@@ -267,7 +325,7 @@ def _items(source: DatasetConfig, path: str, split: str, revision: str | None) -
     def by_row() -> Iterator[tuple[str, Item | Dropped | Labelled]]:
         for where, row in read_rows(path, split, revision):
             try:
-                result = _read_row(read, row, source, where)
+                result = read_row(read, row, source, where)
             except UserError as error:
                 raise UserError(f"{error}{_what_reads(path, split, source)}") from None
             for item in [result] if isinstance(result, Pair | Chat | Dropped | Labelled) else result:
@@ -295,57 +353,6 @@ def _what_reads(path: str, split: str, source: DatasetConfig) -> str:
     return f"\nThe rows of this file are read by: {shlex.join(settings)}"
 
 
-def _read_row(read: Format, row: Row, source: DatasetConfig, where: str) -> Any:
-    """What the format makes of a row. Raises UserError for a row that it cannot read."""
-    try:
-        renamed = _renamed(row, source.columns)
-        _check_nothing_is_lost(row, source)
-        return read(renamed)
-    except KeyError as error:
-        fields = ", ".join(row) or "none"
-        raise UserError(
-            f"{where} has no field {error} (its fields: {fields}). {type(read).__name__} rows are: "
-            f"{(type(read).__doc__ or '').splitlines()[0]} Other names are mapped by dataset.columns."
-        ) from None
-    except RowDefect as error:
-        return error.dropped
-    except ValueError as error:
-        raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-
-
-def _check_nothing_is_lost(row: Row, source: DatasetConfig) -> None:
-    """Raise ValueError where `columns` makes a prompt of one half of Alpaca's question."""
-    halves = {"instruction": "input", "input": "instruction"}
-    other = halves.get(source.columns.get("prompt", ""))
-    if other in row and not is_absent(row[other]):
-        raise ValueError(
-            f"dataset.columns.prompt={halves[other]} would leave out {other!r}, which is not empty. Rows with "
-            "instruction and input are read as they are; leave out dataset.columns.prompt: "
-            f"python -m prefopt.train dataset={source.train}"
-        )
-
-
-def _renamed(row: Row, columns: dict[str, str]) -> Row:
-    """The row with the fields of `columns` ({our name: theirs}) added under our names. Their name may lead into a
-    nested object ("metadata.score"). Raises KeyError for a field that is missing."""
-    return row | {ours: row[theirs] if theirs in row else nested(row, theirs) for ours, theirs in columns.items()}
-
-
-def _scaled(item: Item, source: DatasetConfig, where: str) -> Item:
-    """The item with its rewards mapped from the source's `reward_scale` to [0, 1]. Raises UserError for a reward
-    outside of the scale."""
-    if not isinstance(item, Pair) or source.reward_scale is None:
-        return item
-    low, high = source.reward_scale
-    rewards: dict[str, Any] = {}
-    for side in ("chosen_reward", "rejected_reward"):
-        value = getattr(item, side)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{where}: {side} {value:g} is outside dataset.reward_scale={source.reward_scale}.")
-        rewards[side] = None if value is None else (value - low) / (high - low)
-    return replace(item, **rewards)
-
-
 def _defects(item: Item) -> dict[str, str]:
     """The defects that an item has by itself, whatever other items there are, each with a detail for messages."""
     if isinstance(item, Chat):
@@ -363,20 +370,10 @@ def _defects(item: Item) -> dict[str, str]:
     return item.defects | {defect: "" for defect, holds in conditions.items() if holds}
 
 
-def subsample(items: list[tuple[Item, list[str]]], source: DatasetConfig) -> list[tuple[Item, list[str]]]:
-    """As many items as `source.weight` (a share) or `source.count` asks for: all items so many times, and for the rest
-    those whose ids hash lowest. So a subset is the same whatever else is in the mixture."""
-    wanted = round(source.weight * len(items)) if source.weight is not None else source.count
-    assert wanted is not None
-    passes, rest = divmod(wanted, max(1, len(items)))
-    by_hash = sorted(range(len(items)), key=lambda i: content_id("portion", items[i][0].id))
-    return items * passes + [items[i] for i in sorted(by_hash[:rest])]  # the rest in the order of the file
-
-
 def dataset_fingerprint(config: DatasetConfig) -> dict[str, Any]:
-    """What decides the items of a data set besides the content of its files, for a `fingerprint`."""
+    """What decides the items of a data set besides the content of its files and `made_share`, for a `fingerprint`."""
     # Files count by their content and not by their path (`split_digest`); the oracle scores samples, not items.
-    left_out = ("oracle", "train", "heldout")
+    left_out = ("oracle", "train", "heldout", "heldout_share")
     return {
         name: {key: value for key, value in vars(source).items() if key not in left_out}
         for name, source in sources(config).items()

@@ -128,10 +128,15 @@ class ScoredResponses(Format):
     The rewards of a pair are at least `min_gap` apart. A row without such a pair is dropped (`no_preference`). Of equal
     rewards the first is taken. `finished` (optional) is false for responses that were cut off. Responses without a
     usable reward are passed over if the policy `bad_reward` is to keep; otherwise the row is dropped.
+
+    With `win_rates` a pair carries other rewards than those that chose it: of response i the mean over all j, itself
+    included, of sigma(r_i - r_j), the probability that it beats another response of its prompt. r must be log-odds.
+    These are the soft labels of SPPO (arXiv 2405.00675).
     """
 
     pairing: str = "best_worst"
     min_gap: float = 0.0
+    win_rates: bool = False
 
     def __post_init__(self) -> None:
         if self.pairing not in ("best_worst", "best_random", "all"):
@@ -153,16 +158,28 @@ class ScoredResponses(Format):
         best, worst = rewards.index(rewards[order[-1]]), order[0]
         if problem := role_problem(scored.prompt):
             return problem
+        shown = win_rates(rewards) if self.win_rates else rewards
         if self.pairing == "all":
             indices = [(w, l) for w in range(len(rewards)) for l in range(len(rewards)) if apart(w, l)]
-            return [scored.pair(w, l, f"{scored.name}/{w}-{l}") for w, l in indices] or Dropped("no_preference")
+            pairs: list[Item] = [scored.pair(w, l, f"{scored.name}/{w}-{l}", shown) for w, l in indices]
+            return pairs or Dropped("no_preference")
         if self.pairing == "best_random":
             others = [i for i in range(len(rewards)) if apart(best, i)]
             worst = random.Random(content_id(scored.prompt)).choice(others) if others else best
-        return scored.pair(best, worst) if apart(best, worst) else Dropped("no_preference")
+        return scored.pair(best, worst, rewards=shown) if apart(best, worst) else Dropped("no_preference")
 
     def fields(self) -> tuple[str, ...]:
         return (*PROMPT_FIELDS, "responses", "rewards", "finished")
+
+
+def win_rates(rewards: list[float]) -> list[float]:
+    """Of each response the mean over all responses j, itself included, of sigma(r_i - r_j).
+
+    >>> [round(rate, 2) for rate in win_rates([0.0, 1000.0])]
+    [0.25, 0.75]
+    """
+    # tanh cannot overflow: sigma(x) = (1 + tanh(x / 2)) / 2.
+    return [sum(1 + math.tanh((r - other) / 2) for other in rewards) / (2 * len(rewards)) for r in rewards]
 
 
 @dataclass(frozen=True)

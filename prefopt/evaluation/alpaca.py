@@ -154,7 +154,9 @@ def compare(
         "seconds": time.monotonic() - start,
     }
     # In this order: where the record exists, the comparison is complete.
-    write_annotations(folder / "annotations.json", [to_jsonable(row) for row in annotations])
+    finished = {c.index: dict(zip(("finished_1", "finished_2"), c.finished, strict=True)) for c in comparisons}
+    rows = [to_jsonable(row) | finished[row["index"]] for row in annotations]
+    write_annotations(folder / "annotations.json", rows)
     write_result(folder / "record.json", record | provenance() | extra)
 
 
@@ -252,6 +254,18 @@ def prepare_comparison(config: AlpacaConfig) -> tuple[Judge, Questions]:
 
     Raises UserError for everything that is missing, before a model is loaded or a judge asked.
     """
+    judge, questions = check_comparison(config, lambda: read_questions(config.instructions, config.split))
+    if judge is None:
+        raise UserError("judge is null: give a judge of conf/judge, such as judge=gpt4o_mini")
+    return judge, questions
+
+
+def check_comparison(config: AlpacaConfig, read: Callable[[], Questions]) -> tuple[Judge | None, Questions]:
+    """The judge, None where the configuration has none, and the questions that `read` returns. Resolves `config`'s
+    baseline, device and precision in place.
+
+    Raises UserError for everything that is missing, before a model is loaded or a judge asked.
+    """
     from prefopt.models.load import check_model
 
     if config.baseline == "gpt4_turbo":  # the baseline of AlpacaEval 2, whose answers come with the questions
@@ -260,12 +274,13 @@ def prepare_comparison(config: AlpacaConfig) -> tuple[Judge, Questions]:
     if config.output is not None:
         check_folder("output", config.output)
     resolve_hardware(config)
-    judge = build(config.judge, Judge, "judge")
-    judge.check()
+    judge = None if config.judge is None else build(config.judge, Judge, "judge")
+    if judge:
+        judge.check()
     if config.run is not None:
         record_of(config.run)
     name, model = baseline_of(config)
-    questions = read_questions(config.instructions, config.split)
+    questions = read()
     if model:
         check_model(model, "baseline")
     else:

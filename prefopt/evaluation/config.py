@@ -136,7 +136,7 @@ def check_alpaca(config: AlpacaConfig) -> None:
         problems.append("give run=FOLDER; or a model, or model_outputs=FILE, with output=FOLDER for the results")
     if config.max_cost < 0:
         problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
-    if importlib.util.find_spec("alpaca_eval") is None:
+    if config.judge is not None and importlib.util.find_spec("alpaca_eval") is None:
         problems.append("prefopt.alpaca needs the package alpaca-eval: pip install -e '.[evaluation]'")
     if problems:
         raise UserError("\n".join(problems))

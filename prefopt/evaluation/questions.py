@@ -3,11 +3,16 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
+from omegaconf import OmegaConf
 
+from prefopt.config.parse import parse
+from prefopt.config.schema import DatasetConfig
+from prefopt.data.dataset import has_heldout, load_split, prompt_of
 from prefopt.data.fields import as_prompt
-from prefopt.data.items import Message
+from prefopt.data.items import Message, Pair
 from prefopt.data.sources import SUFFIXES, digest, read_rows
 from prefopt.errors import UserError
 
@@ -62,6 +67,30 @@ def hub_file(name: str) -> Path:
     return file
 
 
+def heldout_questions(dataset: dict[str, Any], limit: int | None) -> tuple[Questions, list[str]]:
+    """The held-out prompts of a run's data (its record's `dataset`), the first `limit` of them, and the chosen
+    completion of each; of several pairs with one prompt that of the first. Raises UserError where there are none."""
+    config = parse(OmegaConf.create(dataset), DatasetConfig, "dataset.")
+    if not has_heldout(config):
+        raise UserError(f"data set {config.name} has no held-out rows: name the questions by instructions=FILE")
+    found: dict[str, tuple[Question, str]] = {}
+    for item in load_split(config, "heldout").read():
+        if limit is not None and len(found) == limit:
+            break
+        prompt = prompt_of(item)
+        chosen = item.chosen if isinstance(item, Pair) else item.messages[len(prompt)]["content"]
+        found.setdefault(question_text(prompt), (Question(prompt, question_text(prompt)), chosen))
+    questions, completions = zip(*found.values(), strict=True)
+    return Questions(list(questions), is_alpaca_eval=False), list(completions)
+
+
+def question_text(prompt: list[Message]) -> str:
+    """The messages of a prompt as the one text that judges read."""
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def read_questions(path: str | None, split: str | None) -> Questions:
     """The questions of a file, or AlpacaEval's where `path` is None. A repeated question is left out. Raises UserError
     for a row without a question."""
@@ -76,10 +105,7 @@ def read_questions(path: str | None, split: str | None) -> Questions:
             raise UserError(f"{where} has neither a field 'instruction' nor 'prompt' (its fields: {fields}).") from None
         except ValueError as error:
             raise UserError(f"{where}: {error}. Mend the row, or leave it out.") from None
-        if len(prompt) == 1:
-            text = prompt[0]["content"]
-        else:
-            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        text = question_text(prompt)
         if text in questions:
             repeated += 1
         dataset = row.get("dataset")

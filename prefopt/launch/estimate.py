@@ -36,8 +36,8 @@ Rows = tuple[int, tuple[float, ...]]
 @dataclass(frozen=True)
 class Estimate:
     gpu_hours: float
-    policies_gb: float  # stays
-    checkpoint_gb: float  # is removed when the run has finished
+    kept_gb: float  # what stays: policies, and the last checkpoint where that is kept
+    checkpoint_gb: float  # what a job under way takes besides
 
 
 def parameters(config: ModelConfig) -> int:
@@ -141,8 +141,10 @@ def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
     flop += 2 * n * tokens * (config.heldout_pairs or 0) * evaluations
 
     state = 4 + (2 if config.optimizer.eight_bit else 8)  # bytes: the weight, and Adam's two moments
+    checkpoint_gb = state * n / 1e9 if is_full else 0.0  # that of an adapter is small
+    policies_gb = config.exports * (2 if config.export_dtype == "bfloat16" else 4) * n / 1e9
     return Estimate(
         gpu_hours=flop / FLOP_PER_HOUR,
-        policies_gb=config.exports * (2 if config.export_dtype == "bfloat16" else 4) * n / 1e9,
-        checkpoint_gb=state * n / 1e9 if is_full else 0.0,  # that of an adapter is small
+        kept_gb=policies_gb + (checkpoint_gb if config.keep_checkpoint else 0.0),
+        checkpoint_gb=checkpoint_gb,
     )

@@ -13,6 +13,7 @@ The same command again skips finished jobs, waits for those under way, and start
 
 import dataclasses
 import logging
+import os
 import shlex
 import sys
 import time
@@ -47,13 +48,15 @@ class Sweep:
 
     `plan(point, label, config, launcher, folder)` checks a point and returns its job. The job's folder is that of its
     run, or, for a job that is no training run, `folder`. At the end the last `log_lines` lines of each job's log are
-    shown (0: all lines); with None it is a table of the runs.
+    shown (0: all lines); with None it is a table of the runs. `finish(folder)` is called for each finished job: it
+    does what a job that was killed after its end has left.
     """
 
     program: str
     schema: type[Any]
     plan: Callable[[Point, str, Any, Launcher, Path], SweepJob]
     log_lines: int | None = None
+    finish: Callable[[Path], None] | None = None
 
     def __call__(self, points: list[Point], folder: Path, dry_run: bool) -> int:
         """Run the jobs; the exit code: 0 when all have finished, else 1. With `dry_run` only the table is printed.
@@ -90,6 +93,9 @@ class Sweep:
 
         # Also for the jobs that were under way before.
         runs = wait_for_runs([job.folder for job in jobs])
+        for run in runs:
+            if self.finish and run.state == "finished":
+                self.finish(run.folder)
         if self.log_lines is None:
             console().print(status_table(runs))
         else:
@@ -108,6 +114,10 @@ class Sweep:
         jobs = list(by_folder.values())
         say_repeated(len(planned) - len(jobs))
         refresh_status(jobs)
+        group = sweep_name(points)
+        for job in jobs:
+            if (logger := getattr(job.config, "logger", None)) and logger.wandb:
+                logger.wandb.group = logger.wandb.group or os.environ.get("WANDB_RUN_GROUP") or group
         return launcher, jobs
 
     def preview(self, points: list[Point], folder: Path) -> int:
@@ -148,19 +158,19 @@ class Sweep:
                 size = estimate(config, build(config.objective, Objective, "objective"))
                 if size:
                     estimates.append(size)
-                    sizes = [f"{size.gpu_hours:.2g}", f"{size.policies_gb:.2g}"]
+                    sizes = [f"{size.gpu_hours:.2g}", f"{size.kept_gb:.2g}"]
             rows.append([label, *cells, *sizes])
 
         caption = ""
         if trains:
-            hours, kept = sum(e.gpu_hours for e in estimates), sum(e.policies_gb for e in estimates)
+            hours, kept = sum(e.gpu_hours for e in estimates), sum(e.kept_gb for e in estimates)
             at_work = max((e.checkpoint_gb for e in estimates), default=0.0)
             caption = (
                 f"Estimates for {len(estimates)} jobs, without evaluations after training: {hours:.3g} GPU hours "
-                f"({GPU}), {kept:.3g} GB of policies, and up to {at_work:.2g} GB more for the checkpoint of each job "
-                "under way."
+                f"({GPU}), {kept:.3g} GB that are kept (policies, and last checkpoints unless keep_checkpoint=false), "
+                f"and up to {at_work:.2g} GB more for the checkpoint of each job under way."
             )
-        headings = ("job", "folder", "what happens", "resources", "GPU hours", "policies, GB")
+        headings = ("job", "folder", "what happens", "resources", "GPU hours", "kept, GB")
         parents = [job.folder.parent if job else Path(config.runs_dir) for _, config, job in jobs]
         title = self.title(len(jobs), parents[0])
         console().print(rows_table(headings, rows, title, caption))
@@ -179,6 +189,22 @@ class Sweep:
         )
 
 
+def sweep_name(points: list[Point]) -> str | None:
+    """The sweep's file (+sweep=NAME), or the keys in which its points differ; None for a single point without one."""
+    for override in points[0].overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") == "sweep":
+            return value
+    shared = shared_overrides(points)
+    keys = (o.partition("=")[0] for point in points for o in point.overrides if o not in shared and len(points) > 1)
+    return ", ".join(dict.fromkeys(keys))[:128] or None
+
+
+def shared_overrides(points: list[Point]) -> set[str]:
+    """The overrides that all points have; of a single point none, so that its label says what it is."""
+    return set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
+
+
 def planned_action(job: SweepJob) -> str:
     """What the sweep does with a job, in words: for the table of jobs."""
     from prefopt.training.checkpoint import complete_checkpoints
@@ -191,6 +217,8 @@ def planned_action(job: SweepJob) -> str:
         )
     checkpoint = max(complete_checkpoints(job.run.checkpoints), default=None)
     start = f"from step {int(checkpoint.name.removeprefix('step_'))}" if checkpoint else "from the start"
+    if checkpoint is None and job.config.resume:
+        start = f"from the end of {Path(job.config.resume).name}"
     return start if job.state == "new" else f"{job.state}: again {start}"
 
 
@@ -216,7 +244,7 @@ def validate_points(
     """
     first = parse(points[0].cfg, schema).launcher
     launcher = build(first, Launcher, "launcher")
-    shared = set.intersection(*(set(point.overrides) for point in points)) if len(points) > 1 else set()
+    shared = shared_overrides(points)
     refused: dict[str, list[str]] = {}  # labels by the reason, which all points of a sweep may share
     made = []
     for point in points:

@@ -24,6 +24,7 @@ from prefopt.objectives import SIDES, Side
 
 Need = Literal["reference", "rewards", "entropies", "noise", "mismatched"]
 Scope = Literal["pair", "micro_batch", "step"]
+Purpose = Literal["noisy_labels", "online"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
 # declares a need can rely on the tensor, and one that reads a tensor without declaring it fails at once.
 _ABSENT: Any = None
@@ -175,6 +176,8 @@ class Objective(ABC):
 
     * `equation`: the loss of one pair, as `python -m prefopt.objectives` prints it.
     * `paper`: the paper's arXiv number and, where it has one, the number of the equation.
+    * `summary`: what it is for, in a phrase of the same list.
+    * `made_for`: what a user asks for that `needs` does not show: `noisy_labels`, or `online`, samples of the policy.
     * `needs`: which optional tensors of `PairInputs` must be filled.
     * `scope`: the pairs on which the loss of one pair may depend: itself (`pair`), all pairs of its micro-batch
       (`micro_batch`), or all pairs of the optimizer step (`step`).
@@ -191,6 +194,8 @@ class Objective(ABC):
 
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    made_for: ClassVar[frozenset[Purpose]] = frozenset()
     needs: ClassVar[frozenset[Need]] = frozenset()
     scope: ClassVar[Scope] = "pair"
     micro_batch_size: ClassVar[int | None] = None

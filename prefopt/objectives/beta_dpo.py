@@ -33,6 +33,8 @@ class BetaDPO(ImplicitReward):
 
     equation = "−log σ(β_batch(u_w − u_l)) on kept pairs, β_batch = β(1 + α(mean M − m)), M = u_w − u_l or β(u_w − u_l)"
     paper = "2407.08639"
+    summary = "DPO whose beta follows the gaps of the step, and which leaves out odd pairs"
+    made_for = frozenset({"noisy_labels"})
     needs = frozenset({"reference", "noise"})
     scope = "step"
 

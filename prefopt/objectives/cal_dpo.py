@@ -19,6 +19,7 @@ class CalDPO(Pairwise):
 
     equation = "−log σ(u_w − u_l) + k(u_w − 1/(2β))² + k(u_l + 1/(2β))²"
     paper = "2412.14516"
+    summary = "DPO that also ties the rewards of both sides to fixed targets"
     needs = frozenset({"reference"})
 
     beta: float

@@ -21,6 +21,7 @@ class CPO(Pairwise):
 
     equation = "−log σ(β(lp_w − lp_l)) − λ lp_w, λ = nll_weight"
     paper = "2401.08417; 2507.21183, Eq. 15"
+    summary = "DPO without a reference, plus the likelihood of the chosen completion"
 
     beta: float
     nll_weight: float = field(default=0.2, kw_only=True)

@@ -19,6 +19,7 @@ class DPO(ImplicitReward):
 
     equation = "−(1−ε) log σ(z) − ε log σ(−z), z = β(u_w − u_l)"
     paper = "2305.18290, Eq. 7"
+    summary = "the standard: raises the log-ratio of the chosen completion over that of the rejected one"
     loss_at_reference = math.log(2)
 
     label_smoothing: float = 0.0

@@ -25,6 +25,7 @@ class FDPO(Pairwise):
 
     equation = "−log σ(β f′(t_w) − β f′(t_l)), t = π/π_ref; f′: u | −1/t | log 2t/(1+t) | (1 − t^−α)/α"
     paper = "2309.16240"
+    summary = "DPO with another divergence to the reference than the reverse KL"
     needs = frozenset({"reference"})
     loss_at_reference = math.log(2)
 

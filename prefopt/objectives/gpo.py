@@ -35,6 +35,7 @@ class GPO(ImplicitReward):
 
     equation = "f(β(u_w − u_l)), f(z): log(1+e^−z) | max(0, 1−z) | (z−1)² | e^−z | max(0, 1−z)² | (1+e^z)^−2"
     paper = "2402.05749"
+    summary = "DPO with another convex loss of the margin: hinge, squared, exponential and others"
 
     function: str = "hinge"
 

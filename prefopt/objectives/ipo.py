@@ -18,6 +18,7 @@ class IPO(Pairwise):
 
     equation = "(u_w − u_l − 1/(2β))²; or u/n instead of u"
     paper = "2310.12036, Eq. 17"
+    summary = "a squared loss with a target gap, so that clear preferences do not drive the policy away"
     needs = frozenset({"reference"})
 
     beta: float

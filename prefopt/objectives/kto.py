@@ -33,6 +33,8 @@ class KTO(ImplicitReward):
         "½(1 − σ(β(u_w − z))) + ½(1 − σ(β(z − u_l))), z = max(0, mean of u over the step's mismatched completions)"
     )
     paper = "2402.01306, Eq. 7"
+    summary = "judges each completion alone against a reference point, with a loss that saturates on both sides"
+    made_for = frozenset({"noisy_labels"})
     scope = "step"
 
     desirable_weight: float = 1.0

@@ -22,6 +22,7 @@ class LMPO(Pairwise):
 
     equation = "−log σ(β(lp_w/n_w − lp_l/n_l) − h − λ·z(m)), m = (1−p_w)(1−(p_w−p_l)⁵)/2, z by running moments"
     paper = "2502.14643"
+    summary = "SimPO with a margin that controls length"
     scope = "step"
 
     beta: float

@@ -25,6 +25,7 @@ class MADPO(ImplicitReward):
 
     equation = "w(h) · (−log σ(β(u_w − u_l))), w(h) = σ(c(h)h)/σ(h) if h > −τ else 1, h = r_w − r_l"
     paper = "2510.05342"
+    summary = "DPO with a weight for each pair from a reward model's margin"
     needs = frozenset({"reference", "rewards"})
 
     c_max: float = 2.0

@@ -23,6 +23,8 @@ class MarginMatching(ImplicitReward):
 
     equation = "−p log σ(z) − (1−p) log σ(−z), p = σ(γ(r_w − r_l)), z = β(u_w − u_l)"
     paper = "2410.03145"
+    summary = "DPO with soft labels from the rewards of the two completions"
+    made_for = frozenset({"noisy_labels"})
     needs = frozenset({"reference", "rewards"})
     loss_at_reference = math.log(2)
 
@@ -44,6 +46,6 @@ def soft_labels(inputs: PairInputs, gamma: float) -> Tensor:
     return torch.sigmoid(gamma * (inputs.chosen_rewards - inputs.rejected_rewards))
 
 
-def cross_entropy(z: Tensor, p: Tensor) -> Tensor:
+def cross_entropy(z: Tensor, p: Tensor | float) -> Tensor:
     """-p log sigma(z) - (1 - p) log sigma(-z): of log-odds z, where the label has probability p."""
     return -p * logsigmoid(z) - (1 - p) * logsigmoid(-z)

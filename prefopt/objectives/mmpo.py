@@ -37,6 +37,7 @@ class MMPO(Pairwise):
         "−logsumexp(s_w, s_l) − a log σ(s_w − s_l), s = lp + q, q = β rp (+ margin if chosen), min-max normalized"
     )
     paper = "2510.22881, section 3"
+    summary = "raises the marginal likelihood of both completions, weighted by their rewards"
 
     beta: float
     margin: float = 0.9

@@ -20,6 +20,7 @@ class ORPO(Pairwise):
 
     equation = "−lp_w/n_w − λ log σ(s_w − s_l), s = log p/(1−p), p = exp(lp/n)"
     paper = "2403.07691"
+    summary = "fine-tuning and preference in one, by the odds of the two completions"
 
     odds_weight: float
     nll_weight: float = field(default=1.0, kw_only=True)

@@ -23,6 +23,7 @@ class Reward(Objective):
 
     equation = "−log σ(z), z = r_φ(x, y_w) − r_φ(x, y_l); soft: −p log σ(z) − (1−p) log σ(−z), p = σ(γ(r_w − r_l))"
     paper = "2203.02155, Eq. 1; soft labels 2410.03145"
+    summary = "trains a reward model and no policy"
     model_kind = "reward_model"
     learning_rates = (1e-5, 1e-4)
     step0_loss = math.log(2)

@@ -19,6 +19,8 @@ class RobustDPO(ImplicitReward):
 
     equation = "(−(1−ε) log σ(z) + ε log σ(−z)) / (1−2ε), z = β(u_w − u_l)"
     paper = "2403.00409"
+    summary = "DPO whose expected loss is that of clean labels where a known share of them is flipped"
+    made_for = frozenset({"noisy_labels"})
     loss_at_reference = math.log(2)
 
     flip_rate: float = 0.1

@@ -23,6 +23,7 @@ class RRHF(Pairwise):
 
     equation = "max(0, lp_l/n_l − lp_w/n_w) − lp_w"
     paper = "2304.05302"
+    summary = "ranks by likelihood per token, and holds up the chosen one"
 
     nll_weight: float = field(default=1.0, kw_only=True)
 

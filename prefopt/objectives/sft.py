@@ -12,6 +12,7 @@ class SFT(Objective):
 
     equation = "−Σ lp_w / Σ n_w over the optimizer step"
     paper = "–"
+    summary = "fine-tuning on the chosen completions"
     completions = ("chosen",)
     normalize_by = "chosen_token"
     learning_rates = (2e-5, 2e-4)

@@ -19,6 +19,7 @@ class SimPO(Pairwise):
 
     equation = "−log σ(β(lp_w/n_w − lp_l/n_l) − γ), γ given as γ/β"
     paper = "2405.14734, Eq. 6"
+    summary = "DPO's comparison per token, without a reference and with a target margin"
 
     beta: float
     gamma_beta_ratio: float

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from prefopt.config.schema import DatasetConfig, ModelConfig
+from prefopt.evaluation.config import AlpacaConfig
 
 
 @dataclass
@@ -15,7 +16,6 @@ class ReportConfig:
     runs_dir: str = MISSING
     output: str = MISSING
     columns: str | None = None
-    published: str | None = None
     compare: list[str] = field(default_factory=list)
 
 
@@ -30,6 +30,15 @@ class PapersConfig:
     tasks: Any = None
     judge_name: str | None = None
     baseline_name: str | None = None
+
+
+@dataclass
+class CompareConfig(AlpacaConfig):
+    """What `python -m prefopt.compare` reads (conf/compare.yaml)."""
+
+    judge: Any = None
+    third: str | None = None
+    limit: int | None = None
 
 
 @dataclass

@@ -16,6 +16,7 @@ from prefopt.reporting.evaluated import (
     Value,
     accuracy_of,
     aggregate_seeds,
+    main_measure,
     mean_over_seeds,
     win_rate_of,
 )
@@ -197,18 +198,20 @@ def sensitive_keys(records: Sequence[Record]) -> list[str]:
 
 
 def sensitivity(records: Sequence[Record], key: str) -> dict[str, Curve]:
-    """The final oracle reward over the values of `key`, a curve for all that else tells the runs apart: the mean over
-    seeds and its standard error (of one seed alone, that over its prompts, or None).
+    """The final oracle reward (without any oracle: the held-out accuracy) over the values of `key`, a curve for all
+    that else tells the runs apart: the mean over seeds and its standard error (of one seed alone, that over its prompts
+    or pairs, or None).
 
-    Runs without the key or an oracle are left out, and curves of a single value."""
+    Runs without the key or the figure are left out, and curves of a single value."""
     rows = []
-    evaluated = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][-1]]
+    measure, _ = main_measure(records)
+    evaluated = [r for r in records if r["evaluations"] and measure in r["evaluations"][-1]]
     evaluated = [r for r in evaluated if isinstance(flat_config(r).get(key), int | float)]
     for record, name in zip(evaluated, labels(evaluated, without=("seed", "dataset.name", key)), strict=True):
         if key.endswith(".beta"):  # a label names beta whatever `without` says
             name = " ".join(part for part in name.split(" ") if not part.startswith("β="))
         end = record["evaluations"][-1]
-        rows.append((name, float(flat_config(record)[key]), end["oracle_reward"], end.get("oracle_reward_se")))
+        rows.append((name, float(flat_config(record)[key]), end[measure], end.get(f"{measure}_se")))
 
     ends = pd.DataFrame(rows, columns=["name", "value", "reward", "error"], dtype=object)  # object: None stays None
     curves: defaultdict[str, Curve] = defaultdict(list)

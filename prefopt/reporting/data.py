@@ -20,7 +20,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.config.parse import build
-from prefopt.data.cache import Limits, Prepared, TokenizedPairs
+from prefopt.data.cache import Limits, Prepared, TokenizedPairs, format_made
 from prefopt.data.dataset import load_split, prompt_of, sources
 from prefopt.data.fields import as_messages
 from prefopt.data.formats import Format
@@ -129,10 +129,11 @@ def count_sections(config: DataReportConfig, splits: Splits) -> list[Section]:
         rows.append((name, "all, within the length limits", split.counts["items"]))
     counted = {name: split.counts["dropped"] | split.counts["kept"] for name, split in splits.items()}
     policy = policies_of(config)
+    made = format_made(config.dataset, splits["heldout"].counts) if "heldout" in splits else ""
     reasons = dict.fromkeys([*policy, *(reason for counts in counted.values() for reason in counts)])
     defects = [(r, policy.get(r, "keep"), *(counts.get(r, 0) for counts in counted.values())) for r in reasons]
     return [
-        Section("Counts", 2, ("split", "source", kind), rows),
+        Section("Counts", 2, ("split", "source", kind), rows, [made] if made else []),
         Section("Defects, and what is done about them", 2, ("defect", "policy", *splits), defects),
     ]
 

@@ -1,13 +1,18 @@
 """In which settings runs differ: the line below a table, and the two columns of `prefopt diff`."""
 
+import textwrap
 from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from prefopt.reporting.labels import flat_config, shortest_texts
 from prefopt.reporting.tables import MISSING, Tabular, text_columns
 from prefopt.tracking.archive import Record
 from prefopt.tracking.run import VOLATILE
-from prefopt.utils.console import console, folding_table
+from prefopt.utils.console import console
 
+LEAST_TEXT, LONGEST_NUMBER = 14, 30  # characters: a text has room for the first, a longer number is folded
 # A label names the seed and beta, and the objective's class is its name. The others follow from what they belong to.
 _IN_LABELS = ("seed", "objective.beta", "objective._target_", "runs_dir")
 
@@ -48,6 +53,21 @@ def settings_note(records: Sequence[Record]) -> str:
     return f"Not the same for all methods: {'. '.join(parts)}." if parts else ""
 
 
+def continued_note(records: Sequence[Record]) -> str:
+    """Which runs went on from another one: "Not independent runs: A goes on from B after step 4." "" where none did."""
+    parts = []
+    for record in records:
+        if origin := record.get("continued_from"):
+            rate = "" if origin["same_as_from_the_start"] else ", with another learning rate until there"
+            parts.append(f"{record['name']} goes on from {origin['run']} after step {origin['step']}{rate}")
+    return f"Not independent runs: {'; '.join(parts)}." if parts else ""
+
+
+def comparison_notes(records: Sequence[Record]) -> list[str]:
+    """The sentences below a table of these runs: what its methods do not share, and which runs are not independent."""
+    return [note for note in (settings_note(records), continued_note(records)) if note]
+
+
 def config_differences(a: Record, b: Record) -> Tabular:
     """The settings in which two runs differ, those that change no number too: key, A, B."""
     left, right = flat_config(a), flat_config(b)
@@ -68,12 +88,52 @@ def config_differences(a: Record, b: Record) -> Tabular:
     return Tabular("diff", columns, [[row[c.key] for c in columns] for row in rows], rows, title="Settings that differ")
 
 
+def sides_differ(a: Sequence[Record], b: Sequence[Record]) -> str:
+    """A sentence on the settings in which the runs A differ from the runs B, or among themselves, but for the seed."""
+    sides = {"A": [flat_config(record) for record in a], "B": [flat_config(record) for record in b]}
+    keys = {key for configs in sides.values() for config in configs for key in config}
+    parts = []
+    for key in sorted(keys - {"seed", "runs_dir"}):
+        values = {repr(c.get(key, MISSING)): c.get(key, MISSING) for configs in sides.values() for c in configs}
+        if len(values) > 1:
+            texts = shortest_texts(values)
+            each = {
+                side: " and ".join(dict.fromkeys(_short(texts[repr(c.get(key, MISSING))]) for c in configs))
+                for side, configs in sides.items()
+            }
+            parts.append(f"{key}: {', '.join(f'{side} {value}' for side, value in each.items())}")
+    return f"A and B differ in {'; '.join(parts)}." if parts else "A and B differ in no setting but the seed."
+
+
 def print_table(table: Tabular) -> None:
-    """Title, table and notes on stdout, at the terminal's width."""
-    shown = folding_table(*table.headings, title=table.title)
-    for cells in table.texts:
-        shown.add_row(*cells)
-    console().print(shown, *table.notes, sep="\n")
+    """Title, table and notes on stdout, at the terminal's width. A number stays in one line, a text goes on in the next
+    one; columns for which there is no room stand below, beside the first column once more."""
+    needed = []
+    for column, (heading, *cells) in zip(table.columns, zip(table.headings, *table.texts, strict=True), strict=True):
+        if column.text:
+            needed.append(min(LEAST_TEXT, max(map(len, (heading, *cells)))))
+        else:
+            needed.append(max(map(len, (*heading.split(), *cells))))
+    blocks: list[list[int]] = [[]]
+    for place in range(1, len(needed)):
+        if blocks[-1] and sum(needed[i] + 2 for i in (0, *blocks[-1], place)) > console().width:
+            blocks.append([])
+        blocks[-1].append(place)
+
+    for number, block in enumerate(blocks):
+        title = table.title if number == 0 and table.title else None
+        shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for place in (0, *block):
+            heading = table.headings[place]
+            if table.columns[place].text or needed[place] > LONGEST_NUMBER:
+                shown.add_column(heading, overflow="fold", vertical="bottom")
+            else:
+                lines = textwrap.wrap(heading, needed[place], break_long_words=False, break_on_hyphens=False)
+                shown.add_column("\n".join(lines), justify="right", no_wrap=True, vertical="bottom")
+        for cells in table.texts:
+            shown.add_row(*(cells[place] for place in (0, *block)))
+        console().print(shown)
+    console().print(*table.notes, sep="\n")
 
 
 def _key(key: str) -> str:

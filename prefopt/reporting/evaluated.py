@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, PAPER_JUDGES, accuracy_percent, task_names, two_judges
@@ -30,12 +31,16 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Metric:
-    """Which win rate a figure shows: its name, its keys in a record's `figures`, and who judged against what."""
+    """Which win rate a figure shows: its name, its keys in a record's `figures`, who judged against what, as a sentence
+    says it and by name, and on how many questions."""
 
     name: str
     key: str
     error: str
     about: str
+    judges: tuple[str, ...]
+    baselines: tuple[str, ...]
+    questions: int
 
 
 def read_evaluated(records: Sequence[Record], config: PapersConfig) -> list[Evaluated]:
@@ -162,11 +167,13 @@ def metric_of(policies: Sequence[Evaluated]) -> Metric | None:
         raise UserError(f"several judges, whose mean means nothing: {', '.join(judges)}. Choose one: judge_name=NAME")
     controlled = all("length_controlled_win_rate" in t["figures"] for t in results)
     who = judges[0] if len(judges) == 1 else f"the mean of {' and '.join(judges)}"
-    against = ", ".join(sorted({t["baseline"]["name"] for t in results}))
-    about = f"judged by {who}, against {against}, on {results[0]['figures']['n']} questions"
+    baselines = sorted({t["baseline"]["name"] for t in results})
+    questions = results[0]["figures"]["n"]
+    about = f"judged by {who}, against {', '.join(baselines)}, on {questions} questions"
+    rest = about, tuple(judges), tuple(baselines), questions
     if controlled:
-        return Metric("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error", about)
-    return Metric("win rate", "win_rate", "standard_error", about)
+        return Metric("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error", *rest)
+    return Metric("win rate", "win_rate", "standard_error", *rest)
 
 
 def accuracy_of(policy: Evaluated) -> Value | None:
@@ -184,6 +191,18 @@ def win_rate_of(policy: Evaluated, metric: Metric | None) -> Value | None:
     figures = [result["figures"] for result in policy.alpaca]
     mean = two_judges(policy.alpaca)[metric.key] if len(figures) > 1 else figures[0][metric.key]
     return mean, statistics.fmean(f[metric.error] for f in figures)
+
+
+def counts(values: Iterable[Any]) -> str:
+    """The different values among these as text, as a sentence on n has them: "64", "32 or 64"."""
+    return " or ".join(map(str, sorted({value for value in values if value is not None})))
+
+
+def main_measure(records: Iterable[Record]) -> tuple[str, str]:
+    """By what the ends of these runs are compared, as the key of a figure and its name: the oracle reward where some
+    run has one, else the held-out accuracy."""
+    rewarded = any("oracle_reward" in row for record in records for row in record["evaluations"][-1:])
+    return ("oracle_reward", "oracle reward") if rewarded else ("accuracy", "held-out accuracy")
 
 
 def flatten_value(key: str, value: Value | None) -> dict[str, float | None]:

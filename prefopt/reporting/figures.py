@@ -1,7 +1,6 @@
 """The figures: reward over KL, and those of the papers."""
 
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -10,20 +9,40 @@ from typing import Any
 from prefopt.objectives import SIDES
 from prefopt.reporting.curves import Point, at_last_epoch, drift, paths, sensitive_keys, sensitivity
 from prefopt.reporting.differences import settings_note
-from prefopt.reporting.evaluated import Value, model_names
+from prefopt.reporting.evaluated import Value, counts, main_measure, model_names
 from prefopt.reporting.labels import labels
 from prefopt.reporting.published import normalize_model_name
-from prefopt.reporting.style import COLUMN, MARKERS, PAGE, is_mappo, method_colors, method_marker, plotting, save, shade
+from prefopt.reporting.style import (
+    COLUMN,
+    MARKERS,
+    PAGE,
+    base_method,
+    is_mappo,
+    legend,
+    method_color,
+    method_marker,
+    plotting,
+    save,
+    shade,
+    wrapped,
+)
 from prefopt.tracking.archive import Record
 
+SFT_LINE: dict[str, Any] = {"color": "0.82", "linestyle": "-", "linewidth": 4}  # no method's line looks like it
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # of the methods, where markers tell the betas apart
 
 
 def draw_paths(
-    points: Sequence[Point], sft: dict[str, Value], published: Sequence[Point], metric: str, output: Path
+    points: Sequence[Point],
+    sft: dict[str, Value],
+    published: Sequence[Point],
+    metric: str,
+    output: Path,
+    note: str,
 ) -> list[Path]:
     """MMPO's figures 1 to 3, a column per model: LM accuracy against win rate on top, and below the win rate alone over
     the epochs, where the published runs have a place too: faint behind ours, and in full where there are none of ours.
+    `note` stands in the legend.
 
     Returns the files; none where there are no points at all.
     """
@@ -36,12 +55,12 @@ def draw_paths(
         published = [p for p in published if normalize_model_name(p.model) in names]
     has_accuracy = any(p.accuracy and p.win_rate for p in points)
     everything = [*points, *published]
-    colors = method_colors(sorted({p.method for p in everything}))
+    colors = {method: method_color(method) for method in sorted({p.method for p in everything})}
     betas = sorted({p.beta for p in everything if p.beta is not None})
 
     with plotting() as plt:
         rows = 2 if has_accuracy else 1
-        size = (PAGE if len(models) > 1 else COLUMN, 2.1 * rows + 0.9)
+        size = (PAGE if len(models) > 1 else COLUMN, 2.1 * rows)
         figure, axes = plt.subplots(rows, len(models), figsize=size, squeeze=False, layout="constrained", sharey="row")
         for column, model in enumerate(models):
             axes[0][column].set_title(model)
@@ -60,10 +79,10 @@ def draw_paths(
         ]
         lines = [line([], [], color="0.3", linestyle="--", linewidth=0.8, label="50 %")]
         if has_accuracy and sft:
-            lines.append(line([], [], color="0.3", linestyle=":", linewidth=1.2, label="SFT accuracy"))
+            lines.append(line([], [], **SFT_LINE, label="SFT accuracy"))
         if has_ours and published:
             lines.append(line([], [], color="0.3", alpha=0.4, linewidth=0.9, label="published"))
-        _legend(plt, figure, [[*methods, *lines], _beta_handles(plt, betas)], max(2, size[0] / 1.1))
+        legend(figure, [[*methods, *lines], _beta_handles(plt, betas)], note)
         return save(figure, output, "mmpo_paths")
 
 
@@ -88,7 +107,7 @@ def _draw_accuracy_vs_win_rate(axis: Any, styled: Sequence[StyledPath], sft: Val
     for path, style in styled:
         _arrows(axis, path, style)
     if sft:
-        axis.axvline(sft[0], color="0.3", linestyle=":", linewidth=1.2)
+        axis.axvline(sft[0], zorder=0, **SFT_LINE)
     axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8)
     axis.set_xlabel("LM accuracy, %")
 
@@ -114,18 +133,6 @@ def _beta_handles(plt: Any, betas: Sequence[float]) -> list[Any]:
         marker = MARKERS[place % len(MARKERS)]
         handles.append(plt.Line2D([], [], color=gray, marker=marker, markersize=4, linewidth=1, label=f"β = {value:g}"))
     return handles
-
-
-def _legend(plt: Any, figure: Any, groups: Sequence[list[Any]], columns: float) -> None:
-    """A legend below the figure of at most so many columns, in which every group begins a new row."""
-    most = max(1, int(columns))
-    rows = [group[i : i + most] for group in groups for i in range(0, len(group), most)]
-    wide = max(map(len, rows))
-    blank = plt.Line2D([], [], linestyle="", label=" ")
-    padded = [[*row, *[blank] * (wide - len(row))] for row in rows]
-    handles = [row[i] for i in range(wide) for row in padded]  # matplotlib fills column by column
-    style: dict[str, Any] = {"frameon": False, "fontsize": 7.5, "handlelength": 2.6, "columnspacing": 1.2}
-    figure.legend(handles=handles, loc="outside lower center", ncols=wide, **style)
 
 
 def _arrows(axis: Any, path: Sequence[Point], style: dict[str, Any]) -> None:
@@ -164,10 +171,11 @@ def _over_epochs(axis: Any, path: Sequence[Point], style: dict[str, Any], faint:
     axis.errorbar(x, y, yerr=errors if any(errors) else None, markersize=3, elinewidth=0.7, **style)
 
 
-def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Path]:
+def draw_spread(points: Mapping[str, Sequence[Point]], output: Path, note: str) -> list[Path]:
     """The win rates of all betas at the last epoch, by source of the points: a bar from the lowest to the highest.
 
-    The marks of the first source are filled. Those of the second are hollow, and only of models that the first has."""
+    The marks of the first source are filled. Those of the second are hollow, and only of models that the first has.
+    `note` stands in the legend."""
     all_ends = {source: at_last_epoch(of_source) for source, of_source in points.items()}
     sources = [source for source, ends in all_ends.items() if ends]
     if not sources:
@@ -180,32 +188,36 @@ def draw_spread(points: Mapping[str, Sequence[Point]], output: Path) -> list[Pat
     }
     sources = [source for source in sources if ends[source]]
     methods = sorted({method for of_source in ends.values() for _, method in of_source})
-    colors = method_colors(methods)
     places = [(method, source) for method in methods for source in sources]
     with plotting() as plt:
         size = (PAGE if len(places) * len(models) > 14 else COLUMN, 2.6)
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         for source in sources:
-            mark = {"marker": "o", "markersize": 3.5, "linestyle": "", "markeredgewidth": 0.8}
+            mark: dict[str, Any] = {"markersize": 4, "linestyle": "", "markeredgewidth": 0.8}
             if source != sources[0]:
                 mark["markerfacecolor"] = "white"
             for (model, method), (_, by_beta) in ends[source].items():
                 place = (places.index((method, source)) + 0.5) / len(places) - 0.5
                 x = names.index(normalize_model_name(model)) + 0.8 * place
                 y = [value for value, _ in by_beta.values()]
-                color = colors[method]
+                color = method_color(method)
                 axis.plot([x, x], [min(y), max(y)], color=color, linewidth=5, alpha=0.3, solid_capstyle="butt")
-                axis.plot([x] * len(y), y, color=color, **mark)
+                axis.plot([x] * len(y), y, color=color, marker=method_marker(method), **mark)
         axis.axhline(50, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
         axis.set_xticks(range(len(models)), models)
+        axis.set_xlim(-0.5, len(models) - 0.5)
         axis.set_ylabel("win rate at the last epoch, %")
-        handles = [plt.Line2D([], [], color=colors[m], linewidth=5, alpha=0.5, label=m) for m in methods]
+        axis.set_title("Spread of the win rate over β")
+        handles = [
+            plt.Line2D([], [], color=method_color(m), marker=method_marker(m), markersize=4, linestyle="", label=m)
+            for m in methods
+        ]
         for source in sources if len(sources) > 1 else []:
             face = {"markerfacecolor": "white"} if source != sources[0] else {}
             handles.append(
                 plt.Line2D([], [], color="0.3", marker="o", markersize=3.5, linestyle="", label=source, **face)
             )
-        _legend(plt, figure, [handles[: len(methods)], handles[len(methods) :]], size[0] / 0.9)
+        legend(figure, [handles[: len(methods)], *([h] if (h := handles[len(methods) :]) else [])], note)
         return save(figure, output, "mmpo_spread")
 
 
@@ -221,7 +233,7 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
     if not panels:
         return []
     with plotting() as plt:
-        size = (PAGE, 2.4 * len(panels) + 0.9)
+        size = (PAGE, 2.4 * len(panels) + 0.2)
         figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained", sharey="row")
         handles: dict[str, Any] = {}
         for row, panel in zip(axes, panels, strict=True):
@@ -229,20 +241,18 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
             members = [r for r in measured if (models[r["name"]], r["config"]["dataset"]["name"]) == panel]
             for axis, side in zip(row, SIDES, strict=True):
                 curves = drift(members, side)
-                colors = method_colors(list(curves))
-                repeats: dict[tuple[str, bool], int] = {}  # methods that share a color differ by marker
                 for label, curve in curves.items():
-                    dashed = is_mappo(label)
-                    style = {"color": colors[label], "linestyle": "--" if dashed else "-", "linewidth": 1.4}
-                    again = repeats[colors[label], dashed] = repeats.get((colors[label], dashed), -1) + 1
-                    style |= {"marker": method_marker(label, again), "markersize": 4}
+                    dashed, color = is_mappo(label), method_color(label)
+                    same = [m for m in curves if base_method(m) == base_method(label) and is_mappo(m) == dashed]
+                    style = {"color": color, "linestyle": "--" if dashed else "-", "linewidth": 1.4}
+                    style |= {"marker": method_marker(label, same.index(label)), "markersize": 4}
                     if dashed:
                         style["markerfacecolor"] = "white"
                     steps, means = [s for s, *_ in curve], [m for _, m, _ in curve]
                     (handle,) = axis.plot(steps, means, label=label, **style)
                     if any(e is not None for *_, e in curve):
                         low, high = ([m + sign * (e or 0) for _, m, e in curve] for sign in (-1, 1))
-                        axis.fill_between(steps, low, high, color=colors[label], alpha=0.15, linewidth=0)
+                        axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
                     handles.setdefault(label, handle)
                 axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
                 axis.set_title(f"{side} · {panel[0]} on {panel[1]}", fontsize=8)
@@ -251,13 +261,17 @@ def draw_drift(records: Sequence[Record], output: Path, name: str) -> list[Path]
             row[0].set_ylabel("change of log-prob (nats)")
         bases = [handle for label, handle in handles.items() if not is_mappo(label)]
         wrappers = [handle for label, handle in handles.items() if is_mappo(label)]
-        _legend(plt, figure, [bases, wrappers], 4)
+        pairs = counts(r["evaluations"][0].get("n") for r in measured)
+        seeds = ", ".join(str(seed) for seed in sorted({r["config"]["seed"] for r in measured}))
+        note = f"Means over {pairs} held-out pairs. Bands: ± 1 standard error over seeds ({seeds})."
+        legend(figure, [g for g in (bases, wrappers) if g], f"{note} {settings_note(measured)}", 4)
         return save(figure, output, name)
 
 
 def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list[Path]:
-    """The final oracle reward over each hyperparameter that was varied, a panel for each; bars of one standard error,
-    over seeds or (of one seed alone) over its prompts."""
+    """The final oracle reward (without any oracle: the held-out accuracy) over each hyperparameter that was varied, a
+    panel for each; bars of one standard error, over seeds or (of one seed alone) over its prompts or pairs."""
+    measure, measure_name = main_measure(records)
     panels = {key: curves for key in sensitive_keys(records) if (curves := sensitivity(records, key))}
     if not panels:
         return []
@@ -272,12 +286,11 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
         size = (PAGE if len(panels) > 1 else COLUMN, 2.6 + 0.17 * lines)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
         for axis, (key, curves) in zip(axes[0], panels.items(), strict=True):
-            colors = method_colors(list(curves))
             # What all curves of a panel have in common stands in its title, the rest in its legend.
             shared = set.intersection(*(set(label.split(" ")) for label in curves))
             for place, (label, curve) in enumerate(curves.items()):
-                siblings = [other for other in curves if colors[other] == colors[label]]
-                style = {"color": shade(colors[label], siblings.index(label), len(siblings)), "linewidth": 1.2}
+                siblings = [other for other in curves if method_color(other) == method_color(label)]
+                style = {"color": shade(method_color(label), siblings.index(label), len(siblings)), "linewidth": 1.2}
                 style |= {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 0.8}
                 differing = " ".join(shorten(part) for part in label.split(" ") if part not in shared)
                 x, y, errors = ([point[i] or 0 for point in curve] for i in range(3))
@@ -289,7 +302,13 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
             axis.set_xlabel(key.removeprefix("objective."))
             if len(curves) > 1:
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False, fontsize=7.5)
-        axes[0][0].set_ylabel("final oracle reward")
+        axes[0][0].set_ylabel(f"final {measure_name}")
+        n, items = ("samples", "prompts") if measure == "oracle_reward" else ("n", "pairs")
+        number = counts(r["evaluations"][-1].get(n) for r in records if r["evaluations"])
+        note = f"Bars: ± 1 standard error over seeds; of one seed, over its {number} held-out {items}."
+        note = wrapped(f"{note} {settings_note(records)}", size[0])
+        figure.set_figheight(size[1] + 0.16 * (note.count("\n") + 1))
+        figure.supxlabel(note, fontsize=7, x=0.02, ha="left")
         return save(figure, output, name)
 
 
@@ -305,17 +324,11 @@ def draw(records: list[Record], output: Path) -> list[Path]:
         panels.setdefault(_panel(record), []).append(record)
     named = {panel: labels(members, without=("seed",)) for panel, members in panels.items()}
     names = sorted({name for of_panel in named.values() for name in of_panel}, key=lambda name: (is_mappo(name), name))
-    colors = method_colors(names)
     handles: dict[str, Any] = {}
     with plotting() as plt:
         width = PAGE if len(panels) > 1 or len(names) > 6 else COLUMN
-        columns = max(1, int(width / (0.55 + 0.06 * max(map(len, names)))))
-        prompts = max(r["evaluations"][-1]["samples"] for r in sampled)
-        note = f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
-        note = textwrap.fill(f"{note} {settings_note(sampled)}".strip(), int(18 * width))
-        below = 0.16 * (-(-(len(names) + 1) // columns) + note.count("\n") + 1)
         rows = -(-len(panels) // 3)
-        size = (width, 2.5 * rows + below)
+        size = (width, 2.5 * rows)
         figure, grid = plt.subplots(rows, -(-len(panels) // rows), figsize=size, squeeze=False, layout="constrained")
         for axis in grid.flat[len(panels) :]:
             axis.axis("off")
@@ -325,17 +338,17 @@ def draw(records: list[Record], output: Path) -> list[Path]:
                 handles["initial policy"] = line
             for record, name in zip(members, named[panel], strict=True):
                 points = record["evaluations"]
-                place = [other for other in names if colors[other] == colors[name]].index(name)
+                turn = [other for other in names if base_method(other) == base_method(name)].index(name)
                 handles[name] = axis.errorbar(
                     [p["kl"] for p in points],
                     [p["oracle_reward"] for p in points],
                     xerr=[0.0] * (len(points) - 1) + [points[-1]["kl_se"]],
                     yerr=[0.0] * (len(points) - 1) + [points[-1]["oracle_reward_se"]],
-                    color=colors[name],
-                    marker=method_marker(name, place),
+                    color=method_color(name),
+                    marker=method_marker(name, turn),
                     markersize=4.5,
-                    markerfacecolor="white" if place % 2 else None,
-                    linestyle="--" if place % 2 else "-",
+                    markerfacecolor="white" if turn % 2 else None,
+                    linestyle="--" if turn % 2 else "-",
                     linewidth=1.2,
                     elinewidth=0.8,
                     alpha=0.9,
@@ -345,12 +358,10 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.set_title("\n".join(panel) if len(panels) > 1 else f"{panel[0]} on {panel[1]}")
         for row in grid:
             row[0].set_ylabel("oracle reward")
-        order = ["initial policy", *names]
-        style: dict[str, Any] = {"frameon": False, "fontsize": 7, "handlelength": 2.4, "columnspacing": 1.0}
-        legend = figure.legend(
-            handles=[handles[name] for name in order], labels=order, loc="outside lower center", ncols=columns, **style
-        )
-        legend.set_title(note, prop={"size": 7})
+        prompts = counts(r["evaluations"][-1]["samples"] for r in sampled)
+        note = f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
+        shown = [handles[name] for name in ("initial policy", *names)]
+        legend(figure, [shown], f"{note} {settings_note(sampled)}")
         return save(figure, output, "reward_kl")
 
 

@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from markupsafe import Markup
 
-from prefopt.reporting.differences import settings_note
 from prefopt.reporting.paper_common import Figure, commit
 from prefopt.reporting.tables import Tabular, text_columns
 from prefopt.reporting.templating import render
@@ -17,16 +15,16 @@ def page(
     title: str, tables: Sequence[Tabular], figures: Sequence[Figure], records: Sequence[Record], origin: Sequence[str]
 ) -> str:
     """One HTML file that needs nothing besides: the figures stand in it as SVG. `origin`: sentences on what the page
-    was made from; they stand on top, once, and not below each table."""
-    note = settings_note(records)
+    was made from; they stand on top, once, and not below each table. A figure's own legend says what its bars are and
+    what the methods do not share."""
     pictures = [
-        (figure.title, f"{figure.caption} {note}".strip(), inline(file.read_text(), figure.title))
+        (figure.title, figure.caption, inline(file.read_text(), figure.title))
         for figure in figures
         for file in figure.files
         if file.suffix == ".svg"
     ]
 
-    shown = [replace(table, notes=[note for note in table.notes if note not in origin]) for table in tables]
+    shown = list(tables)
     if records:
         cells = [[r["name"], commit(r["git"]), r.get("command") or ""] for r in records]
         notes = ["A + after a commit: with changes of the code that were not committed."]

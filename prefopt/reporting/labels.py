@@ -16,8 +16,9 @@ def flat_config(record: Record) -> dict[str, Any]:
 
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
-    for the keys `without`. The objective's own keys come without their `objective.`; a key that is null, or that the
-    run lacks, is left out. Runs of one objective have the same label if and only if they agree in all these."""
+    for the keys `without`, and those of the data that follow from its name. The objective's own keys come without their
+    `objective.`; a key that is null, or that the run lacks, is left out. Runs of one objective have the same label if
+    and only if they agree in all these."""
     flat = [flat_config(r) for r in records]
     # Of each objective, by key: the values in its runs, by their repr.
     values: dict[str, dict[str, dict[str, Any]]] = {r["objective"]: {} for r in records}
@@ -39,6 +40,13 @@ def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
         }
         for objective, of_objective in values.items()
     }
+    for objective, keys in apart.items():
+        if "dataset.name" in keys:  # what follows from the data's name needs no place beside it
+            configs = [c for r, c in zip(records, flat, strict=True) if r["objective"] == objective]
+            number = len({c.get("dataset.name") for c in configs})
+            for key in [key for key in keys if key.startswith("dataset.") and key != "dataset.name"]:
+                if len({(c.get("dataset.name"), repr(c.get(key))) for c in configs}) == number:
+                    del keys[key]
     names = []
     for record, config in zip(records, flat, strict=True):
         parts = [record["objective"]] + ([f"β={beta(record):g}"] if beta(record) is not None else [])

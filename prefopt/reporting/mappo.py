@@ -7,6 +7,7 @@ from typing import Any
 from prefopt.objectives import SIDES
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import Point, epoch_of, group_by_config, points_of
+from prefopt.reporting.differences import comparison_notes
 from prefopt.reporting.evaluated import (
     Metric,
     Value,
@@ -27,21 +28,29 @@ from prefopt.reporting.paper_common import (
     provenance_notes,
     win_rate_heading,
 )
-from prefopt.reporting.published import join_published, paper_heading, read_csv
+from prefopt.reporting.published import join_published, paper_heading, published_table, read_csv
 from prefopt.reporting.tables import Column, Tabular, format_rows
 from prefopt.tracking.archive import Record, last_step
 
 # Sentences below the tables and figures.
 RESULTS = (
-    "Ours: means at the end of the runs ± their standard error over seeds; drifts are changes of the mean held-out "
-    "log-prob since the start, in nats. The paper's figures stand beside ours where model and method are the same."
+    "Means at the end of the runs ± their standard error over seeds; drifts are changes of the mean held-out log-prob "
+    "since the start, in nats."
 )
+PAPER_METRICS = (
+    "AlpacaEval 2, length-controlled, in percent and Arena-Hard, judged by GPT-4 Turbo (Preview-1106); MT-Bench of 10."
+)
+PAPER_TASKS = "In percent. Which metric of a task it prints the paper does not say."
 DRIFT_CAPTION = (
     "Mean log-prob of the held-out chosen (left) and rejected (right) completions, less its value before training: "
-    "the mean over seeds, with a band of one standard error. Where both fall, probability has gone to other texts: "
-    "the squeezing effect. Full: a base alone; dashed: with MaPPO."
+    "the mean over seeds. Where both fall, probability has gone to other texts: the squeezing effect. Full: a base "
+    "alone; dashed: with MaPPO."
 )
 TITLES = {"mappo_table_2": "MaPPO as a plug-in (table 2)", "mappo_table_3": "Main results (table 3)"}
+
+# The paper's win rate: AlpacaEval 2's own, by its judge, against its baseline.
+PAPER_METRIC = "length_controlled_win_rate", ("weighted_alpaca_eval_gpt4_turbo",), ("alpaca_eval_gpt4_baseline",)
+PAPER_COLUMN = "alpaca_eval_2_lc"
 
 # The paper's columns, as lm-eval's tasks and metrics. Which metric of a task it prints it does not say.
 ACADEMIC = {
@@ -55,15 +64,15 @@ ACADEMIC = {
 
 
 def results_table(
-    name: str,
-    title: str,
     records: Sequence[Record],
     points: Sequence[Point],
-    theirs: list[dict[str, str]],
+    theirs: Sequence[dict[str, str]],
     metric: Metric | None,
     notes: list[str],
+    origin: list[str],
 ) -> Tabular:
-    """Final figures of each method over its seeds, beside a table of the MaPPO paper (arXiv 2507.21183)."""
+    """Final figures of each method over its seeds; beside the win rate that of the MaPPO paper (arXiv 2507.21183) for
+    the same model and method, where it is the same metric."""
     models = model_names(records)
     ours: list[dict[str, Any]] = []
     for model in dict.fromkeys(models.values()):
@@ -77,25 +86,19 @@ def results_table(
             ]  # fmt: skip
             ours.append(row | flatten_value("win_rate", final[0].win_rate if final else None) | _final_figures(seeds))
 
-    published_columns = [column for column in theirs[0] if column not in ("model", "method")]
+    if same := metric is not None and (metric.key, metric.judges, metric.baselines) == PAPER_METRIC:
+        ours = [row | {"paper": paper.get(PAPER_COLUMN)} for row, paper in join_published(ours, theirs) if row in ours]
     columns = [
         Column("model", "model", text=True),
         Column("method", "method", text=True),
         Column("beta", "β"),
         Column("seeds", "seeds"),
         Column("win_rate", win_rate_heading(metric), 2, error=True),
+        *([Column("paper", paper_heading(PAPER_COLUMN))] if same else []),
         Column("oracle_reward", "oracle reward", 3, error=True),
         *(Column(side, f"{side} log-prob drift", 2, error=True) for side in SIDES),
-        *(Column(f"paper_{column}", paper_heading(column)) for column in published_columns),
     ]
-    empty = dict.fromkeys(["model", "method", "beta", "seeds"])
-    for key in ("win_rate", "oracle_reward", *SIDES):
-        empty |= flatten_value(key, None)
-    rows = [
-        empty | row | {f"paper_{column}": paper.get(column) for column in published_columns}
-        for row, paper in join_published(ours, theirs)
-    ]
-    return Tabular(name, columns, format_rows(columns, rows), rows, notes, title)
+    return Tabular("mappo_results", columns, format_rows(columns, ours), ours, notes, "Results", origin)
 
 
 def _final_figures(seeds: Sequence[Record]) -> dict[str, float | None]:
@@ -110,10 +113,13 @@ def _final_figures(seeds: Sequence[Record]) -> dict[str, float | None]:
     return figures
 
 
-def academic_table(records: Sequence[Record], published: str, notes: list[str]) -> Tabular:
+def academic_table(
+    records: Sequence[Record], theirs: Sequence[dict[str, str]], notes: list[str], origin: list[str]
+) -> Tabular:
     """The MaPPO paper's academic benchmarks, in percent: final policies, mean over seeds, and the models they began
-    from (the paper's `it`), which `prefopt.harness checkpoints=initial` evaluates. Then `acc` of the tasks that are not
-    among its benchmarks."""
+    from (the paper's `it`), which `prefopt.harness checkpoints=initial` evaluates; beside each the paper's figure for
+    the same model and method, where ours are of all rows of the tasks. Then `acc` of the tasks that are not among its
+    benchmarks."""
     in_paper = {task for task, _ in ACADEMIC.values()}
     others = sorted({t["task"] for r in records for t in r["harness"] if "acc" in t["metrics"]} - in_paper)
     benchmarks = ACADEMIC | {task: (task, "acc") for task in others}
@@ -128,24 +134,30 @@ def academic_table(records: Sequence[Record], published: str, notes: list[str]) 
         if any(figures.values()):
             ours.append({"model": model, "method": method} | figures)
 
+    results = [result for seeds in groups.values() for of_seed in seeds for result in of_seed]
+    limits = limits_note(results)
+    published = {} if limits else {(row["model"], row["method"]): paper for row, paper in join_published(ours, theirs)}
+    papers = [published.get((row["model"], row["method"]), {}) for row in ours]
     columns = [Column("model", "model", text=True), Column("method", "method", text=True)]
     for column in benchmarks:
-        columns.append(Column(column, column, 1, error=True))
-        if column in ACADEMIC:
-            columns.append(Column(f"paper_{column}", "paper"))
+        if any(row[column] for row in ours):
+            columns.append(Column(column, column, 1, error=True))
+            if any(paper.get(column) for paper in papers):
+                columns.append(Column(f"paper_{column}", "paper"))
     rows = []
-    for row, paper in join_published(ours, read_csv(published, "mappo_academic.csv")):
+    for row, paper in zip(ours, papers, strict=True):
         numbers = {"model": row["model"], "method": row["method"]}
         for column in benchmarks:
-            numbers |= flatten_value(column, row.get(column))
-            if column in ACADEMIC:
-                numbers[f"paper_{column}"] = paper.get(column)
+            numbers |= flatten_value(column, row[column])
+            if paper.get(column):
+                numbers[f"paper_{column}"] = paper[column]
         rows.append(numbers)
 
-    what = "; ".join(f"{c}: {metric.replace(',', ', ')} of {task}" for c, (task, metric) in benchmarks.items())
-    what += limits_note([result for seeds in groups.values() for results in seeds for result in results])
-    notes = [f"Ours, in percent: {what}.", *notes]
-    return Tabular("mappo_academic", columns, format_rows(columns, rows), rows, notes, "Academic benchmarks")
+    shown = {column.key for column in columns}
+    what = "; ".join(f"{c}: {m.replace(',', ', ')} of {task}" for c, (task, m) in benchmarks.items() if c in shown)
+    error = "± is one standard error over the rows, and over seeds where there are several."
+    notes = [f"In percent: {what or 'no task was evaluated'}{limits}.", error, *notes]
+    return Tabular("mappo_academic", columns, format_rows(columns, rows), rows, notes, "Academic benchmarks", origin)
 
 
 def _results_by_method(records: Sequence[Record]) -> dict[tuple[str, str], list[list[Record]]]:
@@ -179,13 +191,20 @@ def mappo(records: Sequence[Record], config: PapersConfig) -> Made:
     models = model_names(records)
     points = points_of(policies, metric, models)
 
-    origin = provenance_notes(records, config)
-    notes = [RESULTS, *describe_metrics(metric, []), *origin]
-    tables = [
-        results_table(name, title, records, points, read_csv(config.published, f"{name}.csv"), metric, notes)
-        for name, title in TITLES.items()
-    ]
-    tables.append(academic_table(records, config.published, origin))
-    tables += policies_table("mappo", policies, metric, models, [*describe_metrics(metric, policies), *origin])
+    origin, shared = provenance_notes(records, config), comparison_notes(records)
+    theirs = {name: read_csv(config.published, f"{name}.csv") for name in (*TITLES, "mappo_academic")}
+    tables = []
+    if records:
+        both = [row for name in TITLES for row in theirs[name]]
+        notes = [RESULTS, *describe_metrics(metric, []), *shared]
+        tables = [
+            results_table(records, points, both, metric, notes, origin),
+            academic_table(records, theirs["mappo_academic"], shared, origin),
+            *policies_table("mappo", policies, metric, models, [*describe_metrics(metric, policies), *shared], origin),
+        ]
+    for name, title in TITLES.items():
+        tables.append(published_table(f"{name}_published", title, theirs[name], [PAPER_METRICS]))
+    title = "academic benchmarks"
+    tables.append(published_table("mappo_academic_published", title, theirs["mappo_academic"], [PAPER_TASKS]))
     figure = draw_drift(records, Path(config.output), "mappo_drift")
     return tables, [Figure("Log-prob drift", DRIFT_CAPTION, figure)]

@@ -5,21 +5,33 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.evaluation.results import SUITES
+from prefopt.evaluation.results import PAPER_JUDGES, SUITES
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import Point, best_points, points_of, sft_accuracy, spreads
+from prefopt.reporting.differences import comparison_notes
 from prefopt.reporting.evaluated import Evaluated, Metric, flatten_value, metric_of, model_names, read_evaluated
 from prefopt.reporting.figures import draw_paths, draw_spread
-from prefopt.reporting.paper_common import Figure, Made, describe_metrics, policies_table, provenance_notes
-from prefopt.reporting.published import join_published, normalize_model_name, published_points, read_csv
+from prefopt.reporting.paper_common import (
+    Figure,
+    Made,
+    describe_metrics,
+    policies_table,
+    provenance_notes,
+)
+from prefopt.reporting.published import (
+    join_published,
+    normalize_model_name,
+    published_points,
+    published_table,
+    read_csv,
+)
 from prefopt.reporting.tables import Column, Tabular, format_rows
 from prefopt.tracking.archive import Record
 
 # Sentences below the tables and figures.
 PAPER_METRICS = (
     "Paper: length-controlled win rate of AlpacaEval 2 against the SFT model of the same size, mean of two judges; "
-    "LM accuracy, mean of ten tasks; standard errors are not known. Differences are "
-    "given where ours is the same metric."
+    "LM accuracy, mean of ten tasks; standard errors are not known."
 )
 PEAKS_ARE_HIGH = (
     "A peak is the highest of all β and epochs, and for that reason alone too high by a part of its standard "
@@ -31,17 +43,17 @@ SPREAD_DEFINITION = (
     "upper estimate, because all β share their questions."
 )
 PUBLISHED_SPREAD = (
-    "Published: length-controlled win rates by gpt-4o-mini alone, SimPO without length normalization. β = 1 is not "
-    "in the paper's grid."
+    "Length-controlled win rates by gpt-4o-mini alone, SimPO without length normalization. β = 1 is not in the paper's "
+    "grid."
 )
 SPREAD_CAPTION = (
     "Win rates of all β at the last epoch, a bar from the lowest to the highest; hollow where they are published "
     "ones beside ours. A short bar near 0 % is no merit."
 )
-PATHS_CAPTION = "One path for each method and β, larger β darker; dashed, 50 %."
+PATHS_CAPTION = "One path for each method and β, larger β darker."
 PATHS_WITH_ACCURACY = (
-    "Bars: one standard error. Above, LM accuracy against win rate, an arrow for each step between evaluated "
-    "epochs; dotted, the accuracy of the SFT model. Below, the win rate by epoch."
+    "Above, LM accuracy against win rate, an arrow for each step between evaluated epochs. Below, the win rate by "
+    "epoch."
 )
 PATHS_BY_EPOCH = "Win rate by epoch."
 PUBLISHED_RUNS = (
@@ -49,21 +61,11 @@ PUBLISHED_RUNS = (
     "accuracies by epoch are not known, so"
 )
 
-PEAK_COLUMNS = [
-    Column("model", "model", text=True),
-    Column("method", "method", text=True),
-    Column("beta", "β"),
-    Column("epoch", "epoch"),
-    Column("seeds", "seeds"),
-    Column("accuracy", "LM accuracy, %", 2, error=True),
-    Column("paper_accuracy", "paper: LM accuracy"),
-    Column("accuracy_difference", "difference", 2, signed=True),
-    Column("win_rate", "win rate, %", 2, error=True),
-    Column("paper_win_rate", "paper: win rate"),
-    Column("win_rate_difference", "difference", 2, signed=True),
-]
+# By which judges: of the paper's tables, and of its win rates by epoch.
+CONTROLLED = "length_controlled_win_rate"
+TABLES_METRIC, PUBLISHED_METRIC = (CONTROLLED, tuple(sorted(PAPER_JUDGES))), (CONTROLLED, (PAPER_JUDGES[0],))
+
 SPREAD_COLUMNS = [
-    Column("source", "source", text=True),
     Column("model", "model", text=True),
     Column("method", "method", text=True),
     Column("betas", "β"),
@@ -76,34 +78,64 @@ SPREAD_COLUMNS = [
 ]
 
 
-def peak_table(points: Sequence[Point], published: str, by: str, same_metric: set[str], notes: list[str]) -> Tabular:
-    """MMPO's table 1 (`by` accuracy: the win rate where LM accuracy peaks) or 2 (`by` win_rate: the reverse).
+def peak_tables(
+    points: Sequence[Point], published: str, by: str, same_metric: set[str], notes: list[str], origin: list[str]
+) -> list[Tabular]:
+    """MMPO's table 1 (`by` accuracy: the win rate where LM accuracy peaks) or 2 (`by` win_rate: the reverse), ours and
+    as published.
 
-    `same_metric`: which of the two is measured as the paper does, so that a difference means something.
+    `same_metric`: which of the two is measured as the paper does. Beside these stand the paper's figures for the same
+    model and method, and the differences.
     """
     if by == "accuracy":
         name, title, selected = "mmpo_table_1", "Win rate at peak LM accuracy", "peak_lm_accuracy"
     else:
         name, title, selected = "mmpo_table_2", "LM accuracy at peak win rate", "peak_win_rate"
     theirs = [row for row in read_csv(published, "mmpo_tables_1_2.csv") if row["selected_by"] == selected]
+    rows_of_paper = [{key: value for key, value in row.items() if key != "selected_by"} for row in theirs]
+    as_published = published_table(f"{name}_published", title, rows_of_paper, [PAPER_METRICS])
+    if not points:
+        return [as_published]
+
+    columns = [
+        Column("model", "model", text=True),
+        Column("method", "method", text=True),
+        Column("beta", "β"),
+        Column("epoch", "epoch"),
+        Column("seeds", "seeds"),
+    ]
+    keys = {"accuracy": ("lm_accuracy", "LM accuracy"), "win_rate": ("lc_win_rate", "win rate")}
+    for key, (_, heading) in keys.items():
+        columns.append(Column(key, f"{heading}, %", 2, error=True))
+        if key in same_metric:
+            columns.append(Column(f"paper_{key}", f"paper: {heading}"))
+            columns.append(Column(f"{key}_difference", "difference", 2, signed=True))
+
     ours = [vars(point) for point in best_points(points, by)]
-
     rows = []
-    for row, paper in join_published(ours, theirs):
-        numbers: dict[str, Any] = {key: row.get(key) for key in ("model", "method", "beta", "epoch", "seeds")}
-        for key, column in (("accuracy", "lm_accuracy"), ("win_rate", "lc_win_rate")):
-            value, printed = row.get(key), paper.get(column)
-            difference = value[0] - float(printed) if value and printed and key in same_metric else None
+    for row, paper in join_published(ours, theirs)[: len(ours)]:
+        numbers: dict[str, Any] = {key: row[key] for key in ("model", "method", "beta", "epoch", "seeds")}
+        for key, (column, _) in keys.items():
+            value, printed = row[key], paper.get(column)
             numbers |= flatten_value(key, value)
-            numbers |= {f"paper_{key}": printed, f"{key}_difference": difference}
+            if key in same_metric:
+                difference = value[0] - float(printed) if value and printed else None
+                numbers |= {f"paper_{key}": printed, f"{key}_difference": difference}
         rows.append(numbers)
-    return Tabular(name, PEAK_COLUMNS, format_rows(PEAK_COLUMNS, rows), rows, notes, title)
+    notes = [*notes, PEAKS_ARE_HIGH, *([PAPER_METRICS] if same_metric else [])]
+    return [Tabular(name, columns, format_rows(columns, rows), rows, notes, title, origin), as_published]
 
 
-def spread_table(rows: list[dict[str, Any]], notes: list[str]) -> Tabular:
-    """The rows of `spreads`."""
+def spread_table(points: Sequence[Point], source: str, notes: list[str], origin: Sequence[str] = ()) -> list[Tabular]:
+    """The `spreads` of our points or the published ones; none where no method has several β."""
+    rows = spreads(points, source)
+    if not rows:
+        return []
     title = "Spread of the win rate over β at the last epoch"
-    return Tabular("mmpo_spread", SPREAD_COLUMNS, format_rows(SPREAD_COLUMNS, rows), rows, notes, title)
+    name = "mmpo_spread" if source == "ours" else "mmpo_spread_published"
+    title = title if source == "ours" else f"As published: {title}"
+    notes = [SPREAD_DEFINITION, *notes]
+    return [Tabular(name, SPREAD_COLUMNS, format_rows(SPREAD_COLUMNS, rows), rows, notes, title, list(origin))]
 
 
 def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
@@ -124,23 +156,30 @@ def mmpo(records: Sequence[Record], config: PapersConfig) -> Made:
     published = published_points(config.published)
     same_metric = as_published(metric, policies)
 
-    origin = provenance_notes(records, config)
-    metrics = describe_metrics(metric, policies)
-    notes = [PAPER_METRICS, *metrics, PEAKS_ARE_HIGH, *origin]
-    tables = [peak_table(points, config.published, by, same_metric, notes) for by in ("accuracy", "win_rate")]
-    spread = [*spreads(points, "ours"), *spreads(published, "published")]
-    tables.append(spread_table(spread, [SPREAD_DEFINITION, PUBLISHED_SPREAD, *describe_metrics(metric, []), *origin]))
-    tables += policies_table("mmpo", policies, metric, models, [*metrics, *origin])
+    origin, shared = provenance_notes(records, config), comparison_notes(records)
+    metrics = [*describe_metrics(metric, policies), *shared]
+    tables = [
+        table
+        for by in ("accuracy", "win_rate")
+        for table in peak_tables(points, config.published, by, same_metric, metrics, origin)
+    ]
+    tables += spread_table(points, "ours", [*describe_metrics(metric, []), *shared], origin)
+    tables += spread_table(published, "published", [PUBLISHED_SPREAD])
+    tables += policies_table("mmpo", policies, metric, models, metrics, origin)
 
     # A figure shows one metric: the published win rates have no place beside ours of another kind.
     drawn = {"ours": points}
-    if not points or "win_rate" in same_metric:
+    if not points or (metric is not None and (metric.key, metric.judges) == PUBLISHED_METRIC):
         drawn["published"] = published
     output, name = Path(config.output), metric.name if metric else "length-controlled win rate"
-    paths = draw_paths(points, sft_accuracy(policies, models), drawn.get("published", []), name, output)
+    errors = f"Bars: ± 1 standard error over {metric.questions} questions" if metric and points else ""
+    errors += " and the seeds." if any(point.seeds > 1 for point in points) else "." * bool(errors)
+    note = " ".join([errors, *shared])
+    paths = draw_paths(points, sft_accuracy(policies, models), drawn.get("published", []), name, output, note)
+    spread = draw_spread(drawn, output, " ".join(["A mark for each β, a bar from the lowest to the highest.", *shared]))
     return tables, [
         Figure("Through the epochs", _paths_caption(points, "published" in drawn), paths),
-        Figure("Spread over β", SPREAD_CAPTION, draw_spread(drawn, output)),
+        Figure("Spread over β", SPREAD_CAPTION, spread),
     ]
 
 
@@ -167,12 +206,12 @@ def _paths_caption(points: Sequence[Point], with_published: bool) -> str:
 
 def as_published(metric: Metric | None, policies: Sequence[Evaluated]) -> set[str]:
     """Which of accuracy and win_rate is the paper's metric: the mean of its ten tasks in full, zero-shot; the
-    length-controlled win rate, whoever the judge is."""
+    length-controlled win rate, mean of its two judges."""
     results = [result for policy in policies for result in policy.harness]
     in_full = all(r["settings"]["limit"] is None and not r["settings"]["num_fewshot"] for r in results)
     same = set()
     if in_full and {r["task"] for r in results} == set(SUITES["mmpo"]):
         same.add("accuracy")
-    if metric is not None and metric.key == "length_controlled_win_rate":
+    if metric is not None and (metric.key, metric.judges) == TABLES_METRIC:
         same.add("win_rate")
     return same

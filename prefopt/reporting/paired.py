@@ -11,7 +11,7 @@ import pandas as pd
 from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import config_differences
+from prefopt.reporting.differences import sides_differ
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.tables import Column, Tabular, format_rows
 from prefopt.tracking.archive import Record, last_step
@@ -74,23 +74,17 @@ def paired_table(records: Sequence[Record], config: ReportConfig) -> Tabular:
     if not rows:
         folders = ", ".join(str(r.get("folder", r["name"])) for side in (a, b) for r in side.values())
         raise UserError(
-            f"compare: {folders} hold no values per prompt that both have (samples/, alpaca/, harness/). An archive "
-            "has none: give the runs' own folders as runs_dir."
+            f"compare: {folders} hold no values per prompt that both have (heldout/, samples/, alpaca/, harness/). An "
+            "archive has none: give the runs' own folders as runs_dir."
         )
     notes = [
         f"A: {config.compare[0]}. B: {config.compare[1]}.",
-        "Means over n items (held-out prompts, questions), each a mean over the seeds that both have. The interval is "
-        "a bootstrap of the items' differences, p that of a two-sided test by permutation (of the signs of the "
-        "differences). Both tell of other items, not of other training seeds.",
-        _settings_that_differ(a[seeds[0]], b[seeds[0]]),
+        "Means over n items (held-out pairs, prompts, questions), each a mean over the seeds that both have. The "
+        "interval is a bootstrap of the items' differences, p that of a two-sided test by permutation (of the signs of "
+        "the differences). Both tell of other items, not of other training seeds.",
+        sides_differ([a[seed] for seed in seeds], [b[seed] for seed in seeds]),
     ]
     return Tabular("paired", COLUMNS, format_rows(COLUMNS, rows), rows, notes, "Paired differences")
-
-
-def _settings_that_differ(a: Record, b: Record) -> str:
-    rows = config_differences(a, b).rows
-    each = "; ".join(f"{row['setting']}: {row['A']}, {row['B']}" for row in rows if row["setting"] != "runs_dir")
-    return f"A and B differ in {each}." if each else "A and B differ in no setting."
 
 
 def format_p(p: float) -> str:
@@ -123,18 +117,20 @@ def _runs_of(name: str, records: Sequence[Record]) -> dict[int, Record]:
 
 
 def item_values(record: Record) -> dict[str, pd.Series]:
-    """What a run's folder holds per item of its final policy, by measure: the samples' rewards, log-ratios to the
-    reference and whether they ended, AlpacaEval's preferences, and the harness's tasks. {} for a run of an archive."""
+    """What a run's folder holds per item of its final policy, by measure: accuracy and margins of the held-out pairs,
+    the samples' rewards, log-ratios to the reference and whether they ended, AlpacaEval's preferences, and the
+    harness's tasks. {} for a run of an archive."""
     if "folder" not in record:
         return {}
     folder = Path(record["folder"])
-    measures: dict[str, pd.Series] = {}
+    measures = _pair_values(record, folder)
     samples = folder / "samples" / f"step_{last_step(record):07d}.jsonl"
     if samples.is_file():
         frame = pd.DataFrame(_lines(samples))
         index = _keys(frame["prompt"])
         for key, measure in (
-            ("reward", "oracle reward"), ("logratio", "KL to reference (nats)"), ("finished", "answers that end")
+            ("reward", "oracle reward"), ("logratio", "KL to reference (nats)"), ("length", "length (tokens)"),
+            ("finished", "answers that end"),
         ):  # fmt: skip
             if key in frame and frame[key].notna().all():
                 measures[measure] = pd.Series(frame[key].astype(float).to_numpy(), index)
@@ -148,6 +144,24 @@ def item_values(record: Record) -> dict[str, pd.Series]:
             who = _under(who, settings, result["judge"], result["settings"]["sampling"], result["baseline"]["weights"])
             measures[who] = pd.Series(wins, _keys(pd.Series([row["instruction"] for row in rows])))
     return measures | dict(_task_values(record))
+
+
+def _pair_values(record: Record, folder: Path) -> dict[str, pd.Series]:
+    """Of each held-out pair whether the final policy's objective is right, its margin, which compares with those of the
+    same objective alone, and how much more likely the chosen completion is."""
+    file = folder / "heldout" / f"step_{last_step(record):07d}.jsonl"
+    if not file.is_file():
+        return {}
+    frame = pd.DataFrame(_lines(file))
+    index = _keys(frame["id"])
+    measures = {}
+    if "margin" in frame:
+        measures["held-out accuracy"] = pd.Series((frame["margin"] > 0).astype(float).to_numpy(), index)
+        measures[_under("margin", record["config"]["objective"])] = pd.Series(frame["margin"].to_numpy(), index)
+    if "chosen_logps" in frame and "rejected_logps" in frame:
+        difference = frame["chosen_logps"] - frame["rejected_logps"]
+        measures["log-prob, chosen less rejected (nats)"] = pd.Series(difference.to_numpy(), index)
+    return measures
 
 
 def _task_values(record: Record) -> Iterator[tuple[str, pd.Series]]:

@@ -9,6 +9,7 @@ from typing import Any
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.curves import epoch_of
 from prefopt.reporting.evaluated import Evaluated, Metric, accuracy_of, flatten_value, win_rate_of
+from prefopt.reporting.labels import labels
 from prefopt.reporting.summary import provenance
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows
 from prefopt.tracking.archive import Record
@@ -32,26 +33,34 @@ def win_rate_heading(metric: Metric | None) -> str:
 
 
 def policies_table(
-    paper: str, policies: Sequence[Evaluated], metric: Metric | None, models: dict[str, str], notes: list[str]
+    paper: str,
+    policies: Sequence[Evaluated],
+    metric: Metric | None,
+    models: dict[str, str],
+    notes: list[str],
+    origin: list[str],
 ) -> list[Tabular]:
-    """Every evaluated policy by itself, before means over seeds; none where none was evaluated."""
+    """Every evaluated policy by itself, before means over seeds; none where none was evaluated. The runs' names and the
+    commits of their evaluation are in the CSV alone."""
     if not policies:
         return []
     columns = [
-        Column("run", "run", text=True),
+        Column("method", "method", text=True),
         Column("model", "model", text=True),
         Column("step", "step"),
         Column("epoch", "epoch"),
         Column("accuracy", "LM accuracy, %", 2, error=True),
         Column("win_rate", win_rate_heading(metric), 2, error=True),
-        Column("commit", "commit", text=True),
     ]
+    runs = list({policy.run["name"]: policy.run for policy in policies}.values())
+    methods = dict(zip((run["name"] for run in runs), labels(runs), strict=True))
     rows = []
     for policy in policies:
         name, is_sft = policy.run["name"], policy.run["objective"] == "sft"
         rows.append(
             {
                 "run": name,
+                "method": methods[name],
                 "model": models[name],
                 "step": policy.step,
                 "epoch": epoch_of(policy.run, policy.step),
@@ -60,7 +69,9 @@ def policies_table(
                 "commit": ", ".join(sorted({commit(t["git"]) for t in [*policy.harness, *policy.alpaca]})),
             }
         )
-    return [Tabular(f"{paper}_policies", columns, format_rows(columns, rows), rows, notes, "Evaluated policies")]
+    return [
+        Tabular(f"{paper}_policies", columns, format_rows(columns, rows), rows, notes, "Evaluated policies", origin)
+    ]
 
 
 def limits_note(results: Sequence[dict[str, Any]]) -> str:
@@ -77,25 +88,27 @@ def command(config: PapersConfig) -> str:
 
 
 def provenance_notes(records: Sequence[Record], config: PapersConfig) -> list[str]:
-    """Sentences on what a table was made from, and by which command."""
+    """Sentences on what a page was made from, and by which command."""
     if not records:
         return [f"Made by `{command(config)}` from the published figures alone."]
-    return provenance(list(records), command(config))
+    return provenance(records, command(config))
 
 
 def describe_metrics(metric: Metric | None, policies: Sequence[Evaluated]) -> list[str]:
     """Sentences on how our figures were measured: the win rate, and the tasks of these policies."""
     notes = []
     if metric:
-        notes.append(f"Ours: {metric.name}, {metric.about}.")
+        notes.append(f"{metric.name.capitalize()}, {metric.about}.")
     results = [result for policy in policies for result in policy.harness]
     if results:
         tasks = ", ".join(sorted({result["task"] for result in results}))
-        notes.append(f"Ours: LM accuracy, the mean acc of {tasks}{limits_note(results)}.")
+        notes.append(f"LM accuracy, the mean acc of {tasks}{limits_note(results)}.")
     simpo = [policy.run["config"]["objective"] for policy in policies if policy.run["objective"] == "simpo"]
+    if notes:
+        notes.append("± is one standard error over these questions and rows, and over seeds where there are several.")
     if simpo:
         forms = {"with" if objective.get("length_normalize") else "without" for objective in simpo}
-        notes.append(f"Ours: SimPO {' and '.join(sorted(forms))} length normalization.")
+        notes.append(f"SimPO {' and '.join(sorted(forms))} length normalization.")
     return notes
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.curves import Point
+from prefopt.reporting.tables import Column, Tabular, format_rows
 
 
 def matches_published(ours: tuple[str, str], theirs: dict[str, str]) -> bool:
@@ -67,33 +67,15 @@ def read_csv(folder: str, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def read_published(config: ReportConfig) -> dict[str, dict[str, str]]:
-    """The figures of each method in the CSV `published`: the column `method`, and all others but `model`; empty where
-    there is none. Raises UserError for a file of another kind."""
-    if not config.published:
-        return {}
-    file = Path(config.published)
-    if not file.is_file():
-        raise UserError(f"published={config.published}: no such file")
-    figures: dict[str, dict[str, str]] = {}
-    with file.open(newline="") as stream:
-        for line in csv.DictReader(stream):
-            method = line.pop("method", None)
-            line.pop("model", None)
-            if method is None or method in figures:
-                raise UserError(f"published={config.published} must have a column `method`, and one row for each.")
-            figures[method] = line
-    return figures
-
-
 def paper_heading(column: str) -> str:
     """The heading of a published column beside ours."""
     return f"paper: {column.replace('_', ' ')}"
 
 
-def figures_of_method(published: dict[str, dict[str, str]], ours: str) -> dict[str, str]:
-    """The published figures of a method of ours; empty where there are none."""
-    return next((figures for name, figures in published.items() if from_published_name(name) == ours.split(" ")[0]), {})
+def published_table(name: str, title: str, rows: Sequence[dict[str, str]], notes: list[str]) -> Tabular:
+    """A paper's figures by themselves: they stand beside ours only where both are the same metric."""
+    columns = [Column(key, key.replace("_", " "), text=key in ("model", "method")) for key in rows[0]]
+    return Tabular(name, columns, format_rows(columns, rows), list(rows), notes, f"As published: {title}")
 
 
 def from_published_name(published: str) -> str:

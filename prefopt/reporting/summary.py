@@ -1,8 +1,10 @@
 """The table of runs: one row each, over seeds, or by the values of a key."""
 
 import json
+import re
+import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,22 @@ import pandas as pd
 from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import settings_note
-from prefopt.reporting.evaluated import Value, flatten_value, mean_over_seeds
+from prefopt.reporting.differences import comparison_notes
+from prefopt.reporting.evaluated import Value, counts, flatten_value, main_measure, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
-from prefopt.reporting.published import figures_of_method, paper_heading, read_published
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
 from prefopt.tracking.archive import Record, beta
+from prefopt.tracking.record import heldout_accuracy
 from prefopt.utils.fingerprint import fingerprint
 
 # A column for which no run has a figure is left out of the table of runs. `main_table` puts the post-hoc evaluations
-# behind these, and the run's name last.
+# behind these. The runs' names are in the CSV alone.
 COLUMNS = {
     column.key: column
     for column in (
         Column("objective", "objective", text=True),
         Column("beta", "β"),
-        Column("accuracy", "held-out accuracy", 2),
+        Column("accuracy", "held-out accuracy ± s.e.", 2, error=True),
         Column("heldout_loss", "held-out loss", 3),  # of reward models alone: other objectives' losses do not compare
         Column("calibration_error", "calibration error", 3),
         Column("oracle_reward", "oracle reward ± s.e.", 3, error=True),
@@ -37,12 +39,13 @@ COLUMNS = {
         Column("sample_grammatical", "grammatical", 3, error=True),  # the laboratory's alone
     )
 }
-RUN = Column("run", "run", text=True)
 # Over seeds each of these has an error, so their headings do not say it.
 MEASURES = [
     replace(COLUMNS[key], heading=COLUMNS[key].heading.replace(" ± s.e.", ""), error=True)
     for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length", "sample_grammatical")
 ]
+
+OPTIONAL = ("oracle_reward", "sample_grammatical")  # no column where no run has them
 
 
 def evaluation_columns(record: Record) -> dict[str, Value]:
@@ -94,15 +97,18 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
     The drift is the mean log-prob of the held-out chosen completions at the end minus that at the start.
     """
     rows = []
-    initial = set()
+    first: dict[tuple[Any, ...], Record] = {}
     for record in records:
         key = record["initial_weights"], record["config"]["dataset"]["name"], record["config"]["seed"]
-        if key not in initial and record["evaluations"]:
-            initial.add(key)
-            row = _row(record["evaluations"][0], record["evaluations"][0])
-            name = f"initial policy ({record['config']['model']['name']})"
-            # Before training, accuracy is a matter of the objective's scores alone: a tie, or the reference's opinion.
-            rows.append(row | {"run": "", "objective": name, "beta": None, "accuracy": None})
+        if record["evaluations"]:
+            first.setdefault(key, record)
+    several = [len({key[i] for key in first}) > 1 for i in (1, 2)]  # data, seeds
+    for (_, data, seed), record in first.items():
+        start = record["evaluations"][0]
+        name = f"initial policy ({record['config']['model']['name']})"
+        name += f" on {data}" * several[0] + f" seed={seed}" * several[1]
+        # Before training, accuracy is a matter of the objective's scores alone: a tie, or the reference's opinion.
+        rows.append(_row(start, start) | {"run": "", "objective": name, "beta": None} | flatten_value("accuracy", None))
 
     for record, label in zip(records, labels(records), strict=True):
         # beta has its own column; what else tells the run apart stays with the objective's name.
@@ -118,14 +124,17 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
-    """`table_rows` as people read them, with where they came from; the run comes last. A column for which no run has a
-    figure is left out, and an initial policy of which nothing was measured."""
+    """`table_rows` as people read them, with where they came from. A column for which no run has a figure is left out,
+    and an initial policy of which nothing was measured."""
     evaluations = [Column(name, f"{name}, %", 1, error=True) for name in evaluation_names(records)]
-    columns = [*COLUMNS.values(), *evaluations, RUN]
     runs = [row for row in rows if row["run"]]
-    columns = [c for c in columns if c.key == "objective" or any(c.format(row) != MISSING for row in runs)]
+    columns = [
+        c for c in (*COLUMNS.values(), *evaluations)
+        if c.key == "objective" or any(c.format(row) != MISSING for row in runs)
+    ]  # fmt: skip
     texts = [cells for cells in format_rows(columns, rows) if any(cell != MISSING for cell in cells[1:])]
-    return Tabular("table", columns, texts, rows, provenance(records, command(config)))
+    origin = provenance(records, command(config))
+    return Tabular("table", columns, texts, rows, measured(records), "The runs at their end", origin)
 
 
 def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
@@ -148,100 +157,95 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     rows = over_seeds(records)
     if all(row["n"] == 1 for row in rows):
         return None
-    # With `columns`, the published figures stand in that table, beside ours of the same kind.
-    published = {} if config.columns else read_published(config)
-    theirs = list(next(iter(published.values()))) if published else []
-    columns = [
-        Column("method", "method", text=True),
-        Column("n", "seeds"),
-        *(measure for measure in MEASURES if measure.key in rows[0]),
-        *(Column(f"paper_{name}", paper_heading(name)) for name in theirs),
-    ]
-    papers = [figures_of_method(published, row["method"]) for row in rows]
-    beside = [row | {f"paper_{k}": v for k, v in paper.items()} for row, paper in zip(rows, papers, strict=True)]
+    there = [c for c in MEASURES if c.key not in OPTIONAL or any(c.format(row) != MISSING for row in rows)]
+    columns = [Column("method", "method", text=True), Column("n", "seeds"), *there]
     note = (
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
         "held-out prompts, whose choice is a further error that these do not show."
     )
-    if published:
-        note += f" The paper's figures ({config.published}) are other metrics of another model."
-    notes = [note, *provenance(records, command(config))]
-    return Tabular("over_seeds", columns, format_rows(columns, beside), rows, notes)
+    notes = [note, *comparison_notes(records)]
+    origin = provenance(records, command(config))
+    return Tabular("over_seeds", columns, format_rows(columns, rows), rows, notes, "Means over seeds", origin)
 
 
 def by_column(records: list[Record], key: str) -> list[dict[str, Any]]:
-    """The final oracle reward of each method for each value of `key`, over the runs that differ in nothing but their
-    seed: a row for each pair of the two that occurs.
+    """The final oracle reward of each method for each value of `key` (without any oracle: the held-out accuracy), over
+    the runs that differ in nothing but their seed: a row for each pair of the two that occurs.
 
     A row has method; `key`, the value as text; mean; se, its standard error over seeds (None for one alone); n, their
-    number; over_prompts, the median of the runs' standard errors over the held-out prompts.
+    number; over_prompts, the median of the runs' standard errors over the held-out prompts (pairs).
 
-    Raises UserError where runs lack the key or an oracle.
+    Raises UserError where runs lack the key or the figure.
     """
     finals = []
+    measure, name = main_measure(records)
     for record, method in zip(records, labels(records, without=("seed", "dataset.name", key)), strict=True):
-        config, last = flat_config(record), (record["evaluations"] or [{}])[-1]
-        if key not in config or "oracle_reward" not in last:
-            raise UserError(f"run {record['name']} has no {key}, or was not evaluated by an oracle: it fits no column.")
-        finals.append((method, str(config[key]), last["oracle_reward"], last["oracle_reward_se"]))
+        config, last = flat_config(record), _final_row(record)
+        if key not in config or last[measure] is None:
+            raise UserError(f"run {record['name']} has no {key if key not in config else name}: it fits no column.")
+        finals.append((method, str(config[key]), last[measure], last[f"{measure}_se"]))
 
-    frame = pd.DataFrame(finals, columns=["method", "value", "reward", "error"])
+    frame = pd.DataFrame(finals, columns=["method", "value", "figure", "error"])
     rows = []
     for (method, value), seeds in frame.groupby(["method", "value"], sort=False):
-        mean, error = mean_over_seeds(seeds["reward"]) or (None, None)
+        mean, error = mean_over_seeds(seeds["figure"]) or (None, None)
         row = {"method": method, key: value, "mean": mean, "se": error, "n": len(seeds)}
         rows.append(row | {"over_prompts": statistics.median(seeds["error"])})
     return rows
 
 
-def by_column_table(records: list[Record], config: ReportConfig) -> Tabular:
-    """`by_column`, a row per method and a column per value of `config.columns`.
-
-    `config.published`: a CSV whose column `method` names the method, and whose others are shown beside ours.
-    """
-    assert config.columns
-    key = config.columns
+def by_column_table(records: list[Record], key: str, command: str) -> Tabular:
+    """`by_column`, a row per method and a column per value of `key`; `command` made it."""
     rows = by_column(records, key)
-    published = read_published(config)
-    theirs = list(next(iter(published.values()))) if published else []
     methods, values = (list(dict.fromkeys(row[column] for row in rows)) for column in ("method", key))
-    if all(any(column.startswith(value) for column in theirs) for value in values):  # in the paper's order
-        values.sort(key=lambda value: next(i for i, column in enumerate(theirs) if column.startswith(value)))
     rows.sort(key=lambda row: (methods.index(row["method"]), values.index(row[key])))
-
     cells = {(row["method"], row[key]): f"{format_value(row['mean'], row['se'], 3)} (n {row['n']})" for row in rows}
-    texts = []
-    for method in methods:
-        paper = figures_of_method(published, method)
-        ours = [cells.get((method, value), MISSING) for value in values]
-        texts.append([method, *ours, *(paper.get(name, MISSING) for name in theirs)])
-    columns = [
-        Column("method", "method", text=True),
-        *(Column(value, value) for value in values),
-        *(Column(f"paper_{name}", paper_heading(name)) for name in theirs),
-    ]
+    texts = [[method, *(cells.get((method, value), MISSING) for value in values)] for method in methods]
+    columns = [Column("method", "method", text=True), *(Column(value, value) for value in values)]
 
-    first = records[0]["evaluations"][0]
-    over_prompts = statistics.median(row["over_prompts"] for row in rows)
+    first, (measure, name) = records[0]["evaluations"][0], main_measure(records)
+    items = f"{first['samples']} held-out prompts" if measure == "oracle_reward" else f"{first['n']} held-out pairs"
+    over_items = statistics.median(row["over_prompts"] for row in rows)
     note = (
-        f"Final oracle reward, mean over n seeds ± its standard error over seeds. A run's own standard error over its "
-        f"{first['samples']} held-out prompts, which are the same for all, is {over_prompts:.3f} (median). The initial "
-        f"policy has {format_value(first['oracle_reward'], first['oracle_reward_se'], 3)}."
+        f"Mean over n seeds ± its standard error over seeds. A run's own standard error over its {items}, which are "
+        f"the same for all, is {over_items:.3f} (median)."
     )
-    if published:
-        note += " The paper's figures are rewards of another oracle on another scale."
-    return Tabular("by_column", columns, texts, rows, [note, *provenance(records, command(config))])
+    if measure == "oracle_reward":
+        note += f" The initial policy has {format_value(first[measure], first[f'{measure}_se'], 3)}."
+    notes = [note, *comparison_notes(records)]
+    title = f"Final {name} by {key}"
+    return Tabular("by_column", columns, texts, rows, notes, title, provenance(records, command))
 
 
 def command(config: ReportConfig) -> str:
-    """The command that makes these tables, for the notes below them."""
-    keys = ("runs_dir", "output", "columns", "published")
+    """The command that makes these tables, for the lines below them."""
+    keys = ("runs_dir", "output", "columns")
     arguments = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
-    return f"python -m prefopt.report {' '.join(arguments)}"
+    if config.compare:
+        names = ",".join(f'"{name}"' if re.search(r"[ ,=]", name) else name for name in config.compare)
+        arguments.append(f"compare=[{names}]")
+    return shlex.join(["python", "-m", "prefopt.report", *arguments])
 
 
-def provenance(records: list[Record], command: str) -> list[str]:
-    """Sentences that say what the methods do not share, and from what a table was made, where, by which command."""
+def measured(records: Sequence[Record]) -> list[str]:
+    """Sentences on what the figures at the end of the runs are: over how many pairs and prompts, what ± is, and which
+    settings the methods do not share."""
+    ends = [record["evaluations"][-1] for record in records if record["evaluations"]]
+    notes = []
+    if pairs := counts(end.get("n") for end in ends):
+        notes.append(f"Accuracy over {pairs} held-out pairs, where a tie is not right.")
+    if prompts := counts(end.get("samples") for end in ends):
+        what = "Oracle reward and KL" if main_measure(records)[0] == "oracle_reward" else "KL"
+        notes.append(f"{what} over {prompts} responses, one to each held-out prompt.")
+    if notes:
+        notes.append("± is one standard error over these. One training seed per run.")
+    if any(record["harness"] or record["alpaca"] for record in records):
+        notes.append("Of accuracies over tasks and win rates, ± is one standard error over their questions.")
+    return [" ".join(notes)] * bool(notes) + comparison_notes(records)
+
+
+def provenance(records: Sequence[Record], command: str) -> list[str]:
+    """Sentences that say from what a table was made, where, and by which command."""
     machines = {json.dumps(r["machine"]): r["machine"] for r in records}.values()
     places = "; ".join(
         f"{m['cores']} cores of {m['processor']} ({m['instructions']}), {m['memory_gib']:.0f} GiB"
@@ -250,19 +254,11 @@ def provenance(records: list[Record], command: str) -> list[str]:
     )
     commits = {f"{r['git']['commit'][:10]}{' with changes' if r['git']['dirty'] else ''}" for r in records if r["git"]}
     versions = {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for r in records}
-    evaluated = records[0]["evaluations"][-1] if records[0]["evaluations"] else {}
-    pairs, sampled = evaluated.get("n"), ""
-    if "samples" in evaluated:
-        sampled = f", oracle reward and KL over {evaluated['samples']} responses, one to each held-out prompt; "
-        sampled += "s.e. over these"
-    note = settings_note(records)
     return [
-        *([note] if note else []),
         f"Made by `{command}` from {len(records)} runs ({sum(r['seconds'] for r in records) / 60:.1f} minutes; of a "
         "resumed run, its last sitting).",
         f"Machine: {places}; precision {', '.join(sorted({r['config']['precision'] for r in records}))}.",
         f"Commit: {', '.join(sorted(commits)) or 'not in a git checkout'}; {'; '.join(sorted(versions))}.",
-        *([f"Accuracy over {pairs} held-out pairs{sampled}, with one training seed per run."] if pairs else []),
     ]
 
 
@@ -278,7 +274,7 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
         "run": None,
         "objective": None,
         "beta": None,
-        "accuracy": last.get("accuracy"),
+        **flatten_value("accuracy", heldout_accuracy(last)),
         **{key: last.get(key) for key in ("oracle_reward", "oracle_reward_se", "kl", "kl_se")},
         "chosen_logps_drift": last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None,
         "sample_length": last.get("sample_length"),

@@ -1,4 +1,4 @@
-"""A table of results, as Markdown, CSV and LaTeX (booktabs); the HTML pages show it by templates/papers.html."""
+"""A table of results, as Markdown, CSV and LaTeX; the HTML pages show it by templates/papers.html."""
 
 import csv
 import io
@@ -13,6 +13,7 @@ from typing import Any
 from prefopt.utils.files import atomic_write
 from prefopt.utils.plain import csv_cell, markdown_text
 
+LINES_OF_PAGE = 45  # of small type, with room for a caption
 MISSING = "–"  # in a cell: not measured, or not published
 _LATEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
@@ -85,7 +86,8 @@ def text_columns(*headings: str) -> list[Column]:
 
 @dataclass
 class Tabular:
-    """`texts` are the cells as people read them, `rows` the numbers as they are, `notes` sentences for below."""
+    """`texts` are the cells as people read them, `rows` the numbers as they are, `notes` sentences that a reader needs
+    (n, what ± means, what is not the same for all), `origin` sentences on what the table was made from."""
 
     name: str
     columns: Sequence[Column]
@@ -93,13 +95,16 @@ class Tabular:
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     title: str = ""
+    origin: list[str] = field(default_factory=list)
 
     @property
     def headings(self) -> list[str]:
         return [column.heading for column in self.columns]
 
     def markdown(self) -> str:
-        return "\n".join([markdown_table(self.columns, self.texts), "", *map(markdown_text, self.notes)]) + "\n"
+        title = [f"**{markdown_text(self.title)}**", ""] if self.title else []
+        below = map(markdown_text, [*self.notes, *self.origin])
+        return "\n".join([*title, markdown_table(self.columns, self.texts), "", *below]) + "\n"
 
     def csv(self) -> str:
         """The numbers with full precision; a column for every key that a row has."""
@@ -111,15 +116,41 @@ class Tabular:
         return stream.getvalue()
 
     def latex(self) -> str:
-        r"""A `tabular` for \input, the notes above it as comments. It needs \usepackage{booktabs}."""
-        alignment = "".join("l" if column.text else "r" for column in self.columns)
-        rows = [map(_latex_heading, self.headings), *(map(latex_text, cells) for cells in self.texts)]
-        head, *body = [" & ".join(cells) + r" \\" for cells in rows]
-        comments = ["% " + " ".join(note.split()) for note in [self.title, *self.notes] if note]
-        begin = rf"\begin{{tabular}}{{{alignment}}}"
-        return "\n".join(
-            [*comments, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
-        )
+        r"""A `table` for \input: title and notes are its caption, the origin stands above as comments.
+
+        Small type and cells of several lines keep it within a page's 6.5 inches. A table that is wider than the line it
+        stands on is shrunk to it, and one of more than LINES_OF_PAGE lines goes on in further floats.
+        """
+        sides = ["l" if column.text else "r" for column in self.columns]
+        head = _latex_row(self.headings, sides, 12)
+        comments = [*self.origin, r"Needs \usepackage{booktabs,graphicx}. On a page of two columns: table*."]
+        floats = [f"% {' '.join(comment.split())}" for comment in comments]
+        parts: list[list[str]] = [[]]
+        for row in (_latex_row(cells, sides, 40) for cells in self.texts):
+            if sum(map(_height, (*parts[-1], row))) > LINES_OF_PAGE:
+                parts.append([])
+            parts[-1].append(row)
+
+        title = self.title or self.name
+        caption = " ".join(" ".join(latex_text(sentence) for sentence in [f"{title}.", *self.notes]).split())
+        for number, body in enumerate(parts):
+            floats += [
+                r"\begin{table}",
+                r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+                rf"\caption{{{latex_text(title)}, continued.}}" if number else rf"\caption{{{caption}}}",
+                *([] if number else [rf"\label{{tab:{self.name}}}"]),
+                r"\smallskip",
+                r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+                rf"\begin{{tabular}}{{{''.join(sides)}}}",
+                r"\toprule",
+                head,
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}}",
+                r"\end{table}",
+            ]
+        return "\n".join(floats) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
         """NAME.md, NAME.csv and NAME.tex."""
@@ -140,11 +171,20 @@ def markdown_table(columns: Sequence[Column], texts: Sequence[Sequence[str]]) ->
     return "\n".join([head, rule, *body])
 
 
-def _latex_heading(text: str) -> str:
-    """The heading in lines about as wide as a figure with its error: in one line the table is wider than a page."""
-    lines = textwrap.wrap(text, 12, break_long_words=False, break_on_hyphens=False)
-    stacked = r"\\".join(map(latex_text, lines))
-    return rf"\shortstack[r]{{{stacked}}}" if len(lines) > 1 else stacked
+def _latex_row(cells: Sequence[str], sides: Sequence[str], width: int) -> str:
+    """A row of a tabular. A text goes on in a next line after about so many characters, at this side ("l" or "r") of
+    its column."""
+    stacked = []
+    for cell, side in zip(cells, sides, strict=True):
+        lines = textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
+        text = r" \\ ".join(map(latex_text, lines))
+        stacked.append(rf"\begin{{tabular}}[b]{{@{{}}{side}@{{}}}}{text}\end{{tabular}}" if len(lines) > 1 else text)
+    return " & ".join(stacked) + r" \\"
+
+
+def _height(row: str) -> int:
+    """The lines of a row of a tabular: those of its highest cell."""
+    return 1 + max(cell.count(r" \\ ") for cell in row.split(" & "))
 
 
 def latex_text(text: str) -> str:

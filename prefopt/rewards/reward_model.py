@@ -72,7 +72,7 @@ class RewardModel(RewardScorer):
                 )
 
         layout = self._layout(model, texts, precision)
-        cache = tensor_store.TensorCache(self._cache_folder(model, precision), 1)
+        cache = tensor_store.TensorCache(self._cache_folder(model, precision, sorted(by_key)), 1)
         with cache.locked("rewards"):
             # From long to short, so that the texts of a micro-batch have similar lengths.
             missing = sorted((k for k in by_key if k not in cache), key=lambda k: len(by_key[k]), reverse=True)
@@ -123,13 +123,16 @@ class RewardModel(RewardScorer):
                 bar.advance(by=len(micro_batch))
         return rewards
 
-    def _cache_folder(self, model: "PreTrainedModel", precision: str) -> Path:
-        """The cache's folder. Its name is a digest of everything besides the tokens that decides a reward."""
+    def _cache_folder(self, model: "PreTrainedModel", precision: str, keys: list[bytes]) -> Path:
+        """The cache's folder. Its name is a digest of everything that decides a reward, the other texts of the call too
+        (`keys`): on some processors the last bits of a text's reward depend on what shares its micro-batch, and a job
+        must not depend on what another one has left in the cache."""
         from prefopt.data import collate
         from prefopt.models import logprobs, packed_attention
         from prefopt.models.fingerprint import loaded_model
 
-        decides = [type(self).__qualname__, *loaded_model(model), precision]
+        texts = tensor_store.hash_tokens(b"".join(keys)).hex()
+        decides = [type(self).__qualname__, *loaded_model(model), precision, texts]
         key = fingerprint(decides, type(self), logprobs, packed_attention, collate)
         return cache_dir() / "rewards" / key[:24]
 

@@ -6,13 +6,12 @@ maps it to [0, 1]. As `dataset.oracle`, a scorer gives the samples of a run's ev
 """
 
 import functools
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from hydra.utils import get_method
 
 from prefopt.config.schema import ModelConfig
 from prefopt.data.fields import finite
@@ -128,10 +127,14 @@ class Function(RewardScorer):
 
 
 def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.rpartition(".")
     try:
-        return get_method(name)
+        function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever importing somebody's module raises
         raise ValueError(f"function: cannot import {name!r}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"function: {name} is no function: {function!r}")
+    return function
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,37 @@
 """metrics.jsonl of a run, and whether it is what a checkpoint or a record says of it."""
 
 import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 BLOCK = 2**20  # bytes that are read at a time
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows {"step", "split", metric: value} of metrics.jsonl, without a last line that a killed process left
+    half-written; none without a file."""
+    if not file.is_file():
+        return
+    with file.open() as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                break
+
+
+def metrics_files(folder: Path) -> list[Path]:
+    """The metrics.jsonl of the run in `folder`; of an online run those of its stages, in their order."""
+    stages = sorted(folder.glob("stage_*"), key=lambda stage: int(stage.name.removeprefix("stage_")))
+    files = [folder / "metrics.jsonl", *(file for stage in stages for file in stage.glob("*/metrics.jsonl"))]
+    return [file for file in files if file.is_file()]
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a row that are numbers: what other loggers take of it, and a curve is drawn of."""
+    return {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
 
 
 def metrics_damage(file: Path, vouched: dict[str, Any]) -> str | None:

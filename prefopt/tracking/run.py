@@ -17,10 +17,12 @@ from prefopt.tracking.record import load_record, read_record, update_record, wri
 from prefopt.utils.distributed import is_main_process, world_size
 from prefopt.utils.fingerprint import fingerprint
 
-# Keys of the config that are no part of a run's identity. Those of the first line change no number. Those of the second
-# change the rounding at most, as the number of processes does, so that a run that ran out of memory goes on with less.
+# Keys of the config that are no part of a run's identity. Those of the first two lines change no number, but for
+# `resume`: what came of it is in the record (`continued_from`). Those of the third change the rounding at most, as the
+# number of processes does, so that a run that ran out of memory goes on with less.
 VOLATILE = (
     *("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm", "nonfinite"),
+    *("keep_checkpoint", "resume"),
     *("micro_batch_tokens", "gradient_checkpointing"),
 )
 
@@ -37,10 +39,10 @@ class Run:
     ):
         """`config` is the resolved configuration of a training run, as mappings. `data_digests` are the digests of its
         data files, by split. The folder `root` may be moved: of paths in it, what is below it counts."""
-        identity = {key: value for key, value in config.items() if key not in VOLATILE}
+        decides = deciding_part(config)
         if root is not None:
-            identity = _below(identity, f"{root}/")
-        self.id = fingerprint([identity, data_digests])[:8]
+            decides = _below(decides, f"{root}/")
+        self.id = fingerprint([decides, data_digests])[:8]
         self.name = f"{objective_name}-{config['model']['name']}-{config['dataset']['name']}-{self.id}"
         self.folder = Path(config["runs_dir"]) / self.name
         self.metrics_file = self.folder / "metrics.jsonl"
@@ -76,7 +78,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What all processes of the run must have been given alike: config and digests, by keys with dots."""
-        return dict(_flatten(self._inputs["config"])) | {
+        return dict(flatten(self._inputs["config"])) | {
             f"digest of {name}": digest for name, digest in self._inputs["data_digests"].items()
         }
 
@@ -88,8 +90,7 @@ class Run:
     def refuse_changed_model(self, parts: dict[str, str]) -> None:
         """Raise UserError where this run was begun with another model. `parts` are the digests of the model's parts as
         they are now, by the names that the record has under `model`. A part that was not recorded is not compared."""
-        recorded = self.record.get("model", {})
-        changed = [part for part, value in parts.items() if recorded.get(part, value) != value]
+        changed = changed_parts(self.record, parts)
         if not changed or not self.begun:
             return
         state, old = "was begun from", "goes on from its last checkpoint"
@@ -152,6 +153,17 @@ class Run:
                 update_record(self.folder, status="failed", finished=utc_now(), error=error)
 
 
+def deciding_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's config decides its result."""
+    return {key: value for key, value in config.items() if key not in VOLATILE}
+
+
+def changed_parts(record: dict[str, Any], parts: dict[str, str]) -> list[str]:
+    """The parts of a model, by their names under `model` in a run's record, whose digests `parts` are others there."""
+    recorded = record.get("model", {})
+    return [part for part, value in parts.items() if recorded.get(part, value) != value]
+
+
 def _below(node: Any, root: str) -> Any:
     """`node` with paths that begin with `root` without that."""
     if isinstance(node, dict):
@@ -159,9 +171,10 @@ def _below(node: Any, root: str) -> Any:
     return node.removeprefix(root) if isinstance(node, str) else node
 
 
-def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key with dots, value) of all leaves of a config."""
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

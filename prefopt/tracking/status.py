@@ -108,15 +108,17 @@ def _read_or_damaged(folder: Path) -> dict[str, Any]:
 
 
 def status_table(runs: list[RunStatus]) -> Group:
-    """A row per run, and below the table why runs ended."""
-    headings = ("run", "status", "step", "accuracy", "oracle reward", "KL", "host", "age")
+    """A row per run, and below the table why runs ended. Rewards have a column where some run has an oracle."""
+    metrics_of = [run.metrics() for run in runs]
+    keys = {"accuracy": "accuracy", "oracle_reward": "oracle reward", "kl": "KL"}
+    if not any("oracle_reward" in metrics for metrics in metrics_of):
+        del keys["oracle_reward"]
+    headings = ("run", "status", "step", *keys.values(), "host", "age")
     rows = []
-    for run in runs:
-        metrics, record = run.metrics(), run.record
-        figures = [
-            f"{metrics[key]:.3f}" if is_kind(metrics.get(key), NUMBER) else "–"
-            for key in ("accuracy", "oracle_reward", "kl")
-        ]
+    for run, metrics in zip(runs, metrics_of, strict=True):
+        record = run.record
+        shown = metrics | ({"accuracy": None} if metrics.get("tie_rate") == 1 else {})  # as where policy = reference
+        figures = [f"{shown[key]:.3f}" if is_kind(shown.get(key), NUMBER) else "–" for key in keys]
         where = record.get("slurm_job") and f"{record.get('host') or 'Slurm'} {record['slurm_job']}"
         rows.append(
             [
@@ -141,22 +143,25 @@ def age(seconds: float) -> str:
 
 
 def best(runs: list[RunStatus], key: str) -> Any:
-    """The value of the config's `key` (with dots) in the run that ended with the highest oracle reward.
+    """The value of the config's `key` (with dots) in the run that ended with the highest oracle reward; where no run
+    has an oracle, with the highest held-out accuracy.
 
-    Raises UserError where there is no run, one lacks the key or the reward, or one has not finished: with that one the
+    Raises UserError where there is no run, one lacks the key or the figure, or one has not finished: with that one the
     choice might be another.
     """
     if unfinished := [run.folder.name for run in runs if run.state != "finished"]:
         raise UserError(f"best={key}: these runs have not finished: {', '.join(unfinished)}")
     candidates = []
-    for run in runs:
+    ends: list[dict[str, Any]] = [(run.record.get("evaluations") or [{}])[-1] for run in runs]
+    measure = "oracle_reward" if any("oracle_reward" in end for end in ends) else "accuracy"
+    for run, end in zip(runs, ends, strict=True):
         value: Any = run.record.get("config")
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        rewards = [row["oracle_reward"] for row in run.record.get("evaluations", []) if "oracle_reward" in row]
-        if value is None or not rewards:
-            raise UserError(f"best={key}: {run.folder} has no {key}, or was not evaluated by an oracle.")
-        candidates.append((rewards[-1], value))
+        if value is None or measure not in end:
+            lacking = key if value is None else measure.replace("_", " ")
+            raise UserError(f"best={key}: {run.folder} has no {lacking}. Leave it out by name=NAME.")
+        candidates.append((end[measure], value))
     if not candidates:
         raise UserError(f"best={key}: there are no such runs. Choose others by runs_dir, name and status.")
     return max(candidates, key=lambda pair: pair[0])[1]

@@ -24,7 +24,7 @@ from prefopt.models.padding import save_reward_tokenizer
 from prefopt.models.transformers4 import write_for_transformers4
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
-from prefopt.utils.distributed import heartbeat
+from prefopt.utils.distributed import heartbeat, world_size
 from prefopt.utils.files import remove, write_plain_json
 from prefopt.utils.os_errors import from_text
 from prefopt.utils.store import SUMS, damage, format_sums, publish
@@ -73,6 +73,18 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     for old in folder.iterdir():
         if old not in kept and OURS.fullmatch(old.name):
             remove(old)
+
+
+def tidy_checkpoints(folder: Path, keep: bool) -> None:
+    """Remove the checkpoints of a finished run, but for the last one where that is to be kept. Does nothing where there
+    are none."""
+    last = max(complete_checkpoints(folder), default=None) if keep else None
+    if last is None:
+        remove(folder)
+        return
+    for path in folder.iterdir():
+        if path != last and OURS.fullmatch(path.name):
+            remove(path)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -125,6 +137,16 @@ def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
     moment = 1 if config.optimizer.eight_bit else FLOAT32_BYTES
     best = 0 if config.patience is None else FLOAT32_BYTES
     return trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment + best)
+
+
+def state_bytes(config: TrainConfig, engine: Engine) -> int:
+    """What weights, gradients and moments take in the memory of one process, and a resident reference, in bytes."""
+    weights = sum(p.numel() * p.element_size() for p in engine.policy.parameters())
+    trained = sum(p.numel() for p in engine.parameters.values())
+    moment = 1 if config.optimizer.eight_bit else FLOAT32_BYTES
+    # ZeRO-2 shares gradients and moments out among the processes.
+    state = trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment) // world_size()
+    return weights * (2 if config.reference == "resident" else 1) + state
 
 
 def policy_bytes(config: TrainConfig, policy: PreTrainedModel) -> int:

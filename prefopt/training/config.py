@@ -26,6 +26,7 @@ from prefopt.generation.config import sampler_problems
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
 
+AUTO = "auto"  # of `resume`: from the longest shorter run there is
 EVALUATIONS = 10  # of a run with eval_every=0, beside that before its first step
 CHOICES = {
     "layout": ("packed", "prefix_shared", "padded"),
@@ -61,6 +62,7 @@ class TrainConfig(Node):
     gradient_checkpointing: bool = MISSING
     eval_every: int = MISSING
     save_every: int = MISSING
+    keep_checkpoint: bool = MISSING
     exports: int = MISSING
     export_dtype: str = MISSING
     max_prompt_tokens: int = MISSING
@@ -74,6 +76,7 @@ class TrainConfig(Node):
     precision: str = MISSING
     device: str = MISSING
     runs_dir: str = MISSING
+    resume: str | None = None
 
     def rules(self) -> Rules:
         yield self.batch_size >= 1, f"batch_size must be at least 1, is {self.batch_size}"
@@ -109,6 +112,11 @@ class TrainConfig(Node):
             self.steps = math.ceil(self.epochs * pairs / self.batch_size)
         self.eval_every = self.eval_every or math.ceil(self.total_steps / EVALUATIONS)
         self.save_every = self.save_every or self.eval_every
+
+    def export_steps(self, steps: int) -> list[int]:
+        """The steps of a run of `steps` after which the policy is exported: `exports` - 1 of them, evenly spaced. The
+        final export is extra."""
+        return sorted({round(k * steps / self.exports) for k in range(1, self.exports)})
 
     def fill(self, objective: "Objective") -> None:
         """Set what is null and what `objective` decides: the learning rate, and one epoch where no length is given. So
@@ -169,6 +177,13 @@ def check_online(config: OnlineConfig) -> None:
         ]
     if config.dataset.train or config.dataset.sources:
         problems.append("dataset.train: a stage makes its own rows; leave it out, and name the prompts by prompts=FILE")
+    if config.dataset.heldout_share:
+        problems.append(
+            f"dataset.heldout_share={config.dataset.heldout_share:g}: every stage would hold out prompts of its own, "
+            "and their evaluations would not compare; set it to 0, and give dataset.heldout=FILE"
+        )
+    if config.resume:
+        problems.append(f"resume={config.resume}: only prefopt.train goes on from another run; leave it out")
     problems += train_problems(config)
     if problems:
         raise UserError("\n".join(problems))

@@ -22,11 +22,11 @@ from prefopt.models.fingerprint import loaded_model
 from prefopt.models.generation_config import stop_tokens
 from prefopt.models.logprobs import autocast
 from prefopt.objectives import SIDES
-from prefopt.objectives.base import apply_objective
+from prefopt.objectives.base import ObjectiveOutput, PairInputs, apply_objective
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.guards import explain_oom
-from prefopt.training.metrics import calibration, step_metrics
+from prefopt.training.metrics import calibration, pair_metrics, step_metrics
 from prefopt.training.state import TrainState
 from prefopt.training.step import count_step, forward_pairs, step_inputs
 from prefopt.training.step0 import check_step0
@@ -108,7 +108,8 @@ def warn_of_squeezing(metrics: dict[str, Any], limit: float | None) -> None:
 
 @torch.no_grad()
 def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """The metrics of `pairs`, with the standard error of the accuracy. At step 0 also the check that policy and reference agree.
+    """The metrics of `pairs`, the accuracy with its standard error. At step 0 also the check that policy and reference
+    agree.
 
     An objective whose scope is the step gets all pairs at once, with its present state.
     """
@@ -126,6 +127,8 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     if objective.scope == "step":
         inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
     scored = [(part, apply_objective(objective, part)) for part in inputs]
+    if pairs is train_state.heldout_pairs:
+        write_pairs(train_state, step, [pair.id for m in micro_batches for pair in m.pairs], scored)
 
     metrics = step_metrics(objective, scored)
     if "accuracy" in metrics:
@@ -138,6 +141,20 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
         if agreed:
             log.info(f"  step 0: {agreed}")
     return metrics
+
+
+def write_pairs(
+    train_state: TrainState, step: int, ids: Sequence[str], scored: Sequence[tuple[PairInputs, ObjectiveOutput]]
+) -> None:
+    """Write what is known of each held-out pair after `step` steps into heldout/, for paired differences of two runs: a
+    line with its id, the objective's margin, and the log-probs of both sides, in nats."""
+    parts = [pair_metrics(inputs, output) for inputs, output in scored]
+    keys = [key for key in ("margin", "chosen_logps", "rejected_logps") if all(key in part for part in parts)]
+    columns = [torch.cat([part[key].float() for part in parts]).tolist() for key in keys]
+    rows = [{"id": id_} | dict(zip(keys, values, strict=True)) for id_, *values in zip(ids, *columns, strict=True)]
+    folder = train_state.run.folder / "heldout"
+    folder.mkdir(exist_ok=True)  # without parents, as samples_path
+    atomic_write(folder / f"step_{step:07d}.jsonl", _as_lines(rows))
 
 
 def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from prefopt.errors import OutOfMemory, UserError
+from prefopt.tracking.metrics import read_metrics
 from prefopt.training.checkpoint import complete_checkpoints, not_finite
-from prefopt.training.loggers import read_metrics
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import cache_dir, write_json
@@ -34,7 +34,7 @@ def handle_nonfinite_step(
     file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
     weights = not_finite({name: p.detach() for name, p in train_state.engine.parameters.items()})
     if is_main_process():
-        before = [row for row in read_metrics(run) if row["step"] <= step]
+        before = [row for row in read_metrics(run.metrics_file) if row["step"] <= step]
         # JSON has no NaN and no infinity.
         as_json = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         report = {"step": step + 1, "not_finite": bad, "weights_not_finite": weights, "pairs": ids, "metrics": as_json}

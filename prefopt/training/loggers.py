@@ -1,57 +1,45 @@
-"""Where metrics go: metrics.jsonl always, wandb if asked for."""
+"""Where metrics go: metrics.jsonl always, and a CSV file, TensorBoard and wandb if asked for."""
 
+import csv
 import hashlib
+import importlib.util
+import io
 import json
 import logging
 import os
-import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from prefopt.config.schema import LoggerConfig, WandbConfig
+from prefopt.config.schema import LoggerConfig
 from prefopt.errors import UserError
-from prefopt.tracking.metrics import digest_of_beginning
+from prefopt.tracking.metrics import digest_of_beginning, numbers, read_metrics
 from prefopt.tracking.run import Run
+from prefopt.training.wandb_logger import WandbLogger, check_wandb
 from prefopt.utils.distributed import is_main_process
-from prefopt.utils.files import with_filename
-from prefopt.utils.redact import redact
+from prefopt.utils.files import atomic_write, with_filename
 
 log = logging.getLogger(__name__)
 
-INIT_SECONDS = 30  # until wandb's server must have answered
+
+class Logger(Protocol):
+    """A copy of metrics.jsonl for another program. When it is made it brings itself up to date: it then holds each row
+    of the file once, whatever an attempt before has left."""
+
+    def log(self, split: str, step: int, metrics: dict[str, Any]) -> None:
+        """Take a row, which is in metrics.jsonl already."""
+
+    def close(self) -> None: ...
 
 
 def check_logger(config: LoggerConfig) -> None:
-    """Raise UserError where the logger's package or key is missing, or where the environment says of wandb what the
+    """Raise UserError where a logger's package or key is missing, or where the environment says of wandb what the
     config says otherwise."""
-    if not config.wandb:
-        return
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("logger=wandb needs the package wandb: pip install -e '.[wandb]'") from None
-
-    expected = {"WANDB_PROJECT": config.wandb.project, "WANDB_MODE": config.wandb.mode}
-    others = [name for name, value in expected.items() if os.environ.get(name, value) != value]
-    # A run has its own folder, name and id.
-    others += [name for name in ("WANDB_DIR", "WANDB_NAME", "WANDB_RUN_ID", "WANDB_RESUME") if os.environ.get(name)]
-    if others:
-        said = ", ".join(f"{name}={os.environ[name]}" for name in others)
-        raise UserError(
-            f"the environment says {said}, which is not what logger.wandb says: unset it. Project and mode are "
-            "logger.wandb.project and logger.wandb.mode; the files lie in the run's folder."
-        )
-    if config.wandb.mode == "online":
-        try:
-            problem = None if wandb.login(prompt=False, verify=False) else "there is none"
-        except Exception as error:  # a key of the wrong form
-            problem = str(error)
-        if problem:
-            raise UserError(
-                f"logger.wandb.mode=online needs wandb's key: {redact(problem)}. Run `wandb login`, set WANDB_API_KEY, "
-                "or take logger.wandb.mode=offline."
-            )
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("logger.tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'")
+    if config.wandb:
+        check_wandb(config.wandb)
 
 
 class Loggers:
@@ -59,10 +47,12 @@ class Loggers:
 
     `vouched` is what the checkpoint from which a run resumes says of metrics.jsonl (`vouch`), and None at the start of
     a run. The rows after it are computed again, so they are cut off here. `metrics_damage` has passed the file.
+
+    Training does not end for another logger than metrics.jsonl: one that fails gets no more rows, and a line says so.
     """
 
     def __init__(self, run: Run, config: LoggerConfig, vouched: dict[str, Any] | None):
-        self.wandb: Any = None
+        self.others: dict[str, Logger] = {}
         self.digest = hashlib.sha256()
         self.length = 0
         if not is_main_process():
@@ -73,16 +63,21 @@ class Loggers:
             self.length = vouched["length"]
             self.digest = digest_of_beginning(run.metrics_file, self.length)
         self.file.truncate(self.length)
-        if config.wandb:
-            self.wandb = start_wandb(run, config.wandb)
-            self._replay(run)
+        self._start_others(run, config)
 
-    def _replay(self, run: Run) -> None:
-        """Give wandb the rows before this attempt that it lacks: an offline run starts anew with each attempt, and of
-        a killed one the last rows may be missing."""
-        for row in read_metrics(run):
-            if self.wandb and row["step"] >= self.wandb.step:
-                self._log_to_wandb(**row)
+    def _start_others(self, run: Run, config: LoggerConfig) -> None:
+        asked_for: dict[str, Callable[[], Logger]] = {}
+        if config.csv:
+            asked_for["csv"] = partial(CsvLogger, run)
+        if config.tensorboard:
+            asked_for["tensorboard"] = partial(TensorBoardLogger, run)
+        if config.wandb:
+            asked_for["wandb"] = partial(WandbLogger, run, config.wandb)
+        for name, start in asked_for.items():
+            try:
+                self.others[name] = start()
+            except Exception as error:
+                log.warning(f"  {name} does not start, and gets no rows; metrics.jsonl has them all: {error}")
 
     def log(self, split: str, step: int, metrics: dict[str, Any]) -> None:
         line = (json.dumps({"step": step, "split": split, **metrics}) + "\n").encode()
@@ -91,16 +86,14 @@ class Loggers:
             self.file.flush()
         self.digest.update(line)
         self.length += len(line)
-        if self.wandb:
-            self._log_to_wandb(split, step, **metrics)
-
-    def _log_to_wandb(self, split: str, step: int, **metrics: Any) -> None:
-        numbers = {f"{split}/{k}": value for k, value in metrics.items() if isinstance(value, int | float)}
-        try:
-            self.wandb.log(numbers, step=step)
-        except Exception as error:  # training does not end for its logger
-            log.warning(f"  wandb failed at step {step}, and gets no more rows; metrics.jsonl has them all: {error}")
-            self.wandb = None
+        for name, other in list(self.others.items()):
+            try:
+                other.log(split, step, metrics)
+            except Exception as error:
+                log.warning(
+                    f"  {name} failed at step {step}, and gets no more rows; metrics.jsonl has them all: {error}"
+                )
+                del self.others[name]
 
     def vouch(self) -> dict[str, Any]:
         """Flush metrics.jsonl to the disk. Returns its length in bytes and its SHA-256, as `metrics_damage` reads
@@ -112,55 +105,57 @@ class Loggers:
 
     def close(self) -> None:
         self.file.close()
-        if not self.wandb:
-            return
-        try:
-            self.wandb.finish()
-        except Exception as error:
-            log.warning(f"  wandb could not be ended: {error}; metrics.jsonl has all rows")
-        if self.wandb.offline:
-            log.info(
-                f"  wandb is offline; to upload this run: wandb sync {shlex.quote(str(Path(self.wandb.dir).parent))}"
-            )
-
-
-def start_wandb(run: Run, config: WandbConfig) -> Any:
-    """wandb's run. Where wandb cannot be reached it is an offline one, and None where it does not start: a line says
-    so."""
-    import wandb
-
-    settings: dict[str, Any] = {
-        "project": config.project,
-        "name": run.name,
-        # One id for all attempts of a run: a resumed run adds to the same wandb run.
-        "id": run.id,
-        "resume": "allow",
-        "dir": run.folder,
-        "config": run.record["config"],
-        "settings": wandb.Settings(silent=True, init_timeout=INIT_SECONDS),
-    }
-    try:
-        return wandb.init(mode=config.mode, **settings)  # type: ignore[arg-type]  # checked with the config
-    except Exception as error:
-        reason = (redact(str(error)).strip() or type(error).__name__).splitlines()[0]
-    if config.mode == "online":
-        log.warning(f"  wandb cannot be reached, so its rows are kept offline in the run's folder: {reason}")
-        try:
-            wandb.teardown()  # its service process holds the run's id still
-            return wandb.init(mode="offline", **settings)
-        except Exception as error:
-            reason = redact(str(error))
-    log.warning(f"  wandb does not start, and gets no rows; metrics.jsonl has them all: {reason}")
-    return None
-
-
-def read_metrics(run: Run) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl, without a last line that a killed process left half-written."""
-    if not run.metrics_file.is_file():
-        return
-    with run.metrics_file.open() as file:
-        for line in file:
+        for name, other in self.others.items():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                break
+                other.close()
+            except Exception as error:
+                log.warning(f"  {name} could not be ended: {error}; metrics.jsonl has all rows")
+
+
+class CsvLogger:
+    """metrics.csv in the run's folder: a column for each metric that is a number, empty where a row lacks it."""
+
+    def __init__(self, run: Run):
+        self.source, self.file = run.metrics_file, run.folder / "metrics.csv"
+        self._write_anew()
+
+    def log(self, split: str, step: int, metrics: dict[str, Any]) -> None:
+        row = {"step": step, "split": split, **numbers(metrics)}
+        if row.keys() - set(self.columns):  # a row is as wide as the head, so another column is one in all rows
+            self._write_anew()
+            return
+        with self.file.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _write_anew(self) -> None:
+        rows = [{"step": r["step"], "split": r["split"], **numbers(r)} for r in read_metrics(self.source)]
+        self.columns = list(dict.fromkeys(["step", "split", *(key for row in rows for key in row)]))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write(self.file, text.getvalue())
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardLogger:
+    """tensorboard/ in the run's folder: a curve train/METRIC or heldout/METRIC for each metric that is a number."""
+
+    def __init__(self, run: Run):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run.folder / "tensorboard"
+        for file in folder.glob("events.out.tfevents.*"):  # of an attempt before
+            file.unlink()
+        self.writer = SummaryWriter(str(folder), flush_secs=10)
+        for row in read_metrics(run.metrics_file):
+            self.log(row["split"], row["step"], row)
+
+    def log(self, split: str, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in numbers(metrics).items():
+            self.writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from prefopt.errors import Interrupted, UserError
-from prefopt.tracking.metrics import metrics_damage
+from prefopt.tracking.metrics import metrics_damage, read_metrics
 from prefopt.tracking.run import Run
 from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
-from prefopt.training.config import TrainConfig
 from prefopt.training.evaluate import evaluate_on_main
-from prefopt.training.loggers import Loggers, read_metrics
+from prefopt.training.loggers import Loggers
+from prefopt.training.outlook import Pace
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
@@ -51,7 +52,7 @@ def train_loop(train_state: TrainState) -> Trained:
         UserError: out of memory, a step that is not finite, or metrics that another process has damaged.
     """
     config, run = train_state.config, train_state.run
-    steps, exports = config.total_steps, export_steps(config)
+    steps, exports = config.total_steps, config.export_steps(config.total_steps)
     with memory_for("reading the last checkpoint", LESS_STATE):
         start, early_stopping, vouched = resume(train_state)
     logger = Loggers(run, config.logger, vouched)
@@ -64,15 +65,19 @@ def train_loop(train_state: TrainState) -> Trained:
         if early_stopping.should_stop(config.patience):
             start = steps  # a run that was killed between its last checkpoint and its policy
 
+        pace = Pace(config, start)
         with Bar("training", steps, config.logger.progress, done=start) as bar:
             for step, micro_batches in prefetch_batches(train_state, start):
                 metrics = train_step(train_state, step, micro_batches)
                 heartbeat()
                 done = step + 1
                 logger.log("train", done, metrics)
+                pace.step(done, metrics)
 
                 if done % config.eval_every == 0 or done == steps:
+                    began = time.monotonic()
                     heldout_metrics = evaluate_on_main(train_state, done)
+                    pace.evaluation(done, time.monotonic() - began)
                     logger.log("heldout", done, heldout_metrics)
                     early_stopping.update(train_state, done, heldout_metrics)
 
@@ -102,13 +107,8 @@ def train_loop(train_state: TrainState) -> Trained:
         raise UserError(f"{run.folder}: {why}. The same command goes on from the last checkpoint before that.")
     early_stopping.restore(train_state)
     final_step = steps if config.patience is None else early_stopping.step
-    rows = [row for row in read_metrics(run) if row["split"] == "heldout" and row["step"] <= final_step]
+    rows = [row for row in read_metrics(run.metrics_file) if row["split"] == "heldout" and row["step"] <= final_step]
     return Trained(rows, vouched)
-
-
-def export_steps(config: TrainConfig) -> set[int]:
-    """The steps after which the policy is exported: `exports` - 1 of them, evenly spaced. The final export is extra."""
-    return {round(k * config.total_steps / config.exports) for k in range(1, config.exports)}
 
 
 def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any] | None]:

@@ -1,7 +1,6 @@
 """The model card of a policy: its README.md, with the front matter that the Hugging Face hub reads."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.export import portable_name
 from prefopt.utils.files import atomic_write, resolve_path
 from prefopt.utils.plain import markdown_text
@@ -115,7 +115,7 @@ def _settings(node: dict[str, Any]) -> list[str]:
 def _evaluation(evaluations: list[dict[str, Any]]) -> list[str]:
     if not evaluations:
         return ["No held-out data."]
-    first, last = ({**e, "accuracy_se": _share_error(e)} for e in (evaluations[0], evaluations[-1]))
+    first, last = evaluations[0], evaluations[-1]
     rows = [
         (name, _figure(first, key, error), _figure(last, key, error), str(last[n]))
         for key, name, error, n in METRICS
@@ -125,13 +125,8 @@ def _evaluation(evaluations: list[dict[str, Any]]) -> list[str]:
     return [*_table(header, rows), "", "± is one standard error over the n pairs or samples."]
 
 
-def _share_error(evaluation: dict[str, Any]) -> float | None:
-    share, n = evaluation.get("accuracy"), evaluation.get("n")
-    return math.sqrt(share * (1 - share) / n) if share is not None and n else None
-
-
 def _figure(row: dict[str, Any], key: str, error: str | None) -> str:
-    if row.get(key) is None or (key == "accuracy" and row.get("tie_rate") == 1):
+    if row.get(key) is None or (key == "accuracy" and heldout_accuracy(row) is None):
         return "–"
     return f"{row[key]:.3f}" + (f" ± {row[error]:.3f}" if error and row.get(error) is not None else "")
 

@@ -196,8 +196,10 @@ def score_responses(
 
     show = config.logger.progress
     rows = score_rows(list(read_rows(str(samples))), scorer, config.device, config.precision, show=show)
-    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there.
-    key = "rewards_01" if objective.reward_range == (0.0, 1.0) else "rewards"
+    # The objective reads `rewards`: as the scorer gives them, or on [0, 1] where the objective needs them there. Win
+    # rates are, which the format makes of raw ones.
+    win_rates = config.dataset.format.get("win_rates", False)
+    key = "rewards_01" if objective.reward_range == (0.0, 1.0) and not win_rates else "rewards"
     files.write(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
     mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
     log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
@@ -239,8 +241,8 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     return objective, scorer, split_prompts(prompts, config.stages)
 
 
-def run_pending(config: OnlineConfig, **facts: str) -> None:
-    """Run all stages that are not finished yet. `facts` go into their records and that of the whole.
+def run_pending(config: OnlineConfig, **facts: str) -> Path:
+    """Run all stages that are not finished yet; the folder. `facts` go into their records and that of the whole.
 
     Raises UserError, and Interrupted with everything saved.
     """
@@ -258,7 +260,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
     run.refuse_changed_model(parts)
     if run.finished:
         log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
-        return
+        return run.folder
 
     began = time.monotonic()
     run.start(stages=[], model=parts, **facts)
@@ -300,6 +302,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> None:
         seconds=time.monotonic() - began,
     )
     log.info(f"{run.folder}: finished; the policy is in {run.policy_folder}")
+    return run.folder
 
 
 def data_digests(config: OnlineConfig) -> dict[str, str]:

@@ -6,6 +6,7 @@ command line, do not wait for them.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ from prefopt.config.parse import build
 from prefopt.config.schema import PeftConfig
 from prefopt.errors import UserError
 from prefopt.training.config import TrainConfig
+from prefopt.utils.console import log_wrapped
 from prefopt.utils.distributed import (
     check_agreement,
     is_main_process,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
     from prefopt.rewards.scorers import RewardScorer
     from prefopt.tracking.run import Run
+    from prefopt.training.going_on import Origin
     from prefopt.training.optim import Schedule
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class RunPlan:
     schedule: "Schedule"
     oracle: "RewardScorer | None"
     run: "Run"
+    origin: "Origin | None"  # the shorter run that it goes on from
 
 
 def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardScorer | None]":
@@ -57,7 +61,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
     `check` has passed `config`, and its hardware is resolved. Raises UserError, or MissingAssetError where a model or
     data set is not on this machine.
     """
-    from prefopt.data.dataset import check_dataset, has_heldout
+    from prefopt.data.dataset import NO_HELDOUT, check_dataset, has_heldout, made_share
     from prefopt.data.hub import missing
     from prefopt.errors import MissingAssetError
     from prefopt.objectives.base import Objective
@@ -91,10 +95,11 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
     check_engine(config.engine, config.device)
     check_logger(config.logger)
     check_dataset(config.dataset)
+    config.dataset.heldout_share = made_share(config.dataset)  # 0 where the data name held-out rows
     check_folder("runs_dir", config.runs_dir)
     check_peft(config.peft, objective)
     if config.patience is not None and not has_heldout(config.dataset):
-        raise UserError("patience watches the held-out loss, and dataset.heldout is null: give a file")
+        raise UserError(f"patience watches the held-out loss, and {NO_HELDOUT}")
     if config.reference_model and objective.model_kind == "reward_model":
         raise UserError(
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
@@ -123,6 +128,7 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
     """
     from prefopt.data.dataset import has_heldout, split_digest
     from prefopt.tracking.run import Run
+    from prefopt.training.going_on import find_origin
 
     objective, schedule, oracle = build_components(config)
     start_watchdog(config.engine.hang_s)
@@ -131,7 +137,8 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
     run = Run.open(dataclasses.asdict(config), objective.name, digests, root)
     if run.begun:
         run.refuse_changed_model(model_parts(config, oracle))
-    return RunPlan(config, objective, schedule, oracle, run)
+    origin = find_origin(config, run, schedule, functools.partial(model_parts, config, oracle))
+    return RunPlan(config, objective, schedule, oracle, run, origin)
 
 
 def model_parts(config: TrainConfig, oracle: "RewardScorer | None" = None) -> dict[str, str]:
@@ -201,7 +208,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     """Build what the config names, train it in the loop, and export the policy."""
     config, run, objective = plan.config, plan.run, plan.objective
     if run.finished:
-        skip_finished(run)
+        skip_finished(run, config)
         return
     announce(plan)
 
@@ -216,15 +223,21 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         build_router_loss,
         sample_prompts,
     )
-    from prefopt.training.checkpoint import check_space, run_bytes
+    from prefopt.training.checkpoint import check_space, run_bytes, tidy_checkpoints
     from prefopt.training.export import PolicyExporter
+    from prefopt.training.going_on import seed
     from prefopt.training.loop import train_loop
     from prefopt.training.model_card import write_model_card
+    from prefopt.training.outlook import memory_line, size_lines
     from prefopt.training.state import TrainState
 
     shorter = f"lower max_prompt_tokens={config.max_prompt_tokens}, or give fewer rows"
     with memory_for("reading and tokenizing the data", shorter):
         tokenizer, data = build_data(config, objective)
+    if config.patience is not None and "heldout" not in data:
+        raise UserError(
+            "patience watches the held-out loss, and all rows have the same prompt: give dataset.heldout=FILE"
+        )
     train_pairs = data["train"].pairs
     heldout_pairs = data["heldout"].pairs[: config.heldout_pairs] if "heldout" in data else []
 
@@ -237,6 +250,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
     check_agreement("have read different models", loaded)
     run.refuse_changed_model(loaded)
+    if plan.origin:
+        plan.origin.check_model(loaded)
     exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
     if is_main_process():
         exporter.check()
@@ -245,8 +260,12 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         layout = build_layout(config, policy, train_pairs)
 
     config.count_steps(len(train_pairs))
+    for line in size_lines(config, objective, data["train"], len(heldout_pairs)):
+        log_wrapped(log, line)
     counts = {name: split.counts for name, split in data.items()}
     model = model_parts(config, plan.oracle) | loaded
+    if not run.begun:
+        facts = facts | {"continued_from": plan.origin.facts if plan.origin else None}
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
     # One process fills the cache of the reference, the others read it.
@@ -256,9 +275,12 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
         engine = build_engine(config, policy)
+    log_wrapped(log, memory_line(config, engine))
     router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))
+        if plan.origin:
+            seed(run, plan.origin)
 
     train_state = TrainState(
         config=config,
@@ -289,15 +311,16 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
             final_weights=final_weights,
             seconds=time.monotonic() - began,
         )
-        remove(run.checkpoints)
+        tidy_checkpoints(run.checkpoints, config.keep_checkpoint)
         log.info(f"  finished; the policy is in {run.policy_folder}")
 
 
-def skip_finished(run: "Run") -> None:
+def skip_finished(run: "Run", config: TrainConfig) -> None:
     from prefopt.tracking.provenance import note_edited_code
+    from prefopt.training.checkpoint import tidy_checkpoints
 
-    if is_main_process():  # a run that was killed right after its end has its checkpoints still
-        remove(run.checkpoints)
+    if is_main_process():  # a run that was killed right after its end has all its checkpoints still
+        tidy_checkpoints(run.checkpoints, config.keep_checkpoint)
         remove(run.folder / "heartbeat")
         if code := run.record.get("code"):
             note_edited_code(Path(code))
@@ -307,8 +330,12 @@ def skip_finished(run: "Run") -> None:
 def announce(plan: RunPlan) -> None:
     """Say what is going to be trained, before anything that takes time."""
     config = plan.config
-    length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
-    log.info(f"{plan.run.folder}: {length} of {config.batch_size} pairs a step, {config.precision} on {config.device}")
+    log.info(f"{plan.run.folder}: {config.precision} on {config.device}")
+    if plan.origin:
+        from prefopt.training.going_on import describe
+
+        for line in describe(plan.origin, config):
+            log_wrapped(log, line)
     log.info(f"  objective: {format_objective(plan.objective)}")
     if world_size() > 1:
         log.info(f"  a process that does not get on for engine.hang_s={config.engine.hang_s:g} seconds ends the job")

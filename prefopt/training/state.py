@@ -29,9 +29,9 @@ from prefopt.utils.distributed import rank, world_size
 class TrainState:
     """Everything one run needs.
 
-    `reference` is None where a reward model is trained, `prompts` are held-out ones to sample from, `export` writes the policy as
-    it is into a folder, `router_loss` is None unless it is added to the objective's loss, and `objective_state` is
-    what the objective carries from step to step.
+    `reference` is None where a reward model is trained, `prompts` are the held-out ones that get a sample, `export`
+    writes the policy as it is into a folder, `router_loss` is None unless it is added to the objective's loss, and
+    `objective_state` is what the objective carries from step to step.
     """
 
     config: TrainConfig

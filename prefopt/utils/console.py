@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -105,6 +106,13 @@ def configure_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False  # Hydra's root logger would print them again
+
+
+def log_wrapped(logger: logging.Logger, text: str) -> None:
+    """Log `text`, indented, in lines that fit 80 columns."""
+    wrap = textwrap.TextWrapper(80, "  ", "    ", break_long_words=False, break_on_hyphens=False)  # a path stays whole
+    for line in wrap.wrap(text):
+        logger.info(line)
 
 
 class Bar:

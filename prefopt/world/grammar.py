@@ -59,8 +59,8 @@ NOT = -0.5
 # The probabilities of the choices. What is not named is uniform: the words of a grade, the aspects that are left.
 P_POSITIVE = 0.5  # of the first adjective
 P_GRADE = {1: 0.5, 2: 0.3, 3: 0.2}  # of an adjective's grade without its sign
-# By whether the adjective is positive. That they differ, and that "and" is more frequent, is what a model learns the signs
-# of the adjectives from: by the rule of "and" and "but" alone, a small one finds them late.
+# By whether the adjective is positive. From this difference, and because "and" is more frequent, a small model learns the
+# adjectives' signs. From the rule of "and" and "but" alone it does not, in many hundred steps.
 P_NOT = {True: 0.25, False: 0.1}
 P_INTENSIFIER = {
     True: {"": 0.4, "slightly": 0.05, "rather": 0.1, "very": 0.25, "extremely": 0.2},

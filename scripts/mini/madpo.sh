@@ -28,7 +28,6 @@ sweep train "${one[@]}" objective.only=amplification,damping
 for name in rewards tuning variants; do
     prefopt report runs_dir=$runs/$name output=$results/$name
 done
-prefopt report runs_dir=$runs/final output=$results columns=dataset.format.quality \
-    published=results/published/madpo_table_1.csv
+prefopt report runs_dir=$runs/final output=$results columns=dataset.format.quality
 prefopt papers paper=madpo runs_dir=$runs/final output=$results
 prefopt papers paper=madpo runs_dir=$runs/variants output=$results/variants

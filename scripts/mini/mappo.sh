@@ -15,7 +15,7 @@ train_best $methods $runs/tuning +sweep=mini/mappo
 [[ -n $dry ]] && exit
 evaluate_small "$(runs_in $runs/final)" final
 prefopt report runs_dir=$runs/tuning output=$results/tuning
-prefopt report runs_dir=$runs/final output=$results published=results/published/mappo_table_2.csv
+prefopt report runs_dir=$runs/final output=$results
 prefopt papers paper=mappo runs_dir=$runs/final output=$results
 
 # A sixth of the training prompts, so that a stage is one pass over its 32 pairs in four steps; best and worst of four

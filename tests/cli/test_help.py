@@ -76,7 +76,7 @@ def test_help_of_train_holds_groups_keys_and_comments(monkeypatch, capsys):
     words = " ".join(said.split())
     for part in (
         "peft lora_attention, lora_attention_mlp, none (now: none)",
-        "objective beta_dpo, cal_dpo, cpo, dpo,",
+        "objective alpha_dpo, alpha_po, aot,",
         "steps=null optimizer steps; null: as many as `epochs` take",
         "sampling.top_p=1.0 only the most likely tokens",
         "optimizer.lr=null peak learning rate",
@@ -131,8 +131,8 @@ def test_python_m_shows_the_same_help(monkeypatch, capsys):
 
 
 HINTS = {
-    "objective=dop": "Did you mean objective=dpo?",
-    "objective=zzz": "The choices are: beta_dpo, cal_dpo,",
+    "objective=dp": "Did you mean objective=dpo?",
+    "objective=zzz": "The choices are: alpha_dpo, alpha_po,",
     "objective=mappo objective/base=ip": "Did you mean objective/base=ipo?",
     "-m objective=dpo,mmop": "Did you mean objective=mmpo?",
     "-m +sweep=demoo": "Did you mean +sweep=demo?",

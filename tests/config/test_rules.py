@@ -61,6 +61,7 @@ TRAIN = {
     "runs_dir": "runs",
     "compile": False,
     "gradient_checkpointing": False,
+    "keep_checkpoint": True,
     "micro_batch_tokens": 0,
     "seed": 0,
 } | dict.fromkeys(

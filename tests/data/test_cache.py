@@ -65,6 +65,7 @@ def test_what_comes_back_is_what_was_tokenized(dataset):
     assert prepared["heldout"].prompts == [p.prompt for p in load_split(dataset, "heldout").pairs]
 
 
+@pytest.mark.slow
 def test_a_second_use_and_another_process_read_no_row_again(dataset, tmp_path, monkeypatch):
     first = run(dataset)
     names = made(tmp_path)

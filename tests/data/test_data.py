@@ -36,7 +36,7 @@ from tests.helpers.tiny import ROOT, write_pairs
 
 def dataset(name="jsonl", **values) -> DatasetConfig:
     node = OmegaConf.load(ROOT / "conf" / "dataset" / f"{name}.yaml")
-    return parse(OmegaConf.merge(node, {"name": "test"}, values), DatasetConfig)  # type: ignore[arg-type]
+    return parse(OmegaConf.merge(node, {"name": "test", "heldout_share": 0.0}, values), DatasetConfig)  # type: ignore[arg-type]
 
 
 SCORED = {"prompt": "a", "responses": ["x", "y"]}
@@ -358,7 +358,7 @@ def mixture(tmp_path, **changes) -> DatasetConfig:
     }
     for name, values in changes.items():
         sources[name] |= values
-    return DatasetConfig(name="both", sources=sources)
+    return DatasetConfig(name="both", sources=sources, heldout_share=0.0)
 
 
 def test_a_mixture_keeps_splits_and_names_its_sources(tmp_path):

@@ -220,7 +220,7 @@ def test_a_split_is_pairs_or_refused(content, place):
     """Through columns, policies and defects: the way of every row."""
     file = place / "split.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in content))
-    config = DatasetConfig("fuzz", str(file), format={"_target_": "prefopt.data.formats.Pairs"})
+    config = DatasetConfig("fuzz", str(file), format={"_target_": "prefopt.data.formats.Pairs"}, heldout_share=0.0)
     config.columns = {"chosen_reward": "rewards.a"}
     split, refusal = attempt(lambda: load_split(config, "train"), UserError)
     if refusal is not None:

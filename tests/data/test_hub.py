@@ -238,6 +238,7 @@ print(json.dumps([lacking, light, rows, digests, bool(load_tokenizer(model).chat
 """
 
 
+@pytest.mark.slow
 def test_afterwards_jobs_run_with_the_hub_switched_off(fetched, files):
     environment = ENVIRONMENT | {"HF_HOME": str(fetched[0]), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     data = json.dumps(["lab/Pairs", "lab/Pairs", "train_prefs", "test_prefs"])
@@ -277,6 +278,7 @@ for name in ("lab/shards", "lab/conflict"):
 
 
 @pytest.mark.parametrize("prefetched", [True, False])
+@pytest.mark.slow
 def test_shards_that_differ_are_read_as_those_of_a_folder(prefetched, tmp_path):
     """A column that is null in one shard, or in one alone, is no conflict; two types of a column are."""
     a, b = {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "q", "chosen": "d", "rejected": "s"}
@@ -469,6 +471,7 @@ def test_items_of_a_mixture():
     ]
 
 
+@pytest.mark.slow
 def test_tasks_of_the_harness_are_there_afterwards(tmp_path, tiny_folder):
     pytest.importorskip("lm_eval")
     rows = [

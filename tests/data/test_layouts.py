@@ -50,10 +50,11 @@ def write(path, rows) -> str:
 
 
 def load(*arguments: str) -> Split:
-    """The training split of a command line, as prefopt.train would read it."""
+    """All rows of a command line, as prefopt.train would read them."""
     register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = parse(compose("train", replace_path(arguments, "train")), TrainConfig).dataset
+        overrides = [*replace_path(arguments, "train"), "dataset.heldout_share=0"]
+        config = parse(compose("train", overrides), TrainConfig).dataset
     check_dataset(config)
     return load_split(config, "train")
 

@@ -39,7 +39,7 @@ HH_SAMPLE = ("dataset=hh_rlhf_sample", f"dataset.train={HH}")
 def composed(*overrides: str) -> DatasetConfig:
     register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        dataset = parse(compose("train", list(overrides)), TrainConfig).dataset
+        dataset = parse(compose("train", [*overrides, "dataset.heldout_share=0"]), TrainConfig).dataset
     check_dataset(dataset)
     return dataset
 
@@ -72,7 +72,7 @@ def mixture(**sources: dict) -> DatasetConfig:
         },
     }
     chosen = {name: nodes[name] | changes for name, changes in sources.items()}
-    return DatasetConfig(name="mix", sources=chosen)
+    return DatasetConfig(name="mix", sources=chosen, heldout_share=0.0)
 
 
 def test_every_transcript_is_a_pair_or_a_counted_drop():

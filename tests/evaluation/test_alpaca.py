@@ -17,7 +17,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,14 +27,12 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.fields import as_messages
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
-from prefopt.reporting.compare import page
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.rewards.reward_model import RewardModel
 from prefopt.rewards.scorers import Vader
@@ -1004,53 +1001,6 @@ def test_what_is_no_model_and_no_file_is_refused(changes, message, run, tmp_path
         patch.setattr(alpaca, "answer_questions", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(UserError, match=message):
             compared(run, tmp_path, VADER, **{"run": None} | changes)
-
-
-@pytest.mark.slow
-def test_two_runs_are_compared_on_a_page_that_needs_nothing_else(run, overrides, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("other")
-    assert run_program(*overrides(runs), "optimizer.lr=0.02", "seed=1").returncode == 0
-    (other,) = (path.parent for path in runs.glob("*/record.json"))
-    changes = [c for c in command(run)[2:] if not c.startswith("run=")]
-    changes.append("sampling.batch_size=6")
-    cache = {"PREFOPT_CACHE": str(run / "cache")}
-    process = run_program(f"run={run}", f"run={other}", *changes, program="compare", env=cache)
-    assert process.returncode == 0, process.stderr
-    file = Path(process.stdout.split()[-1])
-    text = file.read_text()
-    rows = json.loads((file.parent / "annotations.json").read_text())
-    heldout = json.loads((run / "record.json").read_text())["config"]["dataset"]["heldout"]
-    assert len(rows) == len(Path(heldout).read_text().splitlines()) == text.count("<article ")
-    told = json.loads((file.parent / "record.json").read_text())
-    assert told["baseline"]["weights"] == json.loads((other / "record.json").read_text())["final_weights"]
-    assert "http" not in text.replace(str(run), "").replace(str(other), "")
-    assert text.count(' preferred"') == sum(row["preference"] != 1.5 for row in rows)
-
-
-def test_text_of_models_cannot_become_markup():
-    bad = '<script>alert("x")</script> & </pre> "quoted"'
-    row = {"index": 0, "instruction": bad, "output_1": bad, "output_2": bad + "!", "preference": 2}
-    row |= {"reward_1": 0.0, "reward_2": 1.0}
-    record = {
-        "model": bad, "path": bad, "weights": "0" * 64, "baseline": {"name": bad, "path": bad, "weights": None},
-        "judge": {"name": bad}, "figures": {"n": 1, "win_rate": 100.0, "standard_error": 0.0},
-        "settings": {"sampling": {"temperature": 0}}, "unfinished": {"model": 0, "baseline": 0},
-    }  # fmt: skip
-    text = page(record, [row])
-    assert text.count("<script>") == text.count("</script>") == 1  # the page's own
-    assert text.count("</pre>") == 2
-
-    class Texts(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.found = []
-
-        def handle_data(self, data):
-            self.found.append(data)
-
-    parser = Texts()
-    parser.feed(text)
-    assert {bad, bad + "!"} <= set(parser.found)
 
 
 # The real model, and every published model

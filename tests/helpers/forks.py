@@ -54,7 +54,7 @@ class At:
 @dataclass
 class Start:
     """`python -m prefopt.PROGRAM ARGS` in `cwd`. `errors`: where stderr goes, if not into `log` too. `file_size`: bytes
-    beyond which it can write no file."""
+    beyond which it can write no file. `curves`: whether runs get their curves.png, which takes half a second."""
 
     log: Path
     args: tuple[str, ...]
@@ -64,6 +64,7 @@ class Start:
     errors: Path | None = None
     at: At | None = None
     file_size: int = resource.RLIM_INFINITY
+    curves: bool = False
 
     def __call__(self) -> None:
         for number, file in ((1, self.log), (2, self.errors)):
@@ -74,6 +75,8 @@ class Start:
             os.chdir(self.cwd)
             sys.path.insert(0, str(self.cwd))
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size, self.file_size))
+        if not self.curves:
+            import_module("prefopt.reporting.run_curves").draw = lambda *_: False  # type: ignore[attr-defined]
         if self.at:
             self.at.arm()
         name = f"prefopt.{self.program}"

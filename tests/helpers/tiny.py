@@ -142,7 +142,9 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "COLUMN
 ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None):
+def run_program(
+    *args: str, program: str = "train", cwd: Path = ROOT, env: dict[str, str] | None = None, curves: bool = False
+):
     """Of a process that is not forked where it has variables that libraries read when they are imported, or runs in
     another checkout."""
     elsewhere = cwd != ROOT and (cwd / "prefopt").is_dir()
@@ -151,7 +153,7 @@ def run_program(*args: str, program: str = "train", cwd: Path = ROOT, env: dict[
         return subprocess.run(command(*args, program=program), cwd=cwd, env=environment, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder, "stdout"), Path(folder, "stderr")
-        code, said = forks.run(log, *args, program=program, cwd=cwd, env=env, errors=errors)
+        code, said = forks.run(log, *args, program=program, cwd=cwd, env=env, errors=errors, curves=curves)
         return subprocess.CompletedProcess([program, *args], code, said, errors.read_text())
 
 

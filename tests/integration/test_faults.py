@@ -65,6 +65,7 @@ def result(runs: Path) -> dict:
         "rows": [{k: v for k, v in row.items() if k not in TIMING} for row in rows],
         "evaluations": record["evaluations"],
         "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp"),
+        "checkpoints": [p.name for p in (folder / "checkpoints").iterdir()],
     }
 
 
@@ -116,7 +117,7 @@ def test_wherever_it_is_killed_it_ends_bit_for_bit_the_same(overrides, whole, tm
         At("prefopt.training.checkpoint:remove", 3),  # where older ones are removed
         At("prefopt.training.loop:Loggers.log", 2),
         At("prefopt.tracking.run:Run.finish"),  # with its policy written
-        At("prefopt.training.setup:remove"),  # finished, but for the removal of its checkpoints
+        At("prefopt.training.checkpoint:tidy_checkpoints"),  # finished, but for the removal of older checkpoints
     ]
     for n, moment in enumerate(moments):
         code, said = run(tmp_path / "log", *arguments, env=env, at=moment)
@@ -576,6 +577,7 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_one_process_works_on_an_output(tiny_folder, tmp_path, env):
     """Another is refused, and says who does; the output is that of one alone."""
     drawn, alone, scored = tmp_path / "drawn.jsonl", tmp_path / "alone.jsonl", tmp_path / "scored.jsonl"
@@ -621,6 +623,7 @@ def test_a_killed_writer_of_an_output_leaves_nothing_for_long(tiny_folder, tmp_p
     assert [f.name for f in tmp_path.glob("scored.jsonl*")] == ["scored.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what_was_under_way(
     tiny_folder, tmp_path, env
 ):
@@ -654,6 +657,7 @@ def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what
         assert len(scored.read_text().splitlines()) == 12
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_judging_keeps_the_answers(overrides, tmp_path, env):
     pytest.importorskip("alpaca_eval")
     log = tmp_path / "log"

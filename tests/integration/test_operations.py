@@ -225,7 +225,7 @@ def interrupt() -> None:
 
 
 def test_ctrl_c_while_a_finished_run_tidies_up_leaves_it_finished(overrides, whole, tmp_path, env):  # noqa: F811
-    at = At("prefopt.training.setup:remove", 1, interrupt)
+    at = At("prefopt.training.checkpoint:tidy_checkpoints", 1, interrupt)
     code, _ = run(tmp_path / "log", *overrides(tmp_path / "runs"), *STEPS, env=env, at=at)
     assert code == 130
     assert records(tmp_path / "runs")[0]["status"] == "finished"
@@ -522,6 +522,7 @@ def test_watching_ends_when_all_is_done_also_without_a_terminal(tmp_path):
     assert "finished" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_the_local_rank_of_the_deepspeed_launcher_is_taken(overrides, tmp_path, env):  # noqa: F811
     pytest.importorskip("deepspeed")
     common = ["--local_rank=0", *overrides(tmp_path / "runs"), "steps=1"]
@@ -557,6 +558,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("action", [no_memory, torch_has_none])
+@pytest.mark.slow
 def test_too_little_memory_is_one_message_whatever_was_being_done(action, overrides, tmp_path, env):  # noqa: F811
     for number, (place, doing) in enumerate(MOMENTS.items()):
         arguments = [*overrides(tmp_path / f"runs{number}"), *STEPS, "exports=2", *SAMPLED]

@@ -10,6 +10,7 @@ from tests.helpers.tiny import ENVIRONMENT, ROOT
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o077], ids=oct)
+@pytest.mark.slow
 def test_files_of_a_run_follow_the_umask(umask, overrides, tmp_path):
     command = [sys.executable, "-m", "prefopt.train", *overrides(tmp_path / "runs")]
     command += ["peft=lora_attention", "reference=cached", "save_every=2"]

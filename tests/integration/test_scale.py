@@ -25,7 +25,7 @@ from benchmarks import scale
 from hydra_plugins.prefopt import PointsSweeper
 from prefopt.cli.multirun import Point
 from prefopt.config.parse import register
-from prefopt.config.schema import DatasetConfig
+from prefopt.config.schema import DatasetConfig, LoggerConfig
 from prefopt.data import sources
 from prefopt.data.cache import CHUNK, SCHEMA, TokenizedPairs, chunk_by_source
 from prefopt.data.dataset import load_split
@@ -33,11 +33,12 @@ from prefopt.data.sampler import step_indices
 from prefopt.launch import estimate
 from prefopt.launch.sweep import wait_for_runs
 from prefopt.reporting.labels import labels, sort_by_label
+from prefopt.tracking.metrics import read_metrics
 from prefopt.tracking.process import process_info
 from prefopt.tracking.status import RunStatus
 from prefopt.train import SWEEP
 from prefopt.training.config import TrainConfig
-from prefopt.training.loggers import Loggers, read_metrics
+from prefopt.training.loggers import Loggers
 from prefopt.utils import files
 from prefopt.utils.files import read_lines_reversed
 from tests.helpers.tiny import ROOT
@@ -284,14 +285,15 @@ def test_listings_read_the_end_of_a_metrics_file_and_resuming_its_beginning_once
     beginning = "".join(file.read_text().splitlines(keepends=True)[: n - 2]).encode()
     vouched = {"length": len(beginning), "sha256": hashlib.sha256(beginning).hexdigest()}
     bytes_read.clear()
-    logger = Loggers(run, SimpleNamespace(wandb=None), vouched)  # type: ignore[arg-type]
+    quiet = LoggerConfig(progress=False)
+    logger = Loggers(run, quiet, vouched)  # type: ignore[arg-type]
     assert sum(bytes_read) <= len(beginning)
     assert logger.vouch() == vouched
     logger.close()
     assert file.read_text().encode() == beginning
     assert file.stat().st_size < size
-    assert len(list(read_metrics(run))) == n - 2  # type: ignore[arg-type]
-    Loggers(run, SimpleNamespace(wandb=None), None).close()  # type: ignore[arg-type]
+    assert len(list(read_metrics(file))) == n - 2
+    Loggers(run, quiet, None).close()  # type: ignore[arg-type]
     assert not file.stat().st_size
 
 
@@ -317,8 +319,8 @@ def peak(what) -> int:
 
 def test_rows_of_metrics_are_read_one_by_one(tmp_path):
     def through(n: int) -> int:
-        run = SimpleNamespace(metrics_file=write_metrics(tmp_path / str(n), n) / "metrics.jsonl")
-        return peak(lambda: sum(1 for _ in read_metrics(run)))  # type: ignore[arg-type]
+        file = write_metrics(tmp_path / str(n), n) / "metrics.jsonl"
+        return peak(lambda: sum(1 for _ in read_metrics(file)))
 
     through(10)
     assert abs(through(8_000) - through(1_000)) < 50_000  # of 700 kB more
@@ -342,6 +344,7 @@ def test_memory_mapped_pairs_take_no_more_memory_when_there_are_more(tmp_path):
     assert abs(through(2_000) - through(200)) < 100_000  # of 1 MB more
 
 
+@pytest.mark.slow
 def test_a_split_is_never_held_whole(tmp_path):
     def through(n: int) -> int:
         file = tmp_path / f"{n}.jsonl"
@@ -349,7 +352,7 @@ def test_a_split_is_never_held_whole(tmp_path):
             for i in range(n):
                 row = {"prompt": f"Number {i}", "chosen": f"good {i} " * 200, "rejected": f"bad {i} " * 200}
                 lines.write(json.dumps(row) + "\n")
-        config = DatasetConfig("many", str(file), format={"_target_": "prefopt.data.formats.Pairs"})
+        config = DatasetConfig("many", str(file), format={"_target_": "prefopt.data.formats.Pairs"}, heldout_share=0.0)
 
         def read() -> None:
             split = load_split(config, "train")

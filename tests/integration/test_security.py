@@ -58,6 +58,7 @@ from prefopt.models.load import (
 )
 from prefopt.models.lora import merge_adapter
 from prefopt.objectives.base import Objective
+from prefopt.reporting.compare import Answer, Compared
 from prefopt.reporting.compare import page as compare_page
 from prefopt.reporting.html import page as papers_page
 from prefopt.reporting.paper_common import Figure
@@ -522,13 +523,9 @@ class Tags(HTMLParser):
 
 
 def comparison(text: str) -> str:
-    row = {"index": 0, "instruction": text, "output_1": text, "output_2": text + "!", "preference": 2}
-    record = {
-        "model": text, "path": text, "weights": "0" * 64, "baseline": {"name": text, "path": text, "weights": None},
-        "judge": {"name": text}, "figures": {"n": 1, "win_rate": 100.0, "standard_error": 0.0},
-        "settings": {"sampling": {"temperature": text}}, "unfinished": {"model": 0, "baseline": 0},
-    }  # fmt: skip
-    return compare_page(record, [row])
+    items = [Compared(text, [Answer(text + "!"), Answer(text, finished=False), Answer(text)], preference=2)]
+    differences = Tabular("diff", text_columns(text), [[text]], [], title=text)
+    return compare_page([text, text, text], {text: text}, items, differences)
 
 
 def paper(text: str, folder: Path) -> str:

@@ -1,14 +1,18 @@
 """The real SmolLM2-135M: minutes on two cores, hence `make test-slow`."""
 
+import copy
 import json
+import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.config.hardware import resolve_hardware
-from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.config.schema import LoggerConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from prefopt.data.collate import LAYOUTS, Group
 from prefopt.data.dataset import load_split
 from prefopt.data.fields import as_messages
@@ -19,9 +23,19 @@ from prefopt.generation.sampler import sample
 from prefopt.models.load import checkpoint_path, compile_layers, load_model, load_tokenizer, weights_digest
 from prefopt.models.logprobs import LogprobComputer, completion_logps
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import ROUNDING, cached
+from prefopt.models.reference import ROUNDING, Resident, cached
+from prefopt.objectives import SIDES
+from prefopt.objectives.__main__ import objectives
+from prefopt.objectives.base import Objective
+from prefopt.objectives.sppo import SPPO
+from prefopt.training.config import TrainConfig
+from prefopt.training.engine import Engine
+from prefopt.training.evaluate import evaluate_pairs
+from prefopt.training.optim import Constant
+from prefopt.training.state import TrainState
+from prefopt.training.step import train_step
 from tests.data.test_data import dataset
-from tests.helpers.tiny import records, run_program, tiny_model
+from tests.helpers.tiny import ROOT, records, run_program, tiny_model
 
 pytestmark = pytest.mark.slow
 THREADS = len(os.sched_getaffinity(0))
@@ -128,6 +142,47 @@ def test_compiled_layers_give_the_same_gradients():
         results.append([p.grad for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def relatives() -> dict[str, Objective]:
+    """The objectives of pairs that sweep=objectives does not run, by name, and SPPO on soft labels."""
+    sweep = yaml.safe_load((ROOT / "sweeps/sweep/objectives.yaml").read_text())
+    swept = sweep["hydra"]["sweeper"]["params"]["objective"].split(",")
+    others = {
+        n: o for n, o, _ in objectives() if n not in swept and o.model_kind == "policy" and o.completions == SIDES
+    }
+    return others | {"sppo-soft": SPPO(0.001, labels="soft")}
+
+
+@pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in relatives().items()])
+def test_each_relative_trains_the_real_model(objective, smollm2):
+    """Eight steps of two pairs: from its loss at the reference on, the chosen sides gain on the rejected ones."""
+    model, tokenizer = smollm2
+    items = [
+        replace(p, chosen_reward=0.9, rejected_reward=0.2)
+        for p in load_split(dataset("sentiment_offline"), "train").pairs[:2]
+    ]
+    pairs, drops, _ = tokenize(tokenizer, items, 512, 512)
+    assert not drops
+    optimizer = OptimizerConfig(2e-5, [0.9, 0.999], 1e-8, 0.0, 1.0)
+    config = TrainConfig(
+        steps=8, batch_size=2, micro_batch_tokens=2048, seed=0, logits="tiled", precision="float32",
+        gradient_checkpointing=False, reference_model=None, patience=None, exports=1, squeeze_alarm=None,
+        optimizer=optimizer, logger=LoggerConfig(progress=False),
+    )  # fmt: skip
+    reference = Resident(model.requires_grad_(False), LogprobComputer("float32"))
+    engine = Engine(copy.deepcopy(model).requires_grad_(True), optimizer)
+    state = TrainState(
+        config, None, objective, Constant(0.0), engine, reference, tokenizer, pairs, pairs, [], None, LAYOUTS["padded"]
+    )
+    first = evaluate_pairs(state, 0, pairs)
+    for n in range(8):
+        train_step(state, n, state.step_micro_batches(n))
+    last = evaluate_pairs(state, 8, pairs)
+    for metric in ("loss", "margin"):
+        print(f"{objective.name}: {metric} {first[metric]:.4f} -> {last[metric]:.4f}")
+    assert math.isfinite(last["loss"])
+    assert last["margin"] > first["margin"]
 
 
 def test_a_short_real_run_learns(tmp_path):

@@ -80,7 +80,8 @@ def test_the_estimate_is_arithmetic():
     tokens = 100 + 200 + 200  # all means are above the limits
     training, reference, evaluations = 6 * 1000 * tokens, 2 * 1000 * tokens, 2 * 3 * 20 * tokens
     assert found().gpu_hours == pytest.approx(1e9 * (training + reference + evaluations) / FLOP_PER_HOUR)
-    assert (found().policies_gb, found().checkpoint_gb) == (2 * 4, 12)
+    assert (found().kept_gb, found().checkpoint_gb) == (2 * 4 + 12, 12)
+    assert found("keep_checkpoint=false").kept_gb == 2 * 4
     lora = found("peft=lora_attention", "gradient_checkpointing=true")
     assert lora.gpu_hours == pytest.approx(1e9 * (training + reference + evaluations) / FLOP_PER_HOUR)
     assert lora.checkpoint_gb == 0

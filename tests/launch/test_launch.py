@@ -96,6 +96,10 @@ def test_a_sweep_again_does_nothing_and_an_added_value_is_one_new_job(grid, over
     _, jobs = SWEEP.plan_jobs(points("dpo", "mmpo", "ipo"), Path())
     assert [(job.state, job.to_run) for job in jobs] == [("finished", False)] * 2 + [("new", True)]
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("*")} == files
+    curves = jobs[0].folder / "curves.png"
+    curves.unlink()  # as after a job that was killed between its end and them
+    assert SWEEP(points("dpo"), runs, dry_run=False) == 0
+    assert curves.is_file()
 
 
 def test_a_dry_run_lists_the_jobs_and_writes_nothing(overrides, tmp_path):
@@ -128,6 +132,7 @@ def test_what_was_submitted_is_what_runs(overrides, tmp_path):
     assert {r["config"]["optimizer"]["weight_decay"] for r in records(tmp_path / "runs")} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_and_goes_on_without_repeating_a_step(overrides, tmp_path):
     go, runs, steps = tmp_path / "go", tmp_path / "runs", 100
     arguments = ["-m", *overrides(runs), FAULTY[0], f"+objective.fault={go}", f"steps={steps}"]
@@ -552,10 +557,29 @@ def test_all_sittings_of_a_run_are_one_wandb_run(overrides, tmp_path, monkeypatc
         run.folder.mkdir(exist_ok=True)
         logger = Loggers(run, config.logger, vouched)
         vouched = logger.vouch()
-        logger.wandb = None
+        logger.others.clear()
         logger.close()
     assert len(set(seen)) == 1
     assert seen[0][1] == "allow"
+
+
+def test_the_runs_of_a_sweep_are_a_group_in_wandb(overrides, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+
+    def groups(*changes: list[str]) -> list[str | None]:
+        points = [point(*overrides(tmp_path), "logger=wandb", *of_point) for of_point in changes]
+        _, jobs = SWEEP.plan_jobs(points, Path())
+        return [job.config.logger.wandb.group for job in jobs]
+
+    assert groups(["seed=1", "objective.beta=0.1"], ["seed=2", "objective.beta=0.1"]) == ["seed"] * 2
+    assert groups(["seed=1", "objective=dpo"], ["seed=2", "objective=ipo"]) == ["seed, objective"] * 2
+    assert groups(["seed=1"]) == [None]
+    assert groups(["seed=1", "logger.wandb.group=mine"], ["seed=2", "logger.wandb.group=mine"]) == ["mine"] * 2
+    named = Point(["+sweep=demo", "seed=1"], point(*overrides(tmp_path), "logger=wandb").cfg)
+    assert prefopt.launch.sweep.sweep_name([named]) == "demo"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    assert groups(["seed=1"], ["seed=2"]) == ["mine"] * 2
 
 
 def test_the_exit_code_of_a_sweep_is_that_of_its_runs(overrides, tmp_path, monkeypatch):

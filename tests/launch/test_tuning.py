@@ -24,6 +24,7 @@ def blocks(overrides, tmp_path, monkeypatch):
     return names, tuner
 
 
+@pytest.mark.slow
 def test_a_tuner_gets_the_held_out_metric_of_its_point(blocks, tmp_path):
     names, _ = blocks
     trial = SimpleNamespace(number=3, suggest_float=lambda name, low, high, log: 0.25)

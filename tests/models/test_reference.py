@@ -172,6 +172,7 @@ def test_parallel_jobs_make_it_once(cache):
     assert len(list(cache.rglob("*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_a_grid_pays_for_its_reference_once_and_modes_agree(overrides, tiny_folder, tmp_path):
     """Three other objectives, another seed and learning rate over the same pairs; then the resident reference."""
     environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}

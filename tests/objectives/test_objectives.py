@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,15 @@ from torch.nn.functional import logsigmoid
 
 from prefopt.config.parse import build
 from prefopt.errors import UserError
-from prefopt.objectives.__main__ import markdown, objectives, rows
+from prefopt.objectives.__main__ import groups, main, markdown, objectives, rows
+from prefopt.objectives.alpha_dpo import AlphaDPO
+from prefopt.objectives.alpha_po import AlphaPO
+from prefopt.objectives.aot import AOT
+from prefopt.objectives.arpo import ARPO
 from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, clamped_exp, concatenate
+from prefopt.objectives.bco import BCO
 from prefopt.objectives.beta_dpo import BetaDPO
+from prefopt.objectives.budget import Budget
 from prefopt.objectives.cal_dpo import CalDPO
 from prefopt.objectives.cpo import CPO
 from prefopt.objectives.dpo import DPO
@@ -26,6 +33,7 @@ from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.margin_matching import MarginMatching
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.orpo import ORPO
+from prefopt.objectives.plug_in import PlugIn
 from prefopt.objectives.reward import Reward
 from prefopt.objectives.robust_dpo import RobustDPO
 from prefopt.objectives.rrhf import RRHF
@@ -57,6 +65,12 @@ VARIANTS = {
     "mappo-simpo": MaPPO(SimPO(2.0, 0.5)),
     "beta_dpo-reward": BetaDPO(0.1, "reward"),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
+    "bco-none": BCO(0.1, shift="none"),
+    "aot-smoothed": AOT(0.1, label_smoothing=0.1),
+    "alpha_po-negative": AlphaPO(2.0, 0.5, alpha=-0.5),
+    "budget-0": Budget(0.1, budget=0.0),
+    "sppo-soft": SPPO(0.1, labels="soft"),
+    "arpo-dpo": ARPO(DPO(0.1)),
 } | {f"gpo-{function}": GPO(0.1, function) for function in FUNCTIONS}
 OBJECTIVES = {name: objective for name, (objective, _) in DEFAULTS.items()} | VARIANTS
 every = pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in OBJECTIVES.items()])
@@ -257,18 +271,20 @@ def test_log_ratios_are_all_that_counts_where_there_is_a_reference(objective):
     x = inputs(objective)
     both = moved(x, policy_chosen_logps=-3.0, reference_chosen_logps=-3.0)
     unchanged = torch.allclose(objective(x).losses, objective(both).losses)
-    assert unchanged == (not isinstance(objective, MMPO) and not objective.nll_weight)
+    # MMPO is a likelihood, and alpha-DPO compares likelihoods; its reference is in the margin alone.
+    assert unchanged == (not isinstance(objective, MMPO | AlphaDPO) and not objective.nll_weight)
 
 
 # Only the difference of the two sides counts: a constant on both (a prompt's partition function) cancels. Not so in:
 SHIFT_SENSITIVE = {
     *("dpo-nll", "simpo", "simpo-nll", "ipo-means", "cpo", "cpo-chosen_token", "f_dpo", "f_dpo-forward"),
-    *("f_dpo-alpha", "cal_dpo", "lmpo"),
+    *("f_dpo-alpha", "cal_dpo", "lmpo", "sppo-soft", "apo_zero", "apo_down", "nca", "bco-none", "budget", "budget-0"),
+    *("dpop", "dpo_norm", "simper", "alpha_po", "alpha_po-negative", "alpha_dpo", "slic"),
     *("sppo", "orpo", "kto", "kto-own", "rrhf", *(name for name in OBJECTIVES if name.startswith("mmpo"))),
 }
 SHIFT_INVARIANT = {
     *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo"),
-    "simpo-sums",
+    *("simpo-sums", "r_dpo", "exo", "aot", "aot-smoothed", "aot_unpaired", "discopop"),
     *(f"gpo-{function}" for function in FUNCTIONS),
 }
 
@@ -313,7 +329,7 @@ def test_yaml_opens_with_its_command_and_lists_every_field(name):
     objective, node = DEFAULTS[name]
     assert config.read_text().startswith(f"# python -m prefopt.train objective={name}")
     assert set(node) - {"_target_"} == {f.name for f in dataclasses.fields(objective)}
-    assert objective.name in (name, f"{name}_dpo")
+    assert objective.name == (f"{name}_{objective.base.name}" if isinstance(objective, PlugIn) else name)
     assert objective.equation
     assert objective.paper
 
@@ -338,10 +354,52 @@ def test_an_objective_takes_no_key_of_another():
 def test_the_listing_names_everything():
     listed = {row[0]: row for row in rows()}
     assert set(listed) == set(DEFAULTS) == {config.stem for config in CONFIGS}
+    assert f"any of {len(listed)} objectives" in (ROOT / "README.md").read_text()
     assert listed["mappo"][2:5] == ("reference, rewards", "pair", "base=DPO")
     assert listed["madpo"][4].startswith("beta=0.1, c_max=2, c_min=null")
     assert listed["cpo"][4] == "beta=0.1, nll_weight=0.2, nll_per=pair"
-    assert markdown().count("\n") == len(listed) + 1
+    table = markdown().splitlines()[-len(listed) - 2 :]
+    assert table[0].startswith("| objective | loss per pair |")
+    assert [row.split("`")[1] for row in table[2:]] == [row[0] for row in rows()]
+
+
+def test_the_groups_answer_what_they_ask():
+    """Each objective is in some group with its phrase, in several where several questions lead to it."""
+    members = {group.heading: {listed.name for listed in found} for group, found in groups()}
+    assert set.union(*members.values()) == set(DEFAULTS)
+    assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
+    assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
+    assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
+    assert members["Online"] == {"mappo", "sppo"}
+    assert members["Not of preferences"] == {"sft", "reward"}
+    alone = members["DPO and its relatives"]
+    assert {"dpo", "dpop", "apo_zero", "mmpo"} <= alone
+    assert all(alone.isdisjoint(others) for heading, others in members.items() if others is not alone)
+    shipped = [o for o, _ in DEFAULTS.values() if type(o).__module__.startswith("prefopt.objectives.")]
+    assert not [o.name for o in shipped if len(o.summary) > 120]
+    assert "* `dpop`: DPO that does not let" in markdown()
+
+
+def test_one_objective_is_shown_in_full(monkeypatch, capsys):
+    def shown(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["prefopt.objectives", *arguments])
+        monkeypatch.setenv("COLUMNS", "80")
+        main()
+        return capsys.readouterr().out
+
+    text = shown("madpo")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "        c(h) = c_min" in text or "    c(h) = c_min" in text  # a formula keeps its line
+    assert "needs: reference, rewards" in text
+    assert "c_max: 2.0 # largest amplification" in text
+    assert "1e-06 for all weights, 1e-05 for an adapter" in text
+    listed = shown()
+    assert max(map(len, listed.splitlines())) <= 80
+    assert all(f" {name} " in listed for name in DEFAULTS)
+    with pytest.raises(SystemExit) as stop:
+        shown("dpopp")
+    assert stop.value.code == 2
+    assert "did you mean dpop?" in capsys.readouterr().err
 
 
 def test_exp_until_is_exp_then_its_tangent():

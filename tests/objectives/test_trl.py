@@ -181,7 +181,7 @@ def test_a_row_of_the_conversion_table(prefopt, trl, note):
 
 
 def test_every_row_is_read():
-    assert len(ROWS) == DOC.count("\n| `") == 18
+    assert len(ROWS) == DOC.count("\n| `") == 28
     assert {trl.partition("Trainer")[0] for _, trl, _ in ROWS} == {"DPO", "CPO", "ORPO", "KTO", "Reward"}
 
 

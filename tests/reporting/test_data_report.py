@@ -200,7 +200,7 @@ def test_what_is_learnt_is_summed_over_the_chunks_of_a_table(tmp_path, monkeypat
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "X"}]
     rows = [{"messages": [{"role": "user", "content": "Q" * i}, messages[1], *messages] * i} for i in range(1, 6)]
     file = write(tmp_path / "chats.jsonl", rows)
-    dataset = DatasetConfig("chats", str(file), format={"_target_": "prefopt.data.formats.Chats"})
+    dataset = DatasetConfig("chats", str(file), format={"_target_": "prefopt.data.formats.Chats"}, heldout_share=0.0)
     data = prepare_dataset(dataset, tiny_tokenizer(), Limits(60, 100), lambda split, rewards: None)["train"].pairs
     assert data.table["loss_mask"].num_chunks == 3
     assert learnt_counts(data.table).tolist() == [pair.num_loss_tokens for pair in data]

@@ -3,13 +3,14 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prefopt.errors import UserError
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import config_differences, settings_note
+from prefopt.reporting.differences import config_differences, continued_note, settings_note, sides_differ
 from prefopt.reporting.paired import paired_table
 from prefopt.reporting.summary import main_table, table_rows
 from prefopt.tracking.archive import read_records
@@ -39,6 +40,20 @@ def test_what_was_swept_alike_or_changes_no_number_is_no_difference(grid):
     assert settings_note([r for r in found if r["objective"] == "dpo"]) == ""
 
 
+def test_a_run_that_went_on_from_another_is_named_below_the_table(grid):
+    found = copy.deepcopy(read_records(grid[0]))
+    assert continued_note(found) == ""
+    a, b, c, *_ = found
+    a["continued_from"] = {"run": b["name"], "step": 2, "same_as_from_the_start": True}
+    c["continued_from"] = {"run": "elsewhere", "step": 4, "same_as_from_the_start": False}
+    note = (
+        f"Not independent runs: {a['name']} goes on from {b['name']} after step 2; {c['name']} goes on from elsewhere "
+        "after step 4, with another learning rate until there."
+    )
+    assert continued_note(found) == note
+    assert note in main_table(table_rows(found), found, ReportConfig("runs", "out")).notes
+
+
 def test_diff_shows_the_settings_of_both_in_eighty_columns(grid):
     found = read_records(grid[0])
     a, b = (r for r in found if r["objective"] == "dpo")
@@ -51,6 +66,38 @@ def test_diff_shows_the_settings_of_both_in_eighty_columns(grid):
     process = run_program(a["folder"], "nothing", program="diff")
     assert process.returncode == 2
     assert "nothing is no run's folder" in process.stderr
+
+
+def test_runs_that_differ_among_themselves_are_named_whatever_their_seed(grid):
+    """A method named by its objective may hold a seed with another setting; the first seed alone does not show it."""
+    a = copy.deepcopy(read_records(grid[0])[:1])[0]
+    runs = [json.loads(json.dumps(a)) for _ in range(4)]
+    for seed, run in enumerate(runs):
+        run["config"]["seed"] = seed % 2
+    assert sides_differ(runs[:2], runs[2:]) == "A and B differ in no setting but the seed."
+    runs[1]["config"]["optimizer"]["lr"] = 1e-4
+    assert sides_differ(runs[:2], runs[2:]) == "A and B differ in optimizer.lr: A 0.001 and 1e-4, B 0.001."
+    del runs[3]["config"]["sampling"]["top_p"]
+    assert "sampling.top_p: A 1, B 1 and –" in sides_differ(runs[:2], runs[2:])
+
+
+def test_the_held_out_pairs_are_paired_too(grid):
+    """Each run keeps its margins and log-probs; margins of one objective with two β are on two scales."""
+    found = read_records(grid[0])
+    table = paired_table(found, ReportConfig(str(grid[0]), "out", compare=["dpo β=0.05", "dpo β=0.5"]))
+    rows = {row["measure"]: row for row in table.rows}
+    assert "margin" not in rows
+    ends = [next(r for r in found if r["objective"] == "dpo" and r["config"]["objective"]["beta"] == b)
+            ["evaluations"][-1] for b in (0.05, 0.5)]  # fmt: skip
+    accuracy = rows["held-out accuracy"]
+    assert (accuracy["a"], accuracy["b"]) == pytest.approx(tuple(end["accuracy"] for end in ends))
+    logps = rows["log-prob, chosen less rejected (nats)"]
+    expected = tuple(end["chosen_logps"] - end["rejected_logps"] for end in ends)
+    assert (logps["a"], logps["b"]) == pytest.approx(expected, abs=1e-4)
+    assert accuracy["n"] == logps["n"] == ends[0]["n"]
+    for end, record in zip(ends, (r for r in found if r["objective"] == "dpo"), strict=True):
+        lines = (Path(record["folder"]) / "heldout" / f"step_{end['step']:07d}.jsonl").read_text().splitlines()
+        assert sum(json.loads(line)["margin"] for line in lines) / len(lines) == pytest.approx(end["margin"], abs=1e-5)
 
 
 def test_a_paired_difference_is_the_exact_test_of_signs():

@@ -29,10 +29,9 @@ from prefopt.reporting.evaluated import aggregate_seeds, metric_of, model_names,
 from prefopt.reporting.figures import draw_drift
 from prefopt.reporting.html import page
 from prefopt.reporting.mappo import academic_table, mappo
-from prefopt.reporting.mmpo import mmpo, peak_table
+from prefopt.reporting.mmpo import as_published, mmpo, peak_tables
 from prefopt.reporting.published import join_published, matches_published, published_points, read_csv
-from prefopt.reporting.style import COLORS, method_colors
-from prefopt.reporting.tables import Column, Tabular, latex_text
+from prefopt.reporting.tables import Column, Tabular
 from prefopt.tracking.archive import MACHINE_KEYS, read_records, write_archive
 from tests.helpers.tiny import ROOT, run_program
 
@@ -292,15 +291,16 @@ def test_of_equal_peaks_the_earliest_and_of_the_smallest_beta():
     assert found.epoch == 4
 
 
-def test_the_peak_tables_hold_ours_theirs_and_the_difference(grid):
-    one, two = (
-        peak_table(points(grid), PUBLISHED, by, {"accuracy", "win_rate"}, []) for by in ("accuracy", "win_rate")
+def test_the_peak_tables_hold_ours_and_where_the_metric_is_the_same_theirs_and_the_difference(grid):
+    both = {"accuracy", "win_rate"}
+    (one, _), (two, published) = (
+        peak_tables(points(grid), PUBLISHED, by, both, [], []) for by in ("accuracy", "win_rate")
     )
     theirs = {(r["method"], r["selected_by"]): r for r in read_csv(PUBLISHED, "mmpo_tables_1_2.csv")[::-1]
               if r["model"] == "smollm2-135m"}  # fmt: skip
     for table, selected in ((one, "peak_lm_accuracy"), (two, "peak_win_rate")):
-        assert len(table.rows) == 8  # four models of two methods, of which we have one model
-        row = next(r for r in table.rows if r["method"] == "mmpo")
+        assert [r["method"] for r in table.rows] == ["dpo", "mmpo"]
+        row = table.rows[1]
         paper = theirs["mmpo", selected]
         assert (row["model"], row["beta"], row["epoch"]) == ("SmolLM2-135M", 0.5, 5.0)
         assert (row["paper_accuracy"], row["paper_win_rate"]) == (paper["lm_accuracy"], paper["lc_win_rate"])
@@ -310,6 +310,23 @@ def test_the_peak_tables_hold_ours_theirs_and_the_difference(grid):
         "| SmolLM2-135M | mmpo | 0.5 | 5 | 1 | 61.00 ± 2.50 | 34.08 | +26.92 | 66.00 ± 1.50 | 68.09 | -2.09 |"
         in two.markdown()
     )
+    assert published.headings == ["model", "method", "lm accuracy", "lc win rate"]
+    ours, _ = peak_tables(points(grid), PUBLISHED, "win_rate", {"win_rate"}, [], [])
+    assert "paper: LM accuracy" not in ours.headings
+    assert "paper: win rate" in ours.headings
+    ours, _ = peak_tables(points(grid), PUBLISHED, "win_rate", set(), [], [])
+    assert not any("paper" in text or "Paper" in text for text in [*ours.headings, *ours.notes])
+
+
+def test_a_metric_is_the_papers_where_tasks_judges_and_length_control_are(grid):
+    """One judge alone is not the mean of two, nor are two tasks the paper's ten."""
+    for judges, same in (((GPT,), set()), ((GPT, HAIKU), {"win_rate"})):
+        for folder in grid.glob("[!s]*") if HAIKU in judges else ():
+            for step in (10, 20):
+                alpaca(folder, step, 50, HAIKU, lc=50)
+        records = read_records(grid)
+        found = read_evaluated(records, config(grid, grid))
+        assert as_published(metric_of(found), found) == same
 
 
 def test_the_published_values_arrive_unchanged():
@@ -325,10 +342,10 @@ def test_the_published_values_arrive_unchanged():
             and (r["length_normalized"], r["entropy"]) in (("no", "no"), ("no", ""))
         ]  # fmt: skip
         assert [(float(r["lc_win_rate"]), None) for r in own] == [point.win_rate]
-    table = peak_table([], PUBLISHED, "win_rate", set(), [])
+    (table,) = peak_tables([], PUBLISHED, "win_rate", set(), [], [])
     given = [r for r in read_csv(PUBLISHED, "mmpo_tables_1_2.csv") if r["selected_by"] == "peak_win_rate"]
-    assert [r["paper_win_rate"] for r in table.rows] == [r["lc_win_rate"] for r in given]
-    assert [line[6] for line in table.texts] == [r["lm_accuracy"] for r in given]
+    assert [r["lc_win_rate"] for r in table.rows] == [r["lc_win_rate"] for r in given]
+    assert [line[2] for line in table.texts] == [r["lm_accuracy"] for r in given]
 
 
 def test_the_spread_is_the_range_over_beta_at_the_last_shared_epoch(grid):
@@ -381,31 +398,6 @@ def test_the_sensitivity_is_over_what_was_varied(tmp_path):
     assert [v for v, *_ in sensitivity(read_records(tmp_path), "objective.beta")["dpo"]] == [0.1, 0.2, 0.3]
 
 
-def test_latex_has_a_tabular_with_escaped_cells_and_narrow_headings():
-    special = r"a_b & 5 % of $1 #2 {x} ~ ^ \n"
-    table = Tabular(
-        "t",
-        [Column("method", "method", text=True), Column("drift", "log-prob drift of β")],
-        [[special, "0.1 ± 2"], ["y", "–"]],
-        [{"a": 1}],
-        ["50 % of\nx_y."],
-        "A title",
-    )
-    lines = table.latex().splitlines()
-    comments = [line for line in lines if line.startswith("%")]
-    assert comments == ["% A title", "% 50 % of x_y."]
-    body = lines[len(comments) :]
-    assert body[:3] == [r"\begin{tabular}{lr}", r"\toprule", r"method & \shortstack[r]{log-prob\\drift of $\beta$} \\"]
-    assert body[-2:] == [r"\bottomrule", r"\end{tabular}"]
-    for line in body[3:-2]:
-        if not line.startswith(r"\m"):
-            bare = re.sub(r"\\\\$|\\[a-z]+\{\}|\\[&%$#_{}]|\$[^$]*\$", "", line)
-            assert bare.count("&") == 1
-            assert not re.search(r"[%$#_{}~^\\]", bare), bare
-    assert latex_text("-0.5 ± 0.1, mappo-7, 1e-05") == r"$-$0.5 $\pm$ 0.1, mappo-7, 1e-05"
-    assert latex_text(special).count("{") - latex_text(special).count("\\{") == 3  # of three commands
-
-
 def test_markdown_and_csv_have_every_row():
     table = Tabular(
         "t",
@@ -414,6 +406,9 @@ def test_markdown_and_csv_have_every_row():
         [{"x": 0.1, "y": None}, {"x": 2, "z": "q,r"}],
     )
     assert table.markdown().splitlines()[:3] == ["| method | x |", "| --- | ---: |", "| a\\|b | 1 |"]
+    titled = Tabular("t", table.columns, table.texts, table.rows, ["n 3."], "A <title>", ["Made."])
+    assert titled.markdown().splitlines()[::2][:2] == ["**A &lt;title&gt;**", "| method | x |"]
+    assert titled.markdown().splitlines()[-2:] == ["n 3.", "Made."]
     assert list(csv.reader(table.csv().splitlines())) == [["x", "y", "z"], ["0.1", "", ""], ["2", "", "q,r"]]
 
 
@@ -478,7 +473,27 @@ def test_mappo_shows_a_win_rate_only_where_all_seeds_have_one(tmp_path):
     assert (row["method"], row["seeds"], row["win_rate"]) == ("dpo", 2, 55)
     assert row["chosen"] == -30
     assert row["oracle_reward"] == pytest.approx(0.75)
-    assert table.rows[2]["paper_arena_hard"] == "45.5"
+    assert table.headings[4:6] == ["win rate, %", "oracle reward"]
+    tables = {table.name: table for table in mappo(read_records(runs), config(runs, tmp_path, paper="mappo"))[0]}
+    assert tables["mappo_table_2_published"].rows[0]["arena_hard"] == "45.5"
+
+
+def test_the_papers_win_rate_stands_beside_the_same_metric_alone(tmp_path):
+    runs = tmp_path / "runs"
+    folder = train(runs, "mappo_dpo")
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["model"] |= {"name": "Qwen2.5-7B-Instruct"}
+    write(folder / "record.json", record)
+    alpaca(folder, 20, 40, "weighted_alpaca_eval_gpt4_turbo", lc=41)
+    table = mappo(read_records(runs), config(runs, tmp_path, paper="mappo"))[0][0]
+    assert not any("paper" in heading for heading in table.headings)  # another baseline than AlpacaEval 2's
+    (file,) = (folder / "alpaca").glob("*/record.json")
+    result = json.loads(file.read_text())
+    result["baseline"]["name"] = "alpaca_eval_gpt4_baseline"
+    write(file, result)
+    table = mappo(read_records(runs), config(runs, tmp_path, paper="mappo"))[0][0]
+    assert table.headings[4:6] == ["length-controlled win rate, %", "paper: alpaca eval 2 lc"]
+    assert (table.rows[0]["win_rate"], table.rows[0]["paper"]) == (41, "38.24")
 
 
 def test_runs_without_evaluations_say_how_to_get_them(tmp_path):
@@ -487,20 +502,11 @@ def test_runs_without_evaluations_say_how_to_get_them(tmp_path):
         mmpo(read_records(tmp_path), config(tmp_path, tmp_path))
 
 
-def test_every_method_of_the_papers_has_its_own_color():
-    methods = ["mmpo", "dpo", "simpo", "ipo", "cpo", "madpo", "beta_dpo"]
-    assert sorted(method_colors(methods).values()) == sorted(COLORS)
-    assert method_colors(["dpo optimizer.lr=1", "mappo_dpo"]) == dict.fromkeys(
-        ["dpo optimizer.lr=1", "mappo_dpo"], method_colors(methods)["dpo"]
-    )
-    assert set(method_colors(["online-dpo", "online-mappo_dpo"]).values()) == {method_colors(methods)["dpo"]}
-    assert method_colors(["dpo", "sppo"])["sppo"] != method_colors(["dpo"])["dpo"]
-
-
 def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
     process = run_program("paper=mmpo", f"runs_dir={grid}", f"output={tmp_path / 'out'}", program="papers")
     assert process.returncode == 0, process.stderr
-    tables = ["mmpo_table_1", "mmpo_table_2", "mmpo_spread", "mmpo_policies"]
+    tables = ["mmpo_table_1", "mmpo_table_1_published", "mmpo_table_2", "mmpo_table_2_published", "mmpo_spread"]
+    tables += ["mmpo_spread_published", "mmpo_policies"]
     names = [f"{t}.{s}" for t in tables for s in ("md", "csv", "tex")]
     names += [f"{f}.{s}" for f in ("mmpo_paths", "mmpo_spread") for s in ("png", "svg", "pdf")]
     written = [*names, "mmpo.html", "records.jsonl"]
@@ -574,7 +580,7 @@ def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
         "metrics": {"exact_match,strict-match": {"value": 0.4, "stderr": 0.02}},
     }
     write(folder / "harness" / "initial-gsm8k.json", told)
-    table = academic_table(read_records(runs), PUBLISHED, [])
+    table = academic_table(read_records(runs), read_csv(PUBLISHED, "mappo_academic.csv"), [], [])
     ours = {row["method"]: row for row in table.rows if row["model"] == name}
     assert ours["it"]["gsm8k"] == pytest.approx(40)
     assert (ours["it"]["gsm8k_se"], ours["it"]["paper_gsm8k"]) == (pytest.approx(2), "73.4")
@@ -583,6 +589,7 @@ def test_the_academic_table_has_each_tasks_own_metric(tmp_path):
     assert mean["gsm8k_se"] == pytest.approx(math.hypot(10, 3))
     assert mean["paper_gsm8k"] == "79.5"
     assert mean["mmlu"] is None
+    assert table.headings == ["model", "method", "gsm8k", "paper"]  # of the others nothing was measured
     assert table.notes[0].endswith("exact_match, strict-match of gsm8k.")
 
 
@@ -597,10 +604,9 @@ def test_the_academic_table_has_the_tasks_too_that_the_paper_does_not(tmp_path):
     }
     metrics = {"acc": {"value": 0.6, "stderr": 0.07}}
     write(folder / "harness" / "final-piqa.json", told | {"metrics": metrics})
-    table = academic_table(read_records(tmp_path), PUBLISHED, [])
-    assert table.headings[-3:] == ["gsm8k", "paper", "piqa"]
-    assert table.texts[0][-1] == "60.0 ± 7.0"
-    assert table.texts[-1][-1] == "–"
+    table = academic_table(read_records(tmp_path), read_csv(PUBLISHED, "mappo_academic.csv"), [], [])
+    assert table.headings == ["model", "method", "piqa"]
+    assert table.texts == [["policy", "dpo β=0.1", "60.0 ± 7.0"]]
     assert table.notes[0].endswith("acc of piqa; of each task the first 50 rows.")
 
 
@@ -612,12 +618,13 @@ def test_madpo_has_its_table_by_quality_and_the_published_ones_alone(tmp_path):
     process = run_program("paper=madpo", f"runs_dir={runs}", f"output={tmp_path / 'a'}", program="papers")
     assert process.returncode == 0, process.stderr
     text = (tmp_path / "a" / "madpo_table_1.md").read_text()
-    assert "paper: high quality" in text
-    assert "| madpo β=0.1 c_max=4 | 0.700 (n 1) | 0.700 (n 1) | 2.23 | 2.23 | 1.95 |" in text
+    assert "paper" not in text.partition("Made by")[0]  # another oracle's rewards
+    assert "| madpo β=0.1 c_max=4 | 0.700 (n 1) | 0.700 (n 1) |" in text
+    assert "| madpo | 2.23 | 2.23 | 1.95 |" in (tmp_path / "a" / "madpo_table_1_published.md").read_text()
     assert "python -m prefopt.papers paper=madpo" in text
     assert (tmp_path / "a" / "madpo_sensitivity.svg").is_file()
     process = run_program("paper=madpo", f"output={tmp_path / 'b'}", program="papers")
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "b" / "madpo_table_1.csv").read_text().split() == (
+    assert (tmp_path / "b" / "madpo_table_1_published.csv").read_text().split() == (
         Path(PUBLISHED) / "madpo_table_1.csv"
     ).read_text().split()

@@ -49,7 +49,8 @@ def test_the_csv_holds_the_records_numbers(report):
 def test_the_markdown_says_where_it_comes_from(report):
     _, output, _ = report
     text = (output / "table.md").read_text()
-    assert text.count("\n| ") == 6
+    assert text.startswith("**The runs at their end**")
+    assert text.count("\n| ") == 7
     for part in ("python -m prefopt.report", "Machine: ", "Commit: ", "torch ", "± "):
         assert part in text
 
@@ -108,23 +109,26 @@ def test_reward_models_have_their_loss_and_calibration_and_no_columns_of_a_polic
     (tmp_path / "reward-0" / "record.json").write_text(json.dumps(record))
     found = read_records(tmp_path)
     table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
-    assert table.headings == ["objective", "held-out accuracy", "held-out loss", "calibration error", "run"]
+    assert table.headings == ["objective", "held-out accuracy ± s.e.", "held-out loss", "calibration error"]
     assert table.texts == [
-        ["initial policy (model)", "–", "0.693", "0.100", "–"],
-        ["reward", "0.66", "0.664", "0.100", "reward-0"],
+        ["initial policy (model)", "–", "0.693", "0.100"],
+        ["reward", "0.66 ± 0.06", "0.664", "0.100"],
     ]
-    assert table.notes[-1] == "Accuracy over 64 held-out pairs, with one training seed per run."
+    assert table.notes == [
+        "Accuracy over 64 held-out pairs, where a tie is not right. ± is one standard error over these. One training "
+        "seed per run."
+    ]
     # An initial policy of which nothing was measured is no row.
     found[0]["evaluations"] = [{k: v for k, v in e.items() if k in ("step", "accuracy", "n")} for e in ends]
     table = main_table(table_rows(found), found, ReportConfig(str(tmp_path), "out"))
     assert (table.headings, table.texts) == (
-        ["objective", "held-out accuracy", "run"],
-        [["reward", "0.66", "reward-0"]],
+        ["objective", "held-out accuracy ± s.e."],
+        [["reward", "0.66 ± 0.06"]],
     )
 
 
 def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):
-    """Runs that differ in their seed alone are one cell; the published figures stand beside."""
+    """Runs that differ in their seed alone are one cell."""
     runs, _ = grid
     template = records(runs)[0]
     rewards = {("dpo", 1): [0.5, 0.7, 0.9], ("dpo", 2): [0.6], ("beta_dpo", 1): [0.2, 0.4]}
@@ -136,7 +140,6 @@ def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):
             record["evaluations"][-1]["oracle_reward"] = value
             (tmp_path / record["name"]).mkdir()
             (tmp_path / record["name"] / "record.json").write_text(json.dumps(record))
-    (tmp_path / "published.csv").write_text("method,one,two\nbeta-dpo,1.67,1.84\ndpo,1.62,1.71\n")
     for row in over_seeds(read_records(tmp_path)):
         if row["method"] == "dpo β=0.1 steps=1":
             assert (row["n"], row["oracle_reward"]) == (3, pytest.approx(0.7))
@@ -147,28 +150,18 @@ def test_a_table_with_a_column_for_each_value_of_a_key(grid, tmp_path):
         else:
             assert (row["method"], row["n"]) == ("beta_dpo β=0.1", 2)
     command = [f"runs_dir={tmp_path}", f"output={tmp_path / 'out'}", "columns=steps"]
-    process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
+    process = run_program(*command, program="report", env={"COLUMNS": "80"})
     assert process.returncode == 0, process.stderr
+    assert max(map(len, process.stdout.partition(str(tmp_path))[0].splitlines())) <= 80
+    assert "0.700 ± 0.115 (n 3)" in process.stdout  # a number stays in one line
     assert "| dpo β=0.1 steps=1 | 3 | " in (tmp_path / "out" / "over_seeds.md").read_text()
-    (tmp_path / "published.csv").write_text("model,method,score\nbig,dpo+mappo,7\nbig,dpo,6\nbig,beta-dpo,5\n")
-    process = run_program(command[0], command[1], f"published={tmp_path / 'published.csv'}", program="report")
-    assert process.returncode == 0, process.stderr
-    text = (tmp_path / "out" / "over_seeds.md").read_text()
-    shown = {line.split("|")[1].split()[0]: line.split("|")[-2].strip() for line in text.splitlines()[2:5]}
-    assert shown == {"dpo": "6", "beta_dpo": "5"}
-    assert "are other metrics of another model" in text
-    (tmp_path / "published.csv").write_text("method,score\ndpo,1\ndpo,2\n")
-    process = run_program(command[0], command[1], f"published={tmp_path / 'published.csv'}", program="report")
-    assert process.returncode == 2
-    assert "one row for each" in process.stderr
-    (tmp_path / "published.csv").write_text("method,one,two\nbeta-dpo,1.67,1.84\ndpo,1.62,1.71\n")
-    process = run_program(*command, f"published={tmp_path / 'published.csv'}", program="report")
     lines = (tmp_path / "out" / "by_column.md").read_text().splitlines()
-    assert lines[0] == "| method | 1 | 2 | paper: one | paper: two |"
-    assert lines[2:4] == [
-        "| beta_dpo β=0.1 | 0.300 ± 0.100 (n 2) | – | 1.67 | 1.84 |",
-        "| dpo β=0.1 | 0.700 ± 0.115 (n 3) | 0.600 (n 1) | 1.62 | 1.71 |",
+    assert lines[:3] == ["**Final oracle reward by steps**", "", "| method | 1 | 2 |"]
+    assert lines[4:6] == [
+        "| beta_dpo β=0.1 | 0.300 ± 0.100 (n 2) | – |",
+        "| dpo β=0.1 | 0.700 ± 0.115 (n 3) | 0.600 (n 1) |",
     ]
+    assert f"output={tmp_path / 'out'} columns=steps`" in lines[-3]
     with (tmp_path / "out" / "by_column.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["method"], r["steps"]) for r in rows] == [

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from prefopt.reporting.figures import draw
-from prefopt.reporting.style import COLORS, METHOD_COLORS, method_marker
+from prefopt.reporting.style import COLORS, METHODS, method_color, method_marker
 from prefopt.tracking.archive import read_records
 from prefopt.utils.files import ROOT
 
@@ -41,8 +41,20 @@ def test_colors_are_told_apart(eye, parts, least):
 
 
 def test_methods_are_told_apart_without_color_too():
-    assert len({method_marker(method) for method in METHOD_COLORS}) == len(METHOD_COLORS)
+    assert len({method_marker(method) for method in METHODS[: len(COLORS)]}) == len(COLORS)
     assert method_marker("mappo_dpo", 1) != method_marker("dpo", 0) == method_marker("online-dpo β=0.1", 0)
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    """Whatever else is drawn: the color, and the marker of a method's first line, follow from its name alone."""
+    shipped = {file.stem for file in (ROOT / "conf" / "objective").glob("*.yaml")} - {"mappo"}
+    assert shipped == set(METHODS)
+    looks = {(method_color(method), method_marker(method)) for method in shipped}
+    assert len(looks) == len(shipped)
+    assert {method_color(method) for method in METHODS[: len(COLORS)]} == set(COLORS)
+    for other in ("dpo optimizer.lr=1e-05", "mappo_dpo", "online-dpo", "online-mappo_dpo β=2"):
+        assert method_color(other) == method_color("dpo") != method_color("mmpo")
+    assert (method_color("mine β=0.1"), method_marker("mine")) == ("#F5C440", "o")  # of a digest of its name
 
 
 @pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])

@@ -94,7 +94,13 @@ def test_step_0_of_dpo_is_log_2_with_zero_margin(tmp_path):
     assert metrics["lr"] == pytest.approx(1e-3)
 
 
-INDEPENDENT = {name: o for name, o, _ in objectives() if o.scope != "micro_batch"} | {
+# Of those with scope `pair` one of each kind: that such a loss is a function of its pair alone is tested beside them.
+KINDS = {
+    name if o.scope == "step" else (o.needs, o.completions, o.model_kind, o.normalize_by): (name, o)
+    for name, o, _ in objectives()
+    if o.scope != "micro_batch"
+}
+INDEPENDENT = dict(KINDS.values()) | {
     "mmpo-raw": MMPO(0.1, normalization="none", auxiliary_weight=0.5),
     "mmpo-step": MMPO(0.1, normalization="step", auxiliary_weight=0.5),
     "mmpo-step-entropy": MMPO(0.1, normalization="step", auxiliary_weight=0.5, entropy_bonus=True),

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,17 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
 import prefopt.generation.sampler
-from prefopt.config.parse import parse, register
+from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig
+from prefopt.data.formats import Format
 from prefopt.data.sources import read_rows, write_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.generation.responses import read_prompts
 from prefopt.models.load import load_reward_model
+from prefopt.objectives.base import Objective
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
-from prefopt.training.online import run_pending, split_prompts, stage_config
+from prefopt.training.online import run_pending, score_responses, split_prompts, stage_config
 from prefopt.utils import signals
 from tests.helpers.harm import empty, flip
 from tests.helpers.tiny import ROOT, run_program, save_tiny
@@ -111,11 +114,35 @@ def test_prompts_of_preference_pairs_are_what_their_conversations_share(tmp_path
         read_prompts(str(tmp_path / "texts.jsonl"), None)
 
 
+@pytest.mark.parametrize(
+    ("objective", "change", "key"),
+    [
+        ("dpo", [], "rewards"),
+        ("sppo objective.labels=soft", [], "rewards_01"),
+        ("sppo objective.labels=soft", ["dataset.format.win_rates=true"], "rewards"),  # the format makes rates of them
+    ],
+)
+def test_a_stage_trains_on_the_rewards_that_its_objective_wants(objective, change, key, tiny, tmp_path, monkeypatch):
+    scored = {"prompt": "Hi", "responses": ["a", "b"], "rewards": [2.0, -1.0], "rewards_01": [0.88, 0.27]}
+    monkeypatch.setattr("prefopt.rewards.rows.score_rows", lambda *_, **__: [scored])
+    found = config(tiny, tmp_path, f"objective={objective.split()[0]}", *objective.split()[1:], *change)
+    written = []
+    files = SimpleNamespace(write=lambda _, rows: written.extend(rows))
+    built = build(found.objective, Objective, "objective")
+    score_responses(found, built, None, tiny / "prompts.jsonl", tmp_path / "scored", files)  # type: ignore[arg-type]
+    (row,) = written
+    assert (row["rewards"], row["raw_rewards"]) == (scored[key], scored["rewards"])
+    pair = build(found.dataset.format, Format, "dataset.format")(row)
+    low, high = built.reward_range or (-2.0, 2.0)
+    assert low <= pair.rejected_reward < pair.chosen_reward <= high
+
+
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory) -> Path:
     """The runs folder of an undisturbed run, by the program."""
     runs = tmp_path_factory.mktemp("whole")
-    process = run_program(*command(tiny, runs), program="online", env={"PREFOPT_CACHE": str(tiny / "cache")})
+    cache = {"PREFOPT_CACHE": str(tiny / "cache")}
+    process = run_program(*command(tiny, runs), program="online", env=cache, curves=True)
     assert process.returncode == 0, process.stderr
     return runs
 
@@ -125,6 +152,8 @@ def test_each_stage_begins_where_the_one_before_has_left(whole):
     assert told["status"] == "finished"
     assert [stage["prompts"] for stage in told["stages"]] == [4, 4, 4]
     assert [row["step"] for row in told["evaluations"]] == [0, 2, 4, 6]
+    stages = [folder / stage["run"] for stage in told["stages"]]
+    assert all((place / "curves.png").is_file() for place in [folder, *stages])
     assert told["evaluations"][0]["chosen_logratio"] == 0
     weights = told["initial_weights"]
     seen = set()
@@ -354,6 +383,7 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, w
     assert len(names | {Run(asdict(base), "online-mappo_dpo", {"prompts": "b"}).name}) == 3
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):
     place = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     sweep = ["-m", *command(tiny, tmp_path / "runs", "objective=mappo,dpo"), "launcher.at_once=2", place]
@@ -365,6 +395,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
     mappo = found["online-mappo_dpo"]
     assert mappo["name"] == expected.name
     folder = tmp_path / "runs" / mappo["name"]
+    assert (folder / "curves.png").is_file()
     assert mappo["final_weights"] == alone["final_weights"] != found["online-dpo"]["final_weights"]
     # What is written down is what does it again, alone, and not that a launcher started it; in each stage too.
     stages = [json.loads((folder / stage["run"] / "record.json").read_text()) for stage in mappo["stages"]]

@@ -103,6 +103,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, lora, overrides, 
     assert_same(result(tmp_path / "parts"), result(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_the_job_and_is_heard(overrides, tmp_path):
     options = ["objective._target_=tests.helpers.faulty.Faulty", "+objective.fault=raise_in_second", "engine=zero2"]
     process = torchrun(2, *overrides(tmp_path / "runs"), *options, env={"PREFOPT_CACHE": str(tmp_path / "cache")})

@@ -112,6 +112,7 @@ def test_a_narrow_terminal_is_asked_for_its_width(monkeypatch):
     assert console().width == 77
 
 
+@pytest.mark.slow
 def test_the_dry_run_and_the_list_of_runs_fit(overrides, grid, tmp_path):
     runs, _ = grid
     dry = run_program(

@@ -55,6 +55,7 @@ def test_a_value_that_json_cannot_write_is_refused():
         fingerprint([object()])
 
 
+@pytest.mark.slow
 def test_an_edited_sampler_draws_anew_and_an_edited_collator_does_not_tokenize_again(overrides, tmp_path):
     copy, cache = tmp_path / "copy", tmp_path / "cache"
     for folder in ("prefopt", "conf", "sweeps"):

@@ -14,7 +14,10 @@ from prefopt.world.grammar import ASPECTS, P_MORE, Clause, draw, log_probability
 def clauses(family: str) -> list[Clause]:
     """Every clause of a family."""
     choices = itertools.product(
-        grammar.ASPECTS[family], (False, True), grammar.P_INTENSIFIER[True], itertools.chain(*grammar.ADJECTIVES.values())
+        grammar.ASPECTS[family],
+        (False, True),
+        grammar.P_INTENSIFIER[True],
+        itertools.chain(*grammar.ADJECTIVES.values()),
     )
     return [Clause(*choice) for choice in choices]
 

@@ -59,7 +59,7 @@ NOT = -0.5
 # The probabilities of the choices. What is not named is uniform: the words of a grade, the aspects that are left.
 P_POSITIVE = 0.5  # of the first adjective
 P_GRADE = {1: 0.5, 2: 0.3, 3: 0.2}  # of an adjective's grade without its sign
-# By whether the adjective is positive. From this difference, and because "and" is more frequent, a small model learns the
+# By whether the adjective is positive. From this difference, and because "and" is more frequent, a model learns the
 # adjectives' signs. From the rule of "and" and "but" alone it does not, in many hundred steps.
 P_NOT = {True: 0.25, False: 0.1}
 P_INTENSIFIER = {

@@ -23,7 +23,7 @@ train_best dpo,simpo,mmpo $lab/tuning +sweep=lab/mmpo "seed=$seeds"
 [[ -n $dry ]] && exit
 
 for experiment in tuning objectives mmpo; do
-    sweep harness "run=$(runs_in $lab/$experiment)" include=$lab/world/tasks tasks=[lab_choice,lab_likelihood] \
-        chat_template=true batch_size=128
+    prefopt harness "run=$lab/$experiment/*" include=$lab/world/tasks tasks=[lab_choice,lab_likelihood] \
+        chat_template=true batch_size=128 precision=float32
     prefopt report runs_dir=$lab/$experiment output=$results/$experiment
 done

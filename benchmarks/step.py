@@ -250,7 +250,7 @@ STAGES = {
     "data": ["prefopt.data.cache:prepare_dataset"],
     "model": ["prefopt.models.load:load_model"],
     "digest": ["prefopt.models.load:weights_digest"],
-    "probe": ["prefopt.models.layout_check:choose_layout"],
+    "probe": ["prefopt.models.layout_check:known_layout"],
     "reference": ["prefopt.models.reference:cached"],
     "evaluation": ["prefopt.training.evaluate:evaluate"],
     "step": ["prefopt.training.loop:train_step"],

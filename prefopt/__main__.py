@@ -9,7 +9,8 @@ from prefopt.cli.help import overview, show, wants_help
 from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
-    *("train", "online", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
+    *("train", "online", "chat", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
+    "claims",
     *("runs", "prefetch", "data_report", "lab", "objectives"),
 )
 

@@ -4,10 +4,15 @@
 
 FOLDER/job.json holds the resolved config, so nothing is composed again. Exit code 0 means finished, and 75 interrupted:
 saved, and to be started again. Any other means failed: the traceback is then on stderr and in record.json.
+
+`python -m prefopt.job --warm FOLDER` makes the imports of that job, and forks for every job that launcher=local asks
+for (prefopt/launch/warm.py).
 """
 
+import contextlib
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
+from prefopt.launch import warm
 from prefopt.reporting.run_curves import write_curves
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
 from prefopt.tracking.provenance import check_frozen_code
@@ -26,6 +32,32 @@ from prefopt.utils.console import configure_logging
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.redact import RedactingStream
 from prefopt.utils.signals import install_handlers
+
+# What a job imports when it runs, beyond this module: those of a run, and those of the other programs.
+RUN = """
+prefopt.training.build prefopt.training.export prefopt.training.loop prefopt.training.model_card prefopt.data.hub
+transformers.generation.utils transformers.models.llama.modeling_llama
+matplotlib.backends.backend_agg matplotlib.pyplot
+"""
+PROGRAMS = {
+    "train": "",
+    "online": "prefopt.training.online prefopt.generation.responses prefopt.generation.sampler prefopt.rewards.rows",
+    "harness": "prefopt.evaluation.harness lm_eval.evaluator lm_eval.models.huggingface lm_eval.tasks",
+    "alpaca": "prefopt.evaluation.alpaca prefopt.generation.responses prefopt.generation.sampler",
+}
+
+
+def warm_up(folder: Path) -> None:
+    """Import what the job in `folder` will import, and read once what its model is identified by. No tensor is made."""
+    frozen = read_json(folder / "job.json")
+    for module in f"{RUN} {PROGRAMS[frozen['program']]}".split():
+        with contextlib.suppress(ImportError):  # of a package that is not installed, or an extra: the job says so
+            import_module(module)
+    if frozen["program"] == "train":
+        from prefopt.training.setup import model_parts
+
+        with contextlib.suppress(Exception):  # the job says what is wrong
+            model_parts(parse(OmegaConf.create(frozen["config"]), TrainConfig))
 
 
 def run(folder: Path) -> None:
@@ -104,6 +136,12 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    is_warm = sys.argv[1] == warm.FLAG
+    if is_warm:
+        warm.serve(lambda: warm_up(Path(sys.argv[2])))  # goes on here in every fork, with the arguments of its job
     sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
     configure_logging()
-    sys.exit(exit_code(lambda: run(Path(sys.argv[1])), []))
+    code = exit_code(lambda: run(Path(sys.argv[1])), [])
+    if is_warm:
+        warm.leave(code)
+    sys.exit(code)

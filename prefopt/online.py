@@ -25,6 +25,7 @@ from prefopt.launch.sweep import Sweep
 from prefopt.reporting.run_curves import write_curves
 from prefopt.training.config import OnlineConfig, check_online
 from prefopt.training.online import prepare_online, run_pending
+from prefopt.training.publish import refuse_push_of_sweep
 
 
 def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher, folder: Path) -> SweepJob:
@@ -32,6 +33,7 @@ def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher,
     if config.launcher.get("gpus", 1) > 1 or config.launcher.get("nodes", 1) > 1:
         raise UserError("prefopt.online runs in one process: set launcher.gpus=1 and launcher.nodes=1.")
     check_online(config)
+    refuse_push_of_sweep(config.push_to_hub)
     configure_hardware(config, launcher)
     prepare_online(config)
     return SweepJob(point.overrides, label, config, config.model, folder)

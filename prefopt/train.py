@@ -19,12 +19,14 @@ from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.reporting.run_curves import write_curves
 from prefopt.training.config import TrainConfig, check, resolve
+from prefopt.training.publish import refuse_push_of_sweep
 from prefopt.training.setup import prepare_run, run
 
 
 def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, _: Path) -> SweepJob:
     """Raises UserError for a job that cannot be run, or MissingAssetError where only a model or data set is lacking."""
     check(config)
+    refuse_push_of_sweep(config.push_to_hub)
     configure_hardware(config, launcher)
     planned = prepare_run(config)
     if not planned.run.begun:  # decided now, for the job: what else is finished when it starts does not count

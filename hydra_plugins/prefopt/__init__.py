@@ -17,7 +17,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, open_dict
 
-from prefopt.cli.multirun import Point
+from prefopt.cli.multirun import Point, files_of_groups
+from prefopt.config.parse import drop_left_over_of_files
 from prefopt.utils.files import ROOT
 
 
@@ -65,6 +66,7 @@ class PointsSweeper(Sweeper):
             files = tuple(text for text in overrides if parsed(text) not in values)
             if files not in composed:
                 composed[files] = self.loader.load_sweep_config(self.config, list(files))
+                drop_left_over_of_files(composed[files], files_of_groups(composed[files].hydra))
                 with open_dict(composed[files]):
                     del composed[files]["hydra"]
             cfg = copy.deepcopy(composed[files])

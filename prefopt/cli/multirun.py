@@ -4,7 +4,9 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +20,19 @@ class Point:
 
 
 SWEEP_FOLDER = "hydra.sweep.dir="
+
+
+def files_of_groups(hydra: Any) -> dict[str, Any]:
+    """{group: the content of the file that was chosen of it}, of Hydra's section of a composed config."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    files = {}
+    for group, choice in hydra.runtime.choices.items():
+        if choice is None or "@" in group or group.startswith("hydra/"):
+            continue
+        file = loader.repository.load_config(f"{group}/{choice}")
+        if file is not None and OmegaConf.is_dict(file.config):
+            files[group] = OmegaConf.to_container(file.config, resolve=False)
+    return files
 
 
 def overrides() -> list[str]:

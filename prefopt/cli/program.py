@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 from prefopt.cli.help import show, wants_help
 from prefopt.cli.hints import refusal
 from prefopt.cli.hydra_guard import check_overrides, guarded
-from prefopt.cli.multirun import SWEEP_FOLDER, Point, overrides, sweep_folder
-from prefopt.config.parse import NO_KEYS, drop_left_over, register
+from prefopt.cli.multirun import SWEEP_FOLDER, Point, files_of_groups, overrides, sweep_folder
+from prefopt.config.parse import NO_KEYS, drop_left_over, drop_left_over_of_files, register
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils.console import configure_logging
 from prefopt.utils.distributed import is_main_process
@@ -189,6 +189,7 @@ class Task:
                 drop_left_over(point.cfg, point.overrides)
             self.points = composed
             return
+        drop_left_over_of_files(composed, files_of_groups(HydraConfig.get()))
         drop_left_over(composed, overrides())
         code = exit_code(lambda: self.job(composed), self.failures)
         self.code = max(self.code, code, key=(0, EXIT_CODE, 2, 1).index)  # from the best to the worst

@@ -126,16 +126,43 @@ def drop_left_over(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for key in named:
         place, _, last = key.rpartition(".")
         node: Any = OmegaConf.select(cfg, place) if place and last == "_target_" else None
-        if not OmegaConf.is_dict(node):
-            continue
-        try:
-            fields = {f.name for f in dataclasses.fields(get_class(node["_target_"]))}
-        except Exception:  # `build` says what is wrong with it
-            continue
+        if OmegaConf.is_dict(node):
+            with open_dict(node):
+                for name in keys_without_field(node):
+                    if not any(f"{other}.".startswith(f"{place}.{name}.") for other in named):
+                        del node[name]
+
+
+def drop_left_over_of_files(cfg: Any, groups: dict[str, Any]) -> None:
+    """The same where a sweep's file names the other class. `groups`: the content of the file of each group's choice.
+    What such a file says, and its class has no field for, goes; what the sweep's file says otherwise stays."""
+    for group, own in groups.items():
+        _drop_below(OmegaConf.select(cfg, group.replace("/", ".")), own)
+
+
+def _drop_below(node: Any, own: Any) -> None:
+    """`own` is what the node's own file has there."""
+    if not OmegaConf.is_dict(node) or not isinstance(own, dict):
+        return
+    values = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(values, dict)
+    if "_target_" in own and own["_target_"] != values.get("_target_"):
         with open_dict(node):
-            for name in set(node) - fields - {"_target_"}:
-                if not any(f"{other}.".startswith(f"{place}.{name}.") for other in named):
+            for name in keys_without_field(node):
+                if name in own and own[name] == values[name]:
                     del node[name]
+    for name in own.keys() & set(node):
+        if isinstance(own[name], dict):
+            _drop_below(node[name], own[name])
+
+
+def keys_without_field(node: Any) -> set[str]:
+    """The keys of a node that its class has no fields for. Empty for a class that cannot be imported: `build` says
+    what is wrong with it."""
+    try:
+        return set(node) - {f.name for f in dataclasses.fields(get_class(node["_target_"]))} - {"_target_"}
+    except Exception:  # whatever importing somebody's module raises
+        return set()
 
 
 def file_name_problems(names: dict[str, str]) -> list[str]:

@@ -1,12 +1,16 @@
 """The configuration nodes that several programs share, and what their fields may hold."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+ADAPTER_CONFIG = "adapter_config.json"
 Rules = Iterator[tuple[bool, str]]
 """(whether a rule holds, the message if it does not), the message led by the field's name."""
 
@@ -30,9 +34,16 @@ class Node:
 
 @dataclass
 class ModelConfig(Node):
+    """A model: what is at `path`, with the adapter in the folder `adapter` merged into it.
+
+    A `path` that is the folder of an adapter, such as a LoRA run's policy, is taken for the base that the adapter
+    names, and the adapter.
+    """
+
     name: str = MISSING
     path: str = MISSING
     revision: str | None = None
+    adapter: str | None = None
     tokenizer: str | None = None
     eos_token: str | None = None
     chat_template: str | None = None
@@ -49,19 +60,50 @@ class ModelConfig(Node):
         )
         yield self.router_aux_loss_coef >= 0, "router_aux_loss_coef must not be negative (0: none)"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter is not None or self.path == MISSING or not is_adapter(self.path):
+            return
+        folder = Path(self.path).expanduser()
+        try:
+            values = json.loads((folder / ADAPTER_CONFIG).read_text())
+            base, revision = values["base_model_name_or_path"], values.get("revision")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            base = revision = None
+        if not (base and isinstance(base, str) and isinstance(revision, str | None)):
+            raise ValueError(f"path={folder} is an adapter that names no base: give path=BASE and adapter={folder}")
+        self.path, self.revision, self.adapter = base, revision, str(folder)
+        if self.tokenizer is None and (folder / "tokenizer_config.json").is_file():
+            self.tokenizer = self.adapter
+
+    @property
+    def place(self) -> str:
+        """What tells it from other models of the same base: the adapter's folder, or else its path."""
+        return self.adapter or self.path
+
     def exported(self, path: str) -> "ModelConfig":
-        """The model in `path` that a run of this model has exported. Its tokenizer lies beside it, with the template
-        and the eos token that the run had."""
+        """The model in `path` that a run of this model has exported, whole or as an adapter of it. Its tokenizer lies
+        beside it, with the template and the eos token that the run had."""
+        alone = is_adapter(path)
         return dataclasses.replace(
             self,
-            path=path,
-            revision=None,
-            tokenizer=None,
+            path=self.path if alone else path,
+            adapter=path if alone else None,
+            revision=self.revision if alone else None,
+            tokenizer=path if alone else None,
             eos_token=None,
             chat_template=None,
             chat_template_kwargs={},
             resize_embeddings=False,
         )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a folder with an adapter, and no model beside it."""
+    folder = os.path.expanduser(path)  # noqa: PTH111  # what cannot be a path is none
+    if not os.path.isfile(f"{folder}/{ADAPTER_CONFIG}"):  # noqa: PTH113
+        return False
+    return not (Path(folder) / "config.json").is_file() and not any(Path(folder).glob("*.gguf"))
 
 
 @dataclass
@@ -142,7 +184,6 @@ class PeftConfig(Node):
     r: int = MISSING
     alpha: int = MISSING
     dropout: float = MISSING
-    path: str | None = None
     quantize: bool = MISSING
 
     def rules(self) -> Rules:
@@ -153,11 +194,6 @@ class PeftConfig(Node):
             not self.quantize or bool(self.target_modules),
             "quantize freezes the weights in 4 bits, and there is no adapter to train: add peft=lora_attention or "
             "peft=lora_attention_mlp",
-        )
-        yield (
-            not self.quantize or self.path is None,
-            "quantize and peft.path do not go together: merge the adapter into a checkpoint first (the policy/ of the "
-            "run that made it is one)",
         )
 
 

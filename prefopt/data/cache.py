@@ -269,6 +269,7 @@ def write_split(
         raise UserError(
             f"nothing is left of the {name} split (dropped: {reasons}). Raise max_prompt_tokens={limits.prompt} where "
             "prompts are too long; what is done about another defect is set by dataset.policies.DEFECT."
+            + (" To hold out nothing set dataset.heldout_share=0." if name == "heldout" else "")
         )
     counts = {
         "items": counted.total(),

@@ -100,7 +100,7 @@ def evaluation_key(config: HarnessConfig, checkpoint: Checkpoint, how: dict[str,
     model = checkpoint.model
     identity = how | {"files": local_files(model), "template": template_keys(model) if config.chat_template else None}
     if config.output is not None:  # several models of one name may have their records in this folder
-        identity |= {"path": model.path, "revision": model.revision, "tokenizer": model.tokenizer}
+        identity |= {"path": model.place, "revision": model.revision, "tokenizer": model.tokenizer}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -26,15 +26,14 @@ def load(checkpoint: Checkpoint, config: HarnessConfig) -> "HFLM":
     from prefopt.models.generation_config import stop_tokens
     from prefopt.models.load import checkpoint_path
     from prefopt.models.safe_weights import check_weights, no_pickles
+    from prefopt.models.whole import whole_model
 
-    model = checkpoint.model
-    path = checkpoint_path(model)
-    check_weights(path, model.revision)
-    with no_pickles(path):
+    with whole_model(checkpoint.model) as model, no_pickles(path := checkpoint_path(model)):
+        check_weights(path, model.revision)
         lm = HFLM(
             pretrained=path,
             revision=model.revision or "main",
-            tokenizer=tokenizer_of(model, config),
+            tokenizer=tokenizer_of(checkpoint.model, config),
             dtype=config.precision,
             device=config.device,
             batch_size=config.batch_size,

@@ -9,13 +9,9 @@ from prefopt.tracking.record import record_of
 def initial_model(run: str) -> ModelConfig:
     """The model that the run in this folder began from.
 
-    Raises UserError where it is no model that can be loaded by itself, and where its files have changed since.
+    Raises UserError where its files have changed since.
     """
     record = record_of(run)
-    if (record["config"].get("peft") or {}).get("path"):
-        raise UserError(
-            f"run={run} began from a model with an adapter (peft.path). Merge the two into a folder, and evaluate that."
-        )
     model, recorded = ModelConfig(**record["config"]["model"]), record.get("model", {})
     changed = [part for part, value in model_files(model).items() if recorded.get(f"its {part}", value) != value]
     if changed:
@@ -28,9 +24,11 @@ def initial_model(run: str) -> ModelConfig:
 
 def initial_weights(run: str) -> str | None:
     """The digest of the float32 weights of `initial_model`, as the run recorded it. None where the run began from
-    others: rounded to 4 bits, or with the head of a reward model."""
+    others: rounded to 4 bits, or with the head of a reward model; or from an adapter, whose sum with the weights is not
+    the same to the last bit on all machines."""
     record = record_of(run)
     config = record["config"]
-    if (config.get("peft") or {}).get("quantize") or config["objective"].get("_target_", "").endswith(".Reward"):
+    quantized, adapter = (config.get("peft") or {}).get("quantize"), config["model"].get("adapter")
+    if quantized or adapter or config["objective"].get("_target_", "").endswith(".Reward"):
         return None
     return record.get("initial_weights")

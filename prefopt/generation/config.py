@@ -26,6 +26,19 @@ class SampleConfig:
     device: str = MISSING
 
 
+@dataclass
+class ChatConfig:
+    """The keys of `python -m prefopt.chat`. conf/chat.yaml has their defaults and explains them."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    run: str | None = None
+    system: str | None = None
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
 def check_sample(config: SampleConfig) -> None:
     """Raise one UserError with everything that is wrong in the configuration."""
     problems = hardware_problems(config) + sampler_problems(config.samples_per_prompt, config.backend)

@@ -17,13 +17,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.items import Message
 from prefopt.data.tokenize import encode_prompt
+from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
+from prefopt.utils.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +131,38 @@ def sample(
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
 
 
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    sampling: SamplingConfig,
+    streamer: BaseStreamer,
+) -> Sample:
+    """One answer to a conversation, which `streamer` gets token by token. Drawn from torch's random stream.
+
+    Raises UserError where the conversation fills what the model reads.
+    """
+    ids, stops = encode_prompt(tokenizer, messages), stop_tokens(tokenizer, model.config, model.generation_config)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = longest - len(ids) if longest else sampling.max_new_tokens
+    if room <= 0:
+        raise UserError(f"the conversation has {len(ids)} tokens, and the model reads {longest}: begin another one.")
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        **(drawn if sampling.temperature else {"do_sample": False}),
+    )
+    prompt = torch.tensor([ids], device=model.device)
+    with without_own_generation_config(model):
+        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=streamer
+        )
+    return as_sample(tokenizer, ids, output[0, len(ids) :].tolist(), stops)
+
+
 def as_sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], stops: list[int]) -> Sample:
     """The response in `tokens`, which ends at the first stop token."""
     end = next((i for i, token in enumerate(tokens) if token in stops), None)
@@ -198,13 +233,15 @@ def vllm_sampler(
     from prefopt.models.fingerprint import model_files
     from prefopt.models.load import checkpoint_path, stopping_configs
     from prefopt.models.safe_weights import check_weights
+    from prefopt.models.whole import whole_model
 
-    path = checkpoint_path(config)
-    check_weights(path, config.revision)
-    # generation_config="vllm": without the sampling settings, and the limit of a response, that come with the model.
-    llm = LLM(
-        model=path, revision=config.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
-    )
+    with whole_model(config) as whole:
+        path = checkpoint_path(whole)
+        check_weights(path, whole.revision)
+        # generation_config="vllm": without the sampling settings, and the limit of a response, that come with a model.
+        llm = LLM(
+            model=path, revision=whole.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
+        )
     stops = stop_tokens(tokenizer, *stopping_configs(config))
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
@@ -229,8 +266,9 @@ def vllm_sampler(
         ]
 
     files = model_files(config)  # complete, since vLLM has read them
-    weights = files.get("weights", f"{path}@{config.revision}")
-    return sampler, weights, [path, config.revision, files, stops, version("vllm")]
+    weights = files.get("weights", f"{config.path}@{config.revision}")
+    weights = fingerprint([weights, files["adapter"]]) if config.adapter else weights
+    return sampler, weights, [checkpoint_path(config), config.revision, files, stops, version("vllm")]
 
 
 def _seed(seed: int, prompt: list[int], k: int) -> int:

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from prefopt.config.hardware import resolve_hardware
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.snapshot import python_environment
+from prefopt.launch.warm import JobStarter
 from prefopt.tracking.record import give_up
 from prefopt.tracking.status import inspect_runs
 from prefopt.training.config import TrainConfig
@@ -48,12 +47,14 @@ class Local(Launcher):
             env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(slots))))
         waiting, running = deque(jobs), list[LocalProcess]()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        starter = JobStarter(env, like=jobs[0].folder if len(jobs) > 1 else None)
         try:
+            starter.wait()
             while waiting or running:
                 while waiting and len(running) < len(slots):
                     slot = min(set(slots) - {child.slot for child in running})
                     gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-                    running.append(LocalProcess(waiting.popleft(), slot, env | gpu, alone=len(slots) == 1))
+                    running.append(LocalProcess(waiting.popleft(), slot, starter, gpu, alone=len(slots) == 1))
                 running = [child for child in running if not child.ended()]
                 time.sleep(0.05)
         except KeyboardInterrupt:
@@ -62,6 +63,8 @@ class Local(Launcher):
                 give_up(job.folder, (os.getpid(),), status="interrupted", error=error)
             self._stop(running)
             raise
+        finally:
+            starter.close()
 
     def _stop(self, running: "list[LocalProcess]") -> None:
         echo("stopping: the jobs save after their current step. Again to kill them.")
@@ -84,22 +87,15 @@ class LocalProcess:
     launcher that is killed.
     """
 
-    def __init__(self, job: SweepJob, slot: int, env: dict[str, str], alone: bool):
+    def __init__(self, job: SweepJob, slot: int, starter: JobStarter, gpu: dict[str, str], alone: bool):
         self.job, self.slot = job, slot
         self.prefix = "" if alone else f"{job.id} "
         echo(f"{job.id}: {job.label}")
         log = job.folder / "log.txt"
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "prefopt.job", str(job.folder)],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            self.log = log.open(errors="replace")
-            self.log.seek(file.tell())  # what earlier attempts have written is not shown again
+        log.touch()
+        self.log = log.open(errors="replace")
+        self.log.seek(0, os.SEEK_END)  # what earlier attempts have written is not shown again
+        self.process = starter.start(job.folder, gpu)
 
     def ended(self) -> bool:
         """Show what is new in the log; whether the process has ended. Its record then says how, also after a kill."""

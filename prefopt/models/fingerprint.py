@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from prefopt.config.schema import ModelConfig
+from prefopt.config.schema import ADAPTER_CONFIG, ModelConfig
 from prefopt.data.sources import cached_commit, digest
 from prefopt.utils.files import resolve_path
 from prefopt.utils.fingerprint import fingerprint
@@ -28,11 +28,12 @@ TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("tekken.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
 )
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
 CHANGES_NO_NUMBER = ("_name_or_path", "transformers_version")  # in config.json
 
 
 def model_files(config: ModelConfig) -> dict[str, str]:
-    """Digests of the files of a model, by what they hold: "weights", "config", "tokenizer and template".
+    """Digests of the files of a model, by what they hold: "weights", "config", "adapter", "tokenizer and template".
 
     Files in the hub's cache are known by the names that the hub gave their contents, and are not read. What is not on
     this machine is left out.
@@ -43,6 +44,7 @@ def model_files(config: ModelConfig) -> dict[str, str]:
         parts: dict[str, Any] = {"weights": [file_digest(place)], "config": None}
     else:
         parts = {"weights": digests(place, WEIGHTS), "config": read_configs(place)}
+    parts["adapter"] = digests(Path(config.adapter), ADAPTER_FILES) if config.adapter else None
     parts["tokenizer and template"] = digests(other, TOKENIZER)
     if config.chat_template and (template := resolve_path(config.chat_template)).is_file():
         parts["tokenizer and template"].append(file_digest(template))
@@ -50,14 +52,10 @@ def model_files(config: ModelConfig) -> dict[str, str]:
 
 
 def local_files(config: ModelConfig) -> dict[str, str]:
-    """`model_files` of a model in a folder or GGUF file; {} for a name on the hub. For the name of a record, which must
-    be the same before and after the first download."""
-    return model_files(config) if resolve_path(config.path).exists() else {}
-
-
-def adapter_files(folder: str) -> dict[str, str]:
-    """The same of an adapter that peft has saved."""
-    return {"adapter": fingerprint(digests(Path(folder), ("adapter_config.json", "adapter_model.safetensors")))}
+    """`model_files` of a model in a folder or GGUF file; of a name on the hub, those of its adapter alone. For the name
+    of a record, which must be the same before and after the first download."""
+    is_local = resolve_path(config.path).exists()
+    return {part: value for part, value in model_files(config).items() if is_local or part == "adapter"}
 
 
 def files_of(path: str, revision: str | None) -> Path:

@@ -1,6 +1,5 @@
 """A GGUF file as a plain float32 checkpoint."""
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from prefopt.data.sources import digest
 from prefopt.errors import UserError
 from prefopt.models.safe_weights import load_pretrained, no_pickles
 from prefopt.utils.files import cache_dir
@@ -19,8 +19,7 @@ log = logging.getLogger(__name__)
 def convert_gguf(gguf: Path) -> Path:
     """The folder of a float32 checkpoint with the weights and the tokenizer of a GGUF file. It is made once, in the
     user's cache folder. Raises UserError for a file that cannot be read."""
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
-    target = cache_dir() / "models" / f"{gguf.stem}-{digest}"
+    target = cache_dir() / "models" / f"{gguf.stem}-{digest(str(gguf))[:16]}"
     return opened(target, f"the conversion of {gguf.name}", lambda folder: _convert(gguf, folder))
 
 

@@ -9,12 +9,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+import prefopt.data.collate
 from prefopt.data.collate import LAYOUTS, Group, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
+from prefopt.models import chunked_logprobs, logprobs, packed_attention
+from prefopt.models.fingerprint import loaded_model
 from prefopt.models.logprobs import autocast, backbone, completion_logps, last_hidden_states, logit_cap
 from prefopt.models.packed_attention import enable_packed_attention
+from prefopt.tracking.record import find_result, write_result
+from prefopt.utils.files import cache_dir
+from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.memory import is_out_of_memory
+from prefopt.utils.tensor_store import hash_tokens
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +31,41 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 LARGE_LOGITS = 100.0
 
 
-@torch.no_grad()
+def known_layout(
+    name: str, model: PreTrainedModel, weights: str, pairs: Sequence[TokenizedPair], precision: str
+) -> Layout:
+    """`choose_layout`, or what it has found on this kind of processor for the same row, model and code, which all runs
+    of a sweep have. It is kept in the user's cache folder. `weights`: the digest of the model's weights."""
+    pair = longest(pairs)
+    processor = torch.backends.cpu.get_cpu_capability()
+    if model.device.type == "cuda":
+        processor = torch.cuda.get_device_name(model.device)
+    row = hash_tokens(pair.prompt, pair.chosen, pair.rejected).hex()
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    kernels = [processor, model.config._attn_implementation, compiled]
+    decides = [*loaded_model(model, weights), name, precision, kernels, row]
+    code = [choose_layout, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate]
+    file = cache_dir() / "layout" / f"{fingerprint(decides, *code)[:24]}.json"
+    if found := find_result(file):
+        layout, reason = LAYOUTS[found["layout"]], found["reason"]
+        if layout.name == "packed":
+            enable_packed_attention(model)
+    else:
+        layout, reason = check_layouts(name, model, pair, precision)
+        write_result(file, {"layout": layout.name, "reason": reason})
+    say_reason(layout, model, reason)
+    return layout
+
+
+def longest(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
+    return max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
+
+
+def say_reason(layout: Layout, model: PreTrainedModel, reason: str) -> None:
+    if reason:
+        log.info(f"  layout: {layout.name}, because {model.config.model_type} {reason}")
+
+
 def choose_layout(
     name: str, model: PreTrainedModel, pairs: Sequence[TokenizedPair], precision: str = "float32"
 ) -> Layout:
@@ -39,9 +80,16 @@ def choose_layout(
 
     Raises UserError if not even padded rows give those numbers, and for a model that is not causal.
     """
+    layout, reason = check_layouts(name, model, longest(pairs), precision)
+    say_reason(layout, model, reason)
+    return layout
+
+
+@torch.no_grad()
+def check_layouts(name: str, model: PreTrainedModel, pair: TokenizedPair, precision: str) -> tuple[Layout, str]:
+    """The layout that `choose_layout` describes, by its numbers for `pair`; why it is another than `name`, or ""."""
     if model.device.type == "cpu" and not getattr(model, "is_quantized", False):
         precision = "float32"
-    pair = max(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
     group = Group(pair.prompt, [c for c in (pair.chosen, pair.rejected) if c])
     original = model.config._attn_implementation
     names = list(LAYOUTS)  # from the fastest to the one that works with every model
@@ -73,9 +121,7 @@ def choose_layout(
                 lengths = numbers.new_tensor([len(c) for c in group.completions])
                 difference = ((numbers - expected).abs() / lengths).max()
                 if difference <= TOLERANCE[precision]:
-                    if reason:
-                        log.info(f"  layout: {candidate}, because {model.config.model_type} {reason}")
-                    return LAYOUTS[candidate]
+                    return LAYOUTS[candidate], reason
                 reason = f"gives other log-probs in a {candidate} row (by {difference.item():.2g} nats per token)"
             # What the code of an architecture raises for a mask or an argument that it does not know.
             except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, ImportError) as error:

@@ -28,6 +28,7 @@ from prefopt.data.rendering import check_chat_template
 from prefopt.errors import UserError
 from prefopt.models.generation_config import named_stops
 from prefopt.models.gguf import convert_gguf
+from prefopt.models.lora import merge_adapter
 from prefopt.models.safe_weights import load_pretrained, no_pickles, refuse_adapter
 from prefopt.utils.files import resolve_path
 
@@ -138,12 +139,13 @@ def resize_embeddings(model: PreTrainedModel, tokens: int) -> None:
 
 
 def load_model(config: ModelConfig, device: str, quantize: str | None = None) -> PreTrainedModel:
-    """A causal language model on `device`: float32 weights, in evaluation mode, with every dropout probability at 0.
+    """A causal language model on `device`: float32 weights, in evaluation mode, with every dropout probability at 0 and
+    its adapter merged.
 
     `quantize`: a precision. The weights of the linear layers, except the head, are then stored in 4 bits (NF4, with
     quantized scales; Dettmers et al. 2023, arXiv 2305.14314), and products are computed in that precision.
 
-    Raises UserError for a model that cannot be found, or whose checkpoint lacks weights.
+    Raises UserError for a model that cannot be found, whose checkpoint lacks weights, or that its adapter does not fit.
     """
     changes: dict[str, Any] = {}
     if quantize:
@@ -162,7 +164,7 @@ def load_model(config: ModelConfig, device: str, quantize: str | None = None) ->
             f"the checkpoint {config.path} lacks {len(lacking)} of its model's weights, or has them in another shape: "
             f"{', '.join(lacking[:3])}. They would be random; get the checkpoint again."
         )
-    return finalize(fit_tokenizer(model, config), device)
+    return _with_adapter(finalize(fit_tokenizer(model, config), device), config)
 
 
 def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
@@ -185,7 +187,7 @@ def load_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
     terminators = values.eos_token_id if isinstance(values.eos_token_id, list) else [values.eos_token_id]
     if values.pad_token_id in terminators:
         values.pad_token_id = None
-    return finalize(fit_tokenizer(model, config), device)
+    return _with_adapter(finalize(fit_tokenizer(model, config), device), config)
 
 
 def fit_tokenizer(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
@@ -195,8 +197,16 @@ def fit_tokenizer(model: PreTrainedModel, config: ModelConfig) -> PreTrainedMode
     return model
 
 
+def _with_adapter(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """`model` with its adapter merged (in place). A model without values stays as it is: merging changes no shape."""
+    if config.adapter and model.device.type != "meta":
+        merge_adapter(model, config.adapter)
+    return model
+
+
 def load_trained_reward_model(config: ModelConfig, device: str) -> PreTrainedModel:
     """A model with a trained head `score` of one output. Raises UserError for any other model."""
+    _refuse_adapter_of(config)
     model, lacking = _from_pretrained(AutoModelForSequenceClassification, config)
     head = getattr(model, "score", None)
     if lacking or not isinstance(head, torch.nn.Linear) or head.out_features != 1:
@@ -213,10 +223,19 @@ def load_custom_reward_model(config: ModelConfig, device: str) -> PreTrainedMode
 
     Raises UserError for a model that cannot be found, or whose checkpoint lacks weights.
     """
+    _refuse_adapter_of(config)
     model, lacking = _from_pretrained(AutoModelForSequenceClassification, config, trust_remote_code=True)
     if lacking:
         raise UserError(f"the checkpoint {config.path} lacks {', '.join(lacking[:3])}, which would be random.")
     return finalize(model, device)
+
+
+def _refuse_adapter_of(config: ModelConfig) -> None:
+    if config.adapter:
+        raise UserError(
+            f"{config.adapter} is an adapter, not a reward model: merge the two with peft (merge_and_unload), and give "
+            "that folder."
+        )
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, **changes: Any) -> tuple[PreTrainedModel, list[str]]:

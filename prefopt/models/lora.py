@@ -47,21 +47,21 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
         # Otherwise peft takes the class of that task, which asks for a model of that task: an adapter of a language
         # model is a start for a reward model, too.
         config.task_type = None
-        with no_pickles(f"peft.path={path}"), warnings.catch_warnings():
+        with no_pickles(f"model.adapter={path}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors, which are refused below, and of tied weights
             peft_model = PeftModel.from_pretrained(model, path, config=config)
         problems = differing_tensors(peft_model, path)
     except Exception as error:  # peft raises anything for an adapter that does not fit
         raise UserError(
-            f"peft.path={path} cannot be loaded into the model: {reason_of(error)}. {ADAPTER_ADVICE}"
+            f"model.adapter={path} cannot be loaded into the model: {reason_of(error)}. {ADAPTER_ADVICE}"
         ) from None
     if problems:
-        raise UserError(f"peft.path={path} does not fit the model: {'; '.join(problems)}. {ADAPTER_ADVICE}")
+        raise UserError(f"model.adapter={path} does not fit the model: {'; '.join(problems)}. {ADAPTER_ADVICE}")
 
     if not hasattr(peft_model.base_model, "merge_and_unload"):
         raise UserError(
-            f"peft.path={path} is a {config.peft_type.value} adapter, which cannot be merged into weights. Give one of "
-            "another kind, LoRA for example."
+            f"model.adapter={path} is a {config.peft_type.value} adapter, which cannot be merged into weights. Give "
+            "one of another kind, LoRA for example."
         )
     note_tied_embeddings(model)
     try:
@@ -69,7 +69,7 @@ def merge_adapter(model: PreTrainedModel, path: str) -> None:
             warnings.simplefilter("ignore")
             merged = peft_model.merge_and_unload()
     except Exception as error:  # a layer of a kind that peft cannot merge
-        raise UserError(f"peft.path={path} cannot be merged into the weights: {reason_of(error)}") from None
+        raise UserError(f"model.adapter={path} cannot be merged into the weights: {reason_of(error)}") from None
     assert merged is model
     # An optimizer on weights that became bfloat16 would lose small updates.
     changed = [name for name, p in model.named_parameters() if dtypes.get(name, torch.float32) != p.dtype]
@@ -116,7 +116,7 @@ def note_tied_embeddings(model: PreTrainedModel) -> None:
     embeddings, head = (cast(Any, x.get_base_layer() if isinstance(x, BaseTunerLayer) else x) for x in layers)
     if head is not None and head.weight is embeddings.weight:
         log.warning(
-            "  peft.path: the adapter lies on embeddings or head, which are one matrix in this model. Merged, as peft "
+            "  model.adapter: it lies on embeddings or head, which are one matrix in this model. Merged, as peft "
             "merges it, it changes both; the model is another than that of the adapter by itself."
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
+from prefopt.config.schema import ADAPTER_CONFIG
 from prefopt.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -52,31 +53,32 @@ def check_weights(path: str, revision: str | None = None) -> None:
 
 def refuse_adapter(path: str, revision: str | None = None, key: str = "model.path") -> None:
     """Raise UserError for a model, a folder or a name on the hub, that holds an adapter: transformers would put it into
-    the model as it is. `key`: the user's, for the message."""
-    if _text(path, revision, "adapter_config.json") is None:
+    the model as it is. `key`: the user's, for the message. (The folder of an adapter alone is no `path` of a
+    ModelConfig.)"""
+    if _text(path, revision, ADAPTER_CONFIG) is None:
         return
     if _text(path, revision, "config.json") is not None or any(Path(path).glob("*.gguf")):
         raise UserError(
             f"{key}={path} holds an adapter beside a model. Move adapter_config.json and its weights into a folder of "
-            "their own; to train from both, give that as peft.path."
+            "their own; for both together, give that as model.adapter."
         )
-    told = _json(path, revision, "adapter_config.json")
+    told = _json(path, revision, ADAPTER_CONFIG)
     base = (isinstance(told, dict) and told.get("base_model_name_or_path")) or "BASE"
-    advice = f"To train from it, give peft.path={path} model.path={base}"
-    if key != "model.path":
-        advice = "Merge it first: the policy/ folder of a run with peft.path is such a model"
-    raise UserError(f"{key}={path} is an adapter of {base}, not a model. {advice}.")
+    raise UserError(
+        f"{key}={path} is an adapter of {base}, not a model. Download it into a folder, and give the folder; or give "
+        f"model.adapter=FOLDER model.path={base}."
+    )
 
 
 def check_adapter(path: str) -> None:
     """Raise UserError for a folder whose adapter has no safetensors."""
     folder = Path(path)
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"peft.path={path} is no adapter: it holds no adapter_config.json.")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"model.adapter={path} is no adapter: it holds no {ADAPTER_CONFIG}.")
     if not (folder / ADAPTER).is_file():
         raise UserError(
-            f"peft.path={path} holds no {ADAPTER}; adapter_model.bin would be a pickle, which could run any code and "
-            "is not read. Save the adapter again with peft 0.7 or later."
+            f"model.adapter={path} holds no {ADAPTER}; adapter_model.bin would be a pickle, which could run any code "
+            "and is not read. Save the adapter again with peft 0.7 or later."
         )
 
 

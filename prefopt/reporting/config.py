@@ -42,6 +42,15 @@ class CompareConfig(AlpacaConfig):
 
 
 @dataclass
+class ClaimsConfig:
+    """What `python -m prefopt.claims` reads (conf/claims.yaml)."""
+
+    scales: dict[str, str | None] = field(default_factory=dict)
+    published: str = MISSING
+    output: str = MISSING
+
+
+@dataclass
 class DataReportConfig:
     """What `python -m prefopt.data_report` reads (conf/data_report.yaml)."""
 

@@ -25,7 +25,7 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        return self.model.path
+        return self.model.place
 
 
 def runs_of(pattern: str) -> list[str]:

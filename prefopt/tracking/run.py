@@ -22,7 +22,7 @@ from prefopt.utils.fingerprint import fingerprint
 # number of processes does, so that a run that ran out of memory goes on with less.
 VOLATILE = (
     *("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm", "nonfinite"),
-    *("keep_checkpoint", "resume"),
+    *("keep_checkpoint", "resume", "push_to_hub"),
     *("micro_batch_tokens", "gradient_checkpointing"),
 )
 

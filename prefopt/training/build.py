@@ -27,7 +27,6 @@ from prefopt.models.lora import (
     checkpoint_activations,
     freeze_unreached,
     leaf_name,
-    merge_adapter,
 )
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
@@ -124,8 +123,6 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
     if config.compile:
         load.compile_layers(policy)
     load.check_vocabulary(policy, tokenizer)
-    if config.peft.path:
-        merge_adapter(policy, config.peft.path)
     freeze_unreached(policy)
     if config.model.router_aux_loss_coef:
         balancing_loss(policy)  # refuses a model that has none
@@ -165,9 +162,9 @@ def sample_prompts(
     return chosen
 
 
-def build_layout(config: TrainConfig, policy: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
-    """The configured layout, checked against the model on some of `pairs`."""
-    return layout_check.choose_layout(config.layout, policy, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
+def build_layout(config: TrainConfig, policy: PreTrainedModel, digest: str, pairs: Sequence[TokenizedPair]) -> Layout:
+    """The configured layout, checked against the model on some of `pairs`. `digest` is that of the policy's weights."""
+    return layout_check.known_layout(config.layout, policy, digest, pairs[:LAYOUT_CHECK_PAIRS], config.precision)
 
 
 def build_reference(
@@ -228,8 +225,6 @@ def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
     other = reference_model(config)
     quantize = config.precision if config.peft.quantize and not other else None
     model = load.load_model(other or config.model, config.device, quantize)
-    if config.peft.path and not other:
-        merge_adapter(model, config.peft.path)
     if layout.name == "packed":
         enable_packed_attention(model)
     return model

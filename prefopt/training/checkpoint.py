@@ -5,18 +5,19 @@ SHA256SUMS in it (`sha256sum -c` reads it) reveals damage on the disk; for that 
 Older ones are removed only after the new one is complete. No pickle is ever read.
 """
 
+import contextlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 
 from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens
@@ -31,6 +32,7 @@ from prefopt.utils.store import SUMS, damage, format_sums, publish
 
 log = logging.getLogger(__name__)
 
+MODEL_CARD = "README.md"
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest is damaged on the disk
 OURS = re.compile(r"step_\d+(\.tmp|\.damaged)?")  # what is written and removed in checkpoints/
 FLOAT32_BYTES = 4
@@ -54,21 +56,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             "Lower optimizer.lr, or look at the steps before in metrics.jsonl."
         )
     target = folder / f"step_{step:07d}"
-    aside = folder / f"{target.name}.tmp"
-    remove(aside)
     folder.mkdir(exist_ok=True)  # without parents: where the run's folder is gone, its file system is gone
-    aside.mkdir()
-    try:
+    with written_whole(target) as aside:
         for name, group in tensors.items():
             save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
             heartbeat()
         (aside / "meta.json").write_text(json.dumps({"step": step, **meta}))
         (aside / SUMS).write_text(format_sums(aside))
-        remove(target)
-        publish(aside, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk this makes room for the record of the failure
-        raise error if isinstance(error, OSError) else from_text(str(error), target) from error
     kept = sorted(complete_checkpoints(folder))[-KEPT:]
     for old in folder.iterdir():
         if old not in kept and OURS.fullmatch(old.name):
@@ -120,15 +114,21 @@ def latest_checkpoint(folder: Path, check: Callable[[Path], str | None] | None =
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """Names of the tensors in which there is a NaN or an Inf."""
-    # A tensor without values, of an export that is only tried, has nothing to look at.
-    return [name for name, value in tensors.items() if not value.is_meta and not value.isfinite().all()]
+    # A tensor without values, of an export that is only tried, has nothing to look at. The sum, which is quicker, is
+    # finite where all values are, unless it overflows.
+    values = {name: value for name, value in tensors.items() if not value.is_meta}
+    return [name for name, value in values.items() if not value.sum().isfinite() and not value.isfinite().all()]
 
 
 def run_bytes(config: TrainConfig, engine: Engine) -> int:
     """The most that a run's checkpoints and policies take on the disk at a time, in bytes."""
     saves = (config.total_steps - 1) // config.save_every + 1  # one after the last step
     checkpoints = min(KEPT + 1, saves)  # old ones go when a new one is complete
-    return checkpoint_bytes(config, engine) * checkpoints + policy_bytes(config, engine.policy) * config.exports
+    before, last = config.exports - 1, policy_bytes(config, engine.policy)
+    adapter = FLOAT32_BYTES * sum(p.numel() for p in engine.parameters.values())
+    each = adapter if is_one_adapter(config, engine.policy) else last
+    policies = each * before + (last if config.merge_adapter else each)
+    return checkpoint_bytes(config, engine) * checkpoints + policies
 
 
 def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
@@ -150,7 +150,7 @@ def state_bytes(config: TrainConfig, engine: Engine) -> int:
 
 
 def policy_bytes(config: TrainConfig, policy: PreTrainedModel) -> int:
-    """The size of an exported policy, whose weights are whole also where those in training are quantized."""
+    """The size of a whole exported policy, also where the weights in training are quantized."""
     weights = sum(p.numel() * (WEIGHTS_PER_BYTE if p.element_size() == 1 else 1) for p in policy.parameters())
     return weights * (BFLOAT16_BYTES if config.export_dtype == "bfloat16" else FLOAT32_BYTES)
 
@@ -186,18 +186,18 @@ def load_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write policy and tokenizer into folder `target`, as `from_pretrained` of transformers 5 and 4 loads them.
+def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, card: str = "") -> None:
+    """Write policy, tokenizer and model card into folder `target`, as `from_pretrained` of transformers 5 and 4 loads
+    them.
 
     Raises UserError where a weight is not finite, and OSError where the folder cannot be written; then nothing is left
     of it.
     """
-    aside = target.with_name(f"{target.name}.tmp")
-    remove(aside)
     if bad := not_finite(dict(policy.named_parameters())):
         raise UserError(f"NaN or Inf in the weights, first in {bad[0]}: no policy is made of that. Lower optimizer.lr.")
-    try:
-        policy.save_pretrained(aside)
+    with written_whole(target) as aside:
+        with never_wrapped():
+            policy.save_pretrained(aside)
         if hasattr(policy, "score"):
             save_reward_tokenizer(policy, tokenizer, aside)
         else:
@@ -205,11 +205,42 @@ def export(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: 
         if policy.can_generate():
             write_terminator(policy, tokenizer, aside)
         write_for_transformers4(aside)
+        (aside / MODEL_CARD).write_text(card)
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `target`, in place of what is there, once it is written and flushed. Raises OSError
+    where it cannot be written; then nothing is left of it."""
+    aside = target.with_name(f"{target.name}.tmp")
+    remove(aside)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
         remove(target)
         publish(aside, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk this makes room for the record of the failure
         raise error if isinstance(error, OSError) else from_text(str(error), target) from error
+
+
+def is_one_adapter(config: TrainConfig, policy: PreTrainedModel) -> bool:
+    """Whether the policy is the model with one adapter. Not so on another adapter, beside the head of a reward model,
+    or on new embeddings."""
+    on_files = config.model.adapter is None and not config.model.resize_embeddings
+    return bool(config.peft.target_modules) and on_files and not hasattr(policy, "score")
+
+
+@contextlib.contextmanager
+def never_wrapped() -> Iterator[None]:
+    """Inside, transformers saves a model as it is. It would look whether deepspeed has wrapped it, which none of ours
+    is, and import deepspeed for that where it is installed: half of what the start of a small run takes."""
+    original = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model, **_: model  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.unwrap_model = original
 
 
 def write_terminator(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

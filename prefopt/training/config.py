@@ -65,6 +65,8 @@ class TrainConfig(Node):
     keep_checkpoint: bool = MISSING
     exports: int = MISSING
     export_dtype: str = MISSING
+    merge_adapter: bool = MISSING
+    push_to_hub: str | None = None
     max_prompt_tokens: int = MISSING
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
@@ -168,10 +170,11 @@ def check_online(config: OnlineConfig) -> None:
     if config.stage_reference == "initial" and config.reference == "adapter_off" and config.stages > 1:
         problems.append("reference=adapter_off is the policy of the stage before: set stage_reference=previous")
     if config.stage_reference == "initial" and config.reference_model is None and config.stages > 1:
-        made_here = {"peft.path": config.peft.path, "model.resize_embeddings": config.model.resize_embeddings}
+        made_here = {"model.adapter": config.model.adapter, "model.resize_embeddings": config.model.resize_embeddings}
         problems += [
             f"{key}: the initial policy is the reference of every stage, and is in no folder from which a later stage "
-            "could load it. Start from one (the policy/ of a run), or set stage_reference=previous"
+            "could load it. Start from one (the policy/ of a run with merge_adapter=true), or set "
+            "stage_reference=previous"
             for key, value in made_here.items()
             if value
         ]
@@ -213,6 +216,11 @@ def train_problems(config: TrainConfig) -> list[str]:
         problems.append("optimizer=adamw_8bit and engine=zero2 do not go together; use optimizer=adamw")
     if quantize and config.reference == "resident":
         problems.append("peft.quantize: use reference=cached or adapter_off, which need no second copy")
+    if quantize and config.model.adapter:
+        problems.append(
+            "peft.quantize and model.adapter do not go together: merge the adapter into a model first (merge_adapter="
+            "true in the run that trains it)"
+        )
     if quantize and config.engine.name != "single":
         problems.append("peft.quantize and engine=zero2 do not go together")
     return problems + hardware_problems(config)

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 import prefopt.generation.sampler
 import prefopt.models.logprobs
 from prefopt.data.cache import tokenizer_digest
-from prefopt.data.sampler import step_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.generation.sampler import Sample, sample
@@ -55,9 +54,6 @@ def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if train_state.heldout_pairs:
         metrics |= evaluate_pairs(train_state, step, train_state.heldout_pairs)
-    elif step == 0:  # no figures without held-out pairs, but the check of step 0 needs some pairs
-        indices = step_indices(len(train_state.train_pairs), config.seed, 0, config.batch_size)
-        evaluate_pairs(train_state, 0, [train_state.train_pairs[i] for i in indices])
     if train_state.prompts:
         metrics |= sample_metrics(train_state, step)
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,27 +20,28 @@ from transformers import (
     modeling_utils,
 )
 
+from prefopt.config.schema import ADAPTER_CONFIG, ModelConfig
 from prefopt.errors import UserError
 from prefopt.models import load, lora
 from prefopt.models.lora import add_adapter, merge, merge_adapter, save_adapter
 from prefopt.models.transformers4 import write_tokenizer
 from prefopt.training import checkpoint
 from prefopt.training.config import TrainConfig
-from prefopt.utils.files import atomic_write, follow_umask, remove, resolve_path
+from prefopt.utils.files import resolve_path, write_plain_json
 
 
 @dataclass
 class PolicyExporter:
-    """Writes the policy with its adapter merged, and the adapter by itself into `adapter_folder`.
+    """Writes the policy with its tokenizer and model card.
 
-    A run that began from `peft.path` has no adapter of its base that is the policy: two lie on it. It gets a file
-    beside `adapter_folder` instead, which says so.
+    With LoRA the adapter alone is written: the last policy is whole with `merge_adapter`, and every policy is where one
+    adapter on the model does not make it (`is_one_adapter`). `card`: the card's text, of the evaluations so far.
     """
 
     config: TrainConfig
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    adapter_folder: Path
+    card: Callable[[list[dict[str, Any]]], str]
 
     def check(self) -> None:
         """Export the policy before it is trained, by the same code, with tensors that have a shape and no values.
@@ -72,79 +73,73 @@ class PolicyExporter:
         with collect_weights() as files:
             if self.config.peft.target_modules:
                 add_adapter(policy, self.config.peft, self.config.seed)
-                self._save_adapter(policy, folder / "adapter")
+                self._write_adapter(policy, folder / "adapter", "")
                 merge(policy)
             files.clear()
             checkpoint.export(policy, self.tokenizer, folder / "policy")
         check_loads(policy, folder / "policy", {name: t for file in files.values() for name, t in file.items()})
 
-    def __call__(self, target: Path) -> str:
-        """Write the policy as it is in training into `target`. Returns the digest of the written weights."""
-        return self._write(self._merged_copy() if self.config.peft.target_modules else self.policy, target)
-
-    def final(self, target: Path) -> str:
-        """The same for a policy that is not trained any more, which takes up its adapter without a copy."""
-        # Quantized weights stay as they are: merged into 4 bits, they would be rounded again.
-        if not self.config.peft.target_modules or self.config.peft.quantize:
-            return self(target)
-        if self.config.peft.path:
-            self._explain_no_adapter()
+    def __call__(self, target: Path, evaluations: list[dict[str, Any]]) -> None:
+        """Write the policy as it is in training into `target`."""
+        if checkpoint.is_one_adapter(self.config, self.policy):
+            self._write_adapter(self.policy, target, self.card(evaluations))
         else:
-            self._save_adapter(self.policy, self.adapter_folder)
+            self._write(self._merged_copy() if self.config.peft.target_modules else self.policy, target, evaluations)
+
+    def final(self, target: Path, evaluations: list[dict[str, Any]]) -> str | None:
+        """Write the policy, which is not trained any more, into `target`. Returns the digest of its whole weights; of
+        an adapter, None."""
+        if checkpoint.is_one_adapter(self.config, self.policy) and not self.config.merge_adapter:
+            self(target, evaluations)
+            return None
+        if not self.config.peft.target_modules:
+            return self._write(self.policy, target, evaluations)
+        # Quantized weights stay as they are: merged into 4 bits, they would be rounded again.
+        if self.config.peft.quantize:
+            return self._write(self._merged_copy(), target, evaluations)
         merge(self.policy)
-        return self._write(self.policy, target)
+        return self._write(self.policy, target, evaluations)
 
     def _merged_copy(self) -> PreTrainedModel:
         """The initial weights, loaded again on the CPU, with the adapter merged."""
         load_again = load.load_reward_model if hasattr(self.policy, "score") else load.load_model
         merged = load_again(self.config.model, "cpu")
-        if self.config.peft.path:
-            merge_adapter(merged, self.config.peft.path)
-            aside = self.adapter_folder.with_name("adapter.tmp")
-            save_adapter(self.policy, aside)
-            merge_adapter(merged, str(aside))
-            self._explain_no_adapter()
-        else:
-            self._save_adapter(self.policy, self.adapter_folder)
-            merge_adapter(merged, str(self.adapter_folder))
+        with tempfile.TemporaryDirectory() as aside:
+            save_adapter(self.policy, Path(aside))
+            merge_adapter(merged, aside)
         return merged
 
-    def _save_adapter(self, policy: PreTrainedModel, target: Path) -> None:
-        """Write the adapter so that it loads by itself: with tokenizer and template, and the name of its base."""
-        save_adapter(policy, target)
-        self.tokenizer.save_pretrained(target)
-        write_tokenizer(target)
-        name, revision = portable_name(self.config.model.path, self.config.model.revision)
-        file = target / "adapter_config.json"
-        values = json.loads(file.read_text()) | {"base_model_name_or_path": name, "revision": revision}
-        atomic_write(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
-        if resolve_path(self.config.model.path).exists() and "/" not in name:  # of this machine, not of the hub's cache
-            where = (
-                f"`{name}` was a folder or file on the machine of the run, which nobody else has by this name. Its "
-                "digests are in `record.json` of the run, under `model`. Give the same model to peft, or write its "
-                "place into adapter_config.json as `base_model_name_or_path`."
-            )
-        else:
-            where = f"`{name}` is its name on the hub" + (f", at revision `{revision}`." if revision else ".")
-        (target / "README.md").write_text(f"An adapter of the model `{name}`, in the format of peft.\n\n{where}\n")
-        follow_umask(target)
+    def _write_adapter(self, policy: PreTrainedModel, target: Path, card: str) -> None:
+        """Write the adapter so that it loads by itself: with tokenizer and template, and the place of its base."""
+        with checkpoint.written_whole(target) as aside:
+            save_adapter(policy, aside)
+            self.tokenizer.save_pretrained(aside)
+            write_tokenizer(aside)
+            name, revision = base_of(self.config.model)
+            file = aside / ADAPTER_CONFIG
+            values = json.loads(file.read_text()) | {"base_model_name_or_path": name, "revision": revision}
+            write_plain_json(file, values)
+            (aside / checkpoint.MODEL_CARD).write_text(card)
 
-    def _explain_no_adapter(self) -> None:
-        remove(self.adapter_folder.with_name("adapter.tmp"))
-        self.adapter_folder.with_name("adapter.md").write_text(
-            f"No adapter is kept of this run. It began from model.path={self.config.model.path} with the adapter "
-            f"peft.path={self.config.peft.path} merged into it, and what it has trained lies on top of that: neither "
-            "adapter alone makes the policy of the model.\n\nThe folders in policy/ and policies/ are the whole, with "
-            "both adapters merged. To train on, give one of them as model.path, without peft.path.\n"
-        )
-
-    def _write(self, policy: PreTrainedModel, target: Path) -> str:
+    def _write(self, policy: PreTrainedModel, target: Path, evaluations: list[dict[str, Any]]) -> str:
+        card = self.card(evaluations)
         if self.config.export_dtype != "bfloat16":
-            checkpoint.export(policy, self.tokenizer, target)
+            checkpoint.export(policy, self.tokenizer, target, card)
             return load.weights_digest(policy)
         copied = rounded(policy, torch.bfloat16)
-        checkpoint.export(copied, self.tokenizer, target)
+        checkpoint.export(copied, self.tokenizer, target, card)
         return load.weights_digest(rounded(copied, torch.float32))  # as `load_model` has them
+
+
+def base_of(config: ModelConfig) -> tuple[str, str | None]:
+    """(name or place, revision) by which transformers finds the model below an adapter: its name on the hub; of a model
+    of this machine its folder, and of a GGUF file that of its conversion."""
+    name, revision = portable_name(config.path, config.revision)
+    if "/" in name:
+        return name, revision
+    return (
+        str(Path(load.checkpoint_path(config)).absolute()) if resolve_path(config.path).exists() else name
+    ), revision
 
 
 def portable_name(path: str, revision: str | None) -> tuple[str, str | None]:

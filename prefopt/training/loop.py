@@ -88,7 +88,7 @@ def train_loop(train_state: TrainState) -> Trained:
                 if done in exports and not last and train_state.export:
                     folder = run.folder / "policies" / f"step_{done:07d}"
                     with memory_for(f"writing the policy after step {done}", RESUMES):
-                        on_main_process(partial(train_state.export, folder))
+                        on_main_process(partial(export_policy, train_state, folder, done))
                 # After the last step too: should the disk fill up under the policy, no step is repeated.
                 if interrupted or last or done % config.save_every == 0:
                     with memory_for(f"saving step {done}", RESUMES):
@@ -106,9 +106,18 @@ def train_loop(train_state: TrainState) -> Trained:
     if is_main_process() and (why := metrics_damage(run.metrics_file, vouched)):
         raise UserError(f"{run.folder}: {why}. The same command goes on from the last checkpoint before that.")
     early_stopping.restore(train_state)
-    final_step = steps if config.patience is None else early_stopping.step
-    rows = [row for row in read_metrics(run.metrics_file) if row["split"] == "heldout" and row["step"] <= final_step]
-    return Trained(rows, vouched)
+    return Trained(heldout_rows(run, steps if config.patience is None else early_stopping.step), vouched)
+
+
+def heldout_rows(run: Run, last: int) -> list[dict[str, Any]]:
+    """The held-out evaluations up to that after `last` steps."""
+    return [row for row in read_metrics(run.metrics_file) if row["split"] == "heldout" and row["step"] <= last]
+
+
+def export_policy(train_state: TrainState, folder: Path, done: int) -> None:
+    """Write the policy after `done` steps into `folder`."""
+    assert train_state.export
+    train_state.export(folder, heldout_rows(train_state.run, done))
 
 
 def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any] | None]:

@@ -11,10 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.export import portable_name
-from prefopt.utils.files import atomic_write, resolve_path
+from prefopt.utils.files import resolve_path
 from prefopt.utils.plain import markdown_text
 
-MODEL_CARD = "README.md"
 # (key of an evaluation, its name in words, key of the standard error, key of n)
 METRICS = (
     ("loss", "loss", None, "n"),
@@ -26,13 +25,9 @@ METRICS = (
 )
 
 
-def write_model_card(folder: Path, record: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
-    """Write README.md into the policy's `folder`, from the run's record and its evaluations. Raises OSError."""
-    atomic_write(folder / MODEL_CARD, model_card(record, evaluations))
-
-
-def model_card(record: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
-    """The card's text. Paths of this machine are left out where a name does, and shortened elsewhere."""
+def model_card(record: dict[str, Any], is_adapter: bool, evaluations: list[dict[str, Any]]) -> str:
+    """The card's text, from the run's record and its evaluations. Paths of this machine are left out where a name does,
+    and shortened elsewhere. `is_adapter`: the policy is an adapter alone."""
     config = record["config"]
     base, revision = portable_name(config["model"]["path"], config["model"]["revision"])
     license_ = base_license(config["model"]["path"])
@@ -40,7 +35,7 @@ def model_card(record: dict[str, Any], evaluations: list[dict[str, Any]]) -> str
     data = ModelCardData(
         base_model=base if is_hub_name(base) else None,
         license=license_,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation" if record["objective"] != "reward" else "text-classification",
         tags=["prefopt", "preference-optimization", record["objective"]],
     )
@@ -68,6 +63,7 @@ def model_card(record: dict[str, Any], evaluations: list[dict[str, Any]]) -> str
         "",
         f"{markdown_text(base)}, trained on preferences.",
         "",
+        *(_about_adapter(base) if is_adapter else ()),
         *_table(("what", "value"), [(key, str(value)) for key, value in facts.items()]),
         "",
         "## Evaluation",
@@ -86,6 +82,16 @@ def model_card(record: dict[str, Any], evaluations: list[dict[str, Any]]) -> str
     ]
     text = "\n".join(lines).replace(str(Path.home()), "~")
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
+
+
+def _about_adapter(base: str) -> list[str]:
+    text = "This is an adapter. With peft installed, `from_pretrained` of transformers loads it on its base."
+    if not is_hub_name(base):
+        text += (
+            " The base was a folder or a file on the machine of the run; adapter_config.json names its place there "
+            "(`base_model_name_or_path`). Elsewhere, write the place that it has."
+        )
+    return [text, ""]
 
 
 def is_hub_name(name: str) -> bool:

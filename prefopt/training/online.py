@@ -19,7 +19,7 @@ from prefopt.models.fingerprint import files_of
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
-from prefopt.training.model_card import MODEL_CARD
+from prefopt.training.publish import check_push, push
 from prefopt.utils.distributed import world_size
 from prefopt.utils.store import checksums
 
@@ -50,9 +50,9 @@ def stage_config(config: OnlineConfig, folder: Path, policy: Path | None) -> Tra
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     values["dataset"] = dataclasses.replace(config.dataset, train=str(folder / "scored.jsonl.gz"))
     values["runs_dir"] = str(folder)
+    values["push_to_hub"] = None  # the last policy alone is put there
+    values["merge_adapter"] = True  # the next stage puts its adapter on a whole model, and on no other adapter
     if policy:
-        # An adapter that the first stage merged into its policy is there already.
-        values["peft"] = dataclasses.replace(config.peft, path=None)
         values["model"] = config.model.exported(str(policy))
         if config.stage_reference == "initial":
             values["reference_model"] = config.reference_model or initial_model(config.model)
@@ -113,6 +113,8 @@ class StageFiles:
         self.run.update(files={name: facts for name, facts in kept.items() if name not in known} | found)
 
     def _policy(self, policy: Path) -> dict[str, Any]:
+        from prefopt.training.checkpoint import MODEL_CARD
+
         # The model card names commands and folders, and no later stage reads it.
         return {
             self._name(policy / name): {"sha256": value}
@@ -234,6 +236,7 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
         raise UserError(
             f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
         )
+    check_push(config.push_to_hub)
     # What a stage would refuse later is refused now, before anything is sampled.
     build_components(stage_config(config, Path(config.runs_dir), None))
     check_format(config)
@@ -260,6 +263,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> Path:
     run.refuse_changed_model(parts)
     if run.finished:
         log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+        push(config.push_to_hub, run.policy_folder)
         return run.folder
 
     began = time.monotonic()
@@ -302,6 +306,7 @@ def run_pending(config: OnlineConfig, **facts: str) -> Path:
         seconds=time.monotonic() - began,
     )
     log.info(f"{run.folder}: finished; the policy is in {run.policy_folder}")
+    push(config.push_to_hub, run.policy_folder)
     return run.folder
 
 

@@ -64,11 +64,13 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
     from prefopt.data.dataset import NO_HELDOUT, check_dataset, has_heldout, made_share
     from prefopt.data.hub import missing
     from prefopt.errors import MissingAssetError
+    from prefopt.models.safe_weights import check_adapter
     from prefopt.objectives.base import Objective
     from prefopt.rewards.scorers import RewardScorer
     from prefopt.training.engine import check_engine
     from prefopt.training.loggers import check_logger
     from prefopt.training.optim import Schedule, check_optimizer
+    from prefopt.training.publish import check_push
 
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
@@ -97,6 +99,9 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
     check_dataset(config.dataset)
     config.dataset.heldout_share = made_share(config.dataset)  # 0 where the data name held-out rows
     check_folder("runs_dir", config.runs_dir)
+    check_push(config.push_to_hub)
+    if config.model.adapter:
+        check_adapter(config.model.adapter)
     check_peft(config.peft, objective)
     if config.patience is not None and not has_heldout(config.dataset):
         raise UserError(f"patience watches the held-out loss, and {NO_HELDOUT}")
@@ -110,11 +115,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
 
 
 def check_peft(config: PeftConfig, objective: "Objective") -> None:
-    """Raise UserError for a folder that is no adapter, and for quantization that is not possible."""
-    from prefopt.models.safe_weights import check_adapter
-
-    if config.path:
-        check_adapter(config.path)
+    """Raise UserError for quantization that is not possible."""
     if config.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.quantize needs the package bitsandbytes: pip install -e '.[bitsandbytes]'")
     if config.quantize and objective.model_kind == "reward_model":
@@ -143,12 +144,10 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
 
 def model_parts(config: TrainConfig, oracle: "RewardScorer | None" = None) -> dict[str, str]:
     """Digests of the files of every model that a run reads, by their names in messages."""
-    from prefopt.models.fingerprint import adapter_files, model_files
+    from prefopt.models.fingerprint import model_files
     from prefopt.training.build import reference_model
 
     parts = {f"its {part}": value for part, value in model_files(config.model).items()}
-    if config.peft.path:
-        parts |= {f"the {part} in peft.path": value for part, value in adapter_files(config.peft.path).items()}
     if other := reference_model(config):
         parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
     if oracle:
@@ -206,9 +205,13 @@ def refuse_active_run(run: "Run") -> None:
 
 def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     """Build what the config names, train it in the loop, and export the policy."""
+    from prefopt.training.publish import push
+
     config, run, objective = plan.config, plan.run, plan.objective
     if run.finished:
         skip_finished(run, config)
+        if is_main_process():
+            push(config.push_to_hub, run.policy_folder)
         return
     announce(plan)
 
@@ -223,11 +226,11 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         build_router_loss,
         sample_prompts,
     )
-    from prefopt.training.checkpoint import check_space, run_bytes, tidy_checkpoints
+    from prefopt.training.checkpoint import check_space, is_one_adapter, run_bytes, tidy_checkpoints
     from prefopt.training.export import PolicyExporter
     from prefopt.training.going_on import seed
     from prefopt.training.loop import train_loop
-    from prefopt.training.model_card import write_model_card
+    from prefopt.training.model_card import model_card
     from prefopt.training.outlook import memory_line, size_lines
     from prefopt.training.state import TrainState
 
@@ -252,12 +255,13 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     run.refuse_changed_model(loaded)
     if plan.origin:
         plan.origin.check_model(loaded)
-    exporter = PolicyExporter(config, policy, tokenizer, run.folder / "adapter")
+    of_adapter = is_one_adapter(config, policy)
+    exporter = PolicyExporter(config, policy, tokenizer, lambda rows: model_card(run.record, of_adapter, rows))
     if is_main_process():
         exporter.check()
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
     with memory_for("checking the layout on a few pairs", half, smaller):
-        layout = build_layout(config, policy, train_pairs)
+        layout = build_layout(config, policy, digest, train_pairs)
 
     config.count_steps(len(train_pairs))
     for line in size_lines(config, objective, data["train"], len(heldout_pairs)):
@@ -303,8 +307,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     if is_main_process():
         with memory_for("writing the policy", "the same command, which goes on from the last step"):
-            final_weights = exporter.final(run.policy_folder)
-            write_model_card(run.policy_folder, run.record, trained.evaluations)
+            final_weights = exporter.final(run.policy_folder, trained.evaluations)
         run.finish(
             evaluations=trained.evaluations,
             metrics=trained.metrics,
@@ -313,6 +316,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         )
         tidy_checkpoints(run.checkpoints, config.keep_checkpoint)
         log.info(f"  finished; the policy is in {run.policy_folder}")
+        push(config.push_to_hub, run.policy_folder)
 
 
 def skip_finished(run: "Run", config: TrainConfig) -> None:

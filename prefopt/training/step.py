@@ -1,5 +1,6 @@
 """One optimizer step: forward, objective, backward, in micro-batches."""
 
+import logging
 import math
 import time
 import zlib
@@ -28,6 +29,8 @@ from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step0 import check_step0
 from prefopt.utils.distributed import all_gather_object, is_main_process, rank, world_size
 from prefopt.utils.seed import mix_seed
+
+log = logging.getLogger(__name__)
 
 Scored = list[tuple[PairInputs, ObjectiveOutput]]
 
@@ -62,7 +65,10 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         return {name: value for name, value in metrics.items() if math.isfinite(value)} | {"lr": lr, "skipped": 1}
 
     if step == 0:
-        check_step0(train_state, [inputs for inputs, _ in scored], metrics["loss"], "in the first training step")
+        inputs = [inputs for inputs, _ in scored]
+        agreed = check_step0(train_state, inputs, metrics["loss"], "in the first training step")
+        if agreed and not train_state.heldout_pairs:  # else the evaluation has said it
+            log.info(f"  step 0: {agreed}")
     with explain_oom(train_state, where, micro_batches):
         engine.step(lr)
     train_state.objective_state = scored[-1][1].state

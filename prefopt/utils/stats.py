@@ -1,6 +1,7 @@
 """Means and their standard errors."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,3 +37,42 @@ def paired_difference(differences: np.ndarray) -> tuple[float, float, float, flo
     low, high = map(float, drawn.confidence_interval)
     signs = permutation_test((differences,), np.mean, permutation_type="samples", rng=np.random.default_rng(0))
     return mean, low, high, float(signs.pvalue)
+
+
+def mean_interval(
+    values: Sequence[float], hypothesis: float = 0.0, alternative: str = "two-sided"
+) -> tuple[float, float, float, float]:
+    """The mean of at least two independent values, the ends of its two-sided 95 % interval, and p for a mean of
+    `hypothesis`, by Student's t. Values that are all the same leave no doubt: p is 0, or 1 where none is against it.
+    """
+    from scipy.stats import t
+
+    mean, error = mean_and_error(list(values))
+    degrees = len(values) - 1
+    half = float(t.ppf(0.975, degrees)) * error
+    away = mean - hypothesis
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = 0.0 if away == 0 else float(np.divide(away, error))
+    tails = {"greater": t.sf(statistic, degrees), "less": t.cdf(statistic, degrees)}
+    p = tails[alternative] if alternative in tails else 2 * t.sf(abs(statistic), degrees)
+    return mean, mean - half, mean + half, float(p)
+
+
+def detectable(values: Sequence[float], alpha: float, power: float) -> float:
+    """The smallest true mean that a two-sided t test of as many values with the same spread would show with a chance of
+    `power` (in the usual approximation: the sum of two quantiles of t, times the standard error)."""
+    from scipy.stats import t
+
+    _, error = mean_and_error(list(values))
+    degrees = len(values) - 1
+    return float(t.ppf(1 - alpha / 2, degrees) + t.ppf(power, degrees)) * error
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values of several tests, corrected for all of them (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    corrected = [0.0] * len(ps)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected

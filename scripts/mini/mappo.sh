@@ -23,7 +23,8 @@ prefopt papers paper=mappo runs_dir=$runs/final output=$results
 prompts=$runs/prompts.jsonl
 zcat prefopt/data/sentiment_offline.jsonl.gz | awk '/"split": "train"/ && n++ < 64' > $prompts
 stages=(dataset=sentiment_offline scorer=vader "prompts=$prompts" stages=2 samples_per_prompt=4 steps=4 batch_size=8
-    eval_every=4 heldout_pairs=32 sampling.max_new_tokens=64 "runs_dir=$runs/online")
+    eval_every=4 heldout_pairs=32 sampling.max_new_tokens=64 stage_sampling.max_new_tokens=64
+    "runs_dir=$runs/online")
 sweep online objective=dpo "optimizer.lr=$(best $runs/tuning dpo optimizer.lr)" "${stages[@]}" seed=0,1
 sweep online objective=mappo "optimizer.lr=$(best $runs/tuning mappo_dpo optimizer.lr)" "${stages[@]}" seed=0,1
 prefopt report runs_dir=$runs/online output=$results/online

@@ -43,3 +43,36 @@ def test_a_key_that_is_given_stays_to_be_refused(key):
 def test_a_class_that_cannot_be_imported_is_left_to_the_message():
     (node,) = composed("objective=dpo", "objective._target_=nowhere.Class")
     assert "label_smoothing" in node
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """sweep(text) -> the arguments that choose a sweep's file with that text, of the user's own folder."""
+
+    def write(text: str) -> list[str]:
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        (tmp_path / "sweep" / "mine.yaml").write_text("# @package _global_\n" + text)
+        return ["--config-dir", str(tmp_path), "+sweep=mine"]
+
+    return write
+
+
+IPO_IN_FILE = "objective:\n  _target_: prefopt.objectives.ipo.IPO\n  beta: 0.3\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"]])
+def test_a_sweeps_file_names_another_class(flags, sweep):
+    (node,) = composed(*flags, *sweep(IPO_IN_FILE), launch=bool(flags))
+    assert node == {"_target_": "prefopt.objectives.ipo.IPO", "beta": 0.3, "nll_weight": 0.0, "nll_per": "pair"}
+
+
+def test_a_key_that_the_sweeps_file_gives_stays_to_be_refused(sweep):
+    (node,) = composed(*sweep(IPO_IN_FILE + "  label_smoothing: 0.1\n  betta: 1\n"))
+    assert (node["label_smoothing"], node["betta"]) == (0.1, 1)
+
+
+def test_a_class_below_a_node_has_its_own_keys(sweep):
+    """Two levels down, as a data set's format."""
+    text = "objective:\n  base:\n    _target_: prefopt.objectives.ipo.IPO\n"
+    (node,) = composed("objective=mappo", *sweep(text))
+    assert node["base"].keys() == {"_target_", "beta", "nll_weight", "nll_per"}

@@ -12,7 +12,7 @@ from prefopt.training.config import OnlineConfig, TrainConfig
 
 GOOD = {
     OptimizerConfig: {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0},
-    PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "path": None, "quantize": False},
+    PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "quantize": False},
     EngineConfig: {"name": "single", "offload_optimizer": False, "hang_s": 60.0},
     WandbConfig: {"project": "p", "mode": "offline"},
     SamplingConfig: {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "batch_size": 4},
@@ -28,7 +28,6 @@ BAD = [
     (PeftConfig, {"alpha": 0}, "alpha must be at least 1"),
     (PeftConfig, {"dropout": 1.0}, "dropout must be in"),
     (PeftConfig, {"quantize": True, "target_modules": []}, "quantize freezes the weights"),
-    (PeftConfig, {"quantize": True, "path": "adapter"}, "quantize and peft.path do not go together"),
     (EngineConfig, {"name": "fsdp"}, "name must be single or zero2, is 'fsdp'"),
     (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
     (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),
@@ -62,6 +61,7 @@ TRAIN = {
     "compile": False,
     "gradient_checkpointing": False,
     "keep_checkpoint": True,
+    "merge_adapter": False,
     "micro_batch_tokens": 0,
     "seed": 0,
 } | dict.fromkeys(

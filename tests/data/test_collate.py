@@ -20,6 +20,7 @@ from transformers import (
 from prefopt.data.collate import LAYOUTS, Group, packed
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
+from prefopt.models import layout_check
 from prefopt.models.layout_check import choose_layout
 from prefopt.models.logprobs import LogprobComputer, completion_logps
 from prefopt.models.packed_attention import enable_packed_attention
@@ -161,6 +162,34 @@ def test_the_probe_finds_the_fastest_layout_that_is_right(name, config, capsys):
     assert chosen == ("padded" if name == "prefix_shared" and windows else name)
     said = capsys.readouterr().err
     assert (f"layout: padded, because {config.model_type}" in said) == (chosen != name)
+
+
+def test_what_the_probe_has_found_is_known_until_something_that_decides_it_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    asked = []
+    original = layout_check.check_layouts
+    monkeypatch.setattr(layout_check, "check_layouts", lambda *given: asked.append(1) or original(*given))
+
+    def found(config, name="packed", weights="a", pairs=PAIRS, precision="float32") -> tuple[str, str, bool]:
+        asked.clear()
+        m = model(config)
+        layout = layout_check.known_layout(name, m, weights, pairs, precision).name
+        return layout, m.config._attn_implementation, bool(asked)
+
+    llama, window = FULL["llama"], next(iter(WINDOWS.values()))
+    attention = found(llama)[1]
+    assert attention != model(llama).config._attn_implementation
+    assert found(llama) == ("packed", attention, False)
+    longer = dataclasses.replace(PAIRS[0], prompt=[1] * 20)
+    changes = [{"weights": "b"}, {"pairs": [*PAIRS, longer]}, {"precision": "bfloat16"}, {"name": "padded"}]
+    assert all(found(llama, **change)[2] for change in changes)
+    for is_new in (True, False):
+        assert found(window, "prefix_shared")[::2] == ("padded", is_new)
+        assert f"layout: padded, because {window.model_type}" in capsys.readouterr().err
+    for file in tmp_path.glob("layout/*"):
+        file.write_text(file.read_text().replace("packed", "padded"))
+    assert found(llama)[::2] == ("packed", True)
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_the_probe_restores_the_attention_of_a_model_that_cannot_be_packed(capsys):

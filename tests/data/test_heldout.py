@@ -14,6 +14,8 @@ from prefopt.data.cache import Limits, Prepared, prepare_dataset
 from prefopt.data.dataset import check_dataset, has_heldout, load_split, made_split, split_digest
 from prefopt.data.portions import MOST_HELDOUT, heldout_prompts
 from prefopt.errors import UserError
+from prefopt.reporting.config import DataReportConfig
+from prefopt.reporting.data import count_sections
 from tests.helpers.tiny import tiny_tokenizer
 
 PAIRS = {"_target_": "prefopt.data.formats.Pairs"}
@@ -131,6 +133,8 @@ def test_the_cache_keeps_the_split_and_a_line_says_it(tmp_path, monkeypatch, cap
         said = " ".join(message.strip() for message in caplog.messages)
         assert f"held out: 2 of 20 prompts ({n} pairs), the same for every seed, since dataset.heldout names" in said
         assert "dataset.heldout_share=0.1" in said
+        counts, _ = count_sections(DataReportConfig(dataset=config), splits)
+        assert counts.notes[0] in said
         assert len(splits["train"].pairs) + n == len(ROWS)
         assert {prompt[0]["content"] for prompt in splits["heldout"].prompts} == prompts(config, "heldout")
         monkeypatch.setattr(cache, "load_split", None)  # the second time nothing is read

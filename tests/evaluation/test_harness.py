@@ -142,13 +142,10 @@ def test_an_initial_model_has_all_keys_of_the_runs_model(run, tmp_path):
     prompt = tokenizer_of(initial.model, config).apply_chat_template(chat, tokenize=False)
     assert prompt.startswith("SHOUT <|im_start|>")
     assert tokenizer_of(initial.model, replace(config, chat_template=False)) is None
-    for change, message in (
-        ({"model": record["config"]["model"] | {"resize_embeddings": True}}, "resize_embeddings: lm-eval"),
-        ({"peft": {"path": "adapter"}}, "began from a model with an adapter"),
-    ):
-        (folder / "record.json").write_text(json.dumps(record | {"config": record["config"] | change}))
-        with pytest.raises(UserError, match=message):
-            checkpoints(config)
+    record["config"]["model"] |= {"resize_embeddings": True}
+    (folder / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="resize_embeddings: lm-eval"):
+        checkpoints(config)
 
 
 def test_models_of_one_name_in_one_folder_are_not_each_others_records(tmp_path):

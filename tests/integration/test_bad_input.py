@@ -28,6 +28,7 @@ from tests.helpers.tiny import ROOT, run_program, write_pairs
 ALWAYS = {
     "train": "model=hub model.path=model dataset=jsonl dataset.train=train.jsonl dataset.heldout=heldout.jsonl "
     "runs_dir=runs logger=quiet device=cpu precision=float32",
+    "chat": "device=cpu precision=float32",
     "sample": "model=hub model.path=model device=cpu precision=float32 prompts=in.jsonl output=out.jsonl",
     "score": "device=cpu precision=float32 input=in.jsonl output=out.jsonl",
     "online": "model=hub model.path=model device=cpu precision=float32 logger=quiet prompts=in.jsonl stages=1",
@@ -211,7 +212,7 @@ TABLE = [
     config("warm-up", "schedule.warmup=1.5", "schedule.warmup must be a share"),
     config("alarm", "squeeze_alarm=0", "squeeze_alarm must be positive, or null"),
     config("adapter of no rank", "peft=lora_attention peft.r=0", "peft.r must be at least 1, is 0"),
-    config("no adapter", "peft=lora_attention peft.path=none", "peft.path=none is no adapter", "adapter_config.json"),
+    config("no adapter", "model.adapter=none", "model.adapter=none is no adapter", "adapter_config.json"),
     config("no adapter to switch off", "reference=adapter_off", "reference=adapter_off", "peft=lora_attention"),
     config("patience for nothing", "dataset.heldout=null dataset.heldout_share=0 patience=2",
            "no pairs are held out: give dataset.heldout=FILE"),
@@ -397,6 +398,9 @@ TABLE = [
     other("sample", "a folder without rows", "prompts=model", "model/generation_config.json must hold a list of JSON"),
     other("sample", "another's rest", "", "was begun with other settings", "remove the file to begin again", loads=True,
           files=PROMPT | {"out.jsonl.partial": "junk\n"}),
+    # prefopt.chat
+    other("chat", "no run", "run=nowhere", "nowhere", "record.json"),
+    other("chat", "no model", "model=hub model.path=nowhere", "no tokenizer can be loaded from model.path=nowhere"),
     # prefopt.score
     other("score", "no scorer", "", "no value for scorer", "scorer=VALUE", files=RESPONSES),
     other("score", "nothing to score", "scorer=vader", "row 1 has no field 'chosen'", "A row to score has",

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from prefopt.config.parse import build, parse, register
 from prefopt.data.dataset_path import replace_path
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
-from prefopt.generation.config import SampleConfig
+from prefopt.generation.config import ChatConfig, SampleConfig
 from prefopt.lab import LabConfig
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
@@ -42,6 +42,7 @@ SCHEMAS: dict[str, type] = {
     "alpaca": AlpacaConfig,
     "compare": CompareConfig,
     "online": OnlineConfig,
+    "chat": ChatConfig,
     "sample": SampleConfig,
     "score": ScoreConfig,
     "report": ReportConfig,
@@ -139,7 +140,7 @@ def test_an_objective_is_one_file_and_one_yaml(tiny_folder, overrides, tmp_path)
 
 def test_modules_outside_the_checkout_are_used_as_the_page_says(tiny_folder, overrides, tmp_path):
     page = (ROOT / "docs/extend.md").read_text()
-    assert len(written(page, tmp_path)) == 8
+    assert len(written(page, tmp_path)) == 9
     train, score = re.findall(r"^prefopt (\w+ --config-dir .*)$", page, re.MULTILINE)
     for split in ("questions", "questions_heldout"):
         rows = [json.loads(line) for line in write_pairs(tmp_path / f"{split}.jsonl").read_text().splitlines()]
@@ -163,6 +164,25 @@ def test_modules_outside_the_checkout_are_used_as_the_page_says(tiny_folder, ove
     process = run_program(*arguments, program=program, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "scored.jsonl").read_text())["rewards"] == pytest.approx([-0.1, -0.2])
+
+
+@pytest.mark.slow
+def test_a_task_outside_the_checkout_is_evaluated_as_the_page_says(tiny_folder, overrides, tmp_path):
+    page = (ROOT / "docs/extend.md").read_text()
+    written(page, tmp_path)
+    (line,) = re.findall(r"^prefopt (harness .*)$", page, re.MULTILINE)
+    process = run_program(*overrides(tmp_path / "runs"), "steps=1")
+    assert process.returncode == 0, process.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    rows = [{"question": f"What is {i}?", "good": " a number", "bad": " nothing"} for i in range(4)]
+    (tmp_path / "kind_words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program, *arguments = shlex.split(line.replace("runs/RUN", str(run)))
+    process = run_program(*arguments, "device=cpu", "precision=float32", "batch_size=4", program=program, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    (file,) = (run / "harness").glob("final-kind_words@*.json")
+    record = json.loads(file.read_text())
+    assert record["task"].startswith("kind_words@")
+    assert record["n"] == 4
 
 
 def test_what_is_generated_is_up_to_date():

@@ -61,7 +61,7 @@ def result(runs: Path) -> dict:
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "weights": record["final_weights"],
-        "tensors": {k: v.tolist() for k, v in load_file(folder / "policy" / "model.safetensors").items()},
+        "tensors": {k: v.tolist() for k, v in load_file(next((folder / "policy").glob("*.safetensors"))).items()},
         "rows": [{k: v for k, v in row.items() if k not in TIMING} for row in rows],
         "evaluations": record["evaluations"],
         "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp"),

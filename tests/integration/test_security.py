@@ -252,7 +252,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tiny_folder, overrides, mark, tm
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 1}')
     (folder / "adapter_model.bin").write_bytes(saved(mark))
     with pytest.raises(UserError, match="would be a pickle"):
-        prepare_run(train_config(overrides(tmp_path), f"peft.path={folder}"))
+        prepare_run(train_config(overrides(tmp_path), f"model.adapter={folder}"))
 
 
 def test_lm_eval_is_told_to_read_safetensors_and_no_code(monkeypatch):

@@ -169,7 +169,7 @@ def fake(tmp_path, monkeypatch):
 
     def make(n: int, script: str) -> list[SweepJob]:
         python = tmp_path / "python"
-        python.write_text(f"#!/bin/bash\n{script}\n")
+        python.write_text(f'#!/bin/bash\n[ "$3" != --warm ] || exit 1\n{script}\n')
         python.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(python))
         jobs = []

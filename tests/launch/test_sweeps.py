@@ -26,7 +26,7 @@ PUBLISHED = ROOT / "results" / "published"
 
 
 def composed(program: str, overrides: list[str]) -> DictConfig:
-    register(TrainConfig, OnlineConfig)
+    register({"train": TrainConfig, "online": OnlineConfig}[program])  # OnlineConfig stands for train_schema, too
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(program, overrides, return_hydra_config=True)
 
@@ -246,7 +246,7 @@ def test_a_sweep_file_runs_from_another_folder(overrides, tmp_path):
     [("optimizer.lr=1e-6", 1e-6), ("optimizer.betas=[0.9,0.95]", [0.9, 0.95]), ("optimizer.eps=1e-8", 1e-8)],
 )
 def test_numbers_on_the_command_line_are_numbers(override, value):
-    register(TrainConfig, OnlineConfig)
+    register(TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(compose("train", [override]), TrainConfig)
     assert getattr(config.optimizer, override.partition("=")[0].removeprefix("optimizer.")) == value

@@ -1,10 +1,13 @@
 """LoRA: its reference, its dropout, what is saved and what is exported. And gradient checkpointing."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -12,21 +15,23 @@ from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.errors import UserError
 from prefopt.models.dropout import Noise, PairDropout
-from prefopt.models.load import load_model, weights_digest
+from prefopt.models.load import load_model, load_tokenizer, weights_digest
 from prefopt.models.logprobs import LogprobComputer, completion_rewards
 from prefopt.models.lora import add_adapter, checkpoint_activations, merge, save_adapter, train_mode
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff
+from prefopt.models.whole import whole_model
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.kto import KTO
 from prefopt.objectives.reward import Reward
+from prefopt.tracking.policies import exported_policies
 from prefopt.training import step
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
 from prefopt.training.export import portable_name
 from prefopt.training.step import accumulate_gradients, forward_policy, train_step
-from tests.helpers.tiny import records, run_program, save_tiny, tiny_model
+from tests.helpers.tiny import ROOT, records, run_program, save_tiny, tiny_model
 from tests.training.test_loop import make_train_state
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
@@ -235,48 +240,112 @@ def logps(model, train_state) -> torch.Tensor:
         return LogprobComputer("float32")(model.eval(), LAYOUTS["padded"].collate(train_state.train_pairs)).sums
 
 
-def test_a_run_its_exports_and_a_run_that_starts_from_its_adapter(overrides, tiny_folder, tmp_path, monkeypatch):
+def policy_of(runs: Path, *others: str) -> tuple[dict, Path]:
+    """(record, folder) of the run that is none of `others`."""
+    (record,) = [r for r in records(runs) if r["name"] not in others]
+    return record, runs / record["name"]
+
+
+def test_a_runs_policies_are_adapters_and_a_run_that_starts_from_one_is_whole(overrides, tiny_folder, tmp_path):
     environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
     options = ["peft=lora_attention_mlp", "peft.r=4", "objective=beta_dpo", "gradient_checkpointing=true", "steps=3"]
     common = [*overrides(tmp_path / "runs"), *options, "optimizer.lr=1e-2"]
-    process = run_program(*common, "peft.dropout=0.3", "reference=adapter_off", env=environment)
+    process = run_program(*common, "peft.dropout=0.3", "reference=adapter_off", "exports=3", env=environment)
     assert process.returncode == 0, process.stderr
     assert "policy = reference" in process.stderr
-    (record,) = records(tmp_path / "runs")
-    run = tmp_path / "runs" / record["name"]
+    record, run = policy_of(tmp_path / "runs")
+    assert record["final_weights"] is None
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     final = [row for row in rows if row["split"] == "heldout"][-1]
-    train_state = make_train_state(DPO(0.1), tmp_path)
-    base = load_model(ModelConfig("tiny", str(tiny_folder / "model")), "cpu")
-    before = logps(base, train_state)
-    policy = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32)
-    base.load_adapter(str(run / "adapter"))
-    assert torch.allclose(logps(policy, train_state), logps(base, train_state), atol=1e-4)
-    monkeypatch.chdir(tiny_folder)  # where the base has the name that the adapter gives it
-    alone = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
-    assert torch.allclose(logps(policy, train_state), logps(alone.get_base_model(), train_state), atol=1e-4)
-    template = AutoTokenizer.from_pretrained(run / "policy").chat_template
-    assert template
-    assert AutoTokenizer.from_pretrained(run / "adapter").chat_template == template
-    files = [file for file in (run / "adapter").iterdir() if file.suffix != ".safetensors"]
-    assert not [file for file in files if str(tiny_folder) in file.read_text()]
-    assert not torch.allclose(logps(policy, train_state), before, atol=1e-2)
+    policies = [*(run / "policies").iterdir(), run / "policy"]
+    assert len(policies) == 3
+    whole = (tiny_folder / "model" / "model.safetensors").stat().st_size
+    for folder in policies:
+        assert not (folder / "model.safetensors").exists()
+        assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < whole / 2
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "peft"
+        assert "its base" in card.text
 
-    again = run_program(*common, f"peft.path={run / 'adapter'}", "exports=2", env=environment)
+    # transformers, peft and prefopt make the same model of it.
+    train_state = make_train_state(DPO(0.1), tmp_path)
+    model = ModelConfig("tiny", str(tiny_folder / "model"))
+    expected = logps(load_model(model.exported(str(run / "policy")), "cpu"), train_state)
+    assert not torch.allclose(expected, logps(load_model(model, "cpu"), train_state), atol=1e-2)
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32),
+        AutoPeftModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32).get_base_model(),
+        load_model(ModelConfig("tiny", str(run / "policy")), "cpu"),
+    ):
+        assert torch.allclose(logps(loaded, train_state), expected, atol=1e-4)
+    template = load_tokenizer(model).chat_template
+    assert template
+    assert load_tokenizer(ModelConfig("tiny", str(run / "policy"))).chat_template == template
+    assert AutoTokenizer.from_pretrained(run / "policy").chat_template == template
+
+    # And so does the page's way to merge it.
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    exec(recipe.replace("runs/RUN", str(run)).replace('"merged"', repr(str(tmp_path / "merged"))))
+    merged = load_model(ModelConfig("tiny", str(tmp_path / "merged")), "cpu")
+    assert torch.allclose(logps(merged, train_state), expected, atol=1e-4)
+    assert load_tokenizer(ModelConfig("tiny", str(tmp_path / "merged"))).chat_template == template
+
+    again = run_program(*common, f"model.path={run / 'policy'}", "exports=2", env=environment)
     assert again.returncode == 0, again.stderr
-    (second,) = [r for r in records(tmp_path / "runs") if r["name"] != record["name"]]
-    rows = [json.loads(line) for line in (run.parent / second["name"] / "metrics.jsonl").read_text().splitlines()]
+    second, other = policy_of(tmp_path / "runs", record["name"])
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["chosen_logps"] == pytest.approx(final["chosen_logps"], abs=1e-3)
     assert rows[0]["chosen_logratio"] == pytest.approx(0, abs=1e-4)
-    assert second["initial_weights"] == record["final_weights"]
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / second["name"] / "policy", dtype=torch.float32)
-    assert weights_digest(exported) == second["final_weights"] != record["final_weights"]
-    # Two adapters lie on the base: no folder says that one of them makes the policy.
-    folder = tmp_path / "runs" / second["name"]
-    assert [file.name for file in folder.iterdir() if file.name.startswith("adapter")] == ["adapter.md"]
-    assert list((folder / "policies").iterdir())
-    note = (folder / "adapter.md").read_text()
-    assert f"peft.path={run / 'adapter'}" in note
+    # Two adapters lie on the base: neither of them makes the policy.
+    for folder in (other / "policy", *(other / "policies").iterdir()):
+        assert (folder / "model.safetensors").is_file()
+        assert not (folder / "adapter_config.json").exists()
+    exported = AutoModelForCausalLM.from_pretrained(other / "policy", dtype=torch.float32)
+    assert weights_digest(exported) == second["final_weights"]
+
+
+def test_the_last_policy_is_whole_where_that_is_asked_for(overrides, tiny_folder, tmp_path):
+    common = [*overrides(tmp_path / "runs"), "peft=lora_attention", "peft.r=4", "exports=2"]
+    environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
+    found = []
+    for options in ([], ["merge_adapter=true"]):
+        process = run_program(*common, *options, env=environment)
+        assert process.returncode == 0, process.stderr
+        record, run = policy_of(tmp_path / "runs", *(name for name, _ in found))
+        found.append((record["name"], run))
+        assert [(p / "adapter_config.json").is_file() for p in (run / "policies").iterdir()] == [True]
+    (_, alone), (_, merged) = found
+    assert record["final_weights"] == weights_digest(load_model(ModelConfig("tiny", str(merged / "policy")), "cpu"))
+    ids = torch.arange(3, 20)[None]
+    logits = [
+        load_model(policy.model, "cpu")(ids).logits
+        for run in (alone, merged)
+        for policy in exported_policies(str(run), "all")
+    ]
+    assert torch.allclose(logits[1], logits[3], atol=1e-5)
+    assert torch.equal(logits[0], logits[2])
+    assert not torch.allclose(logits[0], logits[1], atol=1e-5)
+
+
+def test_other_programs_get_a_whole_model(tmp_path):
+    """lm-eval and vLLM load models themselves: an adapter is merged into a folder for them."""
+    base = ModelConfig("tiny", str(save_tiny(tmp_path / "model")))
+    model = load_model(base, "cpu")
+    add_adapter(model, lora(), 0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    config = replace(base, adapter=str(tmp_path / "adapter"))
+    with whole_model(config) as whole:
+        loaded = AutoModelForCausalLM.from_pretrained(whole.path, dtype=torch.float32)
+        assert AutoTokenizer.from_pretrained(whole.path).chat_template == load_tokenizer(base).chat_template
+    assert not Path(whole.path).exists()
+    assert (
+        weights_digest(loaded) == weights_digest(load_model(config, "cpu")) != weights_digest(load_model(base, "cpu"))
+    )
+    with whole_model(base) as whole:
+        assert whole is base
 
 
 @pytest.mark.parametrize(
@@ -310,9 +379,10 @@ def test_every_reference_gives_the_same_run(overrides, tmp_path):
     ("options", "message"),
     [
         (["reference=adapter_off"], "reference=adapter_off is the policy without its adapter, and there is none"),
-        (["peft.path=nowhere"], "peft.path=nowhere is no adapter"),
+        (["model.adapter=nowhere"], "model.adapter=nowhere is no adapter"),
         (["peft=lora_attention", "peft.dropout=1"], "peft.dropout must be in"),
         (["peft.quantize=true"], "there is no adapter to train"),
+        (["peft=lora_attention", "peft.quantize=true", "model.adapter=x"], "peft.quantize and model.adapter do not go"),
         (["peft=lora_attention", "peft.quantize=true", "reference=resident"], "use reference=cached or adapter_off"),
         (["peft=lora_attention", "peft.quantize=true", "engine=zero2"], "peft.quantize and engine=zero2"),
         (["peft=lora_attention", "peft.quantize=true", "objective=reward"], "cannot be trained on weights of 4 bits"),
@@ -329,7 +399,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, overrides):
     other = tiny_model(50, hidden_size=16)
     other.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path / "adapter")
-    process = run_program(*overrides(tmp_path / "runs"), f"peft.path={tmp_path / 'adapter'}")
+    process = run_program(*overrides(tmp_path / "runs"), f"model.adapter={tmp_path / 'adapter'}")
     assert process.returncode == 2, process.stderr
     assert "cannot be loaded into the model" in process.stderr
 
@@ -380,9 +450,10 @@ def test_an_adapter_on_weights_of_4_bits_is_one_on_the_rounded_weights(quantized
     assert digests[0] == digests[1]
 
 
-def test_a_run_on_weights_of_4_bits_exports_the_adapter_and_the_merged_whole_weights(overrides, tiny_folder, tmp_path):
+def test_a_run_on_weights_of_4_bits_exports_an_adapter_or_the_merged_whole_weights(overrides, tiny_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    process = run_program(*overrides(tmp_path), "peft=lora_attention", "peft.quantize=true", "optimizer=adamw_8bit")
+    options = ["peft=lora_attention", "peft.quantize=true", "optimizer=adamw_8bit", "merge_adapter=true", "exports=2"]
+    process = run_program(*overrides(tmp_path), *options)
     assert process.returncode == 0, process.stderr
     assert "policy = reference (largest |log-ratio| 0)" in process.stderr
     (record,) = records(tmp_path)
@@ -391,6 +462,8 @@ def test_a_run_on_weights_of_4_bits_exports_the_adapter_and_the_merged_whole_wei
     base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32)
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    base.load_adapter(str(folder / "adapter"))
+    (on_the_way,) = (folder / "policies").iterdir()
+    base.load_adapter(str(on_the_way))  # of step 2
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-5)
+    before = load_model(ModelConfig("tiny", str(tiny_folder / "model")), "cpu")(ids).logits
+    assert (base(ids).logits - merged(ids).logits).abs().max() < (before - merged(ids).logits).abs().max()

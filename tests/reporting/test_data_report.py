@@ -45,7 +45,8 @@ def numbers(folder):
 
 
 def report(tiny_folder, output, *overrides):
-    arguments = ["model=hub", f"model.path={tiny_folder / 'model'}", "dataset=jsonl", f"output={output}", *overrides]
+    arguments = ["model=hub", f"model.path={tiny_folder / 'model'}", "dataset=jsonl", f"output={output}"]
+    arguments += ["dataset.heldout_share=0", *overrides]
     env = {"PREFOPT_CACHE": str(tiny_folder / "cache")}
     return run_program(*arguments, program="data_report", env=env)
 

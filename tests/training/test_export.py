@@ -63,13 +63,14 @@ def saved(name: str, folder: Path, tied: bool = True) -> ModelConfig:
 
 def all_layers(model) -> list[str]:
     with pytest.raises(UserError, match=r"peft\.target_modules=") as error:
-        adapter_layers(model, PeftConfig(["nothing"], 2, 2, 0.0, None, False))
+        adapter_layers(model, PeftConfig(["nothing"], 2, 2, 0.0, False))
     return str(error.value).rpartition("=[")[2][:-1].split(",")
 
 
-def exporter(policy, model: ModelConfig, targets: list[str], folder: Path) -> PolicyExporter:
-    config = TrainConfig(model=model, peft=PeftConfig(targets, 2, 2, 0.0, None, False), seed=0)
-    return PolicyExporter(config, policy, tiny_tokenizer(), folder / "adapter")
+def exporter(policy, model: ModelConfig, targets: list[str], merge: bool = True) -> PolicyExporter:
+    config = TrainConfig(model=model, peft=PeftConfig(targets, 2, 2, 0.0, False), seed=0)
+    config.merge_adapter = merge
+    return PolicyExporter(config, policy, tiny_tokenizer(), lambda rows: f"{len(rows)} evaluations")
 
 
 @pytest.mark.parametrize("kind", ["full", "full-untied", "lora", "untied-lora", "reward", "reward-lora"])
@@ -80,10 +81,9 @@ def test_what_passes_the_check_is_exported_as_it_is(name, kind, tmp_path):
     policy = load_reward_model(model, "cpu") if reward else load_model(model, "cpu")
     freeze_unreached(policy)
     targets = all_layers(policy) if kind.endswith("lora") else []
-    export = exporter(policy, model, targets, tmp_path)
+    export = exporter(policy, model, targets)
     before = {name: p.clone() for name, p in policy.named_parameters()}
     export.check()
-    assert not (tmp_path / "adapter").exists()
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())  # and by the same names
 
     if targets:
@@ -100,14 +100,20 @@ def test_what_passes_the_check_is_exported_as_it_is(name, kind, tmp_path):
         return model.score(hidden) if reward else model.get_output_embeddings()(hidden)
 
     expected = outputs(policy).detach()
-    export(tmp_path / "during")
-    export.final(tmp_path / "final")
+    export(tmp_path / "during", [{}])
+    export.final(tmp_path / "final", [{}, {}])
+    alone = bool(targets) and not reward
+    assert (tmp_path / "during" / "adapter_config.json").is_file() == alone
+    if alone:
+        assert torch.allclose(outputs(load_model(model.exported(str(tmp_path / "during")), "cpu")), expected, atol=1e-4)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    for folder in ("during", "final"):
-        loaded, info = auto.from_pretrained(tmp_path / folder, dtype=torch.float32, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        assert torch.allclose(outputs(loaded), expected, atol=1e-4)
+    for n, folder in enumerate(["during", "final"], start=1):
+        assert (tmp_path / folder / "README.md").read_text() == f"{n} evaluations"
+        if n == 2 or not alone:
+            loaded, info = auto.from_pretrained(tmp_path / folder, dtype=torch.float32, output_loading_info=True)
+            assert not info["missing_keys"]
+            assert not info["unexpected_keys"]
+            assert torch.allclose(outputs(loaded), expected, atol=1e-4)
 
 
 def test_a_vision_tower_is_frozen_and_gets_no_adapter(tmp_path, caplog):
@@ -117,7 +123,7 @@ def test_a_vision_tower_is_frozen_and_gets_no_adapter(tmp_path, caplog):
     assert "does not reach it: model.multi_modal_projector, model.vision_tower" in caplog.text
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in policy.named_parameters() if "vision_tower" in n or "multi_modal" in n}
-    targets = adapter_layers(policy, PeftConfig(["q_proj"], 2, 2, 0.0, None, False))
+    targets = adapter_layers(policy, PeftConfig(["q_proj"], 2, 2, 0.0, False))
     assert targets == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
@@ -128,9 +134,12 @@ def test_a_checkpoint_with_a_vision_tower_trains(options, overrides, tmp_path):
     process = run_program(*command, env={"PREFOPT_CACHE": str(tmp_path / "cache")})
     assert process.returncode == 0, process.stderr
     (policy,) = tmp_path.glob("runs/*/policy")
-    auto = AutoModelForSequenceClassification if "reward" in options[0] else AutoModelForCausalLM
-    before = load_model(ModelConfig("tiny", str(tmp_path / "model")), "cpu")
-    loaded = auto.from_pretrained(policy, dtype=torch.float32)
+    model = ModelConfig("tiny", str(tmp_path / "model"))
+    before = load_model(model, "cpu")
+    if "reward" in options[0]:
+        loaded = AutoModelForSequenceClassification.from_pretrained(policy, dtype=torch.float32)
+    else:
+        loaded = load_model(model.exported(str(policy)), "cpu")
     names = [n for n, _ in before.named_parameters() if "vision_tower" in n]
     assert names
     for name in names:
@@ -141,7 +150,7 @@ def test_a_name_that_means_fused_experts_is_refused_with_the_layers_that_do_not(
     """Shared experts have layers of their own by the names that peft takes for the routed ones."""
     policy = load_model(saved("deepseek3", tmp_path), "cpu")
     with pytest.raises(UserError, match=r"peft takes gate_proj for the fused experts.*\[kv_a_proj_with_mqa,"):
-        adapter_layers(policy, PeftConfig(["o_proj", "gate_proj"], 2, 2, 0.0, None, False))
+        adapter_layers(policy, PeftConfig(["o_proj", "gate_proj"], 2, 2, 0.0, False))
 
 
 def test_weights_that_would_not_be_read_again_are_refused_before_the_first_step(tmp_path):
@@ -149,11 +158,11 @@ def test_weights_that_would_not_be_read_again_are_refused_before_the_first_step(
     policy = load_model(model, "cpu")
     policy.lm_head.weight = policy.model.embed_tokens.weight  # tied, and its configuration does not say so
     with pytest.raises(UserError, match=r"could not be exported after its training: .*lm_head"):
-        exporter(policy, model, [], tmp_path).check()
+        exporter(policy, model, []).check()
     policy = load_model(model, "cpu")
     policy.model.layers[0].mlp.gate = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"1?\d weights would not be read again \(model.layers.0.mlp.gate"):
-        exporter(policy, model, [], tmp_path).check()
+        exporter(policy, model, []).check()
 
 
 def test_a_generation_config_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
@@ -161,7 +170,7 @@ def test_a_generation_config_that_cannot_be_written_is_found_before_the_first_st
     policy = load_model(model, "cpu")
     policy.generation_config.max_new_tokens = -1
     with pytest.raises(UserError, match="could not be exported"):
-        exporter(policy, model, [], tmp_path).check()
+        exporter(policy, model, []).check()
 
 
 def test_nothing_is_written_while_weights_are_collected(tmp_path):
@@ -179,17 +188,17 @@ def test_weights_in_bfloat16_are_the_trained_ones_rounded(kind, tmp_path):
     model = saved("llama", tmp_path / "model")
     policy = load_reward_model(model, "cpu") if kind == "reward" else load_model(model, "cpu")
     freeze_unreached(policy)
-    export = exporter(policy, model, all_layers(policy) if kind == "lora" else [], tmp_path)
+    export = exporter(policy, model, all_layers(policy) if kind == "lora" else [])
     export.config.export_dtype = "bfloat16"
     if kind == "lora":
         add_adapter(policy, export.config.peft, 0)
-    during = export(tmp_path / "during")
+    export(tmp_path / "during", [])
     assert all(p.dtype == torch.float32 for p in policy.parameters())  # it is trained on
-    assert export.final(tmp_path / "final") == during
+    digest = export.final(tmp_path / "final", [])
     auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     loaded = auto.from_pretrained(tmp_path / "final")  # as users load it: in the type of its configuration
     assert loaded.dtype == torch.bfloat16
     expected = {name: p.bfloat16() for name, p in policy.named_parameters()}
     assert all(torch.equal(p, expected[name]) for name, p in loaded.named_parameters())
     if kind != "reward":  # of which no run begins
-        assert weights_digest(load_model(ModelConfig("tiny", str(tmp_path / "final")), "cpu")) == during
+        assert weights_digest(load_model(ModelConfig("tiny", str(tmp_path / "final")), "cpu")) == digest

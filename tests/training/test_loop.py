@@ -373,16 +373,21 @@ def test_mean_and_error():
     assert mean_and_error([1.0])[1] != mean_and_error([1.0])[1]  # nan: one value has no spread
 
 
-def test_step_0_is_checked_on_training_pairs_where_none_are_held_out(tmp_path, capsys):
+def test_step_0_is_checked_by_the_first_step_alone_where_no_pairs_are_held_out(tmp_path, capsys):
     train_state = make_train_state(DPO(0.1), tmp_path)
     train_state.heldout_pairs = []
     assert evaluate(train_state, 0) == {}
-    assert "policy = reference" in capsys.readouterr().err
+    step(train_state, 0)
+    assert capsys.readouterr().err.count("step 0: policy = reference") == 1
+
+    train_state = make_train_state(DPO(0.1), tmp_path)
+    weights = train_state.engine.policy.get_output_embeddings().weight
     with torch.no_grad():
-        train_state.engine.policy.get_output_embeddings().weight.mul_(1.01)
-    train_state.heldout_reference = []
-    with pytest.raises(UserError, match="differs from the reference"):
-        evaluate(train_state, 0)
+        weights.mul_(1.01)
+    before = weights.detach().clone()
+    with pytest.raises(UserError, match="in the first training step the policy differs from the reference"):
+        step(train_state, 0)
+    assert torch.equal(weights, before)
 
 
 def test_the_weights_with_the_lowest_held_out_loss_come_back(tmp_path):

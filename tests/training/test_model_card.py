@@ -38,7 +38,9 @@ def test_a_policy_has_a_card_that_the_hub_reads(grid, record):
 
 
 def test_before_training_all_pairs_tie_and_have_no_accuracy(record):
-    (row,) = [line for line in model_card(record, record["evaluations"]).splitlines() if line.startswith("| accuracy")]
+    (row,) = [
+        line for line in model_card(record, False, record["evaluations"]).splitlines() if line.startswith("| accuracy")
+    ]
     assert row.split(" | ")[1] == "–"
     assert "±" in row.split(" | ")[2]
 
@@ -48,7 +50,7 @@ def test_names_in_a_card_are_text(record):
     record["name"] = "<script>alert(1)</script>"
     record["config"]["dataset"]["name"] = "a | b\n# c"
     record["config"]["model"] |= {"path": "someone/base\n---\nlicense: mit", "revision": None}
-    text = model_card(record, [])
+    text = model_card(record, False, [])
     assert "<script>" not in text
     assert "a \\| b # c" in text
     assert "No held-out data." in text
@@ -61,6 +63,6 @@ def test_the_base_models_license_is_taken_over(tmp_path, record):
     assert base_license(str(tmp_path)) == "apache-2.0"
     record = copy.deepcopy(record)
     record["config"]["model"]["path"] = str(tmp_path)
-    assert ModelCard(model_card(record, [])).data.license == "apache-2.0"
+    assert ModelCard(model_card(record, False, [])).data.license == "apache-2.0"
     (tmp_path / "README.md").write_text("no card")
     assert base_license(str(tmp_path)) is None

@@ -448,7 +448,7 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
         (["backend=llama.cpp"], "backend must be transformers or vllm"),
         (["backend=vllm"], "needs the package vllm"),
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
-        (["peft.path=adapter"], r"peft\.path: the initial policy is the reference of every stage"),
+        (["model.adapter=adapter"], r"model\.adapter: the initial policy is the reference of every stage"),
         (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is the reference"),
         (["objective=sft"], "does not train a policy on pairs"),
         (["stages=100"], "12 different prompts do not suffice for stages=100"),

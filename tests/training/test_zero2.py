@@ -50,7 +50,7 @@ def assert_same(found, expected, tolerance: float = 1e-5) -> None:
 
 # 7 pairs a step in micro-batches of one to three: the shares are uneven, and so are their numbers of micro-batches.
 COMMON = ["steps=10", "batch_size=7", "eval_every=5", "save_every=5", "optimizer.eps=1e-3", "optimizer.lr=2e-3"]
-LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0", "reference=adapter_off"]
+LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0", "reference=adapter_off", "merge_adapter=true"]
 
 
 @pytest.mark.slow

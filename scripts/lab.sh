@@ -7,10 +7,14 @@ lab=runs/lab
 results=results/lab
 export OMP_NUM_THREADS=1 # the model is too small for two threads; two jobs use two cores
 
+if [[ -n $dry && ! -f $lab/scored.jsonl.gz ]]; then
+    echo "a dry run of the experiments needs what they begin with, and $lab has none yet: run it once without --dry-run"
+    exit
+fi
 prefopt lab output=$lab/world
 sweep train +sweep=lab/sft
-unless_dry ln -sfn "sft/$(basename "$(runs_in $lab/sft)")/policy" $lab/policy
-if [[ -z $dry && ! -f $lab/scored.jsonl.gz ]]; then
+ln -sfn "sft/$(basename "$(runs_in $lab/sft)")/policy" $lab/policy
+if [[ ! -f $lab/scored.jsonl.gz ]]; then
     prefopt sample model=lab prompts=$lab/world/prompts.jsonl.gz output=$lab/samples.jsonl.gz samples_per_prompt=8 \
         sampling.max_new_tokens=40 sampling.batch_size=1024 precision=float32
     prefopt score input=$lab/samples.jsonl.gz output=$lab/scored.jsonl.gz scorer=lab

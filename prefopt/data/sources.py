@@ -56,7 +56,9 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
 
 
 def _nowhere(path: str) -> MissingAssetError:
-    return MissingAssetError(f"data file {path} does not exist.{made_by(path)} Give a file ({READABLE}), a folder or a hub name.")
+    return MissingAssetError(
+        f"data file {path} does not exist.{made_by(path)} Give a file ({READABLE}), a folder or a hub name."
+    )
 
 
 def check_kind(path: str) -> None:

@@ -43,13 +43,14 @@ def test_five_commands(empty, tiny_folder):
     model = ["model=hub", f"model.path={tiny_folder / 'model'}", *TINY]
 
     # 1. Two β.
-    line = "prefopt train -m dataset=pairs.jsonl dataset.heldout=pairs.jsonl objective.beta=0.1,0.5 optimizer.lr=1e-3"
+    line = "prefopt train -m dataset=pairs.jsonl objective.beta=0.1,0.5 optimizer.lr=1e-3"
     typed(line, empty, "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}", *model, *SMALL)
     runs = {record["config"]["objective"]["beta"]: record for record in records(empty / "runs")}
     assert sorted(runs) == [0.1, 0.5]
     for record in runs.values():
         assert record["status"] == "finished"
-        assert record["evaluations"][-1]["n"] == 8
+        assert record["evaluations"][-1]["n"] >= 1  # of prompts that were kept out of the training
+        assert (empty / "runs" / record["name"] / "curves.png").is_file()
     a, b = (f"runs/{runs[beta]['name']}" for beta in (0.1, 0.5))
 
     # 2. Their report, with their paired difference.
@@ -67,7 +68,7 @@ def test_five_commands(empty, tiny_folder):
     # 4. Their answers side by side.
     said = typed(f"prefopt compare run={a} run={b} sampling.max_new_tokens=8", empty, *TINY).stdout
     page = Path(said.strip().splitlines()[-1])
-    assert (empty / page).read_text().count("number") >= 8  # of each prompt
+    assert "Review the" in (empty / page).read_text()
 
     # 5. A talk with one of them.
     process = subprocess.run(

@@ -13,7 +13,7 @@ LAUNCHER ?= local
 ARGS ?=
 KILLS ?= 60
 
-.PHONY: help setup docs demo test test-shared test-slow test-kills slurm-test lint bench bench-fidelity clean-demo figures \
+.PHONY: help setup docs demo lab test test-shared test-slow test-kills slurm-test lint bench bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -36,6 +36,9 @@ demo: setup ## train SmolLM2-135M with DPO, SimPO and MMPO: runs/demo
 
 clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
+
+lab: setup ## methods compared where every quantity is exact; SEEDS=5, docs/laboratory.md
+	scripts/lab.sh launcher=$(LAUNCHER) launcher.at_once=2 $(ARGS)
 
 reproduce-mmpo: setup ## MMPO, small or (SCALE=paper LAUNCHER=slurm) as published
 reproduce-mappo: setup ## MaPPO, offline and online, likewise

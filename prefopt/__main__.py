@@ -11,7 +11,7 @@ from prefopt.utils.redact import find_secret
 PROGRAMS = (
     *("train", "online", "chat", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
     "claims",
-    *("runs", "prefetch", "data_report", "objectives"),
+    *("runs", "prefetch", "data_report", "lab", "objectives"),
 )
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from prefopt.data import folders
 from prefopt.data.readers import READABLE, SUFFIXES, Row, json_type, read_file
 from prefopt.errors import MissingAssetError, UnsafePathError, UserError
-from prefopt.utils.files import atomic_write, resolve_path
+from prefopt.utils.files import atomic_write, made_by, resolve_path
 
 
 def read_rows(path: str, split: str | None = "train", revision: str | None = None) -> Iterator[tuple[str, Row]]:
@@ -56,7 +56,9 @@ def read_rows(path: str, split: str | None = "train", revision: str | None = Non
 
 
 def _nowhere(path: str) -> MissingAssetError:
-    return MissingAssetError(f"data file {path} does not exist. Give a file ({READABLE}), a folder or a hub name.")
+    return MissingAssetError(
+        f"data file {path} does not exist.{made_by(path)} Give a file ({READABLE}), a folder or a hub name."
+    )
 
 
 def check_kind(path: str) -> None:

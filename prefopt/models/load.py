@@ -30,7 +30,7 @@ from prefopt.models.generation_config import named_stops
 from prefopt.models.gguf import convert_gguf
 from prefopt.models.lora import merge_adapter
 from prefopt.models.safe_weights import load_pretrained, no_pickles, refuse_adapter
-from prefopt.utils.files import resolve_path
+from prefopt.utils.files import made_by, resolve_path
 
 log = logging.getLogger(__name__)
 
@@ -362,6 +362,8 @@ def _cannot_load(what: str, setting: str, path: str, error: Exception) -> str:
             f"{pickles[0].relative_to(folder)} is a pickle (PyTorch's or DeepSpeed's), which could run any code and is "
             "not read; weights must be safetensors. If you trust it, convert it with the program that wrote it."
         )
+    if made := made_by(path):
+        reason = f"there is none.{made}"
     return (
         f"no {what} can be loaded from {setting}: {reason}\nGive a hub name (with network), a folder "
         "that save_pretrained wrote, or model=smollm2_135m_offline."

@@ -36,13 +36,16 @@ COLUMNS = {
         Column("kl", "KL to reference ± s.e. (nats)", 2, error=True),
         Column("chosen_logps_drift", "chosen log-prob drift (nats)", 2),
         Column("sample_length", "length (tokens)", 1),
+        Column("sample_grammatical", "grammatical", 3, error=True),  # the laboratory's alone
     )
 }
 # Over seeds each of these has an error, so their headings do not say it.
 MEASURES = [
     replace(COLUMNS[key], heading=COLUMNS[key].heading.replace(" ± s.e.", ""), error=True)
-    for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length")
+    for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length", "sample_grammatical")
 ]
+
+OPTIONAL = ("oracle_reward", "sample_grammatical")  # no column where no run has them
 
 
 def evaluation_columns(record: Record) -> dict[str, Value]:
@@ -143,7 +146,8 @@ def over_seeds(records: list[Record]) -> list[dict[str, Any]]:
     for method, seeds in finals.groupby("method", sort=False):
         row: dict[str, Any] = {"method": method, "n": len(seeds)}
         for measure in MEASURES:
-            row |= flatten_value(measure.key, mean_over_seeds(seeds[measure.key]))
+            if measure.key in seeds:
+                row |= flatten_value(measure.key, mean_over_seeds(seeds[measure.key]))
         rows.append(row)
     return rows
 
@@ -153,7 +157,7 @@ def over_seeds_table(records: list[Record], config: ReportConfig) -> Tabular | N
     rows = over_seeds(records)
     if all(row["n"] == 1 for row in rows):
         return None
-    there = [c for c in MEASURES if c.key != "oracle_reward" or any(c.format(row) != MISSING for row in rows)]
+    there = [c for c in MEASURES if c.key not in OPTIONAL or any(c.format(row) != MISSING for row in rows)]
     columns = [Column("method", "method", text=True), Column("n", "seeds"), *there]
     note = (
         "Means at the end of the runs ± their standard error over training seeds. All seeds are evaluated on the same "
@@ -274,6 +278,7 @@ def _row(last: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
         **{key: last.get(key) for key in ("oracle_reward", "oracle_reward_se", "kl", "kl_se")},
         "chosen_logps_drift": last["chosen_logps"] - first["chosen_logps"] if "chosen_logps" in last else None,
         "sample_length": last.get("sample_length"),
+        **{key: last.get(key) for key in ("sample_grammatical", "sample_grammatical_se") if key in last},
         "step": last.get("step"),
     }
     if last.get("calibration_error") is not None:  # a reward model

@@ -46,6 +46,11 @@ class RewardScorer(ABC):
         """The rewards of the requests, in their order. `show`: show progress. Raises UserError, naming the row, for a
         response that can have no reward."""
 
+    def further_figures(self, requests: Sequence[Request]) -> dict[str, list[float]]:
+        """By name, what else it knows of each response. A run's evaluation gives the mean over its samples, as
+        `sample_NAME`."""
+        return {}
+
     @property
     def model(self) -> ModelConfig | None:
         """The model that it loads, and releases, in each call of `rewards`; None where it has none."""

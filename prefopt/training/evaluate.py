@@ -162,12 +162,15 @@ def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
     """
     rows = initial_samples(train_state) if step == 0 else draw_samples(train_state, step)
     if train_state.oracle:
-        rewards = oracle_rewards(train_state, train_state.oracle, step, rows)
-        rows = [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
+        figures = oracle_figures(train_state, train_state.oracle, step, rows)
+        rows = [row | {name: values[i] for name, values in figures.items()} for i, row in enumerate(rows)]
+    else:
+        figures = {}
     atomic_write(samples_path(train_state, step), _as_lines(rows))
 
     metrics: dict[str, Any] = {}
-    for name, key in (("oracle_reward", "reward"), ("kl", "logratio")):
+    further = {f"sample_{name}": name for name in figures if name != "reward"}
+    for name, key in {"oracle_reward": "reward", "kl": "logratio", **further}.items():
         if key in rows[0]:
             metrics[name], metrics[f"{name}_se"] = mean_and_error([row[key] for row in rows])
     return metrics | {
@@ -234,17 +237,19 @@ def draw_samples(train_state: TrainState, step: int) -> list[dict[str, Any]]:
     ]
 
 
-def oracle_rewards(
+def oracle_figures(
     train_state: TrainState, oracle: RewardScorer, step: int, rows: Sequence[dict[str, Any]]
-) -> list[float]:
-    """The rewards of the responses in `rows`. A reward model is in memory meanwhile, beside the policy."""
+) -> dict[str, list[float]]:
+    """By name, the figures that the oracle gives the responses in `rows`, of which "reward" is one. A reward model is
+    in memory meanwhile, beside the policy."""
     requests = [
         Request(row, i, row["prompt"], row["response"], row["finished"], f"sample {i + 1} after step {step}")
         for i, row in enumerate(rows)
     ]
     config = train_state.config
     with memory_for(f"scoring the samples after step {step}", "dataset.oracle=null, which gives no rewards"):
-        return oracle.rewards(requests, str(train_state.engine.device), config.precision, config.logger.progress)
+        rewards = oracle.rewards(requests, str(train_state.engine.device), config.precision, config.logger.progress)
+    return {"reward": rewards, **oracle.further_figures(requests)}
 
 
 def _as_lines(rows: Sequence[dict[str, Any]]) -> str:

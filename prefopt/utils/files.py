@@ -43,6 +43,11 @@ def resolve_path(path: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / name
 
 
+def made_by(path: str) -> str:
+    """A sentence for messages about a missing file: how the laboratory's files are made; "" for others."""
+    return " `make lab` makes it, or the steps in docs/laboratory.md." if path.startswith("runs/lab/") else ""
+
+
 def cache_dir() -> Path:
     """$PREFOPT_CACHE, or prefopt/ in the user's cache folder. Raises UserError where $PREFOPT_CACHE is a file."""
     if "PREFOPT_CACHE" in os.environ:

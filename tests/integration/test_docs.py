@@ -19,6 +19,7 @@ from prefopt.config.parse import build, parse, register
 from prefopt.data.dataset_path import replace_path
 from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
 from prefopt.generation.config import ChatConfig, SampleConfig
+from prefopt.lab import LabConfig
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.prefetch import PrefetchConfig
@@ -50,6 +51,7 @@ SCHEMAS: dict[str, type] = {
     "runs": RunsConfig,
     "prefetch": PrefetchConfig,
     "data_report": DataReportConfig,
+    "lab": LabConfig,
 }
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 SAID_OF_A_FILE = r"`([\w/.]+)`:\n\n```\w+\n(.*?)```"  # a block, and the path that the line above it names

@@ -1,0 +1,1 @@
+"""The laboratory's world: a grammar of short reviews of which everything is known exactly, and the files made of it."""

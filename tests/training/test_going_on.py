@@ -22,11 +22,8 @@ from tests.helpers.forks import run as run_killed
 from tests.helpers.tiny import ENVIRONMENT, ROOT, records, run_program
 from tests.integration.test_runs import timeless
 
-CONSTANT = (
-    "schedule=constant",
-    "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}",
-    "sampling.max_new_tokens=4",
-)
+CONSTANT = ("schedule=constant", "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}")
+CONSTANT += ("sampling.prompts=4", "sampling.max_new_tokens=4")
 
 
 @pytest.fixture(scope="module")

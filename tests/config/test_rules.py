@@ -47,7 +47,7 @@ TRAIN = {
     "engine": GOOD[EngineConfig],
     "peft": GOOD[PeftConfig],
     "optimizer": GOOD[OptimizerConfig],
-    "sampling": GOOD[SamplingConfig] | {"prompts": 4},
+    "sampling": GOOD[SamplingConfig] | {"prompts": 8},
     "logger": {"progress": False, "wandb": GOOD[WandbConfig]},
     "steps": 4,
     "layout": "packed",

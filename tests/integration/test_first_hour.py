@@ -19,7 +19,9 @@ SMALL = ["batch_size=8", "micro_batch_tokens=400", "eval_every=3", "sampling.max
 def typed(line: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """What `prefopt PROGRAM ...` prints in `folder`."""
     _, program, *words = line.split()
-    process = run_program(*words, *more, program=program, cwd=folder, env={"PREFOPT_CACHE": str(folder / "cache")})
+    process = run_program(
+        *words, *more, program=program, cwd=folder, env={"PREFOPT_CACHE": str(folder / "cache")}, curves=True
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     return process
 
@@ -29,11 +31,8 @@ def empty(tmp_path) -> Path:
     """A folder with nothing but a file of preferences."""
     folder = tmp_path / "mine"
     folder.mkdir()
-    train, heldout = (
-        write_pairs(tmp_path / f"{s}.jsonl", 8 * n, s, start=100 * n) for n, s in ((3, "train"), (1, "heldout"))
-    )
-    rows = [json.loads(line) for file in (train, heldout) for line in file.read_text().splitlines()]
-    ours = [{key: row[key] for key in ("split", "prompt", *SIDES)} for row in rows]
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "rows.jsonl", 40).read_text().splitlines()]
+    ours = [{"question" if key == "prompt" else key: row[key] for key in ("prompt", *SIDES)} for row in rows]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
     return folder
 
@@ -44,7 +43,7 @@ def test_five_commands(empty, tiny_folder):
 
     # 1. Two β.
     line = "prefopt train -m dataset=pairs.jsonl objective.beta=0.1,0.5 optimizer.lr=1e-3"
-    typed(line, empty, "dataset.oracle={_target_: prefopt.rewards.scorers.Vader}", *model, *SMALL)
+    typed(line, empty, *model, *SMALL)
     runs = {record["config"]["objective"]["beta"]: record for record in records(empty / "runs")}
     assert sorted(runs) == [0.1, 0.5]
     for record in runs.values():
@@ -60,7 +59,7 @@ def test_five_commands(empty, tiny_folder):
     assert "| dpo | 0.5 |" in table
     assert a.removeprefix("runs/") in said
     assert any("95 % interval" in file.read_text() for file in (empty / "report").glob("*.md"))
-    assert list((empty / "report").glob("*.png"))
+    assert len(list((empty / "report" / "curves").glob("*.png"))) == 2
 
     # 3. In what they differ.
     assert "objective.beta" in typed(f"prefopt diff {a} {b}", empty).stdout

@@ -23,7 +23,7 @@ from prefopt.lab import LabConfig
 from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.prefetch import PrefetchConfig
-from prefopt.reporting.config import CompareConfig, DataReportConfig, PapersConfig, ReportConfig
+from prefopt.reporting.config import ClaimsConfig, CompareConfig, DataReportConfig, PapersConfig, ReportConfig
 from prefopt.rewards.config import ScoreConfig
 from prefopt.tracking.status import RunsConfig
 from prefopt.training.config import OnlineConfig, TrainConfig, check

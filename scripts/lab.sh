@@ -26,7 +26,7 @@ train_best $methods $lab/tuning +sweep=lab/objectives "seed=$seeds"
 train_best dpo,simpo,mmpo $lab/tuning +sweep=lab/mmpo "seed=$seeds"
 [[ -n $dry ]] && exit
 
-for experiment in tuning objectives mmpo; do
+for experiment in tuning objectives mmpo/methods; do
     prefopt harness "run=$lab/$experiment/*" include=$lab/world/tasks tasks=[lab_choice,lab_likelihood] \
         chat_template=true batch_size=128 precision=float32
     prefopt report runs_dir=$lab/$experiment output=$results/$experiment

@@ -72,11 +72,10 @@ def program_help(program: str, arguments: Sequence[str]) -> str:
     UserError for those of Hydra's own section.
     """
     register()
-    known = ConfigStore.instance().repo
-    for name in (f"{file.stem}_schema" for file in CONF.glob("*.yaml")):
-        # The YAMLs name their schemas, whose programs are not imported here, since that takes seconds.
-        if f"{name}.yaml" not in known:
-            ConfigStore.instance().store(name=name, node={})
+    for file in CONF.glob("*.yaml"):
+        # The YAMLs name their schemas, whose programs are not imported here, since that takes seconds. One that is
+        # registered already may be of another program: conf/compare.yaml has keys that alpaca's schema has not.
+        ConfigStore.instance().store(name=f"{file.stem}_schema", node={})
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     check_overrides(overrides)
     folders = [CONF, *config_dirs(arguments)]

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from prefopt.__main__ import PROGRAMS, main
 from prefopt.cli import help as help_
+from prefopt.config.parse import register
 from tests.helpers.tiny import ENVIRONMENT, ROOT
 
 NO_TORCH = (
@@ -54,6 +56,15 @@ def test_an_unknown_program_gets_a_hint(monkeypatch, capsys):
     assert "train, online" in errors
 
 
+def leaves(node: dict[str, object], prefix: str = "") -> list[str]:
+    """The dotted keys of a program's file."""
+    found = []
+    for name, value in node.items():
+        if prefix or name not in ("defaults", "hydra"):
+            found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+    return found
+
+
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in ("objectives", "diff")])
 def test_help_of_a_program(program, monkeypatch, capsys):
     code, said, errors = called(monkeypatch, capsys, program, "--help")
@@ -61,14 +72,21 @@ def test_help_of_a_program(program, monkeypatch, capsys):
     assert "hydra" not in said.lower()
     assert said.partition("Examples:\n")[2].startswith(f"  python -m prefopt.{program}")
     assert [line for line in said.splitlines() if len(line) > 80] == []
-    written = [line.partition(":")[0] for line in (ROOT / "conf" / f"{program}.yaml").read_text().splitlines()]
-    own = [
-        key
-        for key in written
-        if key.isidentifier() and key not in ("defaults", "sampling", "stage_sampling", "dataset")
-    ]
-    for key in own:
+    for key in leaves(yaml.safe_load((ROOT / "conf" / f"{program}.yaml").read_text())):
         assert f"\n  {key}=" in said, key
+
+
+def test_help_does_not_depend_on_what_is_registered(monkeypatch, capsys):
+    """conf/compare.yaml has keys that the schema of conf/alpaca.yaml, on which it builds, has not."""
+    from prefopt.evaluation.config import AlpacaConfig
+    from prefopt.reporting.config import CompareConfig
+
+    shown = []
+    for schema in (AlpacaConfig, CompareConfig):
+        register(schema)
+        shown.append(called(monkeypatch, capsys, "compare", "--help"))
+    assert shown[0] == shown[1]
+    assert shown[0][0] == 0
 
 
 def test_help_of_train_holds_groups_keys_and_comments(monkeypatch, capsys):
@@ -81,7 +99,7 @@ def test_help_of_train_holds_groups_keys_and_comments(monkeypatch, capsys):
         "sampling.top_p=1.0 only the most likely tokens",
         "optimizer.lr=null peak learning rate",
         "Keys of objective=dpo: objective.beta=0.1 strength of the pull",
-        "demo, madpo/ablation",
+        "demo, lab/mmpo, lab/objectives, lab/sft, lab/tuning, madpo/ablation",
     ):
         assert part in words, part
 
@@ -101,7 +119,7 @@ def test_help_follows_the_choices_beside_it(monkeypatch, capsys, tmp_path):
 
 def test_groups_of_which_nothing_is_chosen_are_listed(monkeypatch, capsys):
     _, said, _ = called(monkeypatch, capsys, "score", "--help")
-    assert "scorer       columns, custom_reward_model, hub_reward_model" in said
+    assert "scorer columns, custom_reward_model, function, hub_reward_model, lab," in " ".join(said.split())
     assert "input=???" in said
     assert "launcher" not in said
     assert "\n  objective.base.beta=0.1 " in called(monkeypatch, capsys, "train", "objective=mappo", "--help")[1]

@@ -210,6 +210,9 @@ def test_the_report_shows_layout_counts_and_command(name, tiny_folder, tmp_path)
         f"dataset={CASES / name}", *model, f"output={tmp_path / 'out'}", program="data_report", env=env
     )
     assert process.returncode == 0, process.stderr
-    report = (tmp_path / "out" / "report.csv").read_text()
-    assert f"train / {name},pairs,{len(raw(CASES / name))}" in report
+    with (tmp_path / "out" / "report.csv").open(newline="") as stream:
+        values = {(row["row"], row["column"]): row["value"] for row in csv.DictReader(stream)}
+    pairs = [int(values[f"{split} / {name}", "pairs"]) for split in ("train", "heldout")]
+    assert min(pairs) >= 1  # a share of the prompts is held out
+    assert sum(pairs) == len(raw(CASES / name))
     assert f"python -m prefopt.train dataset=jsonl dataset.train={CASES / name}" in process.stdout

@@ -140,7 +140,8 @@ RECORD = {
         "steps": 2,
         "seed": 0,
         "model": {"name": "m", "path": "model", "revision": None, "tokenizer": None},
-        "dataset": {"name": "d", "train": "train.jsonl", "format": {}, "heldout": None, "heldout_split": "heldout"},
+        "dataset": {"name": "d", "train": "train.jsonl", "format": {}, "heldout": None, "heldout_split": "heldout"}
+        | {"heldout_share": 0.0},
         "objective": {"beta": 0.1},
         "optimizer": {"lr": 0.1},
         "precision": "float32",

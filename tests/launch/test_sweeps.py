@@ -201,6 +201,8 @@ def test_madpos_runs_are_its_settings():
 # between checkpoints, held-out pairs, most tokens of prompt, completion and sample.
 SIZES = {
     "demo": (10, None, 8, 5, 4, 64, 1800, 512, 64),
+    "lab/": (100, None, 32, 100, 100, None, 1800, 1024, 40),
+    "lab/sft": (800, None, 64, 200, 200, None, 1800, 1024, 40),
     "madpo/": (None, 2, 32, 4, 4, None, 1800, 512, 64),
     "mappo/offline": (None, 1, 128, 100, 50, 512, 2048, 2048, 64),
     "mini/madpo": (8, None, 8, 8, 4, 32, 1800, 512, 64),

@@ -67,8 +67,8 @@ class Bench:
         """The arguments of a short training run of the random model on the CPU."""
         changes = {
             "model": "hub", "model.path": self.model, "dataset": "jsonl", "dataset.train": pairs,
-            "runs_dir": runs, "logger": "quiet", "precision": "float32", "device": "cpu", "steps": STEPS,
-            "batch_size": BATCH, "sampling.prompts": 0, "eval_every": STEPS, "save_every": STEPS,
+            "dataset.heldout_share": 0, "runs_dir": runs, "logger": "quiet", "precision": "float32", "device": "cpu",
+            "steps": STEPS, "batch_size": BATCH, "sampling.prompts": 0, "eval_every": STEPS, "save_every": STEPS,
         }  # fmt: skip
         return [*(f"{key}={value}" for key, value in changes.items()), *more]
 

@@ -131,6 +131,7 @@ def overrides(spec: Spec) -> list[str]:
         "dataset=jsonl",
         f"dataset.train={spec.data}",
         "dataset.name=bench",
+        "dataset.heldout_share=0",
         "logger=quiet",
         f"runs_dir={spec.folder}/runs",
         f"device={spec.device}",

@@ -52,6 +52,8 @@ class Pace:
 
     def step(self, done: int, metrics: dict[str, Any]) -> None:
         """Take note of step `done`, with the metrics of `train_step`."""
+        if "pairs_per_second" not in metrics:  # it was refused: loss or gradient was not finite
+            return
         if done > self.start + 1:
             self.seconds.append(self.config.batch_size / metrics["pairs_per_second"])
         if len(self.seconds) == TIMED_STEPS and done < self.config.total_steps:

@@ -52,7 +52,6 @@ SCHEMAS: dict[str, type] = {
     "prefetch": PrefetchConfig,
     "data_report": DataReportConfig,
     "lab": LabConfig,
-    "claims": ClaimsConfig,
 }
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 SAID_OF_A_FILE = r"`([\w/.]+)`:\n\n```\w+\n(.*?)```"  # a block, and the path that the line above it names

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.launch.warm import JobStarter, why_not_fork
-from tests.helpers.tiny import ENVIRONMENT, ROOT, command
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, command
 
 # In the place of prefopt.job: it does what the file `act` in the job's folder says.
 PROGRAM = """
@@ -188,8 +188,7 @@ def test_a_job_of_a_sweep_is_the_run_that_its_config_makes_alone(grid, overrides
     """By a fresh Python, bit for bit."""
     runs, sweep = grid
     assert "imports itself" not in sweep.stderr
-    oracle = "dataset.oracle={_target_: prefopt.rewards.oracle.Vader}"
-    arguments = [*overrides(tmp_path), oracle, "sampling.max_new_tokens=6", "objective=mmpo", "objective.beta=0.5"]
+    arguments = [*overrides(tmp_path), *SAMPLED, "objective=mmpo", "objective.beta=0.5"]
     environment = ENVIRONMENT | {"PREFOPT_CACHE": str(tmp_path / "cache")}
     subprocess.run(command(*arguments), cwd=ROOT, env=environment, check=True, capture_output=True)
     (alone,) = (file.parent for file in tmp_path.glob("*/record.json"))

@@ -18,7 +18,10 @@ COLORS = ("#0063A6", "#C95A12", "#2FA583", "#7A2E66", "#F5C440", "#69B1E0", "#00
 METHODS = (
     "mmpo", "dpo", "simpo", "ipo", "cpo", "beta_dpo", "madpo",
     "orpo", "kto", "sppo", "rrhf", "gpo", "f_dpo", "cal_dpo",
-    "robust_dpo", "margin_matching", "lmpo", "sft", "reward",
+    "robust_dpo", "margin_matching", "lmpo", "sft", "reward", "alpha_dpo", "alpha_po",
+    "aot", "aot_unpaired", "apo_down", "apo_zero", "arpo", "bco", "budget",
+    "discopop", "dpo_norm", "dpop", "exo", "nca", "r_dpo", "simper",
+    "slic",
 )  # fmt: skip
 
 
@@ -48,7 +51,8 @@ def method_marker(method: str, turn: int = 0) -> str:
     """A marker for a method, so that two methods are told apart without their colors; `turn` counts the lines of this
     objective."""
     place = _place(method)
-    return MARKERS[(place + place // len(COLORS) * 3 + turn * 3) % len(MARKERS)]
+    rounds = place // len(COLORS)  # through the colors: after four of them the markers would come again
+    return MARKERS[(place + rounds * 3 + rounds // 4 + turn * 3) % len(MARKERS)]
 
 
 def shade(color: str, place: int, of: int) -> tuple[float, ...]:

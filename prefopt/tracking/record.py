@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -172,6 +173,8 @@ def record_problems(record: dict[str, Any], finished: bool = False) -> Iterator[
         for key, value in row.items():
             if key not in NO_FIGURES and not is_kind(value, NUMBER):
                 yield f"{key} in {where} is no number"
+            elif key in MOST and (value < 0 or value > MOST[key]):
+                yield f"{key} in {where} is {value}"
         for first, *others in TOGETHER:
             if (first in row) != (first in evaluations[0]) or (first in row and not row.keys() >= {*others}):
                 yield f"{where} lacks some of {', '.join([first, *others])}"
@@ -187,6 +190,8 @@ def heldout_accuracy(evaluation: Mapping[str, Any]) -> tuple[float, float] | Non
 
 
 NO_FIGURES = ("split", "reliability")  # of what an evaluation holds
+# The shares and counts in an evaluation, of which standard errors are made: none is below 0 or above this.
+MOST = {"accuracy": 1, "tie_rate": 1, "sample_finished": 1, "n": math.inf, "samples": math.inf}
 # Figures that an evaluation has together, and all evaluations of a run or none.
 TOGETHER = (
     ("chosen_logps",),

@@ -291,7 +291,7 @@ def test_whatever_a_record_lacks_or_holds_ends_no_listing_and_no_report_in_a_tra
             ordered = sort_by_label(read)
             main_table(table_rows(ordered), ordered, config)
             over_seeds_table(ordered, config)
-            by_column_table(ordered, ReportConfig(str(tmp_path), str(tmp_path / "out"), "seed"))
+            by_column_table(ordered, "seed", "command")
             page("title", [], [], ordered, [])
             with (shown := console()).capture():
                 shown.print(status_table(select(RunsConfig(str(tmp_path), "*"))))

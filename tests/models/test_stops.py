@@ -181,8 +181,8 @@ def train(tmp_path, monkeypatch):
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "FILE").write_text(R1_WITH_THOUGHTS)
         overrides = tiny_overrides(tmp_path / "model", tmp_path, tmp_path / "runs")
-        overrides += ["dataset.heldout=null", "objective=sft", "steps=120", "batch_size=2", "save_every=120"]
-        overrides += ["eval_every=120", "optimizer.lr=1e-2", "micro_batch_tokens=400"]
+        overrides += ["dataset.heldout=null", "dataset.heldout_share=0", "objective=sft", "steps=120", "batch_size=2"]
+        overrides += ["save_every=120", "eval_every=120", "optimizer.lr=1e-2", "micro_batch_tokens=400"]
         overrides += [f"{'+' if '.' in key else ''}model.{key}={value}" for key, value in case.model.items()]
         register(TrainConfig)
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

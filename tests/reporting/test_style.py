@@ -54,7 +54,7 @@ def test_a_method_looks_the_same_in_every_figure():
     assert {method_color(method) for method in METHODS[: len(COLORS)]} == set(COLORS)
     for other in ("dpo optimizer.lr=1e-05", "mappo_dpo", "online-dpo", "online-mappo_dpo β=2"):
         assert method_color(other) == method_color("dpo") != method_color("mmpo")
-    assert (method_color("mine β=0.1"), method_marker("mine")) == ("#F5C440", "o")  # of a digest of its name
+    assert (method_color("mine β=0.1"), method_marker("mine")) == ("#F5C440", "v")  # of a digest of its name
 
 
 @pytest.mark.parametrize("paper", ["mmpo", "mappo", "madpo"])

@@ -66,8 +66,8 @@ def make_train_state(objective, tmp_path, **changes) -> TrainState:
     reference = None if reward_model else Resident.copy_of(policy, LogprobComputer("float32"))
     engine = Engine(policy, config.optimizer)
     return TrainState(
-        config, None, objective, Cosine(0.25), engine, reference, tokenizer, pairs, pairs[:5], [], None,  # type: ignore[arg-type]
-        LAYOUTS["padded"],
+        config, SimpleNamespace(folder=tmp_path), objective, Cosine(0.25), engine, reference,  # type: ignore[arg-type]
+        tokenizer, pairs, pairs[:5], [], None, LAYOUTS["padded"],
     )  # fmt: skip
 
 

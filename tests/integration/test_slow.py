@@ -173,7 +173,7 @@ def test_each_relative_trains_the_real_model(objective, smollm2):
     reference = Resident(model.requires_grad_(False), LogprobComputer("float32"))
     engine = Engine(copy.deepcopy(model).requires_grad_(True), optimizer)
     state = TrainState(
-        config, None, objective, Constant(0.0), engine, reference, tokenizer, pairs, pairs, [], None, LAYOUTS["padded"]
+        config, None, objective, Constant(0.0), engine, reference, tokenizer, pairs, [], [], None, LAYOUTS["padded"]
     )
     first = evaluate_pairs(state, 0, pairs)
     for n in range(8):

@@ -146,8 +146,9 @@ def curves_figure(plt: Any, rows: Sequence[Row], title: str, method: str) -> Any
 
 
 def curve(rows: Sequence[Row], split: str, key: str) -> Curve:
-    """The finite values of a metric in the rows of `split`."""
-    found = [(r["step"], r[key], r.get(f"{key}_se") or 0.0) for r in rows if r["split"] == split and key in r]
+    """The finite values of a metric in the rows of `split`; an accuracy of pairs that all tie is none."""
+    said = [r for r in rows if r["split"] == split and key in r and not (key == "accuracy" and r.get("tie_rate") == 1)]
+    found = [(r["step"], r[key], r.get(f"{key}_se") or 0.0) for r in said]
     return [point for point in found if isinstance(point[1], int | float) and math.isfinite(point[1])]
 
 

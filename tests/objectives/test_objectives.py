@@ -235,6 +235,8 @@ def test_step0_loss_is_what_equal_policy_and_reference_give(objective):
         assert losses.std() > 1e-6
     else:
         assert losses.tolist() == pytest.approx([objective.step0_loss] * 4)
+        output = objective(x)
+        assert torch.equal(output.chosen_scores, output.rejected_scores)  # all tie, whatever the data
 
 
 @pairwise

@@ -100,7 +100,8 @@ def needs_bfloat16() -> None:
 
 def test_bfloat16_in_every_layout_is_within_its_bound(smollm2, tmp_path, monkeypatch):
     """0.02 nats per token from float32, and so is one layout from another. Packed rows give the same bits whatever is
-    in them, so the cached reference is the policy to the last one."""
+    in them, so the cached reference is the policy to the last one. With AMX the products depend on the number of rows:
+    there both hold within the same bound."""
     needs_bfloat16()
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
     model, tokenizer = smollm2
@@ -117,13 +118,14 @@ def test_bfloat16_in_every_layout_is_within_its_bound(smollm2, tmp_path, monkeyp
             wrong = (found - exact.sums).abs()
             print(f"{name}: {wrong.mean():.2f} nats off on average, {(wrong / exact.lengths).max():.4f} per token")
             assert (wrong <= ROUNDING["bfloat16"] * exact.lengths).all(), name
-        assert torch.equal(torch.stack(alone, 1).flatten(), sums["packed"])
+        bound = ROUNDING["bfloat16"] * exact.lengths if torch.cpu._is_amx_tile_supported() else 0.0
+        assert ((torch.stack(alone, 1).flatten() - sums["packed"]).abs() <= bound).all()
         digest, packed, score = weights_digest(model), LAYOUTS["packed"], LogprobComputer("bfloat16")
         for tokens in (200, 5000):  # made in rows of one kind, read for a batch of another
             reference = cached(
                 model, digest, pairs[:3] if tokens == 200 else pairs, packed, tokens, score, lambda: model
             )
-        assert torch.equal(reference.logps(pairs, packed.collate(pairs)), sums["packed"])
+        assert ((reference.logps(pairs, packed.collate(pairs)) - sums["packed"]).abs() <= bound).all()
     finally:
         model.set_attn_implementation(attention)
 
@@ -156,13 +158,13 @@ def relatives() -> dict[str, Objective]:
 
 @pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in relatives().items()])
 def test_each_relative_trains_the_real_model(objective, smollm2):
-    """Eight steps of two pairs: from its loss at the reference on, the chosen sides gain on the rejected ones."""
+    """Eight steps of two short pairs: from its loss at the reference on, the chosen sides gain on the rejected ones."""
     model, tokenizer = smollm2
     items = [
         replace(p, chosen_reward=0.9, rejected_reward=0.2)
         for p in load_split(dataset("sentiment_offline"), "train").pairs[:2]
     ]
-    pairs, drops, _ = tokenize(tokenizer, items, 512, 512)
+    pairs, drops, _ = tokenize(tokenizer, items, 512, 24)
     assert not drops
     optimizer = OptimizerConfig(2e-5, [0.9, 0.999], 1e-8, 0.0, 1.0)
     config = TrainConfig(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from prefopt.errors import UserError
-from prefopt.models.reference import ROUNDING
+from prefopt.models.reference import rounding
 from prefopt.objectives.base import PairInputs
 from prefopt.training.state import TrainState
 
@@ -34,7 +34,7 @@ def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: flo
         largest = logratios.max().item()
         exact = largest <= STEP0_TOLERANCE
         # Written as `not all(<=)`, which NaN fails.
-        if not exact and not (logratios <= ROUNDING[train_state.config.precision] * lengths).all():
+        if not exact and not (logratios <= rounding(train_state.config.precision, lengths)).all():
             raise UserError(
                 f"{where} the policy differs from the reference: largest |log-ratio| {largest:.3g} nats over its "
                 "pairs. They must be the same model, scored in the same way; this is a bug or a model whose forward "

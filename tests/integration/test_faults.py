@@ -65,7 +65,7 @@ def result(runs: Path) -> dict:
         "rows": [{k: v for k, v in row.items() if k not in TIMING} for row in rows],
         "evaluations": record["evaluations"],
         "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp"),
-        "checkpoints": [p.name for p in (folder / "checkpoints").iterdir()],
+        "checkpoints": [p.name for p in folder.glob("checkpoints/*")],
     }
 
 

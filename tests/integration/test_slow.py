@@ -149,9 +149,9 @@ def test_compiled_layers_give_the_same_gradients():
 
 
 def relatives() -> dict[str, Objective]:
-    """The objectives of pairs that sweep=objectives does not run, by name, and SPPO on soft labels. Without RELATIVES=all
-    one for each way to compute: of a single pair, sorted over a step, with a state, around a base, and without a
-    reference. Each takes a minute."""
+    """The objectives of pairs that sweep=objectives does not run, by name, and SPPO on soft labels. They take minutes,
+    so without RELATIVES=all one for each way to compute: of a single pair, sorted over a step, with a state, around a
+    base, and without a reference."""
     sweep = yaml.safe_load((ROOT / "sweeps/sweep/objectives.yaml").read_text())
     swept = sweep["hydra"]["sweeper"]["params"]["objective"].split(",")
     others = {

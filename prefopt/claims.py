@@ -1,11 +1,11 @@
 """The papers' claims beside what our runs say of them: effects over seeds, their intervals, and verdicts.
 
-    python -m prefopt.claims                                # from the committed records of the laboratory
+    python -m prefopt.claims
     python -m prefopt.claims scales.lab=runs/lab output=claims
 
 Claims are data: results/published/claims_*.yaml. A verdict is computed from the records of finished runs and of
 prefopt.harness and prefopt.alpaca. Written as Markdown, CSV, LaTeX and one HTML page; claims_runs.csv names every run
-that a verdict came from.
+that a verdict came from. A claim whose runs are not there has no verdict; so far there are records for none.
 """
 
 import shlex

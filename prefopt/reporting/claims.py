@@ -17,7 +17,7 @@ from prefopt.errors import UserError
 from prefopt.reporting.config import PapersConfig
 from prefopt.reporting.evaluated import accuracy_of, metric_of, read_evaluated, win_rate_of
 from prefopt.reporting.labels import flat_config
-from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows
+from prefopt.reporting.tables import MISSING, Column, Tabular, format_interval, format_p, format_rows, format_value
 from prefopt.tracking.archive import Record, last_step, read_records
 from prefopt.utils.stats import detectable, holm, mean_interval
 
@@ -60,7 +60,7 @@ class Claim:
     folder: of the runs, below that of a scale.
     metric: a key of a run's evaluations, `lm_accuracy` (harness) or `win_rate` (alpaca), both in percent.
     expects: the effect is above 0, below it, or equal: within ± `margin` of it.
-    mathematics: why the effect is 0 whatever the data, and the test that shows it. Then `margin` is for rounding.
+    mathematics: the test that shows why the effect is 0 whatever the data. Then `margin` is for rounding.
     """
 
     says: str
@@ -219,7 +219,6 @@ def judge(found: Sequence[Answer]) -> list[dict[str, Any]]:
         row["p_holm"] = corrected
     for row, answer in zip(rows, found, strict=True):
         row["verdict"] = _verdict(row, answer.claim)
-        row["p"] = MISSING if row["p_holm"] is None else "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
     return rows
 
 
@@ -240,9 +239,6 @@ def _row(answer: Answer) -> dict[str, Any]:
             )
         if not claim.mathematics:
             row["p_value"] = p
-    digits = f"+.{_digits(row)}f"
-    row["interval"] = MISSING if row["low"] is None else f"{row['low']:{digits}} to {row['high']:{digits}}"
-    row["interval"] = row["interval"].replace("-", "−")
     return row
 
 
@@ -260,10 +256,19 @@ def _verdict(row: Mapping[str, Any], claim: Claim) -> str:
     return SUPPORTED if (row["effect"] > 0) == (claim.expects == "above") else CONTRADICTED
 
 
-def _digits(row: Mapping[str, Any]) -> int:
-    """So many that an interval of two figures can be read."""
-    width = (row["high"] or 0.0) - (row["low"] or 0.0) or abs(row["effect"] or 1.0)
-    return min(6, max(0, 2 - math.floor(math.log10(width)))) if width else 3
+def _texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row's figures as people read them, with so many digits that an interval has three that count."""
+    effect, low, high, p, smallest = (
+        math.nan if row[key] is None else row[key] for key in ("effect", "low", "high", "p_holm", "detectable")
+    )
+    width = abs(effect) if math.isnan(low) or low == high else high - low
+    digits = min(6, max(0, 2 - math.floor(math.log10(width)))) if width > 0 else 3
+    return {
+        "effect": format_value(effect, None, digits, signed=True).replace("-", "−"),
+        "interval": format_interval(low, high, digits),
+        "p": format_p(p),
+        "detectable": format_value(smallest, None, digits),
+    }
 
 
 def describe(claim: Claim) -> str:
@@ -289,7 +294,6 @@ def _listed(value: Any) -> str:
 def claims_table(found: Sequence[Answer], made_by: str) -> Tabular:
     """The claims with their verdicts, a row for each claim and scale."""
     rows = judge(found)
-    digits = {id(row): _digits(row) for row in rows}
     columns = [
         Column("paper", "paper", text=True),
         Column("claim", "claim", text=True),
@@ -297,20 +301,12 @@ def claims_table(found: Sequence[Answer], made_by: str) -> Tabular:
         Column("scale", "scale", text=True),
         Column("metric", "metric", text=True),
         Column("contrast", "contrast", text=True),
-        Column("effect", "effect", signed=True),
+        Column("effect", "effect"),
         Column("interval", "95 % interval", text=True),
         Column("p", "p (Holm)", text=True),
         Column("n", "n"),
         Column("detectable", "smallest effect"),
         Column("verdict", "verdict", text=True),
-    ]
-    shown = [
-        row
-        | {
-            "effect": None if row["effect"] is None else f"{row['effect']:+.{digits[id(row)]}f}".replace("-", "−"),
-            "detectable": None if row["detectable"] is None else f"{row['detectable']:.{digits[id(row)]}f}",
-        }
-        for row in rows
     ]
     notes = [
         "The effect is the contrast's mean over n training seeds, each with all terms; the interval is Student's over "
@@ -319,9 +315,9 @@ def claims_table(found: Sequence[Answer], made_by: str) -> Tabular:
         f"The smallest effect is one that a test of this n would have shown with a chance of {POWER:.0%} at the spread "
         "seen, without the correction.",
         "True by mathematics: equal whatever the data; a test shows it, and the runs agree within rounding.",
-        f"Made by `{made_by}`.",
     ]
-    return Tabular("claims", columns, format_rows(columns, shown), rows, notes, "The papers' claims")
+    texts = format_rows(columns, [row | _texts(row) for row in rows])
+    return Tabular("claims", columns, texts, rows, notes, "The papers' claims", [f"Made by `{made_by}`."])
 
 
 def shares_table(found: Sequence[Answer]) -> Tabular:

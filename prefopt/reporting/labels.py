@@ -1,17 +1,21 @@
 """What tells a run from the others in a table."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefopt.tracking.archive import Record, beta
-from prefopt.tracking.run import VOLATILE
+from prefopt.tracking.run import VOLATILE, flatten
 from prefopt.utils.fingerprint import class_names
 
 
 def flat_config(record: Record) -> dict[str, Any]:
     """The run's config with dotted keys."""
-    return dict(flatten(class_names(record["config"])))
+    # 2.0, a default, and 2, from a command line, are one value.
+    return {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in flatten(class_names(record["config"]))
+    }
 
 
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
@@ -72,14 +76,3 @@ def shortest_texts(values: Mapping[str, Any]) -> dict[str, str]:
         for exact, v in values.items()
     }
     return texts if len(set(texts.values())) == len(texts) else {exact: exact for exact in values}
-
-
-def flatten(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted key, value) of all leaves of a nested dict."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            # 2.0, a default, and 2, from a command line, are one value.
-            whole = isinstance(value, float) and value.is_integer()
-            yield f"{prefix}{key}", int(value) if whole else value

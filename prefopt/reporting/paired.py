@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from prefopt.errors import UserError
@@ -13,8 +12,9 @@ from prefopt.evaluation.results import FIGURE_SETTINGS
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.differences import sides_differ
 from prefopt.reporting.labels import flat_config, labels
-from prefopt.reporting.tables import Column, Tabular, format_rows
+from prefopt.reporting.tables import Column, Tabular, format_interval, format_p, format_rows
 from prefopt.tracking.archive import Record, last_step
+from prefopt.tracking.metrics import item_file
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.stats import paired_difference
 from prefopt.utils.store import read_sealed_lines
@@ -62,15 +62,14 @@ def paired_table(records: Sequence[Record], config: ReportConfig) -> Tabular:
             continue
         items = both.groupby(level=1).mean()
         mean, low, high, p = paired_difference((items["a"] - items["b"]).to_numpy(dtype=float))
-        interval = "–" if np.isnan(low) else f"{low:+.3f} to {high:+.3f}".replace("-", "−")
         row = {
             "measure": measure.partition("\0")[0],
             "a": items["a"].mean(),
             "b": items["b"].mean(),
             "difference": mean,
         }
-        row |= {"low": low, "high": high, "interval": interval, "p_value": p, "p": format_p(p), "n": len(items)}
-        rows.append(row | {"seeds": both.index.get_level_values(0).nunique()})
+        row |= {"low": low, "high": high, "interval": format_interval(low, high, 3), "p_value": p, "p": format_p(p)}
+        rows.append(row | {"n": len(items), "seeds": both.index.get_level_values(0).nunique()})
     if not rows:
         folders = ", ".join(str(r.get("folder", r["name"])) for side in (a, b) for r in side.values())
         raise UserError(
@@ -85,11 +84,6 @@ def paired_table(records: Sequence[Record], config: ReportConfig) -> Tabular:
         sides_differ([a[seed] for seed in seeds], [b[seed] for seed in seeds]),
     ]
     return Tabular("paired", COLUMNS, format_rows(COLUMNS, rows), rows, notes, "Paired differences")
-
-
-def format_p(p: float) -> str:
-    """Three digits, and no more zeros than a permutation test of 9999 resamples can tell."""
-    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _runs_of(name: str, records: Sequence[Record]) -> dict[int, Record]:
@@ -124,7 +118,7 @@ def item_values(record: Record) -> dict[str, pd.Series]:
         return {}
     folder = Path(record["folder"])
     measures = _pair_values(record, folder)
-    samples = folder / "samples" / f"step_{last_step(record):07d}.jsonl"
+    samples = item_file(folder, "samples", last_step(record))
     if samples.is_file():
         frame = pd.DataFrame(_lines(samples))
         index = _keys(frame["prompt"])
@@ -149,7 +143,7 @@ def item_values(record: Record) -> dict[str, pd.Series]:
 def _pair_values(record: Record, folder: Path) -> dict[str, pd.Series]:
     """Of each held-out pair whether the final policy's objective is right, its margin, which compares with those of the
     same objective alone, and how much more likely the chosen completion is."""
-    file = folder / "heldout" / f"step_{last_step(record):07d}.jsonl"
+    file = item_file(folder, "heldout", last_step(record))
     if not file.is_file():
         return {}
     frame = pd.DataFrame(_lines(file))

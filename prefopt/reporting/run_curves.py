@@ -16,7 +16,7 @@ from prefopt.reporting.labels import labels
 from prefopt.reporting.style import PAGE, method_color, method_marker, plotting
 from prefopt.tracking.archive import Record
 from prefopt.tracking.metrics import metrics_files, read_metrics
-from prefopt.tracking.record import read_record
+from prefopt.tracking.record import all_tie, read_record
 from prefopt.utils.distributed import is_main_process
 from prefopt.utils.files import atomic_write
 
@@ -147,7 +147,7 @@ def curves_figure(plt: Any, rows: Sequence[Row], title: str, method: str) -> Any
 
 def curve(rows: Sequence[Row], split: str, key: str) -> Curve:
     """The finite values of a metric in the rows of `split`; an accuracy of pairs that all tie is none."""
-    said = [r for r in rows if r["split"] == split and key in r and not (key == "accuracy" and r.get("tie_rate") == 1)]
+    said = [r for r in rows if r["split"] == split and key in r and not (key == "accuracy" and all_tie(r))]
     found = [(r["step"], r[key], r.get(f"{key}_se") or 0.0) for r in said]
     return [point for point in found if isinstance(point[1], int | float) and math.isfinite(point[1])]
 

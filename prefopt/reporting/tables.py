@@ -74,6 +74,16 @@ def format_value(mean: float | None, error: float | None, digits: int, signed: b
     return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
+def format_interval(low: float, high: float, digits: int) -> str:
+    """The ends of an interval of differences, with their signs; a dash where it is not known."""
+    return MISSING if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−")
+
+
+def format_p(p: float) -> str:
+    """Three digits, and no more zeros than a permutation test of 9999 resamples can tell; a dash for nan."""
+    return MISSING if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def format_rows(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The cells of all rows, as people read them."""
     return [[column.format(row) for column in columns] for row in rows]

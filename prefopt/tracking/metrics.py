@@ -29,6 +29,14 @@ def metrics_files(folder: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+PER_ITEM = ("samples", "heldout")  # folders of a run's, with what an evaluation knows of each sample and held-out pair
+
+
+def item_file(folder: Path, kind: str, step: int) -> Path:
+    """The file in the run's `folder` with the items (`kind` of PER_ITEM) of the evaluation after `step` steps."""
+    return folder / kind / f"step_{step:07d}.jsonl"
+
+
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """The metrics of a row that are numbers: what other loggers take of it, and a curve is drawn of."""
     return {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}

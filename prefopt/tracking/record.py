@@ -184,9 +184,14 @@ def heldout_accuracy(evaluation: Mapping[str, Any]) -> tuple[float, float] | Non
     """The accuracy of an evaluation and its standard error over the held-out pairs. None where it has none, and where
     all pairs tie, as where policy and reference are equal: then the accuracy of 0 says nothing."""
     accuracy, n = evaluation.get("accuracy"), evaluation.get("n")
-    if accuracy is None or not n or evaluation.get("tie_rate") == 1:
+    if accuracy is None or not n or all_tie(evaluation):
         return None
     return accuracy, share_error(accuracy, n)
+
+
+def all_tie(evaluation: Mapping[str, Any]) -> bool:
+    """Whether no held-out pair has two different scores."""
+    return bool(evaluation.get("tie_rate") == 1)
 
 
 NO_FIGURES = ("split", "reliability")  # of what an evaluation holds

@@ -12,7 +12,7 @@ from rich.console import Group
 
 from prefopt.errors import UserError
 from prefopt.tracking.process import resolve_status, slurm_queue
-from prefopt.tracking.record import NUMBER, WHOLE, is_kind, read_record
+from prefopt.tracking.record import NUMBER, WHOLE, all_tie, is_kind, read_record
 from prefopt.utils.console import rows_table
 from prefopt.utils.files import read_lines_reversed
 
@@ -117,7 +117,7 @@ def status_table(runs: list[RunStatus]) -> Group:
     rows = []
     for run, metrics in zip(runs, metrics_of, strict=True):
         record = run.record
-        shown = metrics | ({"accuracy": None} if metrics.get("tie_rate") == 1 else {})  # as where policy = reference
+        shown = metrics | ({"accuracy": None} if all_tie(metrics) else {})
         figures = [f"{shown[key]:.3f}" if is_kind(shown.get(key), NUMBER) else "–" for key in keys]
         where = record.get("slurm_job") and f"{record.get('host') or 'Slurm'} {record['slurm_job']}"
         rows.append(

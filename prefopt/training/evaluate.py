@@ -23,6 +23,7 @@ from prefopt.models.logprobs import autocast
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import ObjectiveOutput, PairInputs, apply_objective
 from prefopt.rewards.scorers import Request, RewardScorer
+from prefopt.tracking.metrics import item_file
 from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import calibration, pair_metrics, step_metrics
@@ -151,9 +152,7 @@ def write_pairs(
     keys = [key for key in ("margin", "chosen_logps", "rejected_logps") if all(key in part for part in parts)]
     columns = [torch.cat([part[key].float() for part in parts]).tolist() for key in keys]
     rows = [{"id": id_} | dict(zip(keys, values, strict=True)) for id_, *values in zip(ids, *columns, strict=True)]
-    folder = train_state.run.folder / "heldout"
-    folder.mkdir(exist_ok=True)  # without parents, as samples_path
-    atomic_write(folder / f"step_{step:07d}.jsonl", _as_lines(rows))
+    write_items(train_state, "heldout", step, rows)
 
 
 def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def sample_metrics(train_state: TrainState, step: int) -> dict[str, Any]:
         rows = [row | {name: values[i] for name, values in figures.items()} for i, row in enumerate(rows)]
     else:
         figures = {}
-    atomic_write(samples_path(train_state, step), _as_lines(rows))
+    write_items(train_state, "samples", step, rows)
 
     metrics: dict[str, Any] = {}
     further = {f"sample_{name}": name for name in figures if name != "reward"}
@@ -259,14 +258,14 @@ def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def samples_path(train_state: TrainState, step: int) -> Path:
-    """The file of the samples drawn after `step` steps. Makes its folder.
+def write_items(train_state: TrainState, kind: str, step: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Write what the evaluation after `step` steps knows of each item: `kind` of `PER_ITEM`.
 
     Raises FileNotFoundError where the run's folder is gone, as when its file system is.
     """
-    folder = train_state.run.folder / "samples"
-    folder.mkdir(exist_ok=True)  # without parents, for that error
-    return folder / f"step_{step:07d}.jsonl"
+    file = item_file(train_state.run.folder, kind, step)
+    file.parent.mkdir(exist_ok=True)  # without parents, for that error
+    atomic_write(file, _as_lines(rows))
 
 
 def sample_logratios(train_state: TrainState, samples: Sequence[Sample]) -> list[float]:

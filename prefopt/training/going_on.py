@@ -19,7 +19,7 @@ from typing import Any
 
 from prefopt.config.parse import build
 from prefopt.errors import UserError
-from prefopt.tracking.metrics import metrics_damage
+from prefopt.tracking.metrics import PER_ITEM, metrics_damage
 from prefopt.tracking.record import load_record, record_of
 from prefopt.tracking.run import Run, changed_parts, deciding_part, flatten
 from prefopt.training.checkpoint import complete_checkpoints, load_meta
@@ -210,8 +210,8 @@ def describe(origin: Origin, config: TrainConfig) -> list[str]:
 
 
 def seed(run: Run, origin: Origin) -> None:
-    """Give the run, which this process holds, the last checkpoint of its origin, with the metrics and samples until
-    there. The checkpoint comes last and whole: without it the run has not begun.
+    """Give the run, which this process holds, the last checkpoint of its origin, with the metrics, samples and held-out
+    pairs until there. The checkpoint comes last and whole: without it the run has not begun.
 
     Raises UserError where what is taken is damaged, and OSError where it cannot be written.
     """
@@ -222,11 +222,12 @@ def seed(run: Run, origin: Origin) -> None:
         raise UserError(
             f"{origin.checkpoint} is damaged: {why}. Bring it back, or train from the start by resume=null."
         )
-    samples = run.folder / "samples"
-    for file in sorted((origin.folder / "samples").glob("step_*")):
-        samples.mkdir(exist_ok=True)
-        (samples / file.name).unlink(missing_ok=True)
-        _link(file, samples / file.name)
+    for kind in PER_ITEM:
+        for file in sorted((origin.folder / kind).glob("step_*")):
+            target = run.folder / kind / file.name
+            target.parent.mkdir(exist_ok=True)
+            target.unlink(missing_ok=True)
+            _link(file, target)
     with metrics.open("rb") as content:
         atomic_write(run.metrics_file, content.read(vouched["length"]))
 

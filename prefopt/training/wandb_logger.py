@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.config.schema import WandbConfig
 from prefopt.errors import UserError
-from prefopt.tracking.metrics import numbers, read_metrics
+from prefopt.tracking.metrics import item_file, numbers, read_metrics
 from prefopt.tracking.run import Run
 from prefopt.utils.redact import redact
 
@@ -66,7 +66,7 @@ class WandbLogger:
         if step < self.wandb.step:  # it has them
             return
         values: dict[str, Any] = {f"{split}/{name}": value for name, value in numbers(metrics).items()}
-        if split == "heldout" and (rows := read_samples(self.run.folder / "samples" / f"step_{step:07d}.jsonl")):
+        if split == "heldout" and (rows := read_samples(item_file(self.run.folder, "samples", step))):
             import wandb
 
             values["heldout/samples"] = wandb.Table(columns=["prompt", "response", "reward"], data=rows)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-import prefopt.models.load  # noqa: F401  # which keeps saving from importing deepspeed on a machine without a GPU
+import prefopt.models.load  # noqa: F401  # saving imports deepspeed, which would warn on a machine without a GPU
 from prefopt.data.sources import write_rows
 from prefopt.world import grammar
 

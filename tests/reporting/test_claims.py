@@ -13,6 +13,7 @@ from scipy import stats
 from prefopt.errors import UserError
 from prefopt.reporting.claims import CONTRADICTED, IDENTITY, SUPPORTED, UNDECIDED, answers, claims_table, read_claims
 from prefopt.utils.stats import detectable, holm, mean_interval
+from tests.helpers.tiny import ROOT
 from tests.reporting.test_papers import harness, train
 
 REWARDS = {"mmpo": [0.9, 0.8, 0.85, 0.95], "dpo": [0.5, 0.45, 0.6, 0.5]}
@@ -131,6 +132,15 @@ def test_every_run_of_a_verdict_is_named(tmp_path, runs):
     assert {row["run"] for row in rows} == {folder.name for folder in runs.iterdir()}
     total = math.fsum(float(row["times"]) * float(row["value"]) for row in rows) / 4
     assert total == pytest.approx(claims_table(found, "").rows[0]["effect"])
+
+
+def test_the_papers_claims_are_read_and_their_mathematics_has_its_test():
+    papers = read_claims(str(ROOT / "results" / "published"))
+    assert set(papers) == {"MMPO", "MaPPO", "MADPO"}
+    named = {claim.mathematics for claims in papers.values() for claim in claims} - {""}
+    there = (ROOT / "tests" / "objectives" / "test_objectives.py").read_text()
+    assert named
+    assert [name for name in named if f"def {name}(" not in there] == []
 
 
 @pytest.mark.parametrize(

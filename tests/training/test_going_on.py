@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import parse, register
 from prefopt.errors import UserError
+from prefopt.tracking.metrics import PER_ITEM
 from prefopt.training import going_on
 from prefopt.training.checkpoint import complete_checkpoints, tidy_checkpoints
 from prefopt.training.config import TrainConfig
@@ -91,8 +92,9 @@ def test_a_longer_run_is_bit_for_bit_the_one_of_that_length(copied, overrides, t
     metrics = [timeless(folder / "metrics.jsonl") for folder in folders]
     assert metrics[0] == metrics[1]
     assert found["evaluations"] == expected["evaluations"]
-    samples = [{file.name: file.read_text() for file in (folder / "samples").iterdir()} for folder in folders]
-    assert samples[0] == samples[1]
+    for kind in PER_ITEM:
+        items = [{file.name: file.read_text() for file in (folder / kind).iterdir()} for folder in folders]
+        assert items[0] == items[1]
     for folder in (copied, *folders):  # each keeps its last checkpoint, whole
         (last,) = (folder / "checkpoints").iterdir()
         assert going_on.damage(last) is None
@@ -210,7 +212,7 @@ def test_wherever_it_is_killed_while_it_takes_over_it_ends_the_same(copied, over
     moments = [
         At("prefopt.training.going_on:atomic_write"),  # recorded, and nothing is there yet
         At("prefopt.training.going_on:remove"),  # with the metrics
-        At("prefopt.training.going_on:_link", 8),  # in the middle of the checkpoint: after 3 samples
+        At("prefopt.training.going_on:_link", 11),  # in the middle of the checkpoint: after 3 samples and 3 held-out
         At("prefopt.training.loop:resume"),  # all taken over
     ]
     for moment in moments:

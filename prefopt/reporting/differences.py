@@ -1,5 +1,6 @@
 """In which settings runs differ: the line below a table, and the two columns of `prefopt diff`."""
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 
@@ -107,23 +108,26 @@ def sides_differ(a: Sequence[Record], b: Sequence[Record]) -> str:
 
 def print_table(table: Tabular) -> None:
     """Title, table and notes on stdout, at the terminal's width. A number stays in one line, a text goes on in the next
-    one; columns for which there is no room stand below, beside the first column once more."""
+    one; columns for which there is no room stand below, beside what names a row once more: the first column, and plain
+    numbers behind it such as β."""
     needed = []
     for column, (heading, *cells) in zip(table.columns, zip(table.headings, *table.texts, strict=True), strict=True):
         if column.text:
             needed.append(min(LEAST_TEXT, max(map(len, (heading, *cells)))))
         else:
             needed.append(max(map(len, (*heading.split(), *cells))))
+    plain = itertools.takewhile(lambda c: c.digits is None and not c.text and not c.error, table.columns[1:])
+    names = range(1 + len(list(plain)))
     blocks: list[list[int]] = [[]]
-    for place in range(1, len(needed)):
-        if blocks[-1] and sum(needed[i] + 2 for i in (0, *blocks[-1], place)) > console().width:
+    for place in range(len(names), len(needed)):
+        if blocks[-1] and sum(needed[i] + 2 for i in (*names, *blocks[-1], place)) > console().width:
             blocks.append([])
         blocks[-1].append(place)
 
     for number, block in enumerate(blocks):
         title = table.title if number == 0 and table.title else None
         shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for place in (0, *block):
+        for place in (*names, *block):
             heading = table.headings[place]
             if table.columns[place].text or needed[place] > LONGEST_NUMBER:
                 shown.add_column(heading, overflow="fold", vertical="bottom")
@@ -131,7 +135,7 @@ def print_table(table: Tabular) -> None:
                 lines = textwrap.wrap(heading, needed[place], break_long_words=False, break_on_hyphens=False)
                 shown.add_column("\n".join(lines), justify="right", no_wrap=True, vertical="bottom")
         for cells in table.texts:
-            shown.add_row(*(cells[place] for place in (0, *block)))
+            shown.add_row(*(cells[place] for place in (*names, *block)))
         console().print(shown)
     console().print(*table.notes, sep="\n")
 

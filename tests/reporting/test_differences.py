@@ -10,7 +10,7 @@ import pytest
 
 from prefopt.errors import UserError
 from prefopt.reporting.config import ReportConfig
-from prefopt.reporting.differences import config_differences, continued_note, settings_note, sides_differ
+from prefopt.reporting.differences import config_differences, continued_note, print_table, settings_note, sides_differ
 from prefopt.reporting.paired import paired_table
 from prefopt.reporting.summary import main_table, table_rows
 from prefopt.tracking.archive import read_records
@@ -147,3 +147,12 @@ def test_the_report_pairs_prompts_and_seeds(grid, tmp_path):
     archived = [{k: v for k, v in record.items() if k != "folder"} for record in found]
     with pytest.raises(UserError, match="An archive"):
         paired_table(archived, ReportConfig(str(runs), "out", compare=["dpo", "ipo"]))
+
+
+def test_in_a_narrow_terminal_every_block_of_a_table_names_its_rows(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    found = read_records(ROOT / "results" / "mini" / "mmpo" / "records.jsonl")
+    print_table(main_table(table_rows(found), found, ReportConfig("runs", "out")))
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    betas = [line[1] for line in shown if line and line[0] in ("dpo", "mmpo", "simpo")]
+    assert betas == ["0.01", "0.05", "0.1", "0.5"] * 6  # three objectives in two blocks

@@ -2,7 +2,12 @@
 a judge that answers in text, with its faults."""
 
 import gzip
+import hashlib
+import itertools
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -13,15 +18,24 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import parse, register
+from prefopt.config.schema import SamplingConfig
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.alpaca_figures import bootstrap
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
-from prefopt.evaluation.mtbench import TURNS, read_answers, read_benchmark, read_rating, run_pending, summarize
+from prefopt.evaluation.mtbench import (
+    TEMPERATURES,
+    TURNS,
+    read_answers,
+    read_benchmark,
+    read_rating,
+    run_pending,
+    summarize,
+)
 from prefopt.evaluation.text_judge import TextJudge, build_text_judge
 from prefopt.utils.signals import stop_flag
 from tests.helpers.harm import HARMS, cut, empty, flip, zero
 from tests.helpers.judge import TextServer
-from tests.helpers.tiny import ROOT, SHARED, run_program
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SHARED, run_program
 
 pytest.importorskip("alpaca_eval")
 REAL = SHARED / "judged" / "mt_bench"
@@ -414,3 +428,163 @@ def test_a_bad_configuration_is_refused_with_all_that_is_wrong():
         check_mtbench(config)
     for words in ("references must be", "checkpoints must be", "files=nowhere", "max_new_tokens", "output=FOLDER"):
         assert words in str(error.value)
+
+
+# Jobs
+
+
+@pytest.fixture(scope="module")
+def run(overrides, tmp_path_factory):
+    """The folder of a finished run of the tiny model."""
+    runs = tmp_path_factory.mktemp("mtbench")
+    process = run_program(*overrides(runs), "exports=1")
+    assert process.returncode == 0, process.stderr
+    (folder,) = (path.parent for path in runs.glob("*/record.json"))
+    return folder
+
+
+def local(server: TextServer, *changes: str) -> list[str]:
+    judge = ["judge=local", f"judge.base_url={server.url}", "judge.model=m"]
+    return [*judge, f"files={REAL}", "max_new_tokens=4", "device=cpu", "precision=float32", *changes]
+
+
+@pytest.mark.shared
+def test_a_run_answers_the_second_turn_after_its_own_first(run, monkeypatch, tmp_path):
+    from prefopt.generation.sampler import sample
+    from prefopt.models.load import load_model, load_tokenizer
+    from prefopt.tracking.policies import exported_policies
+
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    server = TextServer(lambda messages, n: "[[5]]")
+    start(*local(server, f"run={run}"))
+    record = only_record(run / "mtbench")
+    assert record["figures"]["score"] == 5
+    assert record["model"] == f"{run.name}-final"
+    assert (record["checkpoint"], record["step"]) == ("final", 4)
+    assert record["weights"] == json.loads((run / "record.json").read_text())["final_weights"]
+    (file,) = (run / "mtbench").glob("*/model_answer.jsonl")
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in map(json.loads, file.open())}
+    assert len(answers) == 80
+    # What FastChat reads of it, and so does the program itself.
+    benchmark = read_benchmark(str(REAL), "gpt-4")
+    assert {q: list(c.turns) for q, c in read_answers(str(file), benchmark).items()} == answers
+
+    (policy,) = exported_policies(str(run), "final")
+    model, tokenizer = load_model(policy.model, "cpu"), load_tokenizer(policy.model)
+    for question in (81, 111, 141):  # writing, math, stem
+        row = benchmark.questions[question]
+        settings = SamplingConfig(TEMPERATURES[row["category"]], 1.0, 4, 1)
+        talk = [{"role": "user", "content": row["turns"][0]}]
+        for turn in TURNS:
+            ((drawn,),) = sample(model, tokenizer, [talk], settings, seed=0)
+            assert drawn.text == answers[question][turn - 1]
+            talk += [{"role": "assistant", "content": drawn.text}, {"role": "user", "content": row["turns"][1]}]
+    assert record["unfinished"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_stopped_or_killed_job_ends_with_the_same_record_and_asks_for_nothing_twice(run, tmp_path):
+    job: dict[str, subprocess.Popen] = {}
+    hits: dict[int, signal.Signals] = {}
+    count = itertools.count(1)
+
+    def reply(messages, n):
+        if (hit := hits.pop(next(count), None)) is not None:
+            job["now"].send_signal(hit)
+            time.sleep(1)
+        return "[[4]]"
+
+    server = TextServer(reply)
+    arguments = local(server, f"run={run}", f"output={tmp_path / 'out'}", "judge.parallel=1")
+    environment = {**ENVIRONMENT, "PREFOPT_CACHE": str(tmp_path / "cache")}
+
+    def begin() -> subprocess.Popen:
+        command = [sys.executable, "-m", "prefopt.mtbench", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        job["now"] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+        return job["now"]
+
+    def end(process: subprocess.Popen, code: int) -> str:
+        out, errors = process.communicate()
+        assert process.returncode == code, errors
+        return out
+
+    for files in (1, 4):  # killed in the first turn, and in the second
+        process = begin()
+        while len(list((tmp_path / "cache" / "responses").glob("*.jsonl"))) < files:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        end(process, -signal.SIGKILL)
+    assert server.calls == 0
+
+    hits[40] = signal.SIGTERM
+    end(begin(), 75)
+    assert (server.calls, max(server.asked.values())) == (40, 1)
+    hits[80] = signal.SIGKILL
+    end(begin(), -signal.SIGKILL)
+    # What it was asking when it was killed it may ask again: no answer has come.
+    both = [begin(), begin()]
+    said = {end(process, 0) for process in both}
+    assert len(said) == 1
+    assert (server.calls, len(server.asked), max(server.asked.values())) == (161, 160, 2)
+    whole = only_record(tmp_path / "out")
+    assert whole["figures"]["score"] == 4
+
+    for file in ("record.json", "judgments.jsonl"):  # before the record, and before that
+        (path,) = (tmp_path / "out").glob(f"*/{file}")
+        path.unlink()
+        assert end(begin(), 0) == said.copy().pop()
+        again = only_record(tmp_path / "out")
+        assert {k: again[k] for k in ("figures", "settings", "weights", "metric")} == {
+            k: whole[k] for k in ("figures", "settings", "weights", "metric")
+        }
+    assert server.calls == 161
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_sweep_judges_each_checkpoint(run, tmp_path):
+    server = TextServer(lambda messages, n: "[[6]]")
+    changes = [f"run={run}", "checkpoints=final", f"output={tmp_path / 'out'}", "references=gpt-4,gpt-4-0125-preview"]
+    process = run_program(
+        "-m", *local(server, *changes), f"hydra.sweep.dir={tmp_path / 'sweep'}", program="mtbench",
+        env={"PREFOPT_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr + process.stdout
+    records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/record.json")]
+    assert sorted(r["metric"] for r in records) == [
+        "mt_bench (m, gpt-4 references)",
+        "mt_bench (m, gpt-4-0125-preview references)",
+    ]
+    # The same judge is not asked again for what does not depend on the references.
+    assert 160 < server.calls < 320
+    assert max(server.asked.values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_real_model_is_judged_by_a_server_with_faults(tmp_path):
+    """SmolLM2-135M-Instruct, and a judge that is late, busy, or gives no rating now and then."""
+
+    def reply(messages, n):
+        number = int(hashlib.sha256(messages[1]["content"].encode()).hexdigest(), 16) % 10
+        if number == 0 and n == 1:
+            return 429
+        if number == 1:
+            time.sleep(0.3)
+        return "Good." if number == 2 and len(messages) == 2 else "Rating: [[5]]"
+
+    server = TextServer(reply)
+    changes = ["max_new_tokens=32", f"output={tmp_path / 'out'}"]
+    process = run_program(
+        *local(server, *changes), program="mtbench", env={"PREFOPT_CACHE": str(tmp_path / "cache")}
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    figures = only_record(tmp_path / "out")["figures"]
+    assert (figures["score"], figures["judgments"], figures["missing"]) == (5, 160, 0)
+    assert figures["asked_again"] > 5
+    calls = server.calls
+    again = run_program(*local(server, *changes), program="mtbench", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
+    assert (again.returncode, again.stdout, server.calls) == (0, process.stdout, calls)

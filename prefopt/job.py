@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
-from prefopt.evaluation.config import AlpacaConfig, ArenaConfig, HarnessConfig, MtbenchConfig
+from prefopt.evaluation.config import AlpacaConfig, ArenaConfig, HarnessConfig, MtbenchConfig, RewardBenchConfig
 from prefopt.launch import warm
 from prefopt.reporting.run_curves import write_curves
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
@@ -46,6 +46,7 @@ PROGRAMS = {
     "alpaca": "prefopt.evaluation.alpaca prefopt.generation.responses prefopt.generation.sampler",
     "mtbench": "prefopt.evaluation.mtbench prefopt.generation.sampler",
     "arena": "prefopt.evaluation.arena prefopt.generation.sampler",
+    "reward_bench": "prefopt.evaluation.reward_bench",
 }
 
 
@@ -136,6 +137,10 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
             from prefopt.evaluation.arena import run_pending  # type: ignore[assignment]
 
             schema = ArenaConfig
+        case "reward_bench":
+            from prefopt.evaluation.reward_bench import run_pending  # type: ignore[assignment]
+
+            schema = RewardBenchConfig
         case other:
             raise UserError(f"{folder}/job.json: there is no program {other!r} whose jobs can be run.")
     config: Any = parse(OmegaConf.create(frozen["config"]), schema)

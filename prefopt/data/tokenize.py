@@ -100,14 +100,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> 
 
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], completion: str, finished: bool
-) -> list[int]:
-    """Ids of prompt and completion. They end with the turn's terminator (eos) if `finished`, else right before it.
+) -> tuple[list[int], list[int]]:
+    """(prompt, completion): their ids. The completion ends with the turn's terminator (eos) if `finished`, else right
+    before it.
 
     Text that the template writes behind the terminator is left out. Raises UserError if it writes no terminator at all.
     """
     _, opened, text = render_answers(tokenizer, prompt, [{"role": "assistant", "content": completion}])
     start, whole = encode(tokenizer, [opened, text])
-    return _to_the_end(tokenizer, whole, common_prefix(whole, start), finished, completion.count(tokenizer.eos_token))
+    boundary = common_prefix(whole, start)
+    ids = _to_the_end(tokenizer, whole, boundary, finished, completion.count(tokenizer.eos_token))
+    return ids[:boundary], ids[boundary:]
 
 
 def tokenize(

@@ -22,8 +22,8 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.items import Message
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import UserError
-from prefopt.evaluation.alpaca_figures import bootstrap
 from prefopt.evaluation.answers import baseline_of
+from prefopt.evaluation.arena_figures import GAMES, read_verdict, summarize
 from prefopt.evaluation.benchmark_files import ARENA_HARD, ArenaHard
 from prefopt.evaluation.config import ArenaConfig, check_arena
 from prefopt.evaluation.judged import Subject, counted, draw, result, results_folder, settings_of, subjects
@@ -37,25 +37,14 @@ from prefopt.utils.files import check_folder
 
 log = logging.getLogger(__name__)
 
-PATTERNS = (re.compile(r"\[\[([AB<>=]+)\]\]"), re.compile(r"\[([AB<>=]+)\]"))
-# A verdict, and the same with the sides exchanged: who wins, and how often it counts.
-STRONG = 3
-VERDICTS = {
-    "A>>B": ("A", STRONG), "A>B": ("A", 1), "A=B": ("=", 1), "B>A": ("B", 1), "B>>A": ("B", STRONG),
-    "B<<A": ("A", STRONG), "B<A": ("A", 1), "B=A": ("=", 1), "A<B": ("B", 1), "A<<B": ("B", STRONG),
-}  # fmt: skip
 FINISH = "continue your judgment and finish by outputting a final verdict label"
-GAMES = (1, 2)  # in the first, the baseline is assistant A
 REPLY_TOKENS = {"v0.1": 600, "v2.0": 800}  # about as many has a judgment
-ROUNDS = 100  # of the leaderboard's own bootstrap
 CODE = re.compile("```([^`]*)```")
 MARKDOWN = {  # what the benchmark counts outside of code blocks
     "headers": re.compile(r"^#{1,6}\s", re.MULTILINE),
     "list items": re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE),
     "bold": re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__"),
 }
-
-Game = tuple[float, int]  # what the model gets (1: it wins, 0.5: a tie, 0), and how often the game counts
 
 
 @dataclass(frozen=True)
@@ -87,23 +76,6 @@ def read_benchmark(version: str, files: str | None) -> Benchmark:
         {category: settings[category]["system_prompt"] for category in of_version.baselines},
         of_version,
     )
-
-
-def read_verdict(reply: str) -> str | None:
-    """The last verdict in a judge's reply, a key of VERDICTS; None where there is none, or it is none of these."""
-    for pattern in PATTERNS:
-        if found := pattern.findall(reply.upper()):
-            return found[-1] if found[-1] in VERDICTS else None
-    return None
-
-
-def outcome(verdict: str, game: int) -> Game:
-    """What a verdict in a game gives the model."""
-    winner, weight = VERDICTS[verdict]
-    if winner == "=":
-        return 0.5, weight
-    model = "B" if game == 1 else "A"
-    return float(winner == model), weight
 
 
 def judge_prompt(benchmark: Benchmark, uid: str, baseline: str, model: str, game: int) -> list[Message]:
@@ -168,57 +140,6 @@ def draw_answers(
     prompts: list[list[Message]] = [[{"role": "user", "content": benchmark.questions[uid]["prompt"]}] for uid in uids]
     drawn, weights = draw(config, model, prompts, temperature=0.0)
     return {uid: Answer(name, text, done) for uid, (text, done) in zip(uids, drawn, strict=True)}, weights
-
-
-def win_rate(questions: Sequence[Sequence[Game]], quantiles: tuple[float, float]) -> dict[str, Any]:
-    """The weighted mean over all games of all questions, in percent, with its standard error and the 95 % interval of a
-    bootstrap over questions, each with both games.
-
-    `leaderboard_interval` is what Arena-Hard prints: between the `quantiles` of ROUNDS resamples of single verdicts,
-    those that count three times as three. It is too narrow: games of one question are not independent.
-    """
-    sums = np.array([sum(value * weight for value, weight in games) for games in questions])
-    counts = np.array([sum(weight for _, weight in games) for games in questions], dtype=float)
-    rate = sums.sum() / counts.sum()
-    # Of a ratio of two sums over questions, by its linear part.
-    n = len(questions)
-    error = np.sqrt(((sums - rate * counts) ** 2).sum() * n / max(n - 1, 1)) / counts.sum()
-    verdicts = np.array([value for games in questions for value, weight in games for _ in range(weight)])
-    generator = np.random.default_rng(0)
-    rounds = [verdicts[generator.integers(0, len(verdicts), len(verdicts))].mean() for _ in range(ROUNDS)]
-    return {
-        "win_rate": float(100 * rate),
-        "standard_error": float(100 * error),
-        "interval": [100 * end for end in bootstrap(sums, counts)],
-        "leaderboard_interval": [float(100 * q) for q in np.quantile(rounds, quantiles)],
-        "weighted_verdicts": len(verdicts),
-    }
-
-
-def summarize(verdicts: dict[str, tuple[str | None, str | None]], version: ArenaHard) -> dict[str, Any]:
-    """The figures of the verdicts in both games of each question, where None is a missing one."""
-    played = {
-        uid: [None if v is None else outcome(v, game) for v, game in zip(both, GAMES, strict=True)]
-        for uid, both in verdicts.items()
-    }
-    # A game without verdict is left out; where the version says so, the other one of its question too.
-    questions = [
-        [game for game in games if game is not None]
-        for games in played.values()
-        if any(games) and (all(games) or not version.drops_rows)
-    ]
-    games = [game for both in questions for game in both]
-    pairs = [both for both in questions if len(both) == len(GAMES)]
-    return {
-        "n": len(verdicts),
-        **win_rate(questions, version.quantiles),
-        **{
-            name: sum(value == score for value, _ in games)
-            for name, score in (("wins", 1), ("ties", 0.5), ("losses", 0))
-        },
-        "strong_share": sum(weight == STRONG for _, weight in games) / len(games),
-        "contradictory_share": sum({a, b} == {0, 1} for (a, _), (b, _) in pairs) / len(pairs) if pairs else None,
-    }
 
 
 def style(texts: Sequence[str]) -> dict[str, float]:
@@ -359,7 +280,7 @@ def evaluate(
             "metric": metric_name(benchmark, category, judge.title, baseline.name, len(uids)),
             "category": category,
             "baseline": {"name": baseline.name, "path": baseline.path, "weights": their_weights},
-            "figures": summarize(both, benchmark.version) | counted(verdicts),
+            "figures": summarize(both, benchmark.version.quantiles, benchmark.version.drops_rows) | counted(verdicts),
             "style": {side: style([given[uid].text for uid in uids]) for side, given in sides.items()},
             "unfinished": {side: sum(not given[uid].finished for uid in uids) for side, given in sides.items()},
         }

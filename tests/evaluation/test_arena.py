@@ -11,14 +11,13 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import parse, register
 from prefopt.errors import UserError
-from prefopt.evaluation.arena import (
+from prefopt.evaluation.arena import read_answers, read_benchmark, run_pending, style
+from prefopt.evaluation.arena_figures import (
     VERDICTS,
+    games_of,
     outcome,
-    read_answers,
-    read_benchmark,
+    question_values,
     read_verdict,
-    run_pending,
-    style,
     summarize,
     win_rate,
 )
@@ -181,7 +180,7 @@ def test_a_verdict_and_its_mirror_are_one_and_the_sides_change():
 
 def test_a_game_without_verdict_is_left_out_as_the_version_does_it():
     verdicts = {"a": ("B>>A", "A>B"), "b": ("A>B", None), "c": ("A=B", "A>B"), "d": (None, None), "e": ("A>B", "A>B")}
-    old, new = (summarize(verdicts, ARENA_HARD[version]) for version in ("v0.1", "v2.0"))
+    old, new = (summarize(verdicts, QUANTILES, ARENA_HARD[version].drops_rows) for version in ("v0.1", "v2.0"))
     # a: 3 of 3 and 1 of 1; b: 0 of 1; c: 0.5 and 1; e: 0 and 1
     assert old["win_rate"] == pytest.approx(100 * (4 + 0 + 1.5 + 1) / (4 + 1 + 2 + 2))
     assert new["win_rate"] == pytest.approx(100 * (4 + 1.5 + 1) / (4 + 2 + 2))
@@ -200,6 +199,17 @@ def test_the_intervals_are_those_of_questions_and_of_single_verdicts():
     assert figures["standard_error"] == pytest.approx(once["standard_error"])
     wide, narrow = (f["leaderboard_interval"][1] - f["leaderboard_interval"][0] for f in (once, figures))
     assert narrow < 0.9 * wide  # the same questions twice, and it takes them for more
+
+
+def test_a_value_for_each_question_has_the_mean_and_the_error_of_the_win_rate():
+    generator = np.random.default_rng(4)
+    verdicts = [tuple(generator.choice(list(VERDICTS), 2)) for _ in range(300)]
+    questions = games_of(verdicts, drops_rows=False)
+    values, figures = np.array(question_values(questions)), win_rate(questions, QUANTILES)
+    assert values.mean() == pytest.approx(figures["win_rate"])
+    assert values.std(ddof=1) / 300**0.5 == pytest.approx(figures["standard_error"])
+    wide = figures["interval"][1] - figures["interval"][0]
+    assert wide == pytest.approx(2 * 1.96 * figures["standard_error"], rel=0.1)
 
 
 def test_marks_are_counted_outside_of_code():

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from prefopt.config.parse import parse, register
 from prefopt.config.schema import SamplingConfig
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.alpaca_figures import bootstrap
+from prefopt.evaluation.benchmark_files import ARENA_HARD, BenchmarkFile
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
 from prefopt.evaluation.mtbench import (
     TEMPERATURES,
@@ -32,6 +34,7 @@ from prefopt.evaluation.mtbench import (
     summarize,
 )
 from prefopt.evaluation.text_judge import TextJudge, build_text_judge
+from prefopt.prefetch import PrefetchConfig, evaluations
 from prefopt.utils.signals import stop_flag
 from tests.helpers.harm import HARMS, cut, empty, flip, zero
 from tests.helpers.judge import TextServer
@@ -175,6 +178,65 @@ def test_a_changed_file_is_not_the_benchmark(tmp_path, monkeypatch):
     (tmp_path / "question.jsonl").write_bytes((REAL / "question.jsonl").read_bytes().replace(b"Hawaii", b"Havaii"))
     with pytest.raises(UserError, match=r"question\.jsonl, SHA-256 1195.* is not it"):
         read_benchmark(str(tmp_path), "gpt-4")
+
+
+def hosted(content: bytes) -> str:
+    """The address of a file on a server of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/file" else 404)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_address[1]}/file"
+
+
+def test_prefetch_takes_the_published_file_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    content = b'{"a": 1}\n{"a": "\xe2\x80\xa8"}\n'
+    digests = [hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()]
+    for digest in digests:
+        file = BenchmarkFile("rows.jsonl", digest, hosted(content), "mtbench=true")
+        with pytest.raises(UserError, match="is not here"):
+            file.find(None)
+        assert file.fetch() == file.find(None) == file.fetch()
+        assert file.rows(None) == [{"a": 1}, {"a": "\u2028"}]
+        other = replace(file, digest=digest[::-1])
+        with pytest.raises(UserError, match=r"is not the published rows\.jsonl"):
+            other.fetch()
+        assert not other.cached.exists()
+        with pytest.raises(UserError, match="404"):
+            replace(other, url=file.url + "s").fetch()
+
+
+@pytest.mark.shared
+def test_what_prefetch_finds_is_what_the_programs_read(tmp_path, monkeypatch):
+    """From a copy of the published source, with the system prompts as Python."""
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    prompts = ARENA_HARD["v0.1"].settings
+    values = json.loads((SHARED / "judged" / prompts.name).read_text())
+    source = f"P = {values['coding']['system_prompt']!r}\nJUDGE_SETTINGS = {values!r}\n"
+    assert replace(prompts, url=hosted(source.encode())).fetch().read_bytes() == prompts.find(str(SHARED)).read_bytes()
+    config = PrefetchConfig(mtbench=True, arena="v0.1", check=True)
+    loaders = evaluations(config)
+    assert len(loaders) == 8
+    assert next(iter(loaders)) == "MT-Bench's question.jsonl"
+    for name, load in loaders.items():
+        if prompts.name in name:
+            load()
+            continue
+        with pytest.raises(UserError, match=r"prefopt\.prefetch (mtbench=true|arena=v0\.1)"):
+            load()
+    with pytest.raises(UserError, match=r"arena must be v0\.1 or v2\.0"):
+        evaluations(replace(config, arena="v1"))
 
 
 @pytest.mark.shared

@@ -179,6 +179,9 @@ def format_results(record: dict[str, Any]) -> Table:
     marks = "; ".join(f"{name} {model[name]:.1f} against {baseline[name]:.1f}" for name in MARKDOWN)
     table.add_row("markdown in an answer", marks)
     table.add_row("answers cut off", f"{record['unfinished']['model']} against {record['unfinished']['baseline']}")
+    if checked := record["judge_check"]:
+        agreement = f"{100 * checked['agreement']:.1f} % the same winner, {checked['n']} games"
+        table.add_row("the judge beside the published one", agreement)
     return table
 
 
@@ -281,6 +284,7 @@ def evaluate(
             "category": category,
             "baseline": {"name": baseline.name, "path": baseline.path, "weights": their_weights},
             "figures": summarize(both, benchmark.version.quantiles, benchmark.version.drops_rows) | counted(verdicts),
+            "judge_check": judge.checked("verdicts"),
             "style": {side: style([given[uid].text for uid in uids]) for side, given in sides.items()},
             "unfinished": {side: sum(not given[uid].finished for uid in uids) for side, given in sides.items()},
         }

@@ -94,6 +94,17 @@ class ArenaConfig(JudgedConfig):
     baseline: str | None = None
 
 
+@dataclass
+class JudgeCheckConfig:
+    """The keys of `python -m prefopt.judge_check`. conf/judge_check.yaml has their defaults and explains them."""
+
+    judge: Any = MISSING
+    ratings: str | None = None
+    verdicts: str | None = None
+    files: str | None = None
+    max_cost: float = MISSING
+
+
 def check_harness(config: HarnessConfig) -> None:
     """Raise one UserError with everything that is wrong in a harness job's configuration, or where lm-eval is not
     installed."""
@@ -187,12 +198,26 @@ def judged_problems(config: JudgedConfig) -> list[str]:
         problems.append("run and answers are two: give one of them")
     if config.run is None and config.output is None:
         problems.append("give run=FOLDER; or a model, or answers=FILE, with output=FOLDER for the results")
+    problems += [f"{key} must be at least 1" for key in ("max_new_tokens", "batch_size") if getattr(config, key) < 1]
+    return problems + _benchmark_problems(config)
+
+
+def _benchmark_problems(config: JudgedConfig | JudgeCheckConfig) -> list[str]:
+    problems = []
     if config.files is not None and not Path(config.files).expanduser().is_dir():
         problems.append(f"files={config.files} is no folder. It names one that holds the benchmark's files")
-    problems += [f"{key} must be at least 1" for key in ("max_new_tokens", "batch_size") if getattr(config, key) < 1]
     if config.max_cost < 0:
         problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
     return problems
+
+
+def check_judge_check(config: JudgeCheckConfig) -> None:
+    """Raise one UserError with everything that is wrong in the configuration of a judge's check."""
+    problems = _benchmark_problems(config)
+    if config.ratings is None and config.verdicts is None:
+        problems.append("give published judgments: ratings=FILE of FastChat's, verdicts=FILE of Arena-Hard's, or both")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_mtbench(config: MtbenchConfig) -> None:

@@ -220,6 +220,8 @@ def format_results(record: dict[str, Any]) -> Table:
     table.add_row("ratings", f"{figures['judgments']}, of which {figures['missing']} are missing")
     table.add_row("judge asked again", str(figures["asked_again"]))
     table.add_row("answers cut off", str(record["unfinished"]))
+    if checked := record["judge_check"]:
+        table.add_row("the judge beside the published one", f"{checked['difference']:+.2f}, {checked['n']} ratings")
     return table
 
 
@@ -270,6 +272,7 @@ def evaluate(
             "weights": weights,
             "metric": metric_name(judge.title, config.references),
             "figures": summarize(ratings, categories) | counted(verdicts),
+            "judge_check": judge.checked("ratings"),
             "unfinished": sum(answer.finished.count(False) for answer in answers.values()),
         }
 

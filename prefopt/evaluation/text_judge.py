@@ -23,8 +23,9 @@ from prefopt.data.items import Message
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.clients import Calls, vendor_client
 from prefopt.evaluation.judges import Judge, LanguageModelJudge, announce_cost, check_server, what_failed
+from prefopt.tracking.record import find_result
 from prefopt.utils.console import Bar
-from prefopt.utils.files import atomic_write, with_filename
+from prefopt.utils.files import atomic_write, cache_dir, with_filename
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
@@ -125,6 +126,16 @@ class TextJudge:
             "max_tokens": self.max_tokens,
         }
 
+    @property
+    def check_file(self) -> Path:
+        """Where prefopt.judge_check keeps how this judge agrees with published judgments."""
+        name = f"{_file_name(self.title)}-{fingerprint([self.title, self.server.address])[:8]}"
+        return cache_dir() / "judge_checks" / name / "record.json"
+
+    def checked(self, what: str) -> dict[str, Any] | None:
+        """The judge's check on `what`, ratings or verdicts; None where there was none."""
+        return (find_result(self.check_file) or {}).get(what)
+
     def key(self, messages: Sequence[Message]) -> str:
         """SHA-256 of what decides the reply to a conversation."""
         return hashlib.sha256(json.dumps([self.describe(), list(messages)], sort_keys=True).encode()).hexdigest()
@@ -137,23 +148,25 @@ class TextJudge:
         reply_tokens: int,
         folder: Path,
         max_cost: float,
+        most_missing: float = MOST_MISSING,
     ) -> list[Verdict[T]]:
         """A verdict on each prompt, in their order.
 
         Args:
-            prompts: Conversations that end with the user's turn, all of them different.
+            prompts: Conversations that end with the user's turn.
             read: The verdict in a reply; None where there is none that can be read.
             finish: What the judge is told then, after its reply; in each of PASSES passes but the first.
             reply_tokens: About as many tokens a reply has, for the estimate of the cost.
             folder: Replies are kept in it, in a file for each judge.
             max_cost: USD.
+            most_missing: The share of verdicts that may be missing.
 
         Raises:
-            UserError: the estimated cost is above `max_cost`, the judge's server fails, or more than MOST_MISSING of
-                the verdicts are missing.
+            UserError: the estimated cost is above `max_cost`, the judge's server fails, or more than
+                `most_missing` of the verdicts are missing.
             Interrupted: after SIGTERM or SIGUSR2, when the calls under way have ended.
         """
-        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.title)}-{fingerprint(self.describe())[:8]}.jsonl"
+        name = f"{_file_name(self.title)}-{fingerprint(self.describe())[:8]}.jsonl"
         # The lock keeps a second job with the same judge from paying for the same replies.
         with locked((folder / name).with_suffix(".lock"), f"replies of {self.title}"):
             file = ReplyFile(folder / name)
@@ -161,20 +174,21 @@ class TextJudge:
             calls = Calls()
             for _ in range(PASSES):
                 pending = [talk for talk in talks if talk.value is None]
-                to_ask = [t for t in pending if self.key(t.messages) not in file.replies]
+                to_ask = {self.key(talk.messages): talk.messages for talk in pending}  # of equal ones, one
+                to_ask = {key: messages for key, messages in to_ask.items() if key not in file.replies}
                 if to_ask:
-                    characters = sum(len(str(m["content"])) for talk in to_ask for m in talk.messages)
+                    characters = sum(len(str(m["content"])) for messages in to_ask.values() for m in messages)
                     what = f"{self.title}: {len(to_ask)} calls for {len(prompts)} prompts (the others are known)"
                     written = len(to_ask) * reply_tokens
                     max_cost -= announce_cost(what, characters, written, self.server.price, max_cost)
-                    self._ask([talk.messages for talk in to_ask], file, calls)
+                    self._ask(list(to_ask.values()), file, calls)
                 for talk in pending:
                     if reply := file.replies.get(self.key(talk.messages)):
                         talk.take(reply, read, finish)
 
         missing = [i for i, talk in enumerate(talks) if talk.value is None]
         unanswered = [i for i in missing if talks[i].awaits_reply(file, self)]
-        if len(missing) > MOST_MISSING * len(prompts) or len(unanswered) > len(calls.refused):
+        if len(missing) > most_missing * len(prompts) or len(unanswered) > len(calls.refused):
             listed = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
             then = "the same command goes on from there" if unanswered else "the same command would ask for none again"
             raise UserError(
@@ -225,6 +239,10 @@ class TextJudge:
             text, finished = answer.content[0].text, answer.stop_reason != "max_tokens"
         # A server's answer may repeat the key that it was sent.
         return Reply(redact(text), redact(str(answer.model)), finished, time.time())
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", title)
 
 
 @dataclass

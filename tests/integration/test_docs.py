@@ -17,7 +17,14 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
 from prefopt.data.dataset_path import replace_path
-from prefopt.evaluation.config import AlpacaConfig, ArenaConfig, HarnessConfig, MtbenchConfig, RewardBenchConfig
+from prefopt.evaluation.config import (
+    AlpacaConfig,
+    ArenaConfig,
+    HarnessConfig,
+    JudgeCheckConfig,
+    MtbenchConfig,
+    RewardBenchConfig,
+)
 from prefopt.generation.config import ChatConfig, SampleConfig
 from prefopt.lab import LabConfig
 from prefopt.objectives.__main__ import markdown
@@ -42,6 +49,7 @@ SCHEMAS: dict[str, type] = {
     "alpaca": AlpacaConfig,
     "mtbench": MtbenchConfig,
     "arena": ArenaConfig,
+    "judge_check": JudgeCheckConfig,
     "reward_bench": RewardBenchConfig,
     "compare": CompareConfig,
     "claims": ClaimsConfig,

@@ -1,0 +1,178 @@
+"""How a judge that answers in text agrees with published judgments: what its figures are worth, before they are made.
+
+It is asked what the published judge was asked, word for word, and read by the same rules.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from prefopt.data.items import Message
+from prefopt.data.sources import digest, read_rows
+from prefopt.errors import UserError
+from prefopt.evaluation import arena, mtbench
+from prefopt.evaluation.arena_figures import GAMES, VERDICTS, games_of, outcome, read_verdict, win_rate
+from prefopt.evaluation.benchmark_files import ARENA_HARD, MT_BENCH_PROMPTS
+from prefopt.evaluation.config import JudgeCheckConfig, check_judge_check
+from prefopt.evaluation.judged import counted
+from prefopt.evaluation.text_judge import TextJudge, build_text_judge
+from prefopt.tracking.provenance import provenance
+from prefopt.tracking.record import find_result, write_result
+from prefopt.utils import signals
+from prefopt.utils.console import console, folding_table
+
+QUANTILES = (0.025, 0.975)
+
+
+def read_ratings(path: str, files: str | None) -> tuple[list[list[Message]], list[float]]:
+    """What was asked, and the rating, of each row of FastChat's `model_judgment` that has one. Raises UserError for a
+    row that is none, and where none has a rating."""
+    systems = {row["name"]: row["system_prompt"] for row in MT_BENCH_PROMPTS.rows(files)}
+    prompts, ratings = [], []
+    for where, row in read_rows(path, None):
+        try:
+            (_, template), text, rating = row["judge"], row["user_prompt"], float(row["score"])
+            system = systems[template]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{where} must hold a judgment of FastChat's with its prompt: judge [NAME, TEMPLATE], user_prompt and "
+                "score."
+            ) from None
+        if 1 <= rating <= 10:  # -1: a missing one
+            prompts.append([{"role": "system", "content": system}, {"role": "user", "content": str(text)}])
+            ratings.append(rating)
+    if len(ratings) < 2:
+        raise UserError(f"{path} has {len(ratings)} ratings, and at least 2 are needed.")
+    return prompts, ratings
+
+
+def read_verdicts(path: str, files: str | None) -> tuple[list[list[Message]], list[str]]:
+    """What was asked, and the verdict, in both games of each row of Arena-Hard's `model_judgment` that has two, game
+    after game. Raises UserError for a row that is none, and where none has two verdicts."""
+    settings = ARENA_HARD["v0.1"].settings.json(files)
+    prompts: list[list[Message]] = []
+    verdicts: list[str] = []
+    for where, row in read_rows(path, None):
+        try:
+            of_row = [_asked(game, settings["arena-hard-v0.1"]["system_prompt"]) for game in row["games"]]
+            scores = [game["score"] for game in row["games"]]
+        except (KeyError, TypeError):
+            of_row, scores = [], []
+        if len(of_row) != len(GAMES):
+            raise UserError(
+                f"{where} must hold a judgment of Arena-Hard's with its prompts: two games, each with score, and with "
+                "user_prompt or prompt."
+            )
+        if all(score in VERDICTS for score in scores):
+            prompts += of_row
+            verdicts += scores
+    if not verdicts:
+        raise UserError(f"{path} has no row with two verdicts.")
+    return prompts, verdicts
+
+
+def _asked(game: dict[str, Any], system: str) -> list[Message]:
+    """The later versions write the whole conversation down, the release the user's text."""
+    if "prompt" in game:
+        return [{"role": message["role"], "content": message["content"]} for message in game["prompt"]]
+    return [{"role": "system", "content": system}, {"role": "user", "content": game["user_prompt"]}]
+
+
+def compare_ratings(published: Sequence[float], ours: Sequence[float | None]) -> dict[str, Any]:
+    """Figures over the answers that both have rated: correlations, the mean difference (ours less the published), the
+    mean absolute one, and the share of ratings that differ by at most 1."""
+    pairs = np.array([(p, o) for p, o in zip(published, ours, strict=True) if o is not None], dtype=float)
+    theirs, mine = pairs[:, 0], pairs[:, 1]
+    varies = bool(theirs.std() and mine.std())
+    return {
+        "n": len(pairs),
+        "correlation": float(np.corrcoef(theirs, mine)[0, 1]) if varies else None,
+        "rank_correlation": float(spearmanr(theirs, mine).statistic) if varies else None,
+        "difference": float((mine - theirs).mean()),
+        "absolute_difference": float(np.abs(mine - theirs).mean()),
+        "within_1": float((np.abs(mine - theirs) <= 1).mean()),
+    }
+
+
+def compare_verdicts(published: Sequence[str], ours: Sequence[str | None]) -> dict[str, Any]:
+    """Figures over the games that both have judged: the share with the same winner or a tie in both; of each judge the
+    win rate, and the share of questions whose two games contradict each other, which the sides alone explain."""
+    sides = [
+        (outcome(p, game)[0], outcome(o, game)[0])
+        for game, p, o in zip(GAMES * (len(published) // len(GAMES)), published, ours, strict=True)
+        if o is not None
+    ]
+    figures: dict[str, Any] = {"n": len(sides), "agreement": float(np.mean([p == o for p, o in sides]))}
+    for name, verdicts in (("published", published), ("judge", ours)):
+        questions = games_of(zip(verdicts[::2], verdicts[1::2], strict=True), drops_rows=True)
+        contradictory = [{first, second} == {0, 1} for (first, _), (second, _) in questions]
+        figures[name] = {
+            "win_rate": win_rate(questions, QUANTILES)["win_rate"] if questions else None,
+            "contradictory_share": float(np.mean(contradictory)) if questions else None,
+        }
+    return figures
+
+
+def format_check(record: dict[str, Any]) -> Table:
+    """The table of a judge's check."""
+    table = folding_table("", "", title=f"{record['judge']['name']} beside published judgments")
+    if ratings := record["ratings"]:
+        table.add_row("ratings", f"{ratings['n']} compared, {ratings['missing']} missing")
+        if ratings["correlation"] is not None:
+            ranks = f"{ratings['rank_correlation']:.2f} of ranks"
+            table.add_row("  correlation", f"{ratings['correlation']:.2f}, {ranks}")
+        table.add_row("  its rating less the published", f"{ratings['difference']:+.2f}")
+        table.add_row("  mean absolute difference", f"{ratings['absolute_difference']:.2f}")
+        table.add_row("  differ by at most 1", f"{100 * ratings['within_1']:.1f} %")
+    if verdicts := record["verdicts"]:
+        table.add_row("verdicts", f"{verdicts['n']} compared, {verdicts['missing']} missing")
+        table.add_row("  same winner", f"{100 * verdicts['agreement']:.1f} %")
+        for name, who in (("judge", "its"), ("published", "the published")):
+            figures = verdicts[name]
+            if figures["win_rate"] is not None:
+                contradictory = f"{100 * figures['contradictory_share']:.1f} % contradictory questions"
+                table.add_row(f"  {who} win rate", f"{figures['win_rate']:.1f} %, {contradictory}")
+    return table
+
+
+def check(config: JudgeCheckConfig) -> dict[str, Any]:
+    """Ask a judge, and write the record of its check, which its figures then carry. What was compared before and is not
+    given now stays in the record.
+
+    Raises UserError for what cannot be read, and where the judge does.
+    """
+    check_judge_check(config)
+    signals.install_handlers()
+    judge = build_text_judge(config.judge)
+    parts: dict[str, Any] = {}
+    if config.ratings is not None:
+        parts["ratings"] = read_ratings(config.ratings, config.files)
+    if config.verdicts is not None:
+        parts["verdicts"] = read_verdicts(config.verdicts, config.files)
+
+    record: dict[str, Any] = {"ratings": None, "verdicts": None} | (find_result(judge.check_file) or {})
+    for name, (prompts, published) in parts.items():
+        record[name] = _compare(judge, name, prompts, published, config.max_cost)
+        record[name]["rows"] = digest(str(getattr(config, name)))
+    write_result(judge.check_file, record | {"judge": judge.describe()} | provenance())
+    console().print(format_check(record | {"judge": judge.describe()}))
+    print(judge.check_file.parent)
+    return record
+
+
+def _compare(
+    judge: TextJudge, name: str, prompts: Sequence[list[Message]], published: Sequence[Any], max_cost: float
+) -> dict[str, Any]:
+    folder = judge.check_file.parent / "replies"
+    read: Callable[[str], Any] = mtbench.read_rating if name == "ratings" else read_verdict
+    finish = mtbench.FINISH if name == "ratings" else arena.FINISH
+    tokens = mtbench.REPLY_TOKENS if name == "ratings" else arena.REPLY_TOKENS["v0.1"]
+    # How many are missing is a result here.
+    verdicts = judge.judge(prompts, read, finish, tokens, folder, max_cost, most_missing=1.0)
+    values = [verdict.value for verdict in verdicts]
+    if all(value is None for value in values):
+        raise UserError(f"{judge.title} gave no verdict that can be read to any of {len(values)} prompts of {name}.")
+    return (compare_ratings if name == "ratings" else compare_verdicts)(published, values) | counted(verdicts)

@@ -20,6 +20,7 @@ class SampleConfig:
     output: str = MISSING
     split: str | None = None
     samples_per_prompt: int = MISSING
+    keep_responses: bool = MISSING
     backend: str = MISSING
     seed: int = MISSING
     precision: str = MISSING

@@ -1,4 +1,4 @@
-# What the scripts of scripts/mini and scripts/paper share. Their arguments go to every sweep (launcher=slurm
+# What the scripts of scripts/lab, scripts/mini and scripts/paper share. Their arguments go to every sweep (launcher=slurm
 # launcher.partition=gpu, --dry-run). Called again they skip what is finished and go on with what is not; with --dry-run
 # they print the training jobs with an estimate of what these take, and write nothing.
 set -euo pipefail
@@ -40,23 +40,6 @@ train_best() {
         methods[$lr]+=${methods[$lr]:+,}$method
     done
     for lr in "${!methods[@]}"; do train "${methods[$lr]}" "${@:3}" "optimizer.lr=$lr"; done
-}
-
-# Of the runs $1 (a list for run=) and of the policy that they began from: accuracy on three small tasks, win rate against
-# that policy by the oracle. $2 says of which checkpoints. lm-eval loads a task's data from a folder of that name before it
-# asks the hub: TASK_DATA holds such folders.
-evaluate_small() {
-    local folder tasks=(tasks=[arc_easy,piqa,winogrande] limit=25)
-    links=()
-    trap 'rm -f "${links[@]}"' EXIT
-    for folder in "${TASK_DATA:-../shared/data/lm_harness/hub}"/*/; do
-        if [[ -d $folder && ! -e $(basename "$folder") ]]; then ln -s "$folder" . && links+=("$(basename "$folder")"); fi
-    done
-    sweep harness "run=${1%%,*}" checkpoints=initial "${tasks[@]}"
-    sweep harness "run=$1" "checkpoints=$2" "${tasks[@]}"
-    sweep alpaca "run=$1" "checkpoints=$2" judge=reward_model instructions=prefopt/data/sentiment_offline.jsonl.gz \
-        split=heldout sampling.max_new_tokens=64
-    rm -f "${links[@]}"
 }
 
 # The rows of $1/noisy.jsonl.gz with the scores of the three data qualities' reward models, whose runs' names begin with $2:

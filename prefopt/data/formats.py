@@ -207,11 +207,12 @@ class ScoredCompletions(ScoredResponses):
 
 @dataclass(frozen=True)
 class NoisyPreferences(Format):
-    """{prompt, responses, rewards}: two samples and an off-policy text; one pair, labelled with noise (arXiv 2510.05342).
+    """{prompt, responses, rewards}: two samples and an off-policy text. One pair, labelled with noise.
 
-    The task of MADPO's experiment, as its authors built it. The first two responses are samples of the policy; the
-    third and last one is a text of somebody else with a low reward. `quality` says in which share of the rows the pair
-    is the better sample and that text: 0 (high), 1/2 (medium), 1 (low). In the other rows it is the two samples.
+    The task of MADPO's experiment (arXiv 2510.05342), as its authors built it. The first two responses are samples of
+    the policy; the third and last one is a text of somebody else with a low reward. `quality` says in which share of
+    the rows the pair is the better sample and that text: 0 (high), 1/2 (medium), 1 (low). In the other rows it is the
+    two samples.
 
     The label is drawn afterwards: i is preferred to j with probability sigma(label_scale (r_i - r_j)), r the true
     `rewards`. All draws are a function of prompt, quality and `seed`.

@@ -1,4 +1,4 @@
-"""The task of MADPO's experiment (arXiv 2510.05342): to continue film reviews, with a classifier of sentiment as oracle.
+"""The task of MADPO's experiment (arXiv 2510.05342): to continue film reviews, judged by a classifier of sentiment.
 
     python scripts/paper/madpo_task.py FOLDER     # writes FOLDER/sft.jsonl.gz and FOLDER/negatives.jsonl.gz
 
@@ -27,8 +27,13 @@ def main(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rows = [row["text"] for _, row in read_rows(REVIEWS, "train")]
-    write_rows(folder / "sft.jsonl.gz", [dict(zip(("prompt", "completion"), cut(tokenizer, rows[i]))) for i in SFT])
+    write_rows(folder / "sft.jsonl.gz", [sft_row(tokenizer, rows[i]) for i in SFT])
     write_rows(folder / "negatives.jsonl.gz", [preference_row(tokenizer, i, rows[i]) for i in range(TRAIN + HELDOUT)])
+
+
+def sft_row(tokenizer: Any, review: str) -> Row:
+    prompt, completion = cut(tokenizer, review)
+    return {"prompt": prompt, "completion": completion}
 
 
 def preference_row(tokenizer: Any, i: int, review: str) -> Row:

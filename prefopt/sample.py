@@ -6,7 +6,8 @@ An input row needs the field `prompt` (a text or messages). The output row has a
 lists `responses` (texts) and `finished` (false where the token limit cut the response off). `prefopt.score` adds
 `rewards`.
 
-Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file.
+Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file,
+also with another number of processes: torchrun --nproc-per-node=8 -m prefopt.sample shares the batches over 8 GPUs.
 """
 
 import logging
@@ -20,6 +21,7 @@ from prefopt.data.sources import write_rows
 from prefopt.generation.config import SampleConfig, check_sample
 from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
 from prefopt.tracking.process import output_lock
+from prefopt.utils.distributed import is_main_process, process_group
 from prefopt.utils.files import check_output
 
 log = logging.getLogger("prefopt.sample")
@@ -44,10 +46,11 @@ def main(cfg: DictConfig) -> None:
         device=config.device,
         precision=config.precision,
     )
-    with output_lock(output):
+    with process_group(config.device), output_lock(output):
         responses, _ = generate_resumable(request, partial)
-        write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
-        partial.unlink()
+        if is_main_process():
+            write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
+            partial.unlink()
     log.info(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
 
 

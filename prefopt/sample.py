@@ -7,7 +7,8 @@ lists `responses` (texts) and `finished` (false where the token limit cut the re
 `rewards`; those of earlier responses are left out. With `keep_responses=true` the responses that a row has already, of
 another model or of a person, come after the new ones.
 
-Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file.
+Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file,
+also with another number of processes: torchrun --nproc-per-node=8 -m prefopt.sample shares the batches over 8 GPUs.
 """
 
 import logging
@@ -23,6 +24,7 @@ from prefopt.errors import UserError
 from prefopt.generation.config import SampleConfig, check_sample
 from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
 from prefopt.tracking.process import output_lock
+from prefopt.utils.distributed import is_main_process, process_group
 from prefopt.utils.files import check_output
 
 log = logging.getLogger("prefopt.sample")
@@ -48,10 +50,11 @@ def main(cfg: DictConfig) -> None:
         device=config.device,
         precision=config.precision,
     )
-    with output_lock(output):
+    with process_group(config.device), output_lock(output):
         responses, _ = generate_resumable(request, partial)
-        write_rows(output, [joined(*parts) for parts in zip(rows, responses, earlier, strict=True)])
-        partial.unlink()
+        if is_main_process():
+            write_rows(output, [joined(*parts) for parts in zip(rows, responses, earlier, strict=True)])
+            partial.unlink()
     log.info(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
 
 

@@ -12,6 +12,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils import tensor_store
+from prefopt.utils.distributed import map_shared
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 
@@ -80,6 +81,7 @@ class RewardModel(RewardScorer):
                 for start in range(0, len(missing), tensor_store.SHARD_ROWS):
                     shard = missing[start : start + tensor_store.SHARD_ROWS]
                     cache.add(shard, self._compute(model, [by_key[k] for k in shard], precision, bar, layout))
+                    bar.advance(by=start + len(shard) - bar.done)  # what the other processes have computed
         log.info(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
         return cache.get(keys)[:, 0].tolist()
 
@@ -107,20 +109,26 @@ class RewardModel(RewardScorer):
     def _compute(
         self, model: "PreTrainedModel", texts: list[list[int]], precision: str, bar: Any, layout: "Layout | None"
     ) -> "Tensor":
-        """The rewards of texts of token ids: `(len(texts), 1)`, float32, on the CPU."""
+        """The rewards of texts of token ids: `(len(texts), 1)`, float32, on the CPU. A collective."""
         import torch
 
+        from prefopt.data.collate import groups_of
         from prefopt.models.logprobs import autocast, completion_rewards
 
         assert layout is not None
-        pairs = _as_pairs(texts)
-        rewards = torch.empty(len(texts), 1)
+
+        def rewards_of(micro_batch: "list[TokenizedPair]") -> "Tensor":
+            batch = layout.collate(micro_batch, ("chosen",)).to(model.device)
+            rewards = completion_rewards(model, batch).float().cpu()
+            bar.advance(by=len(micro_batch))
+            return rewards
+
+        parts = layout.micro_batches(_as_pairs(texts), micro_batch_tokens(model.device.type), None, ("chosen",))
         with torch.no_grad(), autocast(model.device, precision):
-            for micro_batch in layout.micro_batches(pairs, micro_batch_tokens(model.device.type), None, ("chosen",)):
-                batch = layout.collate(micro_batch, ("chosen",)).to(model.device)
-                # Micro-batches may reorder the pairs. The id of a pair is its row.
-                rewards[[int(p.id) for p in micro_batch], 0] = completion_rewards(model, batch).float().cpu()
-                bar.advance(by=len(micro_batch))
+            found = map_shared(rewards_of, parts, lambda part: layout.tokens(groups_of(part, ("chosen",))))
+        rewards = torch.empty(len(texts), 1)
+        # Micro-batches may reorder the pairs. The id of a pair is its row.
+        rewards[[int(p.id) for part in parts for p in part], 0] = torch.cat(found)
         return rewards
 
     def _cache_folder(self, model: "PreTrainedModel", precision: str, keys: list[bytes]) -> Path:
@@ -168,16 +176,16 @@ class CustomRewardModel(RewardModel):
 
         from prefopt.models.logprobs import autocast
 
-        rewards = torch.empty(len(texts), 1)
+        def reward_of(tokens: list[int]) -> float:
+            row = torch.tensor([tokens], device=model.device)
+            reward = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
+            if reward is None or reward.numel() != 1:
+                raise UserError(f"the output of {self.path} has no `score` of one number. It is no such model.")
+            bar.advance()
+            return float(reward)
+
         with torch.no_grad(), autocast(model.device, precision):
-            for i, tokens in enumerate(texts):
-                row = torch.tensor([tokens], device=model.device)
-                reward = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
-                if reward is None or reward.numel() != 1:
-                    raise UserError(f"the output of {self.path} has no `score` of one number. It is no such model.")
-                rewards[i, 0] = reward.float().cpu().view(())
-                bar.advance()
-        return rewards
+            return torch.tensor(map_shared(reward_of, texts, len)).view(-1, 1)
 
 
 def _as_pairs(texts: list[list[int]]) -> "list[TokenizedPair]":

@@ -29,13 +29,13 @@ from prefopt.models.lora import (
     leaf_name,
 )
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
+from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, Reference, Resident
 from prefopt.models.router import RouterLoss, balancing_loss, has_experts
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
-from prefopt.utils.distributed import main_process_first
+from prefopt.utils.distributed import main_process_first, world_size
 from prefopt.utils.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,12 @@ def sample_prompts(
             f"  samples: {too_long} held-out prompts get none, since with sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens} they are longer than the model's {room} positions"
         )
+    batches = -(-len(chosen) // config.sampling.batch_size)
+    if 0 < batches < world_size():
+        log.info(
+            f"  samples: {batches} of {world_size()} processes draw them; a batch is not shared, so lower "
+            f"sampling.batch_size={config.sampling.batch_size}"
+        )
     return chosen
 
 
@@ -197,10 +203,11 @@ def build_reference(
     if config.reference == "adapter_off":
         return AdapterOff(policy, score)
 
-    load_again = functools.partial(load_initial, config, layout)
+    samples: AdapterOff | LoadedOnce = LoadedOnce(functools.partial(load_initial, config, layout), config.device)
+    if config.peft.target_modules and not config.reference_model:
+        samples = AdapterOff(policy, score)  # the adapter is put on after this
     if objective.completions != SIDES:
-        # Such an objective compares no pairs. The reference scores samples only, and is loaded for that.
-        return Cached(load_again)
+        return Cached(samples)  # such an objective compares no pairs: the reference scores samples only
     indices: Sequence[int] = []
     if "reference" in objective.needs:  # otherwise for evaluations only
         indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
@@ -211,7 +218,7 @@ def build_reference(
         parts.append(MismatchedOfRun(train_pairs, config.seed, config.total_steps, config.batch_size))
     pairs: Any = ConcatDataset(parts)
     return prefopt.models.reference.cached(
-        model, digest, pairs, layout, config.micro_batch_tokens, score, load_again, config.logger.progress
+        model, digest, pairs, layout, config.micro_batch_tokens, score, samples, config.logger.progress
     )
 
 

@@ -213,19 +213,21 @@ def transformers_sampler(
 ) -> tuple[Sampler, str, list[Any]]:
     """(`sample` with this model, the digest of its weights, and everything about it that decides a response)."""
     from prefopt.models.fingerprint import loaded_model
-    from prefopt.models.load import load_model, weights_digest
+    from prefopt.models.frozen import freeze
+    from prefopt.models.load import finalize, load_model, weights_digest
     from prefopt.models.logprobs import autocast
     from prefopt.utils.memory import keep_freed_memory
 
     if device == "cpu":
         keep_freed_memory()
-    model = load_model(config, device)
+    model = load_model(config, "cpu")
+    weights = weights_digest(model)
+    model = finalize(freeze(model, precision), device)
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
         with autocast(model.device, precision):
             return sample(model, tokenizer, prompts, sampling, seed, n)
 
-    weights = weights_digest(model)
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
     return sampler, weights, [*loaded_model(model, weights), stops]
 

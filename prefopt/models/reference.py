@@ -26,6 +26,7 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.fingerprint import loaded_model
+from prefopt.models.frozen import freeze
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
@@ -69,7 +70,7 @@ class Resident(Reference):
 
     @classmethod
     def copy_of(cls, policy: PreTrainedModel, score: LogprobComputer) -> "Resident":
-        return cls(copy.deepcopy(policy).requires_grad_(False), score)
+        return cls(freeze(copy.deepcopy(policy), score.precision), score)
 
     @torch.no_grad()
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:

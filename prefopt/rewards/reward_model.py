@@ -54,7 +54,8 @@ class RewardModel(RewardScorer):
         return ModelConfig(self.path, self.path, self.revision)
 
     def rewards(self, requests: Sequence[Request], device: str, precision: str, show: bool = True) -> list[float]:
-        from prefopt.models.load import check_vocabulary, load_tokenizer
+        from prefopt.models.frozen import freeze
+        from prefopt.models.load import check_vocabulary, finalize, load_tokenizer
         from prefopt.utils.console import Bar
 
         tokenizer = load_tokenizer(self.model)
@@ -62,7 +63,7 @@ class RewardModel(RewardScorer):
         keys = [tensor_store.hash_tokens(tokens) for tokens in texts]
         by_key = dict(zip(keys, texts, strict=True))  # equal texts are computed once
 
-        model = self._load(device)
+        model = finalize(freeze(self._load(), precision), device)
         check_vocabulary(model, tokenizer)
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         for request, tokens in zip(requests, texts, strict=True):
@@ -85,10 +86,10 @@ class RewardModel(RewardScorer):
         log.info(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
         return cache.get(keys)[:, 0].tolist()
 
-    def _load(self, device: str) -> "PreTrainedModel":
+    def _load(self) -> "PreTrainedModel":
         from prefopt.models.load import load_trained_reward_model
 
-        return load_trained_reward_model(self.model, device)
+        return load_trained_reward_model(self.model, "cpu")
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> list[int]:
         """The token ids of prompt and response."""
@@ -161,10 +162,10 @@ class CustomRewardModel(RewardModel):
                 "it set scorer.trust_remote_code=true."
             )
 
-    def _load(self, device: str) -> "PreTrainedModel":
+    def _load(self) -> "PreTrainedModel":
         from prefopt.models.load import load_custom_reward_model
 
-        return load_custom_reward_model(self.model, device)
+        return load_custom_reward_model(self.model, "cpu")
 
     def _layout(self, model: "PreTrainedModel", texts: list[list[int]], precision: str) -> None:
         return None

@@ -20,6 +20,7 @@ from prefopt.data.sampler import run_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
+from prefopt.models.frozen import freeze
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.lora import (
     adapter_layers,
@@ -109,17 +110,26 @@ def check_rewards(objective: Objective, split: str, rewards: dict[str, Any]) -> 
             )
 
 
-def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy, or the reward model, with the weights that training begins from, without its new adapter.
+def build_policy(
+    config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, str]:
+    """The policy, or the reward model, with the weights that training begins from, without its new adapter; and the
+    digest of these weights as they were loaded. What an adapter is to lie on is frozen (`models.frozen.freeze`).
 
     Raises UserError for a model that cannot be loaded, or that tokenizer or adapter do not fit.
     """
     if config.device == "cpu":
         keep_freed_memory()
     if objective.model_kind == "reward_model":
-        policy = load.load_reward_model(config.model, config.device)
+        policy = load.load_reward_model(config.model, "cpu")
+    elif config.peft.quantize:
+        policy = load.load_model(config.model, config.device, config.precision)
     else:
-        policy = load.load_model(config.model, config.device, config.precision if config.peft.quantize else None)
+        policy = load.load_model(config.model, "cpu")
+    digest = load.weights_digest(policy)
+    if config.peft.target_modules:
+        freeze(policy, config.precision)
+    policy = load.finalize(policy, config.device)
     if config.compile:
         load.compile_layers(policy)
     load.check_vocabulary(policy, tokenizer)
@@ -128,7 +138,7 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
         balancing_loss(policy)  # refuses a model that has none
     if config.peft.target_modules:
         adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
-    return policy
+    return policy, digest
 
 
 def sample_prompts(
@@ -199,7 +209,7 @@ def build_reference(
                 "same family."
             )
     if config.reference == "resident":
-        return Resident.copy_of(policy, score) if model is policy else Resident(model.requires_grad_(False), score)
+        return Resident.copy_of(policy, score) if model is policy else Resident(model, score)
     if config.reference == "adapter_off":
         return AdapterOff(policy, score)
 
@@ -228,10 +238,13 @@ def reference_model(config: TrainConfig) -> ModelConfig | None:
 
 
 def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
-    """Load the reference's model: `reference_model`, or the policy as it is before its first step."""
+    """Load the reference's model, frozen: `reference_model`, or the policy as it is before its first step."""
     other = reference_model(config)
-    quantize = config.precision if config.peft.quantize and not other else None
-    model = load.load_model(other or config.model, config.device, quantize)
+    if config.peft.quantize and not other:
+        model = load.load_model(config.model, config.device, config.precision)
+    else:
+        model = load.load_model(other or config.model, "cpu")
+    model = load.finalize(freeze(model, config.precision), config.device)
     if layout.name == "packed":
         enable_packed_attention(model)
     return model

@@ -215,7 +215,6 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     announce(plan)
 
     from prefopt.data.cache import tokenizer_digest
-    from prefopt.models.load import weights_digest
     from prefopt.training.build import (
         build_data,
         build_engine,
@@ -246,8 +245,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     began = time.monotonic()
     smaller = "a smaller model.path, or peft=lora_attention with peft.quantize=true"
     with memory_for(f"loading {config.model.path} on {config.device}", smaller):
-        policy = build_policy(config, objective, tokenizer)
-    digest = weights_digest(policy)
+        policy, digest = build_policy(config, objective, tokenizer)
     # Once more, since other code, or another version of transformers, may read the same files differently.
     loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
     check_agreement("have read different models", loaded)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
-from prefopt.evaluation.config import AlpacaConfig, HarnessConfig
+from prefopt.evaluation.config import AlpacaConfig, HarnessConfig, RewardBenchConfig
 from prefopt.launch import warm
 from prefopt.reporting.run_curves import write_curves
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
@@ -44,6 +44,7 @@ PROGRAMS = {
     "online": "prefopt.training.online prefopt.generation.responses prefopt.generation.sampler prefopt.rewards.rows",
     "harness": "prefopt.evaluation.harness lm_eval.evaluator lm_eval.models.huggingface lm_eval.tasks",
     "alpaca": "prefopt.evaluation.alpaca prefopt.generation.responses prefopt.generation.sampler",
+    "reward_bench": "prefopt.evaluation.reward_bench",
 }
 
 
@@ -126,6 +127,10 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
             from prefopt.evaluation.alpaca import run_pending  # type: ignore[assignment]
 
             schema = AlpacaConfig
+        case "reward_bench":
+            from prefopt.evaluation.reward_bench import run_pending  # type: ignore[assignment]
+
+            schema = RewardBenchConfig
         case other:
             raise UserError(f"{folder}/job.json: there is no program {other!r} whose jobs can be run.")
     config: Any = parse(OmegaConf.create(frozen["config"]), schema)

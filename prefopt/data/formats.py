@@ -10,7 +10,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefopt.data.build_items import Scored, chat_of, pair_of, pair_of_chats
 from prefopt.data.fields import (
@@ -34,7 +34,7 @@ from prefopt.data.items import Chat, Dropped, Item, Labelled, Pair, Row
 
 # The fields that every format reads for the prompt; see `read_prompt`.
 PROMPT_FIELDS = ("id", "prompt", "instruction", "input", "history", "system", "tools")
-SIDE_FIELDS = ("chosen", "rejected", "chosen_reward", "rejected_reward")
+SIDE_FIELDS = ("chosen", "rejected", "chosen_reward", "rejected_reward", "weight")
 
 
 class Format(ABC):
@@ -57,11 +57,12 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class Pairs(Format):
-    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools and rewards.
+    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools, weight and rewards.
 
     `prompt` is text or messages that end with the user's turn; or it is put together from Alpaca's `instruction` and
     `input`, with a blank line between them. The rewards are `chosen_reward` and `rejected_reward`. `chosen` and
-    `rejected` are text, a message, or a list of one message. `system` is text that opens the conversation.
+    `rejected` are text, a message, or a list of one message. `system` is text that opens the conversation. `weight`
+    multiplies the pair's loss, and is 1 where it is absent.
     """
 
     def __call__(self, row: Row) -> Pair | Dropped:
@@ -70,6 +71,28 @@ class Pairs(Format):
 
     def fields(self) -> tuple[str, ...]:
         return PROMPT_FIELDS + SIDE_FIELDS
+
+
+@dataclass(frozen=True)
+class Steps(Format):
+    """{prompt, initial_reason_steps, chosen, rejected}: two next steps of a solution, after those so far (Step-DPO).
+
+    The steps so far follow the prompt as the beginning of the answer, and nothing of them is learnt. `chosen` and
+    `rejected` are text that goes on right behind them, and end without a terminator (arXiv 2406.18629, and its code).
+    The other fields are those of `Pairs`.
+    """
+
+    def __call__(self, row: Row) -> Pair | Dropped:
+        opening = text(row, "initial_reason_steps")
+        sides = [{"role": "assistant", "content": opening + text(row, side)} for side in ("chosen", "rejected")]
+        prompt = read_prompt(row)
+        pair = role_problem(prompt) or pair_of(row, prompt, *sides)
+        if isinstance(pair, Dropped):
+            return pair
+        return replace(pair, opening=opening, chosen_finished=False, rejected_finished=False)
+
+    def fields(self) -> tuple[str, ...]:
+        return (*PROMPT_FIELDS, "initial_reason_steps", *SIDE_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -313,7 +336,7 @@ class TwoResponses(Format):
         return Dropped("no_preference", f"the votes are {dict(votes) or 'missing'}")
 
     def fields(self) -> tuple[str, ...]:
-        return (*PROMPT_FIELDS, "response_1", "response_2", *self.labels)
+        return (*PROMPT_FIELDS, "response_1", "response_2", "weight", *self.labels)
 
 
 @dataclass(frozen=True)

@@ -140,3 +140,34 @@ def check_alpaca(config: AlpacaConfig) -> None:
         problems.append("prefopt.alpaca needs the package alpaca-eval: pip install -e '.[evaluation]'")
     if problems:
         raise UserError("\n".join(problems))
+
+
+@dataclass
+class RewardBenchConfig:
+    """The keys of `python -m prefopt.reward_bench`. conf/reward_bench.yaml has their defaults and explains them."""
+
+    launcher: Any = MISSING
+    scorer: Any = None
+    run: str | None = None
+    rows: str = MISSING
+    split: str | None = None
+    checkpoints: str = MISSING
+    output: str | None = None
+    max_length: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+
+
+def check_reward_bench(config: RewardBenchConfig) -> None:
+    """Raise one UserError with everything that is wrong in the configuration of `prefopt.reward_bench`."""
+    problems = hardware_problems(config)
+    if config.checkpoints not in ("final", "all"):
+        problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.max_length < 2:
+        problems.append(f"max_length must be at least 2 tokens, is {config.max_length}")
+    if (config.run is None) == (config.scorer is None):
+        problems.append("give either run=FOLDER, or a reward model: scorer=hub_reward_model scorer.path=NAME")
+    if config.run is None and config.output is None:
+        problems.append("give output=FOLDER for the records of a scorer, which has no run's folder")
+    if problems:
+        raise UserError("\n".join(problems))

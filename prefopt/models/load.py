@@ -73,18 +73,19 @@ def stopping_configs(config: ModelConfig) -> tuple[PreTrainedConfig | None, Gene
     return values, generation
 
 
-def check_model(config: ModelConfig, key: str = "model.path") -> int | None:
+def check_model(config: ModelConfig, key: str = "model.path", trust_remote_code: bool = False) -> int | None:
     """The most tokens that a row may have (`max_position_embeddings`), or None if the model's configuration has no
     limit. Reads no weights. Raises UserError for a model that cannot be found. `key`: the key in which the user named
-    it."""
-    return getattr(read_config(config, key).get_text_config(), "max_position_embeddings", None)
+    it. `trust_remote_code`: run the code that comes with it, which the user has allowed."""
+    return getattr(read_config(config, key, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
-def read_config(config: ModelConfig, key: str = "model.path") -> PreTrainedConfig:
+def read_config(config: ModelConfig, key: str = "model.path", trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's configuration. Raises UserError for a model that cannot be found, and for an adapter."""
     refuse_adapter(config.path, config.revision, key)
+    path = checkpoint_path(config)
     try:
-        return AutoConfig.from_pretrained(checkpoint_path(config), revision=config.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # reading a foreign file may raise anything

@@ -12,7 +12,7 @@ over which pairs it takes statistics, so the loop never asks for its name.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -47,6 +47,7 @@ class PairInputs:
     * `policy_*_logps`: sums over the completion's tokens (its terminator included) of log pi(token | tokens before), in
       nats. With `model_kind` `reward_model`, `policy_*_rewards` instead: the outputs of the model in training.
     * `*_lengths`: the number of those tokens.
+    * `weights`: what `apply_objective` multiplies the losses by, from the rows; no objective reads it.
     * `mean_chosen_length`: the mean of `chosen_lengths` over all pairs that are averaged, those of the whole optimizer
       step, and so the same number in every place. With it a term of a pair can be one of the step's mean over tokens.
 
@@ -78,6 +79,7 @@ class PairInputs:
     mismatched_rejected_logratios: Tensor = _ABSENT
     policy_chosen_rewards: Tensor = _ABSENT
     policy_rejected_rewards: Tensor = _ABSENT
+    weights: Tensor = _ABSENT
     noise: Tensor = _ABSENT
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -106,7 +108,7 @@ class PairInputs:
 
 
 def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOutput":
-    """`objective(inputs)`, held against the contract.
+    """`objective(inputs)`, held against the contract, with its losses times the pairs' weights, if there are any.
 
     Raises UserError unless losses and scores are `(B,)` floats on the inputs' device, and losses carry gradient where
     the inputs do. A mean over the pairs, say, would train: with another weight for every micro-batch, and one pair in
@@ -139,7 +141,7 @@ def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOut
             f"objective {objective.name}: no gradient flows through its losses. They must depend on the policy's "
             "log-probs (or rewards) without detach() or item()."
         )
-    return output
+    return output if inputs.weights is None else replace(output, losses=inputs.weights * output.losses)
 
 
 def concatenate(parts: Sequence[PairInputs]) -> PairInputs:

@@ -49,8 +49,9 @@ OPTIONAL = ("oracle_reward", "sample_grammatical")  # no column where no run has
 
 
 def evaluation_columns(record: Record) -> dict[str, Value]:
-    """The results of prefopt.harness and prefopt.alpaca for a run's final policy: percentages and standard errors. A
-    column's name says the tasks, or the judge and the baseline, so that no two kinds share a column."""
+    """The results of prefopt.harness, prefopt.alpaca and prefopt.reward_bench for a run's final policy: percentages and
+    standard errors. A column's name says the tasks, the judge and the baseline, or the rows, so that no two kinds share
+    a column."""
     suites: dict[str, list[Record]] = {}
     for result in record["harness"]:
         if result["checkpoint"] == "final" and "acc" in result["metrics"]:
@@ -77,6 +78,23 @@ def evaluation_columns(record: Record) -> dict[str, Value]:
                 name += f" {Path(result['file']).parent.name.rpartition('-')[2]}"
             if value in figures:
                 columns[name] = figures[value], figures[error]
+
+    for result in record["reward_bench"]:
+        if result["checkpoint"] == "final":
+            columns |= reward_bench_columns(result)
+    return columns
+
+
+def reward_bench_columns(result: Record) -> dict[str, Value]:
+    """The figure over all rows and those of the sections; where there is neither, those of the subsets."""
+    figures, how = result["figures"], result["settings"]
+    overall = {figures["benchmark"] or "accuracy": figures["overall"]} if figures["overall"] else {}
+    columns = {}
+    for name, figure in ({**overall, **figures["sections"]} or figures["subsets"]).items():
+        if figure["value"] is not None:
+            error = figure["standard_error"]
+            what = f"{Path(result['rows']).name} {how['rows'][:8]}, {how['max_length']} tokens, {how['precision']}"
+            columns[f"{name} ({what})"] = 100 * figure["value"], None if error is None else 100 * error
     return columns
 
 
@@ -239,7 +257,7 @@ def measured(records: Sequence[Record]) -> list[str]:
         notes.append(f"{what} over {prompts} responses, one to each held-out prompt.")
     if notes:
         notes.append("± is one standard error over these. One training seed per run.")
-    if any(record["harness"] or record["alpaca"] for record in records):
+    if any(record["harness"] or record["alpaca"] or record["reward_bench"] for record in records):
         notes.append("Of accuracies over tasks and win rates, ± is one standard error over their questions.")
     return [" ".join(notes)] * bool(notes) + comparison_notes(records)
 

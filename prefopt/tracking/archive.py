@@ -11,14 +11,25 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.tracking.metrics import metrics_damage
-from prefopt.tracking.record import alpaca_problems, harness_problems, load_record, read_result, record_problems
+from prefopt.tracking.record import (
+    alpaca_problems,
+    harness_problems,
+    load_record,
+    read_result,
+    record_problems,
+    reward_bench_problems,
+)
 from prefopt.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 # By kind, which is also the name of their folder in a run's: the results in it, and what keeps a file from being one.
-RESULTS = {"harness": ("*.json", harness_problems), "alpaca": ("*/record.json", alpaca_problems)}
+RESULTS = {
+    "harness": ("*.json", harness_problems),
+    "alpaca": ("*/record.json", alpaca_problems),
+    "reward_bench": ("*/record.json", reward_bench_problems),
+}
 # Left out of an archive: no figure depends on them, and they tell of the user's machine.
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
@@ -26,8 +37,8 @@ MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job"
 def read_records(*places: Path) -> list[Record]:
     """The finished runs in these folders and archives (`write_archive`), sorted by objective, beta and name.
 
-    A run that lies in several places comes once. The keys `harness` and `alpaca` of a record are lists: the records of
-    its evaluated policies. Runs that have not finished are named on stderr. Raises UserError if none has.
+    A run that lies in several places comes once. The keys of `RESULTS` in a record are lists: the records of its
+    evaluated policies. Runs that have not finished are named on stderr. Raises UserError if none has.
     """
     records: dict[str, Record] = {}
     for place in places:
@@ -70,7 +81,7 @@ def check_finished(file: Path, record: Record) -> None:
 
 
 def results_of(folder: Path, kind: str) -> list[Record]:
-    """The results of a kind, harness or alpaca, in their folder. One that is damaged is left out with a warning."""
+    """The results of a kind, of `RESULTS`, in their folder. One that is damaged is left out with a warning."""
     pattern, problems = RESULTS[kind]
     return [result for path in sorted(folder.glob(pattern)) for result in _result(path, problems)]
 
@@ -88,7 +99,7 @@ def _result(file: Path, problems: Callable[[Record], Iterator[str]]) -> list[Rec
 
 
 def _archived(file: Path) -> list[Record]:
-    records = []
+    records: list[Record] = []
     try:
         for number, line in enumerate(file.read_text().splitlines(), start=1):
             record = json.loads(line)
@@ -96,7 +107,7 @@ def _archived(file: Path) -> list[Record]:
                 raise ValueError(f"line {number} is no record")
             for problem in (*record_problems(record, finished=True), *_result_problems(record)):
                 raise ValueError(f"line {number}: {problem}")
-            records.append(record)
+            records.append({kind: [] for kind in RESULTS} | record)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is no archive of records, which prefopt.report and prefopt.papers write: {error}"
@@ -106,7 +117,7 @@ def _archived(file: Path) -> list[Record]:
 
 def _result_problems(record: Record) -> Iterator[str]:
     for kind, (_, problems) in RESULTS.items():
-        results = record.get(kind)
+        results = record.get(kind, [])  # an archive does not name what its runs have none of
         if not isinstance(results, list):
             yield f"it has no list {kind}"
             continue
@@ -122,9 +133,10 @@ def write_archive(records: Sequence[Record], file: Path) -> None:
     current_folder = f"{Path.cwd()}/"
     lines = []
     for record in records:
-        kept = {key: value for key, value in record.items() if key not in MACHINE_KEYS}
-        for kind in ("harness", "alpaca"):
-            kept[kind] = [{k: v for k, v in result.items() if k not in MACHINE_KEYS} for result in record[kind]]
+        kept = {key: value for key, value in record.items() if key not in (*MACHINE_KEYS, *RESULTS)}
+        for kind in RESULTS:
+            if record[kind]:
+                kept[kind] = [{k: v for k, v in result.items() if k not in MACHINE_KEYS} for result in record[kind]]
         lines.append(json.dumps(kept, ensure_ascii=False).replace(current_folder, ""))
     atomic_write(file, "\n".join(lines) + "\n")
 

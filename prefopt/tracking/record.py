@@ -87,6 +87,7 @@ RECORD: Shape = {
     "versions.transformers": TEXT,
     "harness": ROWS,
     "alpaca": ROWS,
+    "reward_bench": ROWS,
 }
 # The keys that a finished training run has, and no table can be made without.
 FINISHED = (
@@ -95,7 +96,7 @@ FINISHED = (
     "machine.processor", "machine.instructions", "machine.memory_gib", "machine.gpus", "versions.torch",
     "versions.transformers",
 )  # fmt: skip
-# The results of prefopt.harness and prefopt.alpaca, all of whose keys are needed.
+# The results of prefopt.harness, prefopt.alpaca and prefopt.reward_bench, all of whose keys are needed.
 HARNESS: Shape = {
     "task": TEXT,
     "checkpoint": TEXT,
@@ -123,6 +124,21 @@ ALPACA: Shape = {
     "figures.n": WHOLE,
     "figures.win_rate": NUMBER,
     "figures.standard_error": NUMBER,
+    "git": (dict, type(None)),
+}
+REWARD_BENCH: Shape = {
+    "checkpoint": TEXT,
+    "step": WHOLE_OR_NULL,
+    "rows": TEXT,
+    "reward": MAPPING,
+    "reward.kind": TEXT,
+    "settings": MAPPING,
+    "settings.rows": TEXT,
+    "figures": MAPPING,
+    "figures.benchmark": TEXT_OR_NULL,
+    "figures.subsets": MAPPING,
+    "figures.sections": MAPPING,
+    "figures.overall": (dict, type(None)),
     "git": (dict, type(None)),
 }
 
@@ -220,6 +236,11 @@ def harness_problems(result: dict[str, Any]) -> Iterator[str]:
 def alpaca_problems(result: dict[str, Any]) -> Iterator[str]:
     """What keeps `result` from being a record of prefopt.alpaca."""
     yield from shape_problems(result, ALPACA, tuple(ALPACA))
+
+
+def reward_bench_problems(result: dict[str, Any]) -> Iterator[str]:
+    """What keeps `result` from being a record of prefopt.reward_bench."""
+    yield from shape_problems(result, REWARD_BENCH, tuple(REWARD_BENCH))
 
 
 def shape_problems(node: dict[str, Any], shape: Shape, required: tuple[str, ...]) -> Iterator[str]:

@@ -259,6 +259,8 @@ def forward_pairs(
             train_state, "reference_{}_logps", train_state.reference.logps(micro_batch.pairs, batch)
         )
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths)
+    weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
+    inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
     inputs["mean_chosen_length"] = torch.full_like(inputs["chosen_lengths"], total.chosen_tokens / total.pairs)
     if "rewards" in needs:
         for side in train_state.objective.completions:

@@ -190,9 +190,9 @@ def test_a_reward_model_scores_the_samples_and_is_released(state, tmp_path, monk
     assert [reference() for reference in loaded] == [None]
     rows = lines(tmp_path, 2)
     for row in rows:
-        ids = encode_completion(tokenizer, row["prompt"], row["response"], row["finished"])
+        prompt, response = encode_completion(tokenizer, row["prompt"], row["response"], row["finished"])
         with torch.no_grad():
-            hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
         assert row["reward"] == pytest.approx(model.score(hidden).item(), abs=1e-4)
     assert metrics["oracle_reward"] == pytest.approx(sum(row["reward"] for row in rows) / 3)
 

@@ -437,7 +437,7 @@ def test_quality_is_the_share_of_pairs_with_the_off_policy_text(quality, share):
     assert not better or sum(better) / len(better) == pytest.approx(2 / 3, abs=0.03)
     assert not [high for low, high in found if high < 0]
     assert noisy(quality, 20) == pairs[:20]
-    assert noisy(quality, 20, seed=1) != pairs[:20]
+    assert noisy(quality, 20, label_scale=0.1, seed=1) != noisy(quality, 20, label_scale=0.1)
 
 
 def test_labels_are_drawn_by_bradley_terry():

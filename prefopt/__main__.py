@@ -10,7 +10,7 @@ from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
     *("train", "online", "chat", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
-    *("reward_bench", "claims"),
+    *("mtbench", "arena", "reward_bench", "claims"),
     *("runs", "prefetch", "data_report", "lab", "objectives"),
 )
 

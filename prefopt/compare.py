@@ -84,7 +84,7 @@ def check_third(config: CompareConfig) -> None:
     if config.limit is not None and config.limit < 1:
         raise UserError(f"limit must be at least 1, or null, is {config.limit}")
     if config.third == "initial":
-        baseline_of(replace(config, baseline="initial"))
+        baseline_of("initial", config.run)
 
 
 def third_answers(config: CompareConfig, questions: Questions, chosen: Sequence[str]) -> Answers | None:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
-from prefopt.evaluation.config import AlpacaConfig, HarnessConfig, RewardBenchConfig
+from prefopt.evaluation.config import AlpacaConfig, ArenaConfig, HarnessConfig, MtbenchConfig, RewardBenchConfig
 from prefopt.launch import warm
 from prefopt.reporting.run_curves import write_curves
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
@@ -44,6 +44,8 @@ PROGRAMS = {
     "online": "prefopt.training.online prefopt.generation.responses prefopt.generation.sampler prefopt.rewards.rows",
     "harness": "prefopt.evaluation.harness lm_eval.evaluator lm_eval.models.huggingface lm_eval.tasks",
     "alpaca": "prefopt.evaluation.alpaca prefopt.generation.responses prefopt.generation.sampler",
+    "mtbench": "prefopt.evaluation.mtbench prefopt.generation.sampler",
+    "arena": "prefopt.evaluation.arena prefopt.generation.sampler",
     "reward_bench": "prefopt.evaluation.reward_bench",
 }
 
@@ -127,6 +129,14 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
             from prefopt.evaluation.alpaca import run_pending  # type: ignore[assignment]
 
             schema = AlpacaConfig
+        case "mtbench":
+            from prefopt.evaluation.mtbench import run_pending  # type: ignore[assignment]
+
+            schema = MtbenchConfig
+        case "arena":
+            from prefopt.evaluation.arena import run_pending  # type: ignore[assignment]
+
+            schema = ArenaConfig
         case "reward_bench":
             from prefopt.evaluation.reward_bench import run_pending  # type: ignore[assignment]
 

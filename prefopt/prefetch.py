@@ -3,6 +3,7 @@
     python -m prefopt.prefetch model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct dataset=ultrafeedback_binarized
     python -m prefopt.prefetch model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct check=true
     python -m prefopt.prefetch tasks=mmpo alpaca=true        # what LM-Harness and AlpacaEval read
+    python -m prefopt.prefetch mtbench=true arena=v0.1       # what MT-Bench and Arena-Hard read
 
 Afterwards every job runs with the hub switched off (HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1). A model is the files of
 its repository that transformers reads, in the hub's cache; a data set is what `datasets` prepared of it, in that of
@@ -28,8 +29,9 @@ from prefopt.config.schema import DatasetConfig, ModelConfig
 from prefopt.data.dataset_path import replace_path
 from prefopt.data.hub import Item, Model, is_on_hub, items
 from prefopt.errors import MissingAssetError, UserError
+from prefopt.evaluation.benchmark_files import ARENA_HARD, MT_BENCH, BenchmarkFile
 from prefopt.utils.console import echo
-from prefopt.utils.files import resolve_path
+from prefopt.utils.files import cache_dir, resolve_path
 
 
 @dataclass
@@ -41,6 +43,8 @@ class PrefetchConfig:
     also: list[str] = field(default_factory=list)
     tasks: Any = None
     alpaca: bool = False
+    mtbench: bool = False
+    arena: str | None = None
     check: bool = MISSING
 
 
@@ -77,12 +81,12 @@ def prefetch(config: PrefetchConfig) -> None:
             f"{'missing' if config.check else 'not fetched'}: {'; '.join(failed)}"
             + "".join(f"\n  {name}: {why}" for name, why in failed.items())
         )
-    if not config.check and (config.alpaca or config.tasks or any(is_on_hub(item) for item in todo)):
+    if not config.check and (evaluations(config) or any(is_on_hub(item) for item in todo)):
         echo(_how_to_copy())
 
 
 def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
-    """What prefopt.harness and prefopt.alpaca read: by name, functions that load it just as those programs will.
+    """What the programs that evaluate read: by name, functions that load it just as those programs will.
 
     The functions fetch what is not here yet, unless `config.check`. They raise UserError.
     """
@@ -97,6 +101,15 @@ def evaluations(config: PrefetchConfig) -> dict[str, Callable[[], object]]:
         from prefopt.evaluation.questions import SHA256, hub_file
 
         loaders |= {f"AlpacaEval's {name}": partial(hub_file, name) for name in SHA256}
+    files: list[tuple[str, BenchmarkFile]] = []
+    if config.mtbench:
+        files += [("MT-Bench", file) for file in MT_BENCH]
+    if config.arena is not None:
+        if config.arena not in ARENA_HARD:
+            raise UserError(f"arena must be {' or '.join(ARENA_HARD)}, is {config.arena!r}")
+        files += [(f"Arena-Hard {config.arena}", file) for file in ARENA_HARD[config.arena].files]
+    for benchmark, file in files:
+        loaders[f"{benchmark}'s {file.name}"] = partial(file.find, None) if config.check else file.fetch
     if config.tasks:
         from prefopt.evaluation.results import task_names
         from prefopt.evaluation.tasks import preflight
@@ -171,11 +184,17 @@ def _how_to_copy() -> str:
         for name, cache in caches.items()
         if cache.is_dir()
     ]
+    benchmarks = cache_dir() / "benchmarks"
+    also = []
+    if benchmarks.is_dir():
+        lines.append(f"  rsync -a {shlex.quote(str(benchmarks))}/ CLUSTER:FOLDER/benchmarks/")
+        also = ["and for prefopt.mtbench and prefopt.arena: files=FOLDER/benchmarks"]
     return "\n".join(
         [
             "Copy it to a folder of the cluster that is there and that jobs may write to:",
             *lines,
             "and in every job: export HF_HOME=FOLDER HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1",
+            *also,
             "Whether all is there tells, on the cluster, this command with check=true.",
         ]
     )

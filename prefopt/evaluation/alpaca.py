@@ -32,6 +32,7 @@ from prefopt.evaluation.answers import (
     read_outputs_file,
 )
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
+from prefopt.evaluation.judged import is_complete
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge
 from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Question, Questions, hub_file, read_questions
 from prefopt.evaluation.results import two_judges
@@ -39,12 +40,11 @@ from prefopt.models.fingerprint import local_files
 from prefopt.tracking.archive import results_of
 from prefopt.tracking.policies import Checkpoint, exported_policies, runs_of
 from prefopt.tracking.provenance import provenance
-from prefopt.tracking.record import find_result, read_result, record_of, write_result
+from prefopt.tracking.record import read_result, record_of, write_result
 from prefopt.utils.console import console, folding_table
 from prefopt.utils.files import check_folder, write_json
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.locks import locked
-from prefopt.utils.store import read_sealed_lines
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def evaluate_checkpoint(
     `reference` returns the baseline's answers. It is called only when they are needed. `extra` goes into the record.
     Raises UserError where the judge does.
     """
-    name, baseline = baseline_of(config)
+    name, baseline = baseline_of(config.baseline, config.run)
     settings = comparison_settings(config, judge, questions)
     # Their files, too, which another training may have written anew.
     models: list[Any] = [local_files(model) for model in (checkpoint.model, baseline) if model]
@@ -105,7 +105,7 @@ def evaluate_checkpoint(
     title = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
     folder = results_folder(config) / title
     with locked(folder.with_name(f"{folder.name}.lock"), f"the comparison of {checkpoint.path}"):
-        if not is_complete(folder):
+        if not is_complete(folder, "annotations.json", "n"):
             compare(config, judge, checkpoint, questions, reference, extra, settings, folder)
     return folder
 
@@ -121,7 +121,7 @@ def compare(
     folder: Path,
 ) -> None:
     """Make the comparison that `evaluate_checkpoint` describes, and write it into `folder`."""
-    name, _ = baseline_of(config)
+    name, _ = baseline_of(config.baseline, config.run)
     start = time.monotonic()
     ours = answers_of(checkpoint, questions, config)
     theirs = reference()
@@ -160,22 +160,9 @@ def compare(
     write_result(folder / "record.json", record | provenance() | extra)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the comparison in this folder has been made. A damaged one has not, which the log says."""
-    record = find_result(folder / "record.json")
-    if record is None:
-        return False
-    file = folder / "annotations.json"
-    rows, whole = read_sealed_lines(file)
-    if not whole or len(rows) != record["figures"]["n"]:
-        log.warning(f"  {file} is damaged. It is made anew.")
-        return False
-    return True
-
-
 def comparison_settings(config: AlpacaConfig, judge: Judge, questions: Questions) -> dict[str, Any]:
     """Everything besides the checkpoint that decides the figures. The digest of it is in the folder's name."""
-    _, model = baseline_of(config)
+    _, model = baseline_of(config.baseline, config.run)
     prompts = [question.prompt for question in questions.items]
     return {
         "baseline": model.path if model else config.baseline,
@@ -225,7 +212,7 @@ def answers_of(checkpoint: Checkpoint | OutputsFile, questions: Questions, confi
 
 def answers_of_baseline(config: AlpacaConfig, questions: Questions) -> Answers:
     """The baseline's answers, from its file or from its model."""
-    name, model = baseline_of(config)
+    name, model = baseline_of(config.baseline, config.run)
     if model is None:
         return load_answers(config.baseline, name, questions.items)
     return answer_questions(model, name, questions.items, config)
@@ -279,7 +266,7 @@ def check_comparison(config: AlpacaConfig, read: Callable[[], Questions]) -> tup
         judge.check()
     if config.run is not None:
         record_of(config.run)
-    name, model = baseline_of(config)
+    name, model = baseline_of(config.baseline, config.run)
     questions = read()
     if model:
         check_model(model, "baseline")

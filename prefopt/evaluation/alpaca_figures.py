@@ -49,10 +49,13 @@ def summarize(annotations: list[dict[str, Any]], length_controlled: bool) -> dic
     return figures
 
 
-def bootstrap(values: np.ndarray) -> list[float]:
-    """The 95 % percentile interval of the mean, [low, high]. A resample draws questions, each with both answers."""
+def bootstrap(values: np.ndarray, weights: np.ndarray | None = None) -> list[float]:
+    """The 95 % percentile interval of sum(values) / sum(weights), [low, high]; without weights, of the mean. Both are
+    (questions,). A resample draws questions, each with all that was judged of it."""
+    weights = np.ones(len(values)) if weights is None else weights
     generator = np.random.default_rng(0)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    drawn = (generator.integers(0, len(values), len(values)) for _ in range(RESAMPLES))
+    means = [values[rows].sum() / weights[rows].sum() for rows in drawn]
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 

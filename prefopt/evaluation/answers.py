@@ -47,19 +47,18 @@ def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question
     return Answers(name, [row["responses"][0] for row in rows], [row["finished"][0] for row in rows], weights)
 
 
-def baseline_of(config: AlpacaConfig) -> tuple[str, ModelConfig | None]:
-    """The baseline's name, and its model; None: its answers are in a file. Raises UserError where there is no such
-    baseline."""
-    baseline = config.baseline
+def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None]:
+    """The baseline's name, and its model; None: its answers are in a file. `run`: the run that `initial` is of. Raises
+    UserError where there is no such baseline."""
     if baseline.endswith(SUFFIXES):
         return Path(baseline).name.partition(".")[0], None
     if baseline == "initial":
-        if config.run is None:
+        if run is None:
             raise UserError(
                 "baseline=initial is the model that a run began from. Name another: gpt4_turbo, a run's folder, a "
                 "model, or a FILE of outputs"
             )
-        model = initial_model(config.run)
+        model = initial_model(run)
         return f"{model.name}-initial", model
     if (Path(baseline) / "record.json").is_file():
         (policy,) = exported_policies(baseline, "final")

@@ -81,11 +81,14 @@ class Calls:
 
 
 @contextmanager
-def judge_client(vendor: str, base_url: str, key: str, seconds: float, calls: Calls) -> Iterator[None]:
-    """Inside, alpaca-eval asks `base_url` and no other host, whatever it or the environment says of clients.
+def vendor_client(
+    vendor: str, base_url: str, key: str, seconds: float, calls: Calls, stand_in: bool = False
+) -> Iterator[Any]:
+    """The vendor's client, which asks `base_url` and no other host, whatever the environment says of clients.
 
     An attempt at a call has `seconds` for its whole answer. No redirect is followed. An address without TLS is asked
-    without the environment's proxy, which would read the key and the texts.
+    without the environment's proxy, which would read the key and the texts. A call that fails raises nothing: it gives
+    None, or, with `stand_in`, an answer that holds nothing.
     """
     module = import_module(vendor)
     http = module.DefaultHttpxClient(follow_redirects=False, timeout=seconds, trust_env=base_url.startswith("https:"))
@@ -102,17 +105,33 @@ def judge_client(vendor: str, base_url: str, key: str, seconds: float, calls: Ca
         endpoints = [(client.chat.completions, _check_chat, _no_chat), (client.completions, _check_text, _no_text)]
     else:
         endpoints = [(client.messages, _check_message, _no_message)]
-    for endpoint, check, nothing in endpoints:
+    for endpoint, check, empty in endpoints:
+        nothing = empty if stand_in else _none
         endpoint.create = functools.partial(_ask, module, calls, seconds, endpoint.create, check, nothing)
-
-    # alpaca-eval makes a client for each call. The class that it looks up is replaced by one that gives it this one.
-    original = getattr(module, CLIENTS[vendor])
-    setattr(module, CLIENTS[vendor], lambda **_: client)
     try:
-        yield
+        yield client
     finally:
-        setattr(module, CLIENTS[vendor], original)
         client.close()
+
+
+@contextmanager
+def judge_client(vendor: str, base_url: str, key: str, seconds: float, calls: Calls) -> Iterator[None]:
+    """Inside, alpaca-eval asks by a `vendor_client`.
+
+    alpaca-eval makes a client for each call. The class that it looks up is replaced by one that gives it this one.
+    """
+    module = import_module(vendor)
+    original = getattr(module, CLIENTS[vendor])
+    with vendor_client(vendor, base_url, key, seconds, calls, stand_in=True) as client:
+        setattr(module, CLIENTS[vendor], lambda **_: client)
+        try:
+            yield
+        finally:
+            setattr(module, CLIENTS[vendor], original)
+
+
+def _none() -> None:
+    pass
 
 
 def _ask(
@@ -124,7 +143,7 @@ def _ask(
     nothing: Callable[[], Any],
     **request: Any,
 ) -> Any:
-    """The server's answer to a request, or an answer that holds nothing. What went wrong is in `calls`."""
+    """The server's answer to a request, or what `nothing` gives. What went wrong is in `calls`."""
     question = json.dumps(request, sort_keys=True, default=str)
     end = time.monotonic() + TIMEOUTS_PER_CALL * seconds
     for attempt in range(ATTEMPTS):

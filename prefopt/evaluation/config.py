@@ -58,6 +58,42 @@ class AlpacaConfig:
     output: str | None = None
 
 
+@dataclass
+class JudgedConfig:
+    """The keys that prefopt.mtbench and prefopt.arena share."""
+
+    judge: Any = MISSING
+    launcher: Any = MISSING
+    run: str | None = None
+    checkpoints: str = MISSING
+    answers: str | None = None
+    output: str | None = None
+    files: str | None = None
+    max_new_tokens: int = MISSING
+    batch_size: int = MISSING
+    backend: str = MISSING
+    max_cost: float = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass
+class MtbenchConfig(JudgedConfig):
+    """The keys of `python -m prefopt.mtbench`. conf/mtbench.yaml has their defaults and explains them."""
+
+    references: str = MISSING
+
+
+@dataclass
+class ArenaConfig(JudgedConfig):
+    """The keys of `python -m prefopt.arena`. conf/arena.yaml has their defaults and explains them."""
+
+    version: str = MISSING
+    baseline: str | None = None
+
+
 def check_harness(config: HarnessConfig) -> None:
     """Raise one UserError with everything that is wrong in a harness job's configuration, or where lm-eval is not
     installed."""
@@ -138,6 +174,41 @@ def check_alpaca(config: AlpacaConfig) -> None:
         problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
     if config.judge is not None and importlib.util.find_spec("alpaca_eval") is None:
         problems.append("prefopt.alpaca needs the package alpaca-eval: pip install -e '.[evaluation]'")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def judged_problems(config: JudgedConfig) -> list[str]:
+    """What is wrong in the keys that prefopt.mtbench and prefopt.arena share; empty where all is well."""
+    problems = hardware_problems(config) + sampler_problems(1, config.backend)
+    if config.checkpoints not in ("final", "all"):
+        problems.append(f"checkpoints must be final or all, is {config.checkpoints!r}")
+    if config.run is not None and config.answers is not None:
+        problems.append("run and answers are two: give one of them")
+    if config.run is None and config.output is None:
+        problems.append("give run=FOLDER; or a model, or answers=FILE, with output=FOLDER for the results")
+    if config.files is not None and not Path(config.files).expanduser().is_dir():
+        problems.append(f"files={config.files} is no folder. It names one that holds the benchmark's files")
+    problems += [f"{key} must be at least 1" for key in ("max_new_tokens", "batch_size") if getattr(config, key) < 1]
+    if config.max_cost < 0:
+        problems.append(f"max_cost must not be negative, is {config.max_cost:g}")
+    return problems
+
+
+def check_mtbench(config: MtbenchConfig) -> None:
+    """Raise one UserError with everything that is wrong in an MT-Bench job's configuration."""
+    problems = judged_problems(config)
+    if config.references not in ("gpt-4", "gpt-4-0125-preview"):
+        problems.append(f"references must be gpt-4 or gpt-4-0125-preview, is {config.references!r}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_arena(config: ArenaConfig) -> None:
+    """Raise one UserError with everything that is wrong in an Arena-Hard job's configuration."""
+    problems = judged_problems(config)
+    if config.version not in ("v0.1", "v2.0"):
+        problems.append(f"version must be v0.1 or v2.0, is {config.version!r}")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -35,7 +35,7 @@ def read_configuration(name: str, annotator: dict[str, Any] | None, model: str |
         config = yaml.safe_load(file.read_text())[name]
     config = dict(config)
     if model is not None:
-        config["completions_kwargs"] = {"model_name": model, **config["completions_kwargs"]}
+        config["completions_kwargs"] = {**config["completions_kwargs"], "model_name": model}
     if letters := config.get("completion_parser_kwargs", {}).get("outputs_to_match"):
         # The keys are numbers. A job is frozen as JSON, which turns them into texts.
         kwargs = {**config["completion_parser_kwargs"], "outputs_to_match": {int(k): v for k, v in letters.items()}}

@@ -200,6 +200,12 @@ class LanguageModelJudge(Judge):
         return {"name": self.name, "base_url": self.address, "annotator": config, "prompt": _sha256(prompt)}
 
     @property
+    def model_name(self) -> str:
+        """The model that the server is asked for."""
+        config, _ = self._configuration
+        return str(config["completions_kwargs"]["model_name"])
+
+    @property
     def vendor(self) -> str:
         """The package of the vendor whose API the judge speaks: openai or anthropic."""
         config, _ = self._configuration
@@ -209,6 +215,11 @@ class LanguageModelJudge(Judge):
     def address(self) -> str:
         """Where the judge's server is: `base_url`, or the vendor's."""
         return self.base_url or VENDOR_URLS[self.vendor]
+
+    @property
+    def secret(self) -> str:
+        """The key, or a text that is none: the clients refuse to be made without one."""
+        return os.environ[self.key] if self.key else "none"
 
     def check(self) -> None:
         config, _ = self._configuration
@@ -274,17 +285,11 @@ class LanguageModelJudge(Judge):
                     break  # these are not asked again
 
         listed = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
-        why = ""
-        if calls.refused:
-            said = redact(next(iter(calls.refused.values())))[:300]
-            why += f" Its server refused {len(calls.refused)} of them; to the first it said: {said}"
-        if calls.last_error:
-            why += f" The last call that failed: {redact(failure_reason(calls.last_error))[:300]}"
         raise UserError(
             f"incomplete: {self.name} gave no preference for {len(missing)} of {len(comparisons)} questions, after "
-            f"{ATTEMPTS} attempts (rows {listed}), so there is no win rate.{why}\nWhat it gave is kept in "
-            f"{annotations}, and the same command asks for the rest. A judge without log-probs of its answer gives no "
-            "preference at all: judge=local_text reads the letter instead."
+            f"{ATTEMPTS} attempts (rows {listed}), so there is no win rate.{what_failed(calls)}\n"
+            f"What it gave is kept in {annotations}, and the same command asks for the rest. A judge without log-probs "
+            "of its answer gives no preference at all: judge=local_text reads the letter instead."
         )
 
     @functools.cached_property
@@ -298,18 +303,8 @@ class LanguageModelJudge(Judge):
         kwargs = config.get("completions_kwargs", {})
         written = len(to_ask) * (kwargs.get("max_tokens") or kwargs.get("max_tokens_to_sample") or 0)
         characters = sum(len(prompt) + len(c.instruction) + len(c.reference) + len(c.model) for c in to_ask)
-        read = math.ceil(characters / CHARACTERS_PER_TOKEN)
-        cost = (read * self.price[0] + written * self.price[1]) / 1e6
-        log.info(
-            f"{self.name}: {len(to_ask)} calls for {n} questions (the others are known or equal), about {read:,} "
-            f"tokens to read and {written:,} to write, about {cost:.2f} USD"
-        )
-        if cost > max_cost:
-            raise UserError(
-                f"the estimate of {cost:.2f} USD is above what is left of max_cost, {max_cost:.2f} USD. Nothing was "
-                "asked for."
-            )
-        return cost
+        what = f"{self.name}: {len(to_ask)} calls for {n} questions (the others are known or equal)"
+        return announce_cost(what, characters, written, self.price, max_cost)
 
     def _ask(
         self,
@@ -326,25 +321,54 @@ class LanguageModelJudge(Judge):
         config, _ = self._configuration
         if config["fn_completions"] == "openai_completions":
             settings["client_config_path"] = str(configuration / "client.yaml")
-        key = os.environ[self.key] if self.key else "none"  # the clients refuse to be made without one
         model = [_output(c, c.model, names.model) for c in comparisons]
         reference = [_output(c, c.reference, names.reference) for c in comparisons]
 
-        with alpaca_eval(), judge_client(self.vendor, self.address, key, self.timeout, calls):
+        with alpaca_eval(), judge_client(self.vendor, self.address, self.secret, self.timeout, calls):
             from prefopt.evaluation.annotator import annotate
 
             rows = annotate(model, reference, configuration, annotations, settings)
-        if (error := calls.failure) is not None:
-            why = ""
-            if 300 <= getattr(error, "status_code", 0) < 400:
-                why = " (a redirect, which is not followed: set judge.base_url to where the server is)"
-            raise UserError(
-                f"judge {self.name} failed: {redact(failure_reason(error))}{why}. What was judged is kept in "
-                f"{annotations}; the same command goes on from there."
-            )
-
+        check_server(self.name, calls, annotations)
         order = {c.instruction: c.index for c in comparisons}
         return sorted(rows, key=lambda row: order[row["instruction"]])
+
+
+def announce_cost(what: str, characters: int, written: int, price: Sequence[float], max_cost: float) -> float:
+    """Print the estimated cost of calls, and return it in USD. `what` says which calls these are, `characters` is what
+    they read, `written` the tokens that they write. Raises UserError above `max_cost` USD."""
+    read = math.ceil(characters / CHARACTERS_PER_TOKEN)
+    cost = (read * price[0] + written * price[1]) / 1e6
+    log.info(f"{what}, about {read:,} tokens to read and {written:,} to write, about {cost:.2f} USD")
+    if cost > max_cost:
+        raise UserError(
+            f"the estimate of {cost:.2f} USD is above what is left of max_cost, {max_cost:.2f} USD. Nothing was "
+            "asked for."
+        )
+    return cost
+
+
+def check_server(name: str, calls: Calls, kept: Path) -> None:
+    """Raise UserError where nothing more is asked of the judge `name`. What it has said is in the file `kept`."""
+    if (error := calls.failure) is None:
+        return
+    why = ""
+    if 300 <= getattr(error, "status_code", 0) < 400:
+        why = " (a redirect, which is not followed: set judge.base_url to where the server is)"
+    raise UserError(
+        f"judge {name} failed: {redact(failure_reason(error))}{why}. What was judged is kept in {kept}; the same "
+        "command goes on from there."
+    )
+
+
+def what_failed(calls: Calls) -> str:
+    """Sentences on the calls that gave nothing, for messages; "" where there were none. Each begins with a blank."""
+    why = ""
+    if calls.refused:
+        said = redact(next(iter(calls.refused.values())))[:300]
+        why += f" Its server refused {len(calls.refused)} of them; to the first it said: {said}"
+    if calls.last_error:
+        why += f" The last call that failed: {redact(failure_reason(calls.last_error))[:300]}"
+    return why
 
 
 def _output(comparison: Comparison, answer: str, generator: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.fields import as_prompt
@@ -23,9 +23,13 @@ from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.store import format_sealed_line, read_sealed_lines
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from prefopt.generation.sampler import Sample, Sampler
 
 log = logging.getLogger(__name__)
+
+GENERATION_PACKAGES = ("torch", "transformers")  # their versions decide responses
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,32 @@ def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Mes
     return rows, prompts
 
 
-def generate_resumable(request: GenerationRequest, partial: Path, show: bool = True) -> tuple[list[Row], str]:
+@dataclass(frozen=True)
+class LoadedSampler:
+    """A model, loaded to draw responses, and its tokenizer. `identity`: all of both that decides a response."""
+
+    sample: "Sampler"
+    tokenizer: "PreTrainedTokenizerBase"
+    weights: str  # their digest
+    identity: list[Any]
+
+
+def load_sampler(model: ModelConfig, backend: str, device: str, precision: str) -> LoadedSampler:
+    """`backend`: transformers or vllm. `device` and `precision` may not be auto."""
+    # Imported here, so that bad input is refused before transformers is loaded.
+    from prefopt.data.cache import tokenizer_digest
+    from prefopt.generation.sampler import transformers_sampler, vllm_sampler
+    from prefopt.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    make = vllm_sampler if backend == "vllm" else transformers_sampler
+    sampler, weights, identity = make(model, tokenizer, device, precision)
+    return LoadedSampler(sampler, tokenizer, weights, [identity, tokenizer_digest(tokenizer)])
+
+
+def generate_resumable(
+    request: GenerationRequest, partial: Path, show: bool = True, sampler: LoadedSampler | None = None
+) -> tuple[list[Row], str]:
     """Sample responses, and keep them on disk as they come. A collective: the processes share the batches.
 
     Args:
@@ -125,6 +154,7 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
             that serves as a cache: the file in it is named by the digest of everything that decides the responses, and
             it stays there for the next caller with the same request.
         show: Show progress.
+        sampler: The request's model, for several calls that are to load it once.
 
     Returns:
         {"responses", "finished"} of each prompt, two lists of `samples_per_prompt`, and the digest of the weights.
@@ -133,31 +163,25 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
         UserError: `partial` was begun with other settings, prompts or weights.
         Interrupted: after SIGTERM or SIGUSR2, between two batches.
     """
-    # Imported here, so that bad input is refused before transformers is loaded.
-    from prefopt.data.cache import tokenizer_digest
     from prefopt.data.chat_template import markup
     from prefopt.data.tokenize import encode_prompt
     from prefopt.generation import sampler as sampler_module
-    from prefopt.generation.sampler import transformers_sampler, vllm_sampler
-    from prefopt.models.load import load_tokenizer
     from prefopt.utils.locks import locked_by_main
 
     signals.install_handlers()
+    sampler = sampler or load_sampler(request.model, request.backend, request.device, request.precision)
     sampling, n, prompts = request.sampling, request.samples_per_prompt, request.prompts
-    tokenizer = load_tokenizer(request.model)
-    pattern = markup(tokenizer)
+    pattern = markup(sampler.tokenizer)
     if doubled := sum(any(pattern.search(m.get("content") or "") for m in prompt) for prompt in prompts):
         log.warning(
             f"{doubled} of {len(prompts)} prompts hold special tokens or other markup of the chat template, which is "
             "written around them once more"
         )
-    make = vllm_sampler if request.backend == "vllm" else transformers_sampler
-    sampler, weights, model = make(request.model, tokenizer, request.device, request.precision)
 
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    versions = [importlib.metadata.version(package) for package in ("torch", "transformers")]
+    encoded = [encode_prompt(sampler.tokenizer, prompt) for prompt in prompts]
+    versions = [importlib.metadata.version(package) for package in GENERATION_PACKAGES]
     where = [request.backend, request.precision, request.device]
-    decides = [sampling, n, request.seed, *where, model, tokenizer_digest(tokenizer), encoded, versions]
+    decides = [sampling, n, request.seed, *where, *sampler.identity, encoded, versions]
     digest = fingerprint(decides, sampler_module)
 
     with contextlib.ExitStack() as stack:
@@ -168,8 +192,8 @@ def generate_resumable(request: GenerationRequest, partial: Path, show: bool = T
         if file.rows:
             log.info(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
 
-        sample_missing(request, sampler, encoded, file, show)
-        return [file.rows[i] for i in range(len(prompts))], weights
+        sample_missing(request, sampler.sample, encoded, file, show)
+        return [file.rows[i] for i in range(len(prompts))], sampler.weights
 
 
 def sample_missing(

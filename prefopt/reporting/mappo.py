@@ -46,11 +46,22 @@ DRIFT_CAPTION = (
     "the mean over seeds. Where both fall, probability has gone to other texts: the squeezing effect. Full: a base "
     "alone; dashed: with MaPPO."
 )
+JUDGED = (
+    "MT-Bench and Arena-Hard: the paper does not name the judge of both, and its untrained models are not on the "
+    "leaderboards' scales (Llama-3-8B-Instruct has 10.2 on Arena-Hard there, and 20.6 on the leaderboard): compare "
+    "differences between methods, and not levels."
+)
 TITLES = {"mappo_table_2": "MaPPO as a plug-in (table 2)", "mappo_table_3": "Main results (table 3)"}
 
 # The paper's win rate: AlpacaEval 2's own, by its judge, against its baseline.
 PAPER_METRIC = "length_controlled_win_rate", ("weighted_alpaca_eval_gpt4_turbo",), ("alpaca_eval_gpt4_baseline",)
 PAPER_COLUMN = "alpaca_eval_2_lc"
+# The paper's columns of judged benchmarks: the kind of our results, their figure, how the metrics begin that are meant,
+# and digits.
+PAPER_JUDGED = {
+    "mt_bench": ("mtbench", "score", "mt_bench (", 2),
+    "arena_hard": ("arena", "win_rate", "arena-hard-v0.1 (", 1),
+}
 
 # The paper's columns, as lm-eval's tasks and metrics. Which metric of a task it prints it does not say.
 ACADEMIC = {
@@ -84,10 +95,24 @@ def results_table(
                 p for p in points
                 if (p.model, p.method, p.beta, p.epoch, p.seeds) == (model, method, beta, end, len(seeds))
             ]  # fmt: skip
-            ours.append(row | flatten_value("win_rate", final[0].win_rate if final else None) | _final_figures(seeds))
+            row |= flatten_value("win_rate", final[0].win_rate if final else None)
+            ours.append(row | _final_figures(seeds) | _judged_figures(seeds))
 
-    if same := metric is not None and (metric.key, metric.judges, metric.baselines) == PAPER_METRIC:
-        ours = [row | {"paper": paper.get(PAPER_COLUMN)} for row, paper in join_published(ours, theirs) if row in ours]
+    judged = {name: _metrics(records, kind, begin) for name, (kind, _, begin, _) in PAPER_JUDGED.items()}
+    joined = [pair for pair in join_published(ours, theirs) if pair[0] in ours]
+    same = metric is not None and (metric.key, metric.judges, metric.baselines) == PAPER_METRIC
+    published = {name: f"paper_{name}" for name, metrics in judged.items() if metrics}
+    if same:
+        published[PAPER_COLUMN] = "paper"
+    ours = [row | {key: paper.get(name) for name, key in published.items()} for row, paper in joined]
+    judged_columns = []
+    for name, metrics in judged.items():
+        for text in metrics:
+            judged_columns.append(Column(text, text, PAPER_JUDGED[name][-1], error=True))
+        if metrics:
+            judged_columns.append(Column(f"paper_{name}", paper_heading(name)))
+    if judged_columns:
+        notes = [*notes, JUDGED]
     columns = [
         Column("model", "model", text=True),
         Column("method", "method", text=True),
@@ -95,10 +120,28 @@ def results_table(
         Column("seeds", "seeds"),
         Column("win_rate", win_rate_heading(metric), 2, error=True),
         *([Column("paper", paper_heading(PAPER_COLUMN))] if same else []),
+        *judged_columns,
         Column("oracle_reward", "oracle reward", 3, error=True),
         *(Column(side, f"{side} log-prob drift", 2, error=True) for side in SIDES),
     ]
     return Tabular("mappo_results", columns, format_rows(columns, ours), ours, notes, "Results", origin)
+
+
+def _metrics(records: Sequence[Record], kind: str, begin: str) -> list[str]:
+    """The metrics of the results of a kind for final policies that begin so."""
+    names = (result["metric"] for record in records for result in record[kind] if result["checkpoint"] == "final")
+    return sorted({name for name in names if name.startswith(begin)})
+
+
+def _judged_figures(seeds: Sequence[Record]) -> dict[str, float | None]:
+    """The figures of the judged benchmarks at the end, by metric, over the seeds."""
+    figures: dict[str, float | None] = {}
+    for kind, figure, begin, _ in PAPER_JUDGED.values():
+        for name in _metrics(seeds, kind, begin):
+            of_seeds = [[r for r in seed[kind] if (r["checkpoint"], r["metric"]) == ("final", name)] for seed in seeds]
+            values = [(r[0]["figures"][figure], r[0]["figures"]["standard_error"]) if r else None for r in of_seeds]
+            figures |= flatten_value(name, aggregate_seeds(values))
+    return figures
 
 
 def _final_figures(seeds: Sequence[Record]) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from prefopt.errors import UserError
+from prefopt.evaluation.arena_figures import games_of, question_values
 from prefopt.evaluation.results import FIGURE_SETTINGS
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.differences import sides_differ
@@ -73,8 +74,8 @@ def paired_table(records: Sequence[Record], config: ReportConfig) -> Tabular:
     if not rows:
         folders = ", ".join(str(r.get("folder", r["name"])) for side in (a, b) for r in side.values())
         raise UserError(
-            f"compare: {folders} hold no values per prompt that both have (heldout/, samples/, alpaca/, harness/). An "
-            "archive has none: give the runs' own folders as runs_dir."
+            f"compare: {folders} hold no values per prompt that both have (heldout/, samples/, alpaca/, harness/, …). "
+            "An archive has none: give the runs' own folders as runs_dir."
         )
     notes = [
         f"A: {config.compare[0]}. B: {config.compare[1]}.",
@@ -113,7 +114,7 @@ def _runs_of(name: str, records: Sequence[Record]) -> dict[int, Record]:
 def item_values(record: Record) -> dict[str, pd.Series]:
     """What a run's folder holds per item of its final policy, by measure: accuracy and margins of the held-out pairs,
     the samples' rewards, log-ratios to the reference and whether they ended, AlpacaEval's preferences, and the
-    harness's tasks. {} for a run of an archive."""
+    harness's tasks, MT-Bench's ratings and Arena-Hard's win rates. {} for a run of an archive."""
     if "folder" not in record:
         return {}
     folder = Path(record["folder"])
@@ -137,7 +138,7 @@ def item_values(record: Record) -> dict[str, pd.Series]:
             settings = {k: v for k, v in result["settings"].items() if k != "sampling"}
             who = _under(who, settings, result["judge"], result["settings"]["sampling"], result["baseline"]["weights"])
             measures[who] = pd.Series(wins, _keys(pd.Series([row["instruction"] for row in rows])))
-    return measures | dict(_task_values(record))
+    return measures | dict(_judged_values(record)) | dict(_task_values(record))
 
 
 def _pair_values(record: Record, folder: Path) -> dict[str, pd.Series]:
@@ -156,6 +157,25 @@ def _pair_values(record: Record, folder: Path) -> dict[str, pd.Series]:
         difference = frame["chosen_logps"] - frame["rejected_logps"]
         measures["log-prob, chosen less rejected (nats)"] = pd.Series(difference.to_numpy(), index)
     return measures
+
+
+def _judged_values(record: Record) -> Iterator[tuple[str, pd.Series]]:
+    """MT-Bench's mean rating of each question, and of each question of Arena-Hard its part of the win rate."""
+    for kind in ("mtbench", "arena"):
+        for result in record[kind]:
+            if result["checkpoint"] != "final":
+                continue
+            rows, _ = read_sealed_lines(Path(result["file"]).with_name("judgments.jsonl"))
+            settings = {k: v for k, v in result["settings"].items() if k in ("judge", "files", "baseline", "questions")}
+            name = _under(result["metric"] + (", %" if kind == "arena" else ""), settings)
+            if kind == "mtbench":
+                frame = pd.DataFrame(rows).query("score != -1")  # -1: a missing one
+                values = frame.groupby("question_id")["score"].mean()
+                yield name, pd.Series(values.to_numpy(dtype=float), [str(question) for question in values.index])
+            else:
+                both = {row["uid"]: tuple(game["score"] for game in row["games"]) for row in rows}
+                games = {uid: found for uid, verdicts in both.items() if (found := games_of([verdicts], False))}
+                yield name, pd.Series(question_values([found[0] for found in games.values()]), list(games))
 
 
 def _task_values(record: Record) -> Iterator[tuple[str, pd.Series]]:

@@ -18,7 +18,7 @@ from prefopt.reporting.differences import comparison_notes
 from prefopt.reporting.evaluated import Value, counts, flatten_value, main_measure, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
-from prefopt.tracking.archive import Record, beta
+from prefopt.tracking.archive import RESULTS, Record, beta
 from prefopt.tracking.record import heldout_accuracy
 from prefopt.utils.fingerprint import fingerprint
 
@@ -45,13 +45,15 @@ MEASURES = [
     for key in ("accuracy", "oracle_reward", "kl", "chosen_logps_drift", "sample_length", "sample_grammatical")
 ]
 
+JUDGED = {"mtbench": "score", "arena": "win_rate"}  # the figures of the judged benchmarks
+
 OPTIONAL = ("oracle_reward", "sample_grammatical")  # no column where no run has them
 
 
 def evaluation_columns(record: Record) -> dict[str, Value]:
-    """The results of prefopt.harness, prefopt.alpaca and prefopt.reward_bench for a run's final policy: percentages and
-    standard errors. A column's name says the tasks, the judge and the baseline, or the rows, so that no two kinds share
-    a column."""
+    """The results of the programs that evaluate for a run's final policy, and their standard errors: ratings of
+    MT-Bench, and percentages. A column's name says the tasks, the judge and the baseline, or the rows, so that no two
+    kinds share a column."""
     suites: dict[str, list[Record]] = {}
     for result in record["harness"]:
         if result["checkpoint"] == "final" and "acc" in result["metrics"]:
@@ -78,6 +80,14 @@ def evaluation_columns(record: Record) -> dict[str, Value]:
                 name += f" {Path(result['file']).parent.name.rpartition('-')[2]}"
             if value in figures:
                 columns[name] = figures[value], figures[error]
+
+    for kind, figure in JUDGED.items():
+        for result in record[kind]:
+            if result["checkpoint"] == "final":
+                name, figures = result["metric"], result["figures"]
+                if name in columns:
+                    name += f" {Path(result['file']).parent.name.rpartition('-')[2]}"
+                columns[name] = figures[figure], figures["standard_error"]
 
     for result in record["reward_bench"]:
         if result["checkpoint"] == "final":
@@ -144,7 +154,13 @@ def table_rows(records: list[Record]) -> list[dict[str, Any]]:
 def main_table(rows: list[dict[str, Any]], records: list[Record], config: ReportConfig) -> Tabular:
     """`table_rows` as people read them, with where they came from. A column for which no run has a figure is left out,
     and an initial policy of which nothing was measured."""
-    evaluations = [Column(name, f"{name}, %", 1, error=True) for name in evaluation_names(records)]
+    ratings = {result["metric"] for record in records for result in record["mtbench"]}
+    evaluations = [
+        Column(name, f"{name}, of 10", 2, error=True)
+        if any(name.startswith(metric) for metric in ratings)
+        else Column(name, f"{name}, %", 1, error=True)
+        for name in evaluation_names(records)
+    ]
     runs = [row for row in rows if row["run"]]
     columns = [
         c for c in (*COLUMNS.values(), *evaluations)
@@ -257,8 +273,8 @@ def measured(records: Sequence[Record]) -> list[str]:
         notes.append(f"{what} over {prompts} responses, one to each held-out prompt.")
     if notes:
         notes.append("± is one standard error over these. One training seed per run.")
-    if any(record["harness"] or record["alpaca"] or record["reward_bench"] for record in records):
-        notes.append("Of accuracies over tasks and win rates, ± is one standard error over their questions.")
+    if any(record[kind] for record in records for kind in RESULTS):
+        notes.append("Of accuracies over tasks, win rates and ratings, ± is one standard error over their questions.")
     return [" ".join(notes)] * bool(notes) + comparison_notes(records)
 
 

@@ -13,8 +13,10 @@ from prefopt.errors import UserError
 from prefopt.tracking.metrics import metrics_damage
 from prefopt.tracking.record import (
     alpaca_problems,
+    arena_problems,
     harness_problems,
     load_record,
+    mtbench_problems,
     read_result,
     record_problems,
     reward_bench_problems,
@@ -29,6 +31,8 @@ RESULTS = {
     "harness": ("*.json", harness_problems),
     "alpaca": ("*/record.json", alpaca_problems),
     "reward_bench": ("*/record.json", reward_bench_problems),
+    "mtbench": ("*/record.json", mtbench_problems),
+    "arena": ("*/record.json", arena_problems),
 }
 # Left out of an archive: no figure depends on them, and they tell of the user's machine.
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")

@@ -88,6 +88,8 @@ RECORD: Shape = {
     "harness": ROWS,
     "alpaca": ROWS,
     "reward_bench": ROWS,
+    "mtbench": ROWS,
+    "arena": ROWS,
 }
 # The keys that a finished training run has, and no table can be made without.
 FINISHED = (
@@ -96,7 +98,7 @@ FINISHED = (
     "machine.processor", "machine.instructions", "machine.memory_gib", "machine.gpus", "versions.torch",
     "versions.transformers",
 )  # fmt: skip
-# The results of prefopt.harness, prefopt.alpaca and prefopt.reward_bench, all of whose keys are needed.
+# The results of the programs that evaluate policies, all of whose keys are needed.
 HARNESS: Shape = {
     "task": TEXT,
     "checkpoint": TEXT,
@@ -140,6 +142,26 @@ REWARD_BENCH: Shape = {
     "figures.sections": MAPPING,
     "figures.overall": (dict, type(None)),
     "git": (dict, type(None)),
+}
+JUDGED: Shape = {
+    "checkpoint": TEXT,
+    "step": WHOLE,
+    "metric": TEXT,
+    "judge": MAPPING,
+    "judge.name": TEXT,
+    "settings": MAPPING,
+    "figures": MAPPING,
+    "figures.n": WHOLE,
+    "figures.missing": WHOLE,
+    "git": (dict, type(None)),
+}
+MTBENCH: Shape = {**JUDGED, "figures.score": NUMBER, "figures.standard_error": NUMBER}
+ARENA: Shape = {
+    **JUDGED,
+    "baseline": MAPPING,
+    "baseline.name": TEXT,
+    "figures.win_rate": NUMBER,
+    "figures.standard_error": NUMBER,
 }
 
 
@@ -241,6 +263,16 @@ def alpaca_problems(result: dict[str, Any]) -> Iterator[str]:
 def reward_bench_problems(result: dict[str, Any]) -> Iterator[str]:
     """What keeps `result` from being a record of prefopt.reward_bench."""
     yield from shape_problems(result, REWARD_BENCH, tuple(REWARD_BENCH))
+
+
+def mtbench_problems(result: dict[str, Any]) -> Iterator[str]:
+    """What keeps `result` from being a record of prefopt.mtbench."""
+    yield from shape_problems(result, MTBENCH, tuple(MTBENCH))
+
+
+def arena_problems(result: dict[str, Any]) -> Iterator[str]:
+    """What keeps `result` from being a record of prefopt.arena."""
+    yield from shape_problems(result, ARENA, tuple(ARENA))
 
 
 def shape_problems(node: dict[str, Any], shape: Shape, required: tuple[str, ...]) -> Iterator[str]:

@@ -10,8 +10,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 
 MODULES = """
-prefopt.alpaca prefopt.chat prefopt.compare prefopt.data_report prefopt.harness prefopt.online prefopt.papers
-prefopt.prefetch prefopt.report prefopt.reward_bench prefopt.runs prefopt.sample prefopt.score prefopt.train
+prefopt.alpaca prefopt.arena prefopt.chat prefopt.compare prefopt.data_report prefopt.harness prefopt.mtbench
+prefopt.online prefopt.papers prefopt.prefetch prefopt.report prefopt.reward_bench prefopt.runs prefopt.sample
+prefopt.score prefopt.train
 prefopt.training.checkpoint prefopt.data.cache prefopt.training.engine prefopt.generation.sampler
 prefopt.training.loop prefopt.models.lora prefopt.models.load prefopt.models.layout_check
 prefopt.models.reference prefopt.rewards.scorers datasets matplotlib.pyplot peft

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from prefopt.config.parse import build, parse, register
 from prefopt.data.dataset_path import replace_path
-from prefopt.evaluation.config import AlpacaConfig, HarnessConfig, RewardBenchConfig
+from prefopt.evaluation.config import AlpacaConfig, ArenaConfig, HarnessConfig, MtbenchConfig, RewardBenchConfig
 from prefopt.generation.config import ChatConfig, SampleConfig
 from prefopt.lab import LabConfig
 from prefopt.objectives.__main__ import markdown
@@ -40,6 +40,8 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "harness": HarnessConfig,
     "alpaca": AlpacaConfig,
+    "mtbench": MtbenchConfig,
+    "arena": ArenaConfig,
     "reward_bench": RewardBenchConfig,
     "compare": CompareConfig,
     "claims": ClaimsConfig,

@@ -12,7 +12,7 @@ import pytest
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import PAPER_JUDGES
-from prefopt.reporting.config import PapersConfig
+from prefopt.reporting.config import PapersConfig, ReportConfig
 from prefopt.reporting.curves import (
     Point,
     best_points,
@@ -30,9 +30,12 @@ from prefopt.reporting.figures import draw_drift
 from prefopt.reporting.html import page
 from prefopt.reporting.mappo import academic_table, mappo
 from prefopt.reporting.mmpo import as_published, mmpo, peak_tables
+from prefopt.reporting.paired import paired_table
 from prefopt.reporting.published import join_published, matches_published, published_points, read_csv
+from prefopt.reporting.summary import evaluation_columns, main_table, table_rows
 from prefopt.reporting.tables import Column, Tabular
 from prefopt.tracking.archive import MACHINE_KEYS, read_records, write_archive
+from prefopt.utils.store import format_sealed_line
 from tests.helpers.tiny import ROOT, run_program
 
 PUBLISHED = str(ROOT / "results" / "published")
@@ -125,6 +128,24 @@ def alpaca(
     told = {"checkpoint": name, "step": step, "judge": {"name": judge}, "baseline": base, "figures": figures}
     where = f"{name}-policy-initial-{judge}-{changes.get('questions', '')[:4]}"
     write(folder / "alpaca" / where / "record.json", told | {"settings": settings, "git": None})
+
+
+def judged(folder: Path, kind: str, figure: float, metric: str, rows: list[dict]) -> None:
+    """A result of prefopt.mtbench or prefopt.arena for a run's final policy."""
+    key = {"mtbench": "score", "arena": "win_rate"}[kind]
+    figures = {"n": len(rows), "missing": 0, key: figure, "standard_error": 0.25}
+    told = {"checkpoint": "final", "step": 20, "metric": metric, "judge": {"name": "j"}, "figures": figures}
+    place = folder / kind / f"final-j-{abs(hash(metric))}"
+    write(place / "record.json", told | {"baseline": {"name": "b"}, "settings": {"judge": {"name": "j"}}, "git": None})
+    (place / "judgments.jsonl").write_text("".join(map(format_sealed_line, rows)))
+
+
+def ratings(*scores: int) -> list[dict]:
+    return [{"question_id": 81 + i, "turn": turn, "score": s} for i, s in enumerate(scores) for turn in (1, 2)]
+
+
+def games(*verdicts: str) -> list[dict]:
+    return [{"uid": str(i), "games": [{"score": v}, {"score": "A=B"}]} for i, v in enumerate(verdicts)]
 
 
 def config(runs: Path | None, output: Path, **changes) -> PapersConfig:
@@ -494,6 +515,50 @@ def test_the_papers_win_rate_stands_beside_the_same_metric_alone(tmp_path):
     table = mappo(read_records(runs), config(runs, tmp_path, paper="mappo"))[0][0]
     assert table.headings[4:6] == ["length-controlled win rate, %", "paper: alpaca eval 2 lc"]
     assert (table.rows[0]["win_rate"], table.rows[0]["paper"]) == (41, "38.24")
+
+
+def test_judged_benchmarks_have_columns_by_their_metrics_and_the_papers_figures_beside_the_published_scales(tmp_path):
+    runs = tmp_path / "runs"
+    for seed, score in enumerate((7.0, 7.5)):
+        folder = train(runs, "mappo_dpo", seed=seed)
+        record = json.loads((folder / "record.json").read_text())
+        record["config"]["model"] |= {"name": "Qwen2.5-7B-Instruct"}
+        write(folder / "record.json", record)
+        judged(folder, "mtbench", score, "mt_bench (gpt-4-0613, gpt-4 references)", ratings(7, 8))
+        judged(folder, "arena", 30.0, "arena-hard-v0.1 (m, against gpt-4-0314)", games("B>A", "A>>B"))
+        judged(folder, "arena", 60.0, "arena-hard-v0.1 questions (m, against SFT)", games("B>A", "B>>A"))
+    read = read_records(runs)
+    columns = evaluation_columns(read[0])
+    assert columns["mt_bench (gpt-4-0613, gpt-4 references)"] == (7.0, 0.25)
+    assert columns["arena-hard-v0.1 questions (m, against SFT)"] == (60.0, 0.25)
+    table = main_table(table_rows(read), read, ReportConfig(str(runs), str(tmp_path), None, []))
+    headings = {h for h in table.headings if "m" in h and "(" in h}
+    assert {"mt_bench (gpt-4-0613, gpt-4 references), of 10", "arena-hard-v0.1 (m, against gpt-4-0314), %"} <= headings
+
+    table = mappo(read, config(runs, tmp_path, paper="mappo"))[0][0]
+    (row,) = table.rows
+    assert row["mt_bench (gpt-4-0613, gpt-4 references)"] == pytest.approx(7.25)
+    assert (row["paper_mt_bench"], row["paper_arena_hard"]) == ("8.79", "59.2")
+    assert "arena-hard-v0.1 questions (m, against SFT)" not in table.headings
+    assert any("compare differences between methods, and not levels" in note for note in table.notes)
+
+    write_archive(read, tmp_path / "records.jsonl")
+    assert evaluation_columns(read_records(tmp_path / "records.jsonl")[0]) == columns
+
+
+def test_judged_benchmarks_are_compared_question_by_question(tmp_path):
+    runs = tmp_path / "runs"
+    for objective, rows, verdicts in (("dpo", (7, 8, 9), ("B>A", "B>A")), ("mmpo", (5, 8, 6), ("A>B", "B>A"))):
+        folder = train(runs, objective)
+        judged(folder, "mtbench", 8.0, "mt_bench (j, gpt-4 references)", ratings(*rows))
+        judged(folder, "arena", 50.0, "arena-hard-v0.1 (j, against b)", games(*verdicts))
+    read = read_records(runs)
+    table = paired_table(read, ReportConfig(str(runs), str(tmp_path), None, ["dpo", "mmpo"]))
+    rows = {row["measure"]: row for row in table.rows}
+    rating = rows["mt_bench (j, gpt-4 references)"]
+    assert (rating["n"], rating["difference"]) == (3, pytest.approx(5 / 3))
+    rate = rows["arena-hard-v0.1 (j, against b), %"]
+    assert (rate["n"], rate["a"], rate["b"]) == (2, pytest.approx(75), pytest.approx(50))
 
 
 def test_runs_without_evaluations_say_how_to_get_them(tmp_path):

@@ -1,0 +1,51 @@
+"""Arena-Hard of policies, models or files of answers: win rate against a baseline, by a judge, in two games a question.
+
+    python -m prefopt.arena run=runs/RUN judge=gpt41
+    python -m prefopt.arena run=runs/RUN judge=gpt41 baseline=runs/SFT checkpoints=all
+    python -m prefopt.arena run=runs/RUN judge=gpt41 version=v2.0
+    python -m prefopt.arena -m run=runs/A,runs/B judge=gpt41
+    python -m prefopt.arena model=hub model.path=NAME output=results/other judge=gpt41
+    python -m prefopt.arena answers=FILE.jsonl output=results/other judge=gpt41
+    python -m prefopt.arena run=runs/RUN judge=local judge.base_url=http://localhost:8000/v1 judge.model=NAME
+
+Questions, prompts and the weights of verdicts are Arena-Hard's. Judge and baseline are part of the metric's name.
+Answers are kept in the user's cache by weights and settings, the judge's replies in RUN/arena (or `output`): a stopped
+job goes on, and no reply is paid for twice. A result is a folder there with record.json, and with model_answer.jsonl
+and judgments.jsonl in Arena-Hard's format.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from prefopt.cli.multirun import Point
+from prefopt.cli.program import program, refuse_launcher_without_multirun
+from prefopt.config.parse import parse
+from prefopt.evaluation.arena import run_pending
+from prefopt.evaluation.benchmark_files import ARENA_HARD
+from prefopt.evaluation.config import ArenaConfig, check_arena
+from prefopt.evaluation.judged import subjects
+from prefopt.evaluation.text_judge import build_text_judge
+from prefopt.launch.base import Launcher, SweepJob
+from prefopt.launch.sweep import Sweep
+from prefopt.tracking.policies import runs_of
+
+
+def plan_job(point: Point, label: str, config: ArenaConfig, _: Launcher, folder: Path) -> SweepJob:
+    """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
+    check_arena(config)
+    build_text_judge(config.judge, ARENA_HARD[config.version].judge_tokens)
+    runs = runs_of(config.run) if config.run else [None]
+    models = [subject.model for run in runs for subject in subjects(replace(config, run=run), "model")]
+    return SweepJob(point.overrides, label, config, models[-1] or config.model, folder)
+
+
+@program("arena", ArenaConfig, Sweep("arena", ArenaConfig, plan_job, log_lines=0))
+def main(cfg: DictConfig) -> None:
+    refuse_launcher_without_multirun()
+    run_pending(parse(cfg, ArenaConfig))
+
+
+if __name__ == "__main__":
+    main()

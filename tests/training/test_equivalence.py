@@ -23,6 +23,7 @@ from prefopt.objectives.dpo import DPO
 from prefopt.objectives.kto import KTO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
+from prefopt.objectives.wpo import WPO
 from prefopt.training.step import accumulate_gradients, train_step
 from tests.training.test_loop import make_train_state
 
@@ -78,6 +79,7 @@ OBJECTIVES = {
     "beta_dpo": BetaDPO(0.5, nll_weight=0.1),
     "mmpo-entropy": MMPO(0.1, normalization="none", auxiliary_weight=0.5, entropy_bonus=True),
     "kto": KTO(0.5),
+    "wpo": WPO(0.5, max_weight=None),
     "sft": SFT(),
 }
 

@@ -6,9 +6,9 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-# Of the reproductions: mini (this machine) or paper; where the jobs run; further arguments (ARGS="launcher.at_once=2",
+# Of the reproductions: lab (minutes), mini (hours, SmolLM2-135M) or paper; where the jobs run; further arguments (ARGS="launcher.at_once=2",
 # ARGS=--dry-run).
-SCALE ?= mini
+SCALE ?= lab
 LAUNCHER ?= local
 ARGS ?=
 KILLS ?= 60
@@ -38,9 +38,9 @@ clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
 
 lab: setup ## methods compared where every quantity is exact; SEEDS=5, docs/laboratory.md
-	scripts/lab.sh launcher=$(LAUNCHER) launcher.at_once=2 $(ARGS)
+	for paper in mappo mmpo madpo; do scripts/lab/$$paper.sh launcher=$(LAUNCHER) $(ARGS) || exit 1; done
 
-reproduce-mmpo: setup ## MMPO, small or (SCALE=paper LAUNCHER=slurm) as published
+reproduce-mmpo: setup ## MMPO in the laboratory, or SCALE=mini, or SCALE=paper LAUNCHER=slurm
 reproduce-mappo: setup ## MaPPO, offline and online, likewise
 reproduce-madpo: setup ## MADPO's three data qualities, likewise
 reproduce-mmpo reproduce-mappo reproduce-madpo: reproduce-%:

@@ -230,19 +230,22 @@ class ScoredCompletions(ScoredResponses):
 
 @dataclass(frozen=True)
 class NoisyPreferences(Format):
-    """{prompt, responses, rewards, finished}, as `ScoredResponses`: one pair, labelled with noise (arXiv 2510.05342).
+    """{prompt, responses, rewards}: two samples and an off-policy text. One pair, labelled with noise.
 
-    The task of MADPO's experiment. `rewards` are the true ones. Two responses are drawn, and i is preferred to j with
-    probability sigma(label_scale (r_i - r_j)). `quality` is the probability that a drawn response is replaced by one of
-    the worse half of the row's: 0 (high), 1/2 (medium), 1 (low). All draws are a function of prompt, quality and
-    `seed`.
+    The task of MADPO's experiment (arXiv 2510.05342), as its authors built it. The first two responses are samples of
+    the policy; the third and last one is a text of somebody else with a low reward. `quality` says in which share of
+    the rows the pair is the better sample and that text: 0 (high), 1/2 (medium), 1 (low). In the other rows it is the
+    two samples.
+
+    The label is drawn afterwards: i is preferred to j with probability sigma(label_scale (r_i - r_j)), r the true
+    `rewards`. All draws are a function of prompt, quality and `seed`.
 
     An objective reads other rewards: those in the field `rewards_QUALITY`, which come from a reward model that was
     trained on this quality. Without that field the pair has no rewards.
     """
 
     quality: str = "high"
-    label_scale: float = 8.0
+    label_scale: float = 6.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -258,17 +261,13 @@ class NoisyPreferences(Format):
         if problem := role_problem(scored.prompt):
             return problem
         n = len(scored.rewards)
-        if n < 4:
-            raise ValueError(f"a row needs at least 4 responses, of which two may be the worse half; this one has {n}")
-        draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
+        if n != 3:
+            raise ValueError(f"a row needs 3 responses, two samples and an off-policy text; this one has {n}")
         # The number and order of draws is part of the data: one more or less would change every label.
-        first, second = draw.sample(range(n), 2)
-        worse = draw.sample(scored.order[: n // 2], 2)
-        # A replacement is the other one of the worse half where the first one is already in the pair.
+        draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
+        first, second = 0, 1
         if draw.random() < QUALITIES[self.quality]:
-            first = worse[0] if worse[0] != second else worse[1]
-        if draw.random() < QUALITIES[self.quality]:
-            second = worse[1] if worse[1] != first else worse[0]
+            first, second = max(0, 1, key=lambda i: scored.rewards[i]), 2
         # Beyond 700 the probability is 0 or 1 in float64, and exp would overflow.
         log_odds = max(-700.0, min(700.0, self.label_scale * (scored.rewards[first] - scored.rewards[second])))
         if draw.random() >= 1 / (1 + math.exp(-log_odds)):
@@ -287,7 +286,7 @@ class NoisyPreferences(Format):
         return (*PROMPT_FIELDS, "responses", "rewards", "finished", f"rewards_{self.quality}")
 
 
-# The probability that `NoisyPreferences` replaces a response by a worse one.
+# The share of the rows in which `NoisyPreferences` takes the off-policy text.
 QUALITIES = {"high": 0.0, "medium": 0.5, "low": 1.0}
 
 

@@ -22,7 +22,7 @@ from torch.nn.functional import relu
 from prefopt.errors import UserError
 from prefopt.objectives import SIDES, Side
 
-Need = Literal["reference", "rewards", "entropies", "noise", "mismatched"]
+Need = Literal["reference", "rewards", "entropies", "on_policy", "noise", "mismatched"]
 Scope = Literal["pair", "micro_batch", "step"]
 Purpose = Literal["noisy_labels", "online"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
@@ -56,6 +56,8 @@ class PairInputs:
     * `*_rewards` (`rewards`): prior rewards from the data.
     * `*_entropies` (`entropies`): the surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is
       that of the sequence entropy.
+    * `*_on_policy` (`on_policy`): mean over the completion's tokens of log pi(token) - log sum_v pi(v)^2, in nats: how
+      much it looks like a sample of the policy. It carries no gradient.
     * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
       pair of the step. They carry no gradient, and cost a forward pass of both models.
 
@@ -75,6 +77,8 @@ class PairInputs:
     rejected_rewards: Tensor = _ABSENT
     chosen_entropies: Tensor = _ABSENT
     rejected_entropies: Tensor = _ABSENT
+    chosen_on_policy: Tensor = _ABSENT
+    rejected_on_policy: Tensor = _ABSENT
     mismatched_chosen_logratios: Tensor = _ABSENT
     mismatched_rejected_logratios: Tensor = _ABSENT
     policy_chosen_rewards: Tensor = _ABSENT

@@ -62,7 +62,7 @@ def arguments(folder: Path, runs: Path, prompts: int) -> list[str]:
         "runs_dir": runs, "logger": "quiet", "device": "cpu", "stages": 1, "samples_per_prompt": 4, "epochs": 1,
         "batch_size": 8, "eval_every": prompts, "save_every": prompts, "stage_sampling.max_new_tokens": 64,
         "stage_sampling.batch_size": 16, "sampling.prompts": prompts, "sampling.max_new_tokens": 64,
-        "sampling.batch_size": 16,
+        "sampling.batch_size": 12,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in changes.items()]
 

@@ -46,19 +46,17 @@ reproduce-madpo: setup ## MADPO's three data qualities, likewise
 reproduce-mmpo reproduce-mappo reproduce-madpo: reproduce-%:
 	scripts/$(SCALE)/$*.sh launcher=$(LAUNCHER) $(ARGS)
 
-figures: setup ## tables, figures and pages of results/mini from its records
-	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
-	for paper in mmpo mappo madpo; do \
-		$(BIN)/python -m prefopt.papers paper=$$paper runs_dir=results/mini/$$paper/records.jsonl \
-			output=results/mini/$$paper || exit 1; \
-	done
-	for folder in $$(find results/mini -name records.jsonl | xargs dirname); do \
+figures: setup ## tables, figures and pages of results/ from its records
+	for folder in $$(find results -name records.jsonl | xargs dirname); do \
 		$(BIN)/python -m prefopt.report runs_dir=$$folder/records.jsonl output=$$folder || exit 1; \
 	done
-	$(BIN)/python -m prefopt.report runs_dir=results/mini/madpo/records.jsonl output=results/mini/madpo \
-		columns=dataset.format.quality
-	$(BIN)/python -m prefopt.papers paper=madpo runs_dir=results/mini/madpo/variants/records.jsonl \
-		output=results/mini/madpo/variants
+	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
+	$(BIN)/python -m prefopt.papers paper=mappo runs_dir=results/mini/mappo/records.jsonl output=results/mini/mappo
+	for folder in mmpo/methods madpo/methods madpo/variants; do \
+		$(BIN)/python -m prefopt.papers paper=$${folder%/*} runs_dir=results/lab/$$folder/records.jsonl \
+			output=results/lab/$$folder || exit 1; \
+	done
+	$(BIN)/python -m prefopt.claims
 
 test: setup ## the tests (a few minutes), in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile

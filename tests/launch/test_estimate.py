@@ -91,13 +91,18 @@ def test_the_estimate_is_arithmetic():
 
 def test_a_dry_run_names_what_is_lacking_and_refuses_nothing(tmp_path):
     process = run_program(
-        "-m", "+sweep=mmpo/smollm2_135m_dpo", "model.path=runs/sft/policy", "launcher=slurm", "--dry-run", cwd=tmp_path
-    )
+        "-m", "+sweep=mmpo/smollm2_135m_dpo", "model.path=runs/sft/policy", "launcher=slurm", "--dry-run", cwd=tmp_path,
+        env={"HF_HUB_OFFLINE": "0"},
+    )  # fmt: skip
+    assert "Retrying" not in process.stderr  # it asks no hub
     assert process.returncode == 0, process.stderr
     assert "4 jobs of prefopt.train, folders in runs/paper/mmpo/smollm2-135m" in process.stdout
     assert "Estimates for 4 jobs" in process.stdout
     assert "model.path=runs/sft/policy: it is neither a folder here nor a name on the hub" in process.stdout
     assert "prefopt.prefetch 'also=[HuggingFaceH4/orca_dpo_pairs]'" in process.stdout
+    assert "Memory of one process in training, GiB" in process.stdout
+    assert "smollm2-135m dpo (4 jobs)" in process.stdout
+    assert process.stdout.count(" 0.501 ") == 2  # GiB of weights, and of gradients
     assert not list(tmp_path.iterdir())
 
 

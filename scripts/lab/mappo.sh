@@ -9,6 +9,6 @@ sweep online +sweep=lab/online objective=dpo "optimizer.lr=$(best $lab/tuning dp
 sweep online +sweep=lab/online objective=mappo "optimizer.lr=$(best $lab/tuning mappo_dpo optimizer.lr)" "seed=$seeds"
 [[ -n $dry ]] && exit
 
-capability objectives final
+capability objectives tasks=[lab_choice,lab_likelihood]
 reports tuning objectives mappo/online
 prefopt claims

@@ -6,9 +6,9 @@ BIN := .venv/bin
 STAMP := .venv/.prefopt-installed
 export HF_HUB_OFFLINE ?= 1
 
-# Of the reproductions: mini (this machine) or paper; where the jobs run; further arguments (ARGS="launcher.at_once=2",
+# Of the reproductions: lab (minutes), mini (hours, SmolLM2-135M) or paper; where the jobs run; further arguments (ARGS="launcher.at_once=2",
 # ARGS=--dry-run).
-SCALE ?= mini
+SCALE ?= lab
 LAUNCHER ?= local
 ARGS ?=
 KILLS ?= 60
@@ -38,27 +38,25 @@ clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
 
 lab: setup ## methods compared where every quantity is exact; SEEDS=5, docs/laboratory.md
-	scripts/lab.sh launcher=$(LAUNCHER) launcher.at_once=2 $(ARGS)
+	for paper in mappo mmpo madpo; do scripts/lab/$$paper.sh launcher=$(LAUNCHER) $(ARGS) || exit 1; done
 
-reproduce-mmpo: setup ## MMPO, small or (SCALE=paper LAUNCHER=slurm) as published
+reproduce-mmpo: setup ## MMPO in the laboratory, or SCALE=mini, or SCALE=paper LAUNCHER=slurm
 reproduce-mappo: setup ## MaPPO, offline and online, likewise
 reproduce-madpo: setup ## MADPO's three data qualities, likewise
 reproduce-mmpo reproduce-mappo reproduce-madpo: reproduce-%:
 	scripts/$(SCALE)/$*.sh launcher=$(LAUNCHER) $(ARGS)
 
-figures: setup ## tables, figures and pages of results/mini from its records
-	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
-	for paper in mmpo mappo madpo; do \
-		$(BIN)/python -m prefopt.papers paper=$$paper runs_dir=results/mini/$$paper/records.jsonl \
-			output=results/mini/$$paper || exit 1; \
-	done
-	for folder in $$(find results/mini -name records.jsonl | xargs dirname); do \
+figures: setup ## tables, figures and pages of results/ from its records
+	for folder in $$(find results -name records.jsonl | xargs dirname); do \
 		$(BIN)/python -m prefopt.report runs_dir=$$folder/records.jsonl output=$$folder || exit 1; \
 	done
-	$(BIN)/python -m prefopt.report runs_dir=results/mini/madpo/records.jsonl output=results/mini/madpo \
-		columns=dataset.format.quality
-	$(BIN)/python -m prefopt.papers paper=madpo runs_dir=results/mini/madpo/variants/records.jsonl \
-		output=results/mini/madpo/variants
+	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
+	$(BIN)/python -m prefopt.papers paper=mappo runs_dir=results/mini/mappo/records.jsonl output=results/mini/mappo
+	for folder in mmpo/methods madpo/methods madpo/variants; do \
+		$(BIN)/python -m prefopt.papers paper=$${folder%/*} runs_dir=results/lab/$$folder/records.jsonl \
+			output=results/lab/$$folder || exit 1; \
+	done
+	$(BIN)/python -m prefopt.claims
 
 test: setup ## the tests (a few minutes), in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -78,6 +76,7 @@ slurm-test: setup ## a sweep of the tiny model through a Slurm of one node
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.steps
 
 bench-fidelity: setup ## AlpacaEval's win rates again (needs shared files)

@@ -216,7 +216,7 @@ def measure_prefopt(spec: Spec) -> dict[str, Any]:
     with (
         token_ids(),
         mock.patch("prefopt.training.loop.train_step", step),
-        mock.patch("prefopt.training.evaluate.evaluate", return_value={}),
+        mock.patch("prefopt.training.loop.evaluate", return_value={}),
         mock.patch("prefopt.training.checkpoint.export"),
         mock.patch("prefopt.training.export.PolicyExporter.check"),
         stopwatch() as events,
@@ -253,15 +253,15 @@ STAGES = {
     "digest": ["prefopt.models.load:weights_digest"],
     "probe": ["prefopt.models.layout_check:known_layout"],
     "reference": ["prefopt.models.reference:cached"],
-    "evaluation": ["prefopt.training.evaluate:evaluate"],
+    "evaluation": ["prefopt.training.loop:evaluate"],
     "step": ["prefopt.training.loop:train_step"],
     "export": ["prefopt.training.checkpoint:export"],
 }
 
 
 @contextmanager
-def stopwatch() -> Iterator[list[dict[str, Any]]]:
-    """Collect {"stage", "began", "seconds"} of every call to a function of STAGES; `began` is time.time()."""
+def stopwatch(stages: dict[str, list[str]] = STAGES) -> Iterator[list[dict[str, Any]]]:
+    """Collect {"stage", "began", "seconds"} of every call to a function of `stages`; `began` is time.time()."""
     events: list[dict[str, Any]] = []
 
     def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,7 +275,7 @@ def stopwatch() -> Iterator[list[dict[str, Any]]]:
         return call
 
     with ExitStack() as patches:
-        for stage, places in STAGES.items():
+        for stage, places in stages.items():
             for place in places:
                 module, name = place.split(":")
                 function = getattr(importlib.import_module(module), name)

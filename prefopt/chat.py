@@ -81,11 +81,12 @@ def main(cfg: DictConfig) -> None:
         (policy,) = exported_policies(config.run, "final")
         config.model = policy.model
 
-    from prefopt.models.load import load_model, load_tokenizer
+    from prefopt.models.frozen import freeze
+    from prefopt.models.load import finalize, load_model, load_tokenizer
     from prefopt.models.logprobs import autocast
 
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.device)
+    model = finalize(freeze(load_model(config.model, "cpu"), config.precision), config.device)
     print(f"{config.model.place}: {HINT}", file=sys.stderr)
     with autocast(model.device, config.precision):
         talk(model, tokenizer, config, typed())

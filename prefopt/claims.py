@@ -5,7 +5,7 @@
 
 Claims are data: results/published/claims_*.yaml. A verdict is computed from the records of finished runs and of
 prefopt.harness and prefopt.alpaca. Written as Markdown, CSV, LaTeX and one HTML page; claims_runs.csv names every run
-that a verdict came from. A claim whose runs are not there has no verdict; so far there are records for none.
+that a verdict came from. A claim whose runs are not there has no verdict.
 """
 
 import shlex

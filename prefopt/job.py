@@ -89,7 +89,7 @@ def _run_locked(folder: Path) -> None:
         check_frozen_code(Path(frozen["code"]))
         (_train if frozen["program"] == "train" else _run_pending)(folder, frozen)
     except (Interrupted, KeyboardInterrupt):
-        if frozen["program"] != "train":  # a training run has recorded it itself
+        if frozen["program"] != "train" and is_main_process():  # a training run has recorded it itself
             update_record(folder, status="interrupted")
         raise
     except BaseException as error:  # SystemExit too: even with code 0 it ends a job that has not finished
@@ -147,7 +147,8 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
     place = run_pending(config, command=frozen["command"], code=frozen["code"])
     if frozen["program"] == "online":  # whose folder is not the job's
         write_curves(place)
-    update_record(folder, status="finished")
+    if is_main_process():
+        update_record(folder, status="finished")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ has left, scores them, and trains on the best against the worst of each prompt, 
 
 The folder holds record.json and stage_1, stage_2, ..., each with samples.jsonl.gz, scored.jsonl.gz and a run like any
 other. What is there is not made again, so the same command goes on wherever it was stopped, also where the folder was
-moved to another runs_dir. With -m every point of a grid is a job of its own.
+moved to another runs_dir. With -m every point of a grid is a job of its own. Several processes share all parts of a
+stage:
+
+    torchrun --nproc-per-node=8 -m prefopt.online engine=zero2 objective=mappo scorer=vader prompts=prompts.jsonl
 """
 
 from pathlib import Path
@@ -19,7 +22,6 @@ from omegaconf import DictConfig
 from prefopt.cli.multirun import Point
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
-from prefopt.errors import UserError
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.reporting.run_curves import write_curves
@@ -30,8 +32,6 @@ from prefopt.training.publish import refuse_push_of_sweep
 
 def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher, folder: Path) -> SweepJob:
     """Raises UserError for what cannot be run."""
-    if config.launcher.get("gpus", 1) > 1 or config.launcher.get("nodes", 1) > 1:
-        raise UserError("prefopt.online runs in one process: set launcher.gpus=1 and launcher.nodes=1.")
     check_online(config)
     refuse_push_of_sweep(config.push_to_hub)
     configure_hardware(config, launcher)

@@ -2,7 +2,7 @@
 
     python -m prefopt.runs
     python -m prefopt.runs status=[failed,died] name=dpo-* watch=true
-    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the best run: by oracle reward, or else accuracy
+    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the best run
 
 A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/tracking/process.py). watch=true
 shows losses, speed and the time left until all runs have ended, or until Ctrl-C, which ends no run.
@@ -37,8 +37,10 @@ def main(cfg: DictConfig) -> None:
             f"runs_dir={config.runs_dir}: there is no such folder. The first run makes it: python -m prefopt.train "
             f"runs_dir={config.runs_dir}"
         )
+    if config.by and not config.best:
+        raise UserError("by says what is highest in the best run: it goes with best=KEY")
     if config.best:
-        print(best(select(config), config.best))
+        print(best(select(config), config.best, config.by))
         return
     if not config.watch:
         console().print(status_table(select(config)))

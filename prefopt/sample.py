@@ -4,9 +4,11 @@
 
 An input row needs the field `prompt` (a text or messages). The output row has all fields of the input row, and the
 lists `responses` (texts) and `finished` (false where the token limit cut the response off). `prefopt.score` adds
-`rewards`.
+`rewards`; those of earlier responses are left out. With `keep_responses=true` the responses that a row has already, of
+another model or of a person, come after the new ones.
 
-Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file.
+Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file,
+also with another number of processes: torchrun --nproc-per-node=8 -m prefopt.sample shares the batches over 8 GPUs.
 """
 
 import logging
@@ -16,10 +18,13 @@ from omegaconf import DictConfig
 from prefopt.cli.program import program
 from prefopt.config.hardware import resolve_hardware
 from prefopt.config.parse import parse
-from prefopt.data.sources import write_rows
+from prefopt.data.fields import responses_of
+from prefopt.data.sources import Row, write_rows
+from prefopt.errors import UserError
 from prefopt.generation.config import SampleConfig, check_sample
 from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
 from prefopt.tracking.process import output_lock
+from prefopt.utils.distributed import is_main_process, process_group
 from prefopt.utils.files import check_output
 
 log = logging.getLogger("prefopt.sample")
@@ -32,6 +37,7 @@ def main(cfg: DictConfig) -> None:
     output = check_output(config.output, config.prompts)
     resolve_hardware(config)
     rows, prompts = read_prompts(config.prompts, config.split)
+    earlier = [earlier_responses(config, number, row) for number, row in enumerate(rows, start=1)]
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
     partial = output.with_name(f"{output.name}.partial")
     request = GenerationRequest(
@@ -44,11 +50,31 @@ def main(cfg: DictConfig) -> None:
         device=config.device,
         precision=config.precision,
     )
-    with output_lock(output):
+    with process_group(config.device), output_lock(output):
         responses, _ = generate_resumable(request, partial)
-        write_rows(output, [row | new for row, new in zip(rows, responses, strict=True)])
-        partial.unlink()
+        if is_main_process():
+            write_rows(output, [joined(*parts) for parts in zip(rows, responses, earlier, strict=True)])
+            partial.unlink()
     log.info(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
+
+
+def earlier_responses(config: SampleConfig, number: int, row: Row) -> Row:
+    """{"responses", "finished"} that the output keeps of an input row. Raises UserError for a row without any."""
+    if not config.keep_responses:
+        return {"responses": [], "finished": []}
+    try:
+        _, finished = responses_of(row)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"keep_responses=true, and {config.prompts}, row {number}, has no responses to keep: {error}"
+        ) from None
+    return {"responses": row["responses"], "finished": finished}
+
+
+def joined(row: Row, new: Row, earlier: Row) -> Row:
+    """The row with the new responses before the earlier ones. Rewards that it has belong to other responses and go."""
+    others = {key: value for key, value in row.items() if not (key.startswith("rewards") and "responses" in row)}
+    return others | {key: new[key] + earlier[key] for key in ("responses", "finished")}
 
 
 if __name__ == "__main__":

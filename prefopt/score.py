@@ -6,6 +6,7 @@
 A row with `responses`, as prefopt.sample writes it, gets the lists `rewards` and `rewards_01`. A pair gets
 `chosen_reward`, `rejected_reward`, `chosen_reward_01` and `rejected_reward_01`. The fields with _01 hold the reward on
 [0, 1]: sigma(r), or r itself where the scorer's rewards are on [0, 1] already. All other fields are carried over.
+Under torchrun the processes share the responses of a reward model.
 """
 
 import logging
@@ -21,6 +22,7 @@ from prefopt.rewards.config import ScoreConfig
 from prefopt.rewards.rows import score_rows
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import output_lock
+from prefopt.utils.distributed import is_main_process, process_group
 from prefopt.utils.files import check_output
 
 log = logging.getLogger("prefopt.score")
@@ -37,8 +39,10 @@ def main(cfg: DictConfig) -> None:
     scorer = build(config.scorer, RewardScorer, "scorer")
     rows = list(read_rows(config.input, config.split))
     output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of scoring
-    with output_lock(output):
-        write_rows(output, score_rows(rows, scorer, config.device, config.precision, config.name))
+    with process_group(config.device), output_lock(output):
+        scored = score_rows(rows, scorer, config.device, config.precision, config.name)
+        if is_main_process():
+            write_rows(output, scored)
     log.info(f"wrote {len(rows)} scored rows to {output}")
 
 

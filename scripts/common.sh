@@ -1,4 +1,4 @@
-# What the scripts of scripts/mini and scripts/paper share. Their arguments go to every sweep (launcher=slurm
+# What the scripts of scripts/lab, scripts/mini and scripts/paper share. Their arguments go to every sweep (launcher=slurm
 # launcher.partition=gpu, --dry-run). Called again they skip what is finished and go on with what is not; with --dry-run
 # they print the training jobs with an estimate of what these take, and write nothing.
 set -euo pipefail
@@ -12,55 +12,45 @@ prefopt() { $python -m "prefopt.$1" "${@:2}"; }           # one program, here
 sweep() { prefopt "$1" -m "${@:2}" "${arguments[@]}"; }   # its jobs, where the launcher says
 unless_dry() { [[ -n $dry ]] || "$@"; }
 
-# The value of key $3 in the best of the runs of method $2 in $1.
-best() { if [[ -n $dry ]]; then echo 1e-4; else prefopt runs "runs_dir=$1" "name=$2-*" "best=$3"; fi; }
+# The value of key $3 in the best of the runs of method $2 in $1; best_by: what is highest there.
+best() {
+    if [[ -n $dry ]]; then echo 1e-4; else prefopt runs "runs_dir=$1" "name=$2-*" "best=$3" "by=${best_by:-null}"; fi
+}
 
 # The folders of the runs in $1 whose names begin with $2, for run=.
 runs_in() { (shopt -s nullglob; files=("$1/${2:-}"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
 
-# Train methods $1 (with commas), each with the learning rate that is best in the runs of $2; methods named mappo_BASE are
-# objective=mappo objective/base=BASE. The rest are further arguments.
+# Train methods $1 (with commas); those named mappo_BASE are objective=mappo objective/base=BASE. The rest are further
+# arguments.
+train() {
+    local method plain= wrapped=
+    for method in ${1//,/ }; do
+        if [[ $method == mappo_* ]]; then wrapped+=${wrapped:+,}${method#mappo_}; else plain+=${plain:+,}$method; fi
+    done
+    [[ -z $plain ]] || sweep train "${@:2}" "objective=$plain"
+    [[ -z $wrapped ]] || sweep train "${@:2}" objective=mappo "objective/base=$wrapped"
+}
+
+# The same, each with the learning rate that is best in the runs of $2.
 train_best() {
     local method lr
-    declare -A plain=() wrapped=() # the methods by their learning rate: one sweep for each
+    declare -A methods=() # by their learning rate: one sweep for each
     for method in ${1//,/ }; do
         lr=$(best "$2" "$method" optimizer.lr)
-        if [[ $method == mappo_* ]]; then wrapped[$lr]+=${wrapped[$lr]:+,}${method#mappo_}; else plain[$lr]+=${plain[$lr]:+,}$method; fi
+        methods[$lr]+=${methods[$lr]:+,}$method
     done
-    for lr in "${!plain[@]}"; do sweep train "${@:3}" "optimizer.lr=$lr" "objective=${plain[$lr]}"; done
-    for lr in "${!wrapped[@]}"; do
-        sweep train "${@:3}" "optimizer.lr=$lr" objective=mappo "objective/base=${wrapped[$lr]}"
-    done
+    for lr in "${!methods[@]}"; do train "${methods[$lr]}" "${@:3}" "optimizer.lr=$lr"; done
 }
 
-# Of the runs $1 (a list for run=) and of the policy that they began from: accuracy on three small tasks, win rate against
-# that policy by the oracle. $2 says of which checkpoints. lm-eval loads a task's data from a folder of that name before it
-# asks the hub: TASK_DATA holds such folders.
-evaluate_small() {
-    local folder tasks=(tasks=[arc_easy,piqa,winogrande] limit=25)
-    links=()
-    trap 'rm -f "${links[@]}"' EXIT
-    for folder in "${TASK_DATA:-../shared/data/lm_harness/hub}"/*/; do
-        if [[ -d $folder && ! -e $(basename "$folder") ]]; then ln -s "$folder" . && links+=("$(basename "$folder")"); fi
-    done
-    sweep harness "run=${1%%,*}" checkpoints=initial "${tasks[@]}"
-    sweep harness "run=$1" "checkpoints=$2" "${tasks[@]}"
-    sweep alpaca "run=$1" "checkpoints=$2" judge=reward_model instructions=prefopt/data/sentiment_offline.jsonl.gz \
-        split=heldout sampling.max_new_tokens=64
-    rm -f "${links[@]}"
-}
-
-# Reward models of the three data qualities in $1/rewards, and the rows of $2 with their scores, $1/scored.jsonl.gz. The
-# rest are further arguments of the training.
-score_sentiment() {
-    local rows=$2 quality model
-    sweep train +sweep=mini/madpo_rewards "runs_dir=$1/rewards" "${@:3}"
-    [[ -n $dry || -f $1/scored.jsonl.gz ]] && return
+# The rows of $1/noisy.jsonl.gz with the scores of the three data qualities' reward models, whose runs' names begin with $2:
+# $1/scored.jsonl.gz. The rest are further arguments.
+score_noisy() {
+    [[ ! -f $1/scored.jsonl.gz ]] || return 0
+    local rows=$1/noisy.jsonl.gz quality
     for quality in high medium low; do
-        model=("$1"/rewards/reward-*-sentiment-"$quality"-*/policy)
-        prefopt score "input=$rows" "output=$1/scored_$quality.jsonl.gz" "name=rewards_$quality" \
-            scorer=reward_model "scorer.path=${model[0]}"
-        rows=$1/scored_$quality.jsonl.gz
+        prefopt score "input=$rows" "output=$1/noisy_$quality.jsonl.gz" "name=rewards_$quality" \
+            scorer=reward_model "scorer.path=$(runs_in "$1/rewards" "$2-$quality")/policy" "${@:3}"
+        rows=$1/noisy_$quality.jsonl.gz
     done
     mv "$rows" "$1/scored.jsonl.gz"
 }

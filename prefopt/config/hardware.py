@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from prefopt.errors import UserError
+from prefopt.utils.distributed import world_size
 
 
 class Hardware(Protocol):
@@ -51,4 +52,6 @@ def hardware_problems(config: Hardware) -> list[str]:
     devices = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
     if config.device not in devices:
         problems.append(f"device={config.device} is not on this machine. Give device={' or device='.join(devices)}.")
+    if world_size() > 1 and ":" in config.device:
+        problems.append(f"device={config.device} would be the GPU of all {world_size()} processes. Give device=cuda.")
     return problems

@@ -16,6 +16,7 @@ from prefopt.data.fields import (
     responses_of,
     role_problem,
     tools_of,
+    weight_of,
 )
 from prefopt.data.items import Chat, Dropped, Message, Pair, Row
 
@@ -80,7 +81,7 @@ class Scored:
 
 
 def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message) -> Pair:
-    """The pair of two answers, with the row's id, rewards and tools."""
+    """The pair of two answers, with the row's id, rewards, weight and tools."""
     tools, fields = tools_of(row), (extra_fields(chosen), extra_fields(rejected))
     texts = chosen["content"], rejected["content"]
     rewards, defects = [], {}
@@ -97,6 +98,7 @@ def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message)
         rejected=texts[1],
         chosen_reward=rewards[0],
         rejected_reward=rewards[1],
+        weight=weight_of(row),
         chosen_fields=fields[0],
         rejected_fields=fields[1],
         tools=tools,

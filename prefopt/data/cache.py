@@ -65,6 +65,7 @@ SCHEMA = pa.schema(
         "rejected": pa.list_(pa.int32()),
         "chosen_reward": pa.float64(),
         "rejected_reward": pa.float64(),
+        "weight": pa.float64(),
         "loss_mask": pa.list_(pa.bool_()),
         "source": pa.string(),
     }

@@ -301,6 +301,17 @@ def as_number(value: Any) -> float | None:
     return float(value) if is_number and abs(value) <= FLOAT32_MAX else None
 
 
+def weight_of(row: Row) -> float:
+    """The weight of a row's pair: its field `weight`, 1 where that is absent. Raises ValueError for another value than
+    a number of at least 0."""
+    if is_absent(row.get("weight")):
+        return 1.0
+    weight = as_number(row["weight"])
+    if weight is None or weight < 0:
+        raise ValueError(f"field 'weight' must be a finite number of at least 0, is {reprlib.repr(row['weight'])}")
+    return weight
+
+
 def finite(value: Any, what: str) -> float:
     """`value` as a float. Raises ValueError unless it is a finite number; `what` names it in the message."""
     number = None if isinstance(value, str) else as_number(value)

@@ -10,7 +10,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefopt.data.build_items import Scored, chat_of, pair_of, pair_of_chats
 from prefopt.data.fields import (
@@ -34,7 +34,7 @@ from prefopt.data.items import Chat, Dropped, Item, Labelled, Pair, Row
 
 # The fields that every format reads for the prompt; see `read_prompt`.
 PROMPT_FIELDS = ("id", "prompt", "instruction", "input", "history", "system", "tools")
-SIDE_FIELDS = ("chosen", "rejected", "chosen_reward", "rejected_reward")
+SIDE_FIELDS = ("chosen", "rejected", "chosen_reward", "rejected_reward", "weight")
 
 
 class Format(ABC):
@@ -57,11 +57,12 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class Pairs(Format):
-    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools and rewards.
+    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools, weight and rewards.
 
     `prompt` is text or messages that end with the user's turn; or it is put together from Alpaca's `instruction` and
     `input`, with a blank line between them. The rewards are `chosen_reward` and `rejected_reward`. `chosen` and
-    `rejected` are text, a message, or a list of one message. `system` is text that opens the conversation.
+    `rejected` are text, a message, or a list of one message. `system` is text that opens the conversation. `weight`
+    multiplies the pair's loss, and is 1 where it is absent.
     """
 
     def __call__(self, row: Row) -> Pair | Dropped:
@@ -70,6 +71,28 @@ class Pairs(Format):
 
     def fields(self) -> tuple[str, ...]:
         return PROMPT_FIELDS + SIDE_FIELDS
+
+
+@dataclass(frozen=True)
+class Steps(Format):
+    """{prompt, initial_reason_steps, chosen, rejected}: two next steps of a solution, after those so far (Step-DPO).
+
+    The steps so far follow the prompt as the beginning of the answer, and nothing of them is learnt. `chosen` and
+    `rejected` are text that goes on right behind them, and end without a terminator (arXiv 2406.18629, and its code).
+    The other fields are those of `Pairs`.
+    """
+
+    def __call__(self, row: Row) -> Pair | Dropped:
+        opening = text(row, "initial_reason_steps")
+        sides = [{"role": "assistant", "content": opening + text(row, side)} for side in ("chosen", "rejected")]
+        prompt = read_prompt(row)
+        pair = role_problem(prompt) or pair_of(row, prompt, *sides)
+        if isinstance(pair, Dropped):
+            return pair
+        return replace(pair, opening=opening, chosen_finished=False, rejected_finished=False)
+
+    def fields(self) -> tuple[str, ...]:
+        return (*PROMPT_FIELDS, "initial_reason_steps", *SIDE_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -207,19 +230,22 @@ class ScoredCompletions(ScoredResponses):
 
 @dataclass(frozen=True)
 class NoisyPreferences(Format):
-    """{prompt, responses, rewards, finished}, as `ScoredResponses`: one pair, labelled with noise (arXiv 2510.05342).
+    """{prompt, responses, rewards}: two samples and an off-policy text. One pair, labelled with noise.
 
-    The task of MADPO's experiment. `rewards` are the true ones. Two responses are drawn, and i is preferred to j with
-    probability sigma(label_scale (r_i - r_j)). `quality` is the probability that a drawn response is replaced by one of
-    the worse half of the row's: 0 (high), 1/2 (medium), 1 (low). All draws are a function of prompt, quality and
-    `seed`.
+    The task of MADPO's experiment (arXiv 2510.05342), as its authors built it. The first two responses are samples of
+    the policy; the third and last one is a text of somebody else with a low reward. `quality` says in which share of
+    the rows the pair is the better sample and that text: 0 (high), 1/2 (medium), 1 (low). In the other rows it is the
+    two samples.
+
+    The label is drawn afterwards: i is preferred to j with probability sigma(label_scale (r_i - r_j)), r the true
+    `rewards`. All draws are a function of prompt, quality and `seed`.
 
     An objective reads other rewards: those in the field `rewards_QUALITY`, which come from a reward model that was
     trained on this quality. Without that field the pair has no rewards.
     """
 
     quality: str = "high"
-    label_scale: float = 8.0
+    label_scale: float = 6.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -235,17 +261,13 @@ class NoisyPreferences(Format):
         if problem := role_problem(scored.prompt):
             return problem
         n = len(scored.rewards)
-        if n < 4:
-            raise ValueError(f"a row needs at least 4 responses, of which two may be the worse half; this one has {n}")
-        draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
+        if n != 3:
+            raise ValueError(f"a row needs 3 responses, two samples and an off-policy text; this one has {n}")
         # The number and order of draws is part of the data: one more or less would change every label.
-        first, second = draw.sample(range(n), 2)
-        worse = draw.sample(scored.order[: n // 2], 2)
-        # A replacement is the other one of the worse half where the first one is already in the pair.
+        draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
+        first, second = 0, 1
         if draw.random() < QUALITIES[self.quality]:
-            first = worse[0] if worse[0] != second else worse[1]
-        if draw.random() < QUALITIES[self.quality]:
-            second = worse[1] if worse[1] != first else worse[0]
+            first, second = max(0, 1, key=lambda i: scored.rewards[i]), 2
         # Beyond 700 the probability is 0 or 1 in float64, and exp would overflow.
         log_odds = max(-700.0, min(700.0, self.label_scale * (scored.rewards[first] - scored.rewards[second])))
         if draw.random() >= 1 / (1 + math.exp(-log_odds)):
@@ -264,7 +286,7 @@ class NoisyPreferences(Format):
         return (*PROMPT_FIELDS, "responses", "rewards", "finished", f"rewards_{self.quality}")
 
 
-# The probability that `NoisyPreferences` replaces a response by a worse one.
+# The share of the rows in which `NoisyPreferences` takes the off-policy text.
 QUALITIES = {"high": 0.0, "medium": 0.5, "low": 1.0}
 
 
@@ -314,7 +336,7 @@ class TwoResponses(Format):
         return Dropped("no_preference", f"the votes are {dict(votes) or 'missing'}")
 
     def fields(self) -> tuple[str, ...]:
-        return (*PROMPT_FIELDS, "response_1", "response_2", *self.labels)
+        return (*PROMPT_FIELDS, "response_1", "response_2", "weight", *self.labels)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it.
+    """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it. `weight`
+    multiplies the pair's loss. `opening`: the text with which both completions begin and that is a part of the prompt.
 
     `*_fields` is what the assistant's message has besides role and content (tool_calls, ...), as the template gets it.
     `tools` describes the functions that the assistant may call. `defects`: those that the format noticed in the row, by
@@ -24,6 +25,8 @@ class Pair:
     rejected_finished: bool = True
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    weight: float = 1.0
+    opening: str = ""
     source: str = ""
     chosen_fields: Message = field(default_factory=dict)
     rejected_fields: Message = field(default_factory=dict)

@@ -18,6 +18,7 @@ from prefopt.data.formats import (
     Pairs,
     ScoredCompletions,
     ScoredResponses,
+    Steps,
     Transcripts,
     TwoResponses,
 )
@@ -115,7 +116,7 @@ def first_failure(layout: Layout, rows: list[Row]) -> str | None:
 
 def known_layouts() -> str:
     """What the known layouts need, a line each."""
-    formats = (Pairs, ImplicitPrompt, Transcripts, TwoResponses, ScoredResponses, ScoredCompletions,
+    formats = (Pairs, Steps, ImplicitPrompt, Transcripts, TwoResponses, ScoredResponses, ScoredCompletions,
                LabelledCompletions, Chats, Completions)  # fmt: skip
     lines = [f"  {kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}" for kind in formats]
     return "The layouts are:\n" + "\n".join(lines) + "\nOther names are mapped by +dataset.columns.OURS=YOURS."

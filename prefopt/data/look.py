@@ -25,6 +25,7 @@ from prefopt.data.formats import (
     Pairs,
     ScoredCompletions,
     ScoredResponses,
+    Steps,
     Transcripts,
     TwoResponses,
 )
@@ -144,8 +145,9 @@ class Look:
                     ImplicitPrompt, columns, meaning="the texts are prompt and answer; what they share is the prompt"
                 )
                 return
+        format_ = Steps if self.is_text("initial_reason_steps") else Pairs
         for prompt, about in self.prompts():
-            yield Layout(Pairs, columns | prompt, meaning=about or meaning)
+            yield Layout(format_, columns | prompt, meaning=about or meaning)
         if not any(True for _ in self.prompts()) and mostly(
             texts, lambda row: row[0].split()[:1] == row[1].split()[:1]
         ):

@@ -21,7 +21,7 @@ from prefopt.config.schema import PoliciesConfig
 from prefopt.data.chat_template import USER, markup, merges_system
 from prefopt.data.fields import common_prefix
 from prefopt.data.items import Chat, Item, Message, Pair
-from prefopt.data.proof import Defect, check_fields, check_spelling, check_written, locate
+from prefopt.data.proof import Defect, check_fields, check_spelling, check_written, locate, short
 from prefopt.data.rendering import encode, render, render_answers
 from prefopt.errors import UserError
 
@@ -43,6 +43,7 @@ class TokenizedPair:
     rejected: list[int]
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    weight: float = 1.0
     loss_mask: list[bool] | None = None
     source: str = ""
     mismatched: "TokenizedPair | None" = None
@@ -70,6 +71,7 @@ class Tokenized(NamedTuple):
     * `changed_by_tokenizer`: completions whose tokens spell another text (unknown or normalized characters);
     * `inner_turns_without_terminator`: turns of a chat that are learnt without their end, because the template closes
       inner turns otherwise than the last one;
+    * `weighted`: pairs with another weight than 1;
     * `template_in_text`: items with special tokens or other markup of the template in their text.
     """
 
@@ -81,7 +83,8 @@ class Tokenized(NamedTuple):
 class Rendered(NamedTuple):
     """What the template writes of one pair.
 
-    `alone`: the prompt; `opened`: the prompt with the generation prompt; `chosen` and `rejected`: whole conversations.
+    `alone`: the prompt; `opened`: the prompt with the generation prompt and the pair's opening; `chosen` and
+    `rejected`: whole conversations.
     """
 
     alone: str
@@ -167,6 +170,7 @@ def tokenize(
         kept.append(result)
         opening = item.prompt if isinstance(item, Pair) else item.messages
         changes["merged_system"] += merged and opening[0]["role"] == "system"
+        changes["weighted"] += isinstance(item, Pair) and item.weight != 1
         changes["template_in_text"] += policy["template_in_text"] == "keep" and _search(pattern, item) is not None
         noted += changes
     return Tokenized(kept, dropped, noted)
@@ -199,6 +203,12 @@ def _render_pair(tokenizer: PreTrainedTokenizerBase, item: Pair) -> Rendered:
         for text, fields in ((item.chosen, item.chosen_fields), (item.rejected, item.rejected_fields))
     ]
     rendered = Rendered(*render_answers(tokenizer, item.prompt, answers, item.tools))
+    if item.opening:
+        rendered = rendered._replace(opened=rendered.opened + item.opening)
+        if not all(text.startswith(rendered.opened) for text in rendered[2:]):
+            raise Defect(
+                "rewritten_by_template", f"the steps so far, {short(item.opening)}, are not written as they are"
+            )
     check_written(tokenizer, item.prompt, item.tools, rendered.alone)
     for answer, text in zip(answers, rendered[2:], strict=True):
         check_fields(tokenizer, [*item.prompt, answer], item.tools, text, len(item.prompt))
@@ -251,9 +261,8 @@ def _pair(
     # Equal texts are the defect `identical`, not this one.
     if chosen == rejected and (item.chosen, item.chosen_fields) != (item.rejected, item.rejected_fields):
         raise Defect("identical_after_truncation")
-    return TokenizedPair(
-        item.id, shared, chosen, rejected, item.chosen_reward, item.rejected_reward, source=item.source
-    )
+    rewards = item.chosen_reward, item.rejected_reward
+    return TokenizedPair(item.id, shared, chosen, rejected, *rewards, weight=item.weight, source=item.source)
 
 
 def _chat(

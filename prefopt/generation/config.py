@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from prefopt.config.hardware import hardware_problems
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.errors import UserError
+from prefopt.utils.distributed import world_size
 
 
 @dataclass
@@ -20,6 +21,7 @@ class SampleConfig:
     output: str = MISSING
     split: str | None = None
     samples_per_prompt: int = MISSING
+    keep_responses: bool = MISSING
     backend: str = MISSING
     seed: int = MISSING
     precision: str = MISSING
@@ -53,4 +55,9 @@ def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
         problems.append(f"backend must be transformers or vllm, is {backend!r}")
     elif backend == "vllm" and importlib.util.find_spec("vllm") is None:
         problems.append("backend=vllm needs the package vllm, which is not installed: pip install -e '.[vllm]'")
+    elif backend == "vllm" and world_size() > 1:
+        problems.append(
+            f"backend=vllm draws in one process, and this was started as {world_size()} (WORLD_SIZE): take "
+            "backend=transformers, or start one"
+        )
     return problems

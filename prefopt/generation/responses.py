@@ -17,6 +17,7 @@ from prefopt.data.sources import Row, read_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.utils import signals
 from prefopt.utils.console import Bar
+from prefopt.utils.distributed import broadcast, is_main_process, map_shared, world_size
 from prefopt.utils.files import atomic_write, with_filename
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.store import format_sealed_line, read_sealed_lines
@@ -50,15 +51,19 @@ class PartialFile:
 
     The first line is {"settings": digest}. Each other line is {"prompt": number, "responses", "finished"}, and is
     sealed with that digest. `rows` holds them by prompt number. Lines that are not whole are dropped. The last one may
-    be torn, where a process was killed while it wrote; others are damaged, which the log says.
+    be torn, where a process was killed while it wrote; others are damaged, which the log says. Of a run's processes the
+    main one reads and writes the file, and all know the rows.
     """
 
     def __init__(self, path: Path, digest: str):
         """Read the file, if there is one. Raises UserError where its settings have another digest."""
         self.path, self.digest = path, digest
         self.header = format_sealed_line({"settings": digest})
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[int, Row] = broadcast(self._read() if is_main_process() else {})
 
+    def _read(self) -> dict[int, Row]:
+        path, digest = self.path, self.digest
+        path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.is_file() else b""
         headers, _ = read_sealed_lines(path)
         rows, _ = read_sealed_lines(path, digest)
@@ -73,17 +78,18 @@ class PartialFile:
             if not data.startswith(kept) or b"\n" in data.removeprefix(kept) or not data.strip(b"\0"):
                 log.warning(f"  {path} is damaged: {len(rows)} of its lines are whole. The others are made anew.")
             atomic_write(path, kept)
-        self.rows: dict[int, Row] = {row.pop("prompt"): row for row in rows}
+        return {row.pop("prompt"): row for row in rows}
 
     def append(self, rows: dict[int, Row]) -> None:
         """Add the rows of further prompts. Raises OSError with the file's name where there is no room."""
-        lines = [format_sealed_line({"prompt": i, **row}, self.digest) for i, row in rows.items()]
-        with with_filename(self.path), self.path.open("ab") as file:
-            if file.tell() == 0:
-                lines.insert(0, self.header)
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if is_main_process():
+            lines = [format_sealed_line({"prompt": i, **row}, self.digest) for i, row in rows.items()]
+            with with_filename(self.path), self.path.open("ab") as file:
+                if file.tell() == 0:
+                    lines.insert(0, self.header)
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
         self.rows |= rows
 
 
@@ -140,7 +146,7 @@ def load_sampler(model: ModelConfig, backend: str, device: str, precision: str) 
 def generate_resumable(
     request: GenerationRequest, partial: Path, show: bool = True, sampler: LoadedSampler | None = None
 ) -> tuple[list[Row], str]:
-    """Sample responses, and keep them on disk as they come.
+    """Sample responses, and keep them on disk as they come. A collective: the processes share the batches.
 
     Args:
         request: The model, the prompts and the settings.
@@ -160,7 +166,7 @@ def generate_resumable(
     from prefopt.data.chat_template import markup
     from prefopt.data.tokenize import encode_prompt
     from prefopt.generation import sampler as sampler_module
-    from prefopt.utils.locks import locked
+    from prefopt.utils.locks import locked_by_main
 
     signals.install_handlers()
     sampler = sampler or load_sampler(request.model, request.backend, request.device, request.precision)
@@ -181,7 +187,7 @@ def generate_resumable(
     with contextlib.ExitStack() as stack:
         if partial.is_dir():
             partial = partial / f"{digest[:24]}.jsonl"
-            stack.enter_context(locked(partial.with_suffix(".lock"), "responses"))
+            stack.enter_context(locked_by_main(partial.with_suffix(".lock"), "responses"))
         file = PartialFile(partial, digest)
         if file.rows:
             log.info(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
@@ -203,20 +209,19 @@ def sample_missing(
     size = max(1, request.sampling.batch_size // n)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
 
+    def draw(batch: list[int]) -> dict[int, Row]:
+        # A batch of which a part is known is sampled whole: the numbers may depend on what is in the batch.
+        drawn = sampler([prompts[i] for i in batch], request.sampling, request.seed, n)
+        return {i: _as_row(samples) for i, samples in zip(batch, drawn, strict=True) if i not in file.rows}
+
+    missing = [batch for batch in batches if any(i not in file.rows for i in batch)]
     with Bar("sampling", len(prompts), show, done=len(file.rows)) as bar:
-        for batch in batches:
-            missing = [i for i in batch if i not in file.rows]
-            if not missing:
-                continue
+        for start in range(0, len(missing), world_size()):  # a batch for each process
             if signals.stop_requested():
                 raise Interrupted(f"{len(file.rows)} of {len(prompts)} prompts have their responses")
-
-            # A batch of which a part is known is sampled whole: the numbers may depend on what is in the batch.
-            drawn = sampler([prompts[i] for i in batch], request.sampling, request.seed, n)
-            samples = dict(zip(batch, drawn, strict=True))
-            rows = {i: _as_row(samples[i]) for i in missing}
-            file.append(rows)
-            bar.advance(by=len(rows))
+            for rows in map_shared(draw, missing[start : start + world_size()], len):
+                file.append(rows)
+                bar.advance(by=len(rows))
 
 
 def _as_row(samples: "Sequence[Sample]") -> Row:

@@ -26,6 +26,7 @@ from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
+from prefopt.utils.distributed import map_shared, world_size
 from prefopt.utils.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -77,13 +78,14 @@ def sample(
     seed: int,
     samples_per_prompt: int = 1,
     show_progress: bool = False,
+    shared: bool = False,
 ) -> list[list[Sample]]:
     """Sample `samples_per_prompt` responses to each prompt: one list per prompt, in the order of `prompts`.
 
     Tokens come from softmax(logits / temperature), without top-k, and with `top_p` below 1 from its nucleus. At
     temperature 0 the most likely token is taken. The model's own generation_config has no part in that; but a response
     ends at any of the model's `stop_tokens`. Each response has its own random stream, seeded by `seed`, the prompt's
-    token ids and the number of the response.
+    token ids and the number of the response. With `shared`, a collective, each process draws a part of the batches.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Prompts of similar length share a batch, which saves padding.
@@ -100,34 +102,39 @@ def sample(
             for group in [list(same)]
             for i in range(0, len(group), sampling.batch_size)
         ]
-    results: dict[tuple[int, int], Sample] = {}
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0]
     )
+
+    def draw(batch: list[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
+        width = max(len(encoded[p]) for p, _ in batch)
+        # generate() wants padding on the left. The value there does not matter, because the mask hides it.
+        ids = torch.tensor([[stops[0]] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
+        mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
+        seeds = [_seed(seed, encoded[p], k) for p, k in batch]
+        done = bar.done
+        output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(
+                [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
+            ),
+        )
+        # A batch that ends early has fewer steps than the bar counts for it.
+        bar.advance(by=done + sampling.max_new_tokens - bar.done)
+        rows = zip(batch, output[:, width:].tolist(), strict=True)
+        return {(p, k): as_sample(tokenizer, encoded[p], tokens, stops) for (p, k), tokens in rows}
+
+    own = -(-len(batches) // world_size()) if shared else len(batches)
     # The bar counts token positions.
     with (
-        Bar("sampling", len(batches) * sampling.max_new_tokens, show_progress) as bar,
+        Bar("sampling", own * sampling.max_new_tokens, show_progress) as bar,
         without_own_generation_config(model),
     ):
-        for n, batch in enumerate(batches, start=1):
-            width = max(len(encoded[p]) for p, _ in batch)
-            # generate() wants padding on the left. The value there does not matter, because the mask hides it.
-            ids = torch.tensor([[stops[0]] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
-            mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
-            seeds = [_seed(seed, encoded[p], k) for p, k in batch]
-            output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList(
-                    [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
-                ),
-            )
-            for (p, k), tokens in zip(batch, output[:, width:].tolist(), strict=True):
-                results[p, k] = as_sample(tokenizer, encoded[p], tokens, stops)
-            # A batch that ends early has fewer steps than the bar counts for it.
-            bar.advance(by=n * sampling.max_new_tokens - bar.done)
+        drawn = map_shared(draw, batches, len) if shared else [draw(batch) for batch in batches]
+    results = {job: found for of_batch in drawn for job, found in of_batch.items()}
     return [[results[p, k] for k in range(samples_per_prompt)] for p in range(len(prompts))]
 
 
@@ -206,19 +213,21 @@ def transformers_sampler(
 ) -> tuple[Sampler, str, list[Any]]:
     """(`sample` with this model, the digest of its weights, and everything about it that decides a response)."""
     from prefopt.models.fingerprint import loaded_model
-    from prefopt.models.load import load_model, weights_digest
+    from prefopt.models.frozen import freeze
+    from prefopt.models.load import finalize, load_model, weights_digest
     from prefopt.models.logprobs import autocast
     from prefopt.utils.memory import keep_freed_memory
 
     if device == "cpu":
         keep_freed_memory()
-    model = load_model(config, device)
+    model = load_model(config, "cpu")
+    weights = weights_digest(model)
+    model = finalize(freeze(model, precision), device)
 
     def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
         with autocast(model.device, precision):
             return sample(model, tokenizer, prompts, sampling, seed, n)
 
-    weights = weights_digest(model)
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
     return sampler, weights, [*loaded_model(model, weights), stops]
 

@@ -62,6 +62,15 @@ class Launcher(ABC):
     def resources(self, job: SweepJob) -> str:
         """The hardware and the time that the job will get, in words."""
 
+    @property
+    def processes(self) -> int:
+        """How many processes train a job together."""
+        return 1
+
+    def device_memory_gib(self, config: TrainConfig) -> float | None:
+        """The memory of one device that a job trains on; None where it is not known."""
+        return None
+
     @abstractmethod
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
         """Start `jobs`, which have their job.json, with the package in `code`. `folder` is for the sweep's files."""

@@ -34,6 +34,13 @@ class Local(Launcher):
     def resources(self, job: SweepJob) -> str:
         return job.hardware
 
+    def device_memory_gib(self, config: TrainConfig) -> float | None:
+        if not config.device.startswith("cuda"):
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / (self.at_once or 1)
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+
     def run(self, jobs: Sequence[SweepJob], code: Path, folder: Path) -> None:
         """Run the jobs; returns when all have ended.
 

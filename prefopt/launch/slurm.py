@@ -54,6 +54,7 @@ class Slurm(Launcher):
     gpus: int
     gpu_type: str | None
     gpu_option: str
+    gpu_memory_gib: float | None
     nodes: int
     cpus: int
     hours: float
@@ -97,12 +98,18 @@ class Slurm(Launcher):
             )
         if config.device == "auto":
             config.device = "cuda" if self.gpus else "cpu"
-        processes = max(1, self.gpus) * self.nodes
-        if processes > 1 and config.engine.name == "single":
+        if self.processes > 1 and config.engine.name == "single":
             raise UserError(
-                f"launcher.gpus={self.gpus} and launcher.nodes={self.nodes} are {processes} processes, and engine="
+                f"launcher.gpus={self.gpus} and launcher.nodes={self.nodes} are {self.processes} processes, and engine="
                 "single trains in one: add engine=zero2."
             )
+
+    @property
+    def processes(self) -> int:
+        return max(1, self.gpus) * self.nodes
+
+    def device_memory_gib(self, config: TrainConfig) -> float | None:
+        return self.gpu_memory_gib if config.device.startswith("cuda") else None
 
     def check(self) -> None:
         if shutil.which("sbatch") is None:

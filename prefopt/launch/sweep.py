@@ -121,14 +121,19 @@ class Sweep:
         return launcher, jobs
 
     def preview(self, points: list[Point], folder: Path) -> int:
-        """Print what a sweep would do, with estimates of time and disk; the exit code 0.
+        """Print what a sweep would do, with estimates of time, disk and memory; the exit code 0.
 
         A model or data set that is not on this machine is named below the table. Raises UserError for other refusals.
         """
+        from huggingface_hub import constants
+
         from prefopt.launch.estimate import GPU, Estimate, estimate
+        from prefopt.launch.fit import Fit, fit, print_memory, same_memory
         from prefopt.objectives.base import Objective
         from prefopt.training.config import TrainConfig
 
+        # What is not here is lacking: nothing asks the hub, which without a network takes minutes to say no.
+        os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
         lacking: dict[str, None] = {}  # in order, each once
         plan = self._planner(folder)
 
@@ -148,14 +153,21 @@ class Sweep:
         say_repeated(len(every) - len(jobs))
         refresh_status([job for _, _, job in jobs if job])
 
-        trains = self.schema is TrainConfig  # no estimate of other jobs yet
+        trains = issubclass(self.schema, TrainConfig)  # no estimate of other jobs yet
         rows, estimates = [], list[Estimate]()
+        fits: dict[str, tuple[list[str], Fit | None]] = {}  # by what decides about memory: names of jobs, and theirs
         for label, config, job in jobs:
             cells, sizes = ["–", "waits for what is lacking", "–"], ["–", "–"]
             if job:
                 cells = [job.folder.name, planned_action(job), launcher.resources(job) if job.to_run else "–"]
             if trains and (job is None or job.to_run):
-                size = estimate(config, build(config.objective, Objective, "objective"))
+                objective = build(config.objective, Objective, "objective")
+                size = estimate(config, objective)
+                key = same_memory(config, objective)
+                if key not in fits:
+                    memory_gib = launcher.device_memory_gib(config)
+                    fits[key] = [], fit(config, objective, memory_gib, launcher.processes)
+                fits[key][0].append(f"{config.model.name} {objective.name}")
                 if size:
                     estimates.append(size)
                     sizes = [f"{size.gpu_hours:.2g}", f"{size.kept_gb:.2g}"]
@@ -174,6 +186,8 @@ class Sweep:
         parents = [job.folder.parent if job else Path(config.runs_dir) for _, config, job in jobs]
         title = self.title(len(jobs), parents[0])
         console().print(rows_table(headings, rows, title, caption))
+        if trains:
+            print_memory(list(fits.values()), launcher.device_memory_gib(jobs[0][1]))
         if lacking:
             print("\n".join(["lacking, before this can start:", *lacking]))
         return 0

@@ -37,8 +37,9 @@ class LogitTransform:
 
 class TiledLogps(torch.autograd.Function):
     """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> (log-probs (N) of the labels, entropies (N) of
-    the distributions or, without `with_entropies`, None), float32. Products are computed in `hidden`'s dtype,
-    log-sum-exp and sums in float32."""
+    the distributions or, without `with_entropies`, None, and with `with_squares` the logs (N) of the sums of squared
+    probabilities, without gradient, or None), float32. Products are computed in `hidden`'s dtype, log-sum-exp and sums
+    in float32."""
 
     @staticmethod
     def forward(
@@ -49,13 +50,14 @@ class TiledLogps(torch.autograd.Function):
         labels: Tensor,
         with_entropies: bool = True,
         cap: LogitTransform = LogitTransform(),  # frozen, so it is safe as a default
-    ) -> tuple[Tensor, Tensor | None]:
+        with_squares: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # One pass over the tiles, as in online softmax: running maximum, and sums relative to it, which are rescaled
         # when a tile raises the maximum.
         n = len(labels)
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
-        # With d = logit - top: the sum of exp(d), and that of exp(d) d, which gives the entropy.
-        total, weighted, chosen = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(3))
+        # With d = logit - top: the sums of exp(d), of exp(d) d, which gives the entropy, and of exp(2d).
+        total, weighted, squares, chosen = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
         keep = n * len(weight) * hidden.element_size() <= KEPT and any(ctx.needs_input_grad)
         products: list[Tensor] = []
         for start, product in _products(hidden, weight, bias):
@@ -68,6 +70,8 @@ class TiledLogps(torch.autograd.Function):
             powers = above.exp()
             if with_entropies:
                 weighted = (weighted + total * lower) * lower.exp() + (powers * above).sum(-1)
+            if with_squares:
+                squares = squares * (2 * lower).exp() + powers.square().sum(-1)
             total = total * lower.exp() + powers.sum(-1)
             top = higher
             # The label's logit, of the labels that lie in this tile. No shape depends on values, so no GPU has to wait.
@@ -79,10 +83,13 @@ class TiledLogps(torch.autograd.Function):
         ctx.cap = cap
         ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies, *products)
         # `top` is subtracted first: a sum top + log(total) would round away digits of the logarithm.
-        return chosen - top - total.log(), entropies
+        log_squares = squares.log() - 2 * total.log() if with_squares else None
+        if log_squares is not None:
+            ctx.mark_non_differentiable(log_squares)
+        return chosen - top - total.log(), entropies, log_squares
 
     @staticmethod
-    def backward(ctx: Any, of_logps: Tensor, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logps: Tensor, of_entropies: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, top, log_total, entropies, *products = ctx.saved_tensors
         # Sums over tiles stay in float32, whatever the products are computed in.
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
@@ -110,7 +117,7 @@ class TiledLogps(torch.autograd.Function):
                 weight_gradient[start:end] = low.T @ hidden
             if bias_gradient is not None:
                 bias_gradient[start:end] = slope.sum(0)
-        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None, None
+        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None, None, None
 
 
 def chunked_logps(
@@ -119,8 +126,10 @@ def chunked_logps(
     labels: Tensor,
     with_entropies: bool = True,
     cap: LogitTransform = LogitTransform(),
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (N) of `labels` (N), and with `with_entropies` entropies (N), of softmax(cap(head(hidden))); float32.
+    with_squares: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of softmax(cap(head(hidden))), float32: log-probs (N) of `labels` (N), entropies (N) with `with_entropies`, and
+    log sum_v p_v^2 (N) with `with_squares`, which carries no gradient.
 
     `hidden` is (N, H). Under autocast the products are computed in its dtype, as the head itself would do.
     """
@@ -128,7 +137,7 @@ def chunked_logps(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies, cap)
+        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies, cap, with_squares)
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:

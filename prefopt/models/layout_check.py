@@ -76,7 +76,7 @@ def choose_layout(
     of a reward model, whose head is zero at first, the last hidden states.
 
     On a CPU the comparison is made in float32. It is made in `precision` on a GPU, whose kernel for packed rows knows
-    no float32, and for quantized weights.
+    no float32, and for weights that are not float32.
 
     Raises UserError if not even padded rows give those numbers, and for a model that is not causal.
     """
@@ -88,7 +88,7 @@ def choose_layout(
 @torch.no_grad()
 def check_layouts(name: str, model: PreTrainedModel, pair: TokenizedPair, precision: str) -> tuple[Layout, str]:
     """The layout that `choose_layout` describes, by its numbers for `pair`; why it is another than `name`, or ""."""
-    if model.device.type == "cpu" and not getattr(model, "is_quantized", False):
+    if model.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters()):
         precision = "float32"
     group = Group(pair.prompt, [c for c in (pair.chosen, pair.rejected) if c])
     original = model.config._attn_implementation

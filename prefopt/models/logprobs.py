@@ -25,11 +25,15 @@ class Logps:
     `entropies`, if requested, is the surrogate of MMPO's appendix B.2,
     sum_t [H_t + stopgrad(H_t) * log pi(y_<t | x)], H_t the entropy of the next-token distribution at position t:
     its gradient is the score-function form of the gradient of the sequence entropy.
+
+    `on_policy`, if requested, is the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, without gradient (WPO's
+    alignment, arXiv 2406.11827).
     """
 
     sums: Tensor
     lengths: Tensor
     entropies: Tensor | None = None
+    on_policy: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class LogprobComputer:
     precision: str
     tiled: bool = True
 
-    def __call__(self, model: PreTrainedModel, batch: Batch, entropies: bool = False) -> Logps:
+    def __call__(self, model: PreTrainedModel, batch: Batch, entropies: bool = False, on_policy: bool = False) -> Logps:
         with autocast(model.device, self.precision):
-            return completion_logps(model, batch, entropies, self.tiled)
+            return completion_logps(model, batch, entropies, self.tiled, on_policy)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -61,8 +65,10 @@ def autocast_weight_cache() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True) -> Logps:
-    """Log-probs, and entropies if requested, of every completion of the batch.
+def completion_logps(
+    model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True, on_policy: bool = False
+) -> Logps:
+    """Log-probs, and entropies and `on_policy` if requested, of every completion of the batch.
 
     `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.models.chunked_logprobs`). A head that is not a
     plain linear layer (one with an adapter, for example) is computed as a whole nevertheless.
@@ -71,12 +77,14 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
     hidden = _hidden(model, batch)[batch.predictor_index]
     label_logps: Tensor  # (N,)
     step_entropies: Tensor | None  # (N,)
+    log_squares: Tensor | None  # (N,)
     if tiled and type(head) is torch.nn.Linear:
-        label_logps, step_entropies = chunked_logps(hidden, head, batch.labels, entropies, cap)
+        label_logps, step_entropies, log_squares = chunked_logps(hidden, head, batch.labels, entropies, cap, on_policy)
     else:
         logps = cap(head(hidden).float()).log_softmax(-1)
         label_logps = logps.gather(-1, batch.labels[:, None])[:, 0]
         step_entropies = -(logps.exp() * logps).sum(-1) if entropies else None
+        log_squares = (2 * logps.detach()).logsumexp(-1) if on_policy else None
 
     token_logps = _by_completion(label_logps, batch)
     surrogate = None
@@ -84,7 +92,10 @@ def completion_logps(model: PreTrainedModel, batch: Batch, entropies: bool = Fal
         token_entropies = _by_completion(step_entropies, batch)
         before = token_logps.cumsum(-1) - token_logps  # log pi of the tokens before each token
         surrogate = _sum(token_entropies + token_entropies.detach() * before)
-    return Logps(_sum(token_logps), batch.lengths, surrogate)
+    alignment = None
+    if log_squares is not None:
+        alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
+    return Logps(_sum(token_logps), batch.lengths, surrogate, alignment)
 
 
 def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ same model with the adapter switched off. `peft` is imported only if there is an
 import contextlib
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,10 +140,16 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
     from peft import LoraConfig
 
     targets = adapter_layers(model, config)
-    torch.manual_seed(seed)
     model.add_adapter(
         LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
     )
+    # peft has rounded its factors to the type of the layer below: they are drawn again, as it draws them.
+    generator = torch.Generator().manual_seed(seed)
+    for name in targets:
+        layer = cast(Any, model.get_submodule(name))
+        first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        drawn = nn.init.kaiming_uniform_(torch.empty(first.shape), math.sqrt(5), generator=generator)
+        first.data, second.data = drawn.to(first.device), second.data.float()
     exchange_dropout(model)
     model.eval()
     if hasattr(model, "score"):

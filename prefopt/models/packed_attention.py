@@ -20,6 +20,7 @@ NAME = "prefopt_segments"
 # Up to this many scores per head, plain products are faster on a CPU than the fused kernel, whose backward pass is slow
 # (on 2 cores with AVX-512: 4 ms instead of 8 for 280 x 280, forward and backward). Beyond it they cost memory.
 DENSE = 2**18
+VARLEN_DEVICES = {"cuda"}  # which have the kernel for variable lengths
 
 
 def enable_packed_attention(model: PreTrainedModel) -> None:
@@ -63,7 +64,7 @@ def segment_attention(
         output = _softcapped(query, key, value, attention_mask, scaling, softcap)
         return output.transpose(1, 2), None
     # The kernel for variable lengths knows neither soft-capping nor float32.
-    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+    if query.device.type in VARLEN_DEVICES and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     return _by_segment(query, key, value, segments, scaling, sliding_window, softcap).transpose(1, 2), None
 

@@ -21,15 +21,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import prefopt.data.collate
-from prefopt.data.collate import Batch, Layout
+from prefopt.data.collate import Batch, Layout, groups_of
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.fingerprint import loaded_model
+from prefopt.models.frozen import freeze
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar
+from prefopt.utils.distributed import map_shared
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.tensor_store import TensorCache, hash_tokens
@@ -68,7 +70,7 @@ class Resident(Reference):
 
     @classmethod
     def copy_of(cls, policy: PreTrainedModel, score: LogprobComputer) -> "Resident":
-        return cls(copy.deepcopy(policy).requires_grad_(False), score)
+        return cls(freeze(copy.deepcopy(policy), score.precision), score)
 
     @torch.no_grad()
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
@@ -100,19 +102,35 @@ class AdapterOff(Reference):
 
 @dataclass
 class Cached(Reference):
-    """`load` loads the model again, for samples. `known` maps the key of a pair to four numbers: the log-probs of its
+    """`samples` gives the model, for samples. `known` maps the key of a pair to four numbers: the log-probs of its
     chosen and its rejected completion, and the lengths of these in tokens."""
 
-    load: Callable[[], PreTrainedModel]
+    samples: "AdapterOff | LoadedOnce"
     known: TensorCache = field(default_factory=TensorCache)
 
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
         sums = self.known.get([pair_key(p) for p in pairs])[:, :2]
         return sums.T.flatten().to(batch.lengths.device, non_blocking=True)
 
+    def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
+        return self.samples.model()
+
+
+class LoadedOnce:
+    """The model that `load` loads onto `device` when it is first asked for. Between two uses it is on the CPU."""
+
+    def __init__(self, load: Callable[[], PreTrainedModel], device: str):
+        self.load, self.device = load, device
+        self.loaded: PreTrainedModel | None = None
+
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
-        yield self.load()
+        if self.loaded is None:
+            self.loaded = self.load()
+        try:
+            yield self.loaded.to(self.device)  # type: ignore[arg-type]  # torch's own `to` takes a name
+        finally:
+            self.loaded.to("cpu")  # type: ignore[arg-type]
 
 
 def cached(
@@ -122,12 +140,12 @@ def cached(
     layout: Layout,
     micro_batch_tokens: int,
     score: LogprobComputer,
-    load: Callable[[], PreTrainedModel],
+    samples: AdapterOff | LoadedOnce,
     show: bool = True,
 ) -> Cached:
     """The reference with the log-probs of `pairs` by `policy`, whose weights have the digest `weights`. They are read
-    from the user's cache; the missing ones are computed and added. Meanwhile, other processes that need the same cache
-    wait.
+    from the user's cache; the missing ones are computed by all processes of the run, micro-batch by micro-batch, and
+    added. Meanwhile, other runs that need the same cache wait.
 
     Raises UserError for a damaged file of the cache, and for a cached pair whose log-probs the policy does not confirm.
     """
@@ -140,16 +158,20 @@ def cached(
 
         missing = [i for key, i in wanted.items() if key not in known]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
+
+            def compute(part: list[TokenizedPair]) -> Tensor:
+                values = _compute(policy, layout, score, part)
+                bar.advance(by=len(part))
+                return values
+
             for start in range(0, len(missing), tensor_store.SHARD_ROWS):
                 shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD_ROWS]]
-                keys, values = [], []
-                for part in layout.micro_batches(shard, micro_batch_tokens, None, SIDES):
-                    keys += [pair_key(p) for p in part]
-                    values.append(_compute(policy, layout, score, part))
-                    bar.advance(by=len(part))
-                known.add(keys, torch.cat(values))
+                parts = layout.micro_batches(shard, micro_batch_tokens, None, SIDES)
+                values = map_shared(compute, parts, lambda part: layout.tokens(groups_of(part, SIDES)))
+                known.add([pair_key(p) for part in parts for p in part], torch.cat(values))
+                bar.advance(by=start + len(shard) - bar.done)  # what the other processes have computed
     log.info(f"  reference: {len(present)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
-    return Cached(load, known)
+    return Cached(samples, known)
 
 
 def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer) -> Path:

@@ -117,8 +117,8 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def _needs(objective: Objective) -> str:
-    # The loop makes noise and mismatched completions, no user provides them.
-    return ", ".join(sorted(objective.needs - {"noise", "mismatched"})) or "–"
+    # The loop makes the others, no user provides them.
+    return ", ".join(sorted(objective.needs - {"noise", "mismatched", "on_policy"})) or "–"
 
 
 def _defaults(node: DictConfig) -> str:

@@ -12,7 +12,7 @@ over which pairs it takes statistics, so the loop never asks for its name.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.functional import relu
 from prefopt.errors import UserError
 from prefopt.objectives import SIDES, Side
 
-Need = Literal["reference", "rewards", "entropies", "noise", "mismatched"]
+Need = Literal["reference", "rewards", "entropies", "on_policy", "noise", "mismatched"]
 Scope = Literal["pair", "micro_batch", "step"]
 Purpose = Literal["noisy_labels", "online"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
@@ -47,6 +47,7 @@ class PairInputs:
     * `policy_*_logps`: sums over the completion's tokens (its terminator included) of log pi(token | tokens before), in
       nats. With `model_kind` `reward_model`, `policy_*_rewards` instead: the outputs of the model in training.
     * `*_lengths`: the number of those tokens.
+    * `weights`: what `apply_objective` multiplies the losses by, from the rows; no objective reads it.
     * `mean_chosen_length`: the mean of `chosen_lengths` over all pairs that are averaged, those of the whole optimizer
       step, and so the same number in every place. With it a term of a pair can be one of the step's mean over tokens.
 
@@ -55,6 +56,8 @@ class PairInputs:
     * `*_rewards` (`rewards`): prior rewards from the data.
     * `*_entropies` (`entropies`): the surrogates of `prefopt.models.logprobs.Logps.entropies`, whose gradient is
       that of the sequence entropy.
+    * `*_on_policy` (`on_policy`): mean over the completion's tokens of log pi(token) - log sum_v pi(v)^2, in nats: how
+      much it looks like a sample of the policy. It carries no gradient.
     * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
       pair of the step. They carry no gradient, and cost a forward pass of both models.
 
@@ -74,10 +77,13 @@ class PairInputs:
     rejected_rewards: Tensor = _ABSENT
     chosen_entropies: Tensor = _ABSENT
     rejected_entropies: Tensor = _ABSENT
+    chosen_on_policy: Tensor = _ABSENT
+    rejected_on_policy: Tensor = _ABSENT
     mismatched_chosen_logratios: Tensor = _ABSENT
     mismatched_rejected_logratios: Tensor = _ABSENT
     policy_chosen_rewards: Tensor = _ABSENT
     policy_rejected_rewards: Tensor = _ABSENT
+    weights: Tensor = _ABSENT
     noise: Tensor = _ABSENT
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -106,7 +112,7 @@ class PairInputs:
 
 
 def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOutput":
-    """`objective(inputs)`, held against the contract.
+    """`objective(inputs)`, held against the contract, with its losses times the pairs' weights, if there are any.
 
     Raises UserError unless losses and scores are `(B,)` floats on the inputs' device, and losses carry gradient where
     the inputs do. A mean over the pairs, say, would train: with another weight for every micro-batch, and one pair in
@@ -139,7 +145,7 @@ def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOut
             f"objective {objective.name}: no gradient flows through its losses. They must depend on the policy's "
             "log-probs (or rewards) without detach() or item()."
         )
-    return output
+    return output if inputs.weights is None else replace(output, losses=inputs.weights * output.losses)
 
 
 def concatenate(parts: Sequence[PairInputs]) -> PairInputs:

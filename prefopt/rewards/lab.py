@@ -10,8 +10,8 @@ from prefopt.world import grammar
 
 @dataclass(frozen=True)
 class ReviewSentiment(RewardScorer):
-    """The sum of a review's graded sentiment, on (0, 1) (`grammar.reward`). Of samples it also says which are
-    grammatical, on which the reward does not depend."""
+    """The sum of a review's graded sentiment, on (0, 1) (`grammar.reward`). It does not depend on the grammar. So of
+    samples there are two further figures: which are grammatical, and the reward of these, 0 for the others."""
 
     @property
     def label(self) -> str:
@@ -21,7 +21,9 @@ class ReviewSentiment(RewardScorer):
         return [grammar.reward(r.response) for r in requests]
 
     def further_figures(self, requests: Sequence[Request]) -> dict[str, list[float]]:
-        return {"grammatical": [float(is_grammatical(r)) for r in requests]}
+        kept = [float(is_grammatical(r)) for r in requests]
+        rewards = [k * grammar.reward(r.response) for k, r in zip(kept, requests, strict=True)]
+        return {"grammatical": kept, "grammatical_reward": rewards}
 
     def probability(self, reward: float) -> float:
         return reward

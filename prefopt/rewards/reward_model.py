@@ -13,6 +13,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils import tensor_store
+from prefopt.utils.distributed import map_shared
 from prefopt.utils.files import cache_dir
 from prefopt.utils.fingerprint import fingerprint
 
@@ -71,12 +72,14 @@ class ModelScorer(RewardScorer):
         return check_model(self.model)
 
     def compute(self, texts: "Sequence[TokenizedPair]", device: str, precision: str, show: bool = True) -> list[float]:
-        """The number of each text that `encode` has made. Equal texts are computed once."""
+        """The number of each text that `encode` has made. Equal texts are computed once. A collective."""
+        from prefopt.models.frozen import freeze
+        from prefopt.models.load import finalize
         from prefopt.utils.console import Bar
 
         keys = [tensor_store.hash_tokens(text.prompt, text.chosen) for text in texts]
         by_key = dict(zip(keys, texts, strict=True))
-        model = self._load(device)
+        model = finalize(freeze(self._load(), precision), device)
         self._check_ids(model, texts)
         layout = self._layout(model, texts, precision)
         cache = tensor_store.TensorCache(self._cache_folder(model, precision, sorted(by_key)), 1)
@@ -88,6 +91,7 @@ class ModelScorer(RewardScorer):
                 for start in range(0, len(missing), tensor_store.SHARD_ROWS):
                     shard = missing[start : start + tensor_store.SHARD_ROWS]
                     cache.add(shard, self._compute(model, [by_key[k] for k in shard], precision, bar, layout))
+                    bar.advance(by=start + len(shard) - bar.done)  # what the other processes have computed
         log.info(f"  rewards: {len(by_key) - len(missing)} of {len(by_key)} from the cache, {len(missing)} computed")
         return cache.get(keys)[:, 0].tolist()
 
@@ -103,7 +107,7 @@ class ModelScorer(RewardScorer):
             )
 
     @abstractmethod
-    def _load(self, device: str) -> "PreTrainedModel": ...
+    def _load(self) -> "PreTrainedModel": ...
 
     @abstractmethod
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> "TokenizedPair":
@@ -127,20 +131,26 @@ class ModelScorer(RewardScorer):
         bar: Any,
         layout: "Layout | None",
     ) -> "Tensor":
-        """The numbers of the texts: `(len(texts), 1)`, float32, on the CPU."""
+        """The numbers of the texts: `(len(texts), 1)`, float32, on the CPU. A collective."""
         import torch
 
+        from prefopt.data.collate import groups_of
         from prefopt.models.logprobs import autocast
 
         assert layout is not None
+
+        def numbers_of(micro_batch: "list[TokenizedPair]") -> "Tensor":
+            numbers = self._numbers(model, layout.collate(micro_batch, ("chosen",)).to(model.device)).float().cpu()
+            bar.advance(by=len(micro_batch))
+            return numbers
+
         numbered = [replace(text, id=str(i)) for i, text in enumerate(texts)]
-        numbers = torch.empty(len(texts), 1)
+        parts = layout.micro_batches(numbered, micro_batch_tokens(model.device.type), None, ("chosen",))
         with torch.no_grad(), autocast(model.device, precision):
-            for micro_batch in layout.micro_batches(numbered, micro_batch_tokens(model.device.type), None, ("chosen",)):
-                batch = layout.collate(micro_batch, ("chosen",)).to(model.device)
-                # Micro-batches may reorder the pairs. The id of a pair is its row.
-                numbers[[int(p.id) for p in micro_batch], 0] = self._numbers(model, batch).float().cpu()
-                bar.advance(by=len(micro_batch))
+            found = map_shared(numbers_of, parts, lambda part: layout.tokens(groups_of(part, ("chosen",))))
+        numbers = torch.empty(len(texts), 1)
+        # Micro-batches may reorder the pairs. The id of a pair is its row.
+        numbers[[int(p.id) for part in parts for p in part], 0] = torch.cat(found)
         return numbers
 
     def _cache_folder(self, model: "PreTrainedModel", precision: str, keys: list[bytes]) -> Path:
@@ -188,10 +198,10 @@ class RewardModel(ModelScorer):
     def model(self) -> ModelConfig:
         return ModelConfig(self.path, self.path, self.revision)
 
-    def _load(self, device: str) -> "PreTrainedModel":
+    def _load(self) -> "PreTrainedModel":
         from prefopt.models.load import load_trained_reward_model
 
-        return load_trained_reward_model(self.model, device)
+        return load_trained_reward_model(self.model, "cpu")
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> "TokenizedPair":
         from prefopt.data.rendering import encode, render
@@ -233,10 +243,10 @@ class CustomRewardModel(RewardModel):
 
         return check_model(self.model, trust_remote_code=True)
 
-    def _load(self, device: str) -> "PreTrainedModel":
+    def _load(self) -> "PreTrainedModel":
         from prefopt.models.load import load_custom_reward_model
 
-        return load_custom_reward_model(self.model, device)
+        return load_custom_reward_model(self.model, "cpu")
 
     def _layout(self, model: "PreTrainedModel", texts: "Sequence[TokenizedPair]", precision: str) -> None:
         return None
@@ -253,16 +263,17 @@ class CustomRewardModel(RewardModel):
 
         from prefopt.models.logprobs import autocast
 
-        rewards = torch.empty(len(texts), 1)
+        def reward_of(tokens: list[int]) -> float:
+            row = torch.tensor([tokens], device=model.device)
+            reward = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
+            if reward is None or reward.numel() != 1:
+                raise UserError(f"the output of {self.path} has no `score` of one number. It is no such model.")
+            bar.advance()
+            return float(reward)
+
+        ids = [text.prompt + text.chosen for text in texts]
         with torch.no_grad(), autocast(model.device, precision):
-            for i, text in enumerate(texts):
-                row = torch.tensor([text.prompt + text.chosen], device=model.device)
-                reward = getattr(model(input_ids=row, attention_mask=torch.ones_like(row)), "score", None)
-                if reward is None or reward.numel() != 1:
-                    raise UserError(f"the output of {self.path} has no `score` of one number. It is no such model.")
-                rewards[i, 0] = reward.float().cpu().view(())
-                bar.advance()
-        return rewards
+            return torch.tensor(map_shared(reward_of, ids, len)).view(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -276,10 +287,10 @@ class LogLikelihood(ModelScorer):
     def model(self) -> ModelConfig:
         return self.config
 
-    def _load(self, device: str) -> "PreTrainedModel":
+    def _load(self) -> "PreTrainedModel":
         from prefopt.models.load import load_model
 
-        return load_model(self.config, device)
+        return load_model(self.config, "cpu")
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", request: Request) -> "TokenizedPair":
         from prefopt.data.tokenize import TokenizedPair, encode_completion

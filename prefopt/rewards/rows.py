@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from prefopt.data.fields import answer, messages, read_prompt, responses_of
 from prefopt.data.sources import Row
 from prefopt.errors import UserError
-from prefopt.rewards.scorers import Request, RewardScorer
+from prefopt.rewards.scorers import Request, RewardScorer, rewards_shared
 
 
 def requests_of(where: str, row: Row) -> list[Request]:
@@ -47,12 +47,14 @@ def score_rows(
     """Copies of the rows with their rewards, and with their rewards on [0, 1].
 
     `rows` are (name in messages, row). A row with `responses` gets the lists `name` and `name`_01; a pair gets
-    `chosen_reward`, `rejected_reward`, `chosen_reward_01` and `rejected_reward_01`. Raises UserError for a row without
-    responses, and where the scorer does.
+    `chosen_reward`, `rejected_reward`, `chosen_reward_01` and `rejected_reward_01`. A collective.
+
+    Raises UserError for a row without responses, and where the scorer does.
     """
     requests = [requests_of(where, row) for where, row in rows]
     # One call for all rows, so that the scorer can batch their responses.
-    rewards = iter(scorer.rewards([request for of_row in requests for request in of_row], device, precision, show))
+    all_requests = [request for of_row in requests for request in of_row]
+    rewards = iter(rewards_shared(scorer, all_requests, device, precision, show))
 
     scored = []
     for (_, row), of_row in zip(rows, requests, strict=True):

@@ -17,6 +17,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.fields import finite
 from prefopt.data.items import Message
 from prefopt.errors import UserError
+from prefopt.utils.distributed import broadcast, is_main_process
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Request:
 
 
 class RewardScorer(ABC):
-    """Gives a reward to a response. The higher the better; the scale is the scorer's."""
+    """Gives a reward to a response. The higher the better; the scale is the scorer's.
+
+    Several processes call `rewards_shared`.
+    """
 
     reads_rows: ClassVar[bool] = False  # whether it looks at more of a row than prompt and response: none for samples
 
@@ -53,7 +57,8 @@ class RewardScorer(ABC):
 
     @property
     def model(self) -> ModelConfig | None:
-        """The model that it loads, and releases, in each call of `rewards`; None where it has none."""
+        """The model that it loads, and releases, in each call of `rewards`; None where it has none. With a model,
+        `rewards` is a collective: the processes share the responses."""
         return None
 
     def model_files(self) -> dict[str, str]:
@@ -66,6 +71,16 @@ class RewardScorer(ABC):
         """The reward on [0, 1], for objectives that need it there: sigma(reward), if it is not there already."""
         # Two forms, because exp of a large positive number overflows.
         return 1 / (1 + math.exp(-reward)) if reward >= 0 else math.exp(reward) / (1 + math.exp(reward))
+
+
+def rewards_shared(
+    scorer: RewardScorer, requests: Sequence[Request], device: str, precision: str, show: bool
+) -> list[float]:
+    """`scorer.rewards`, in all processes. A scorer without a model is called in the main one only: a function of the
+    user's may cost money, or give another answer each time."""
+    if scorer.model:
+        return scorer.rewards(requests, device, precision, show)
+    return broadcast(scorer.rewards(requests, device, precision, show) if is_main_process() else [])
 
 
 @dataclass(frozen=True)

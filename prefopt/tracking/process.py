@@ -16,6 +16,7 @@ import filelock
 
 from prefopt.errors import UserError
 from prefopt.tracking.heartbeat import Heartbeat
+from prefopt.utils.distributed import is_main_process
 from prefopt.utils.locks import remove_and_release, try_lock
 
 STATES = ["new", "queued", "running", "requeued", "interrupted", "finished", "failed", "died", "damaged", "unknown"]
@@ -92,10 +93,13 @@ def _take(file: Path, what: Path) -> filelock.BaseFileLock:
 
 @contextlib.contextmanager
 def output_lock(output: Path) -> Iterator[None]:
-    """Inside, this process is the only one that makes the file `output`.
+    """Inside, this process is the only one that makes the file `output`. Of a group, the main process has the lock.
 
     Raises UserError that says who else does, and OSError where nothing can be written there.
     """
+    if not is_main_process():
+        yield
+        return
     file = output.with_name(f"{output.name}.lock")
     lock = _take(file, output)
     try:

@@ -26,6 +26,7 @@ class RunsConfig:
     status: list[str] = field(default_factory=list)
     watch: bool = MISSING
     best: str | None = None
+    by: str | None = None
 
 
 HELDOUT = b'"split": "heldout"'  # as json.dumps writes it: lines without it need not be parsed
@@ -142,9 +143,9 @@ def age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def best(runs: list[RunStatus], key: str) -> Any:
-    """The value of the config's `key` (with dots) in the run that ended with the highest oracle reward; where no run
-    has an oracle, with the highest held-out accuracy.
+def best(runs: list[RunStatus], key: str, by: str | None = None) -> Any:
+    """The value of the config's `key` (with dots) in the run that ended with the highest `by`, a figure of the
+    evaluations. None: the oracle reward; where no run has an oracle, the held-out accuracy.
 
     Raises UserError where there is no run, one lacks the key or the figure, or one has not finished: with that one the
     choice might be another.
@@ -153,12 +154,12 @@ def best(runs: list[RunStatus], key: str) -> Any:
         raise UserError(f"best={key}: these runs have not finished: {', '.join(unfinished)}")
     candidates = []
     ends: list[dict[str, Any]] = [(run.record.get("evaluations") or [{}])[-1] for run in runs]
-    measure = "oracle_reward" if any("oracle_reward" in end for end in ends) else "accuracy"
+    measure = by or ("oracle_reward" if any("oracle_reward" in end for end in ends) else "accuracy")
     for run, end in zip(runs, ends, strict=True):
         value: Any = run.record.get("config")
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value is None or measure not in end:
+        if value is None or not isinstance(end.get(measure), int | float):
             lacking = key if value is None else measure.replace("_", " ")
             raise UserError(f"best={key}: {run.folder} has no {lacking}. Leave it out by name=NAME.")
         candidates.append((end[measure], value))

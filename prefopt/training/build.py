@@ -20,6 +20,7 @@ from prefopt.data.sampler import run_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
+from prefopt.models.frozen import freeze
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.lora import (
     adapter_layers,
@@ -29,13 +30,13 @@ from prefopt.models.lora import (
     leaf_name,
 )
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, Reference, Resident
+from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, Reference, Resident
 from prefopt.models.router import RouterLoss, balancing_loss, has_experts
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
-from prefopt.utils.distributed import main_process_first
+from prefopt.utils.distributed import main_process_first, world_size
 from prefopt.utils.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -109,17 +110,26 @@ def check_rewards(objective: Objective, split: str, rewards: dict[str, Any]) -> 
             )
 
 
-def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy, or the reward model, with the weights that training begins from, without its new adapter.
+def build_policy(
+    config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, str]:
+    """The policy, or the reward model, with the weights that training begins from, without its new adapter; and the
+    digest of these weights as they were loaded. What an adapter is to lie on is frozen (`models.frozen.freeze`).
 
     Raises UserError for a model that cannot be loaded, or that tokenizer or adapter do not fit.
     """
     if config.device == "cpu":
         keep_freed_memory()
     if objective.model_kind == "reward_model":
-        policy = load.load_reward_model(config.model, config.device)
+        policy = load.load_reward_model(config.model, "cpu")
+    elif config.peft.quantize:
+        policy = load.load_model(config.model, config.device, config.precision)
     else:
-        policy = load.load_model(config.model, config.device, config.precision if config.peft.quantize else None)
+        policy = load.load_model(config.model, "cpu")
+    digest = load.weights_digest(policy)
+    if config.peft.target_modules:
+        freeze(policy, config.precision)
+    policy = load.finalize(policy, config.device)
     if config.compile:
         load.compile_layers(policy)
     load.check_vocabulary(policy, tokenizer)
@@ -128,7 +138,7 @@ def build_policy(config: TrainConfig, objective: Objective, tokenizer: PreTraine
         balancing_loss(policy)  # refuses a model that has none
     if config.peft.target_modules:
         adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
-    return policy
+    return policy, digest
 
 
 def sample_prompts(
@@ -158,6 +168,12 @@ def sample_prompts(
         log.info(
             f"  samples: {too_long} held-out prompts get none, since with sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens} they are longer than the model's {room} positions"
+        )
+    batches = -(-len(chosen) // config.sampling.batch_size)
+    if 0 < batches < world_size():
+        log.info(
+            f"  samples: {batches} of {world_size()} processes draw them; a batch is not shared, so lower "
+            f"sampling.batch_size={config.sampling.batch_size}"
         )
     return chosen
 
@@ -193,14 +209,15 @@ def build_reference(
                 "same family."
             )
     if config.reference == "resident":
-        return Resident.copy_of(policy, score) if model is policy else Resident(model.requires_grad_(False), score)
+        return Resident.copy_of(policy, score) if model is policy else Resident(model, score)
     if config.reference == "adapter_off":
         return AdapterOff(policy, score)
 
-    load_again = functools.partial(load_initial, config, layout)
+    samples: AdapterOff | LoadedOnce = LoadedOnce(functools.partial(load_initial, config, layout), config.device)
+    if config.peft.target_modules and not config.reference_model:
+        samples = AdapterOff(policy, score)  # the adapter is put on after this
     if objective.completions != SIDES:
-        # Such an objective compares no pairs. The reference scores samples only, and is loaded for that.
-        return Cached(load_again)
+        return Cached(samples)  # such an objective compares no pairs: the reference scores samples only
     indices: Sequence[int] = []
     if "reference" in objective.needs:  # otherwise for evaluations only
         indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
@@ -211,7 +228,7 @@ def build_reference(
         parts.append(MismatchedOfRun(train_pairs, config.seed, config.total_steps, config.batch_size))
     pairs: Any = ConcatDataset(parts)
     return prefopt.models.reference.cached(
-        model, digest, pairs, layout, config.micro_batch_tokens, score, load_again, config.logger.progress
+        model, digest, pairs, layout, config.micro_batch_tokens, score, samples, config.logger.progress
     )
 
 
@@ -221,10 +238,13 @@ def reference_model(config: TrainConfig) -> ModelConfig | None:
 
 
 def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
-    """Load the reference's model: `reference_model`, or the policy as it is before its first step."""
+    """Load the reference's model, frozen: `reference_model`, or the policy as it is before its first step."""
     other = reference_model(config)
-    quantize = config.precision if config.peft.quantize and not other else None
-    model = load.load_model(other or config.model, config.device, quantize)
+    if config.peft.quantize and not other:
+        model = load.load_model(config.model, config.device, config.precision)
+    else:
+        model = load.load_model(other or config.model, "cpu")
+    model = load.finalize(freeze(model, config.precision), config.device)
     if layout.name == "packed":
         enable_packed_attention(model)
     return model

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 DEEPSPEED = "0.19.8"  # 0.17.6 to 0.18.2 compute wrong gradients at stage 2; caller-owned accumulation came with 0.19
 
 
-def check_engine(config: EngineConfig, device: str) -> None:
+def check_engine(config: EngineConfig) -> None:
     """Raise UserError where the engine lacks its package, or does not fit the number of processes."""
-    if world_size() > 1 and ":" in device:
-        raise UserError(f"device={device} would be the GPU of all {world_size()} processes. Give device=cuda.")
     if config.name == "single" and world_size() > 1:
         raise UserError(
             f"this was started as {world_size()} processes (WORLD_SIZE), and engine=single trains in one: add "

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 import prefopt.generation.sampler
 import prefopt.models.logprobs
 from prefopt.data.cache import tokenizer_digest
+from prefopt.data.collate import groups_of
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.generation.sampler import Sample, sample
@@ -22,7 +22,7 @@ from prefopt.models.generation_config import stop_tokens
 from prefopt.models.logprobs import autocast
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import ObjectiveOutput, PairInputs, apply_objective
-from prefopt.rewards.scorers import Request, RewardScorer
+from prefopt.rewards.scorers import Request, RewardScorer, rewards_shared
 from prefopt.tracking.metrics import item_file
 from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.guards import explain_oom
@@ -31,7 +31,7 @@ from prefopt.training.state import TrainState
 from prefopt.training.step import count_step, forward_pairs, step_inputs
 from prefopt.training.step0 import check_step0
 from prefopt.utils.console import progress
-from prefopt.utils.distributed import on_main_process
+from prefopt.utils.distributed import broadcast, is_main_process, map_shared
 from prefopt.utils.files import atomic_write, cache_dir
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.memory import is_out_of_memory, memory_for
@@ -41,15 +41,11 @@ from prefopt.utils.store import opened
 log = logging.getLogger(__name__)
 
 
-def evaluate_on_main(train_state: TrainState, step: int) -> dict[str, Any]:
-    """`evaluate` in the main process, while the others wait. Returns {} in the others."""
-    return on_main_process(partial(evaluate, train_state, step)) or {}
-
-
 def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
     """Evaluate after `step` steps: the held-out pairs, and samples to held-out prompts.
 
-    Says the main figures, and returns all metrics. Raises UserError as `check_step0` does.
+    A collective: the processes share the work, and the main one writes the files. Says the main figures, and returns
+    all metrics. Raises UserError as `check_step0` does.
     """
     config = train_state.config
     metrics: dict[str, Any] = {}
@@ -117,10 +113,13 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     has_reference = train_state.reference is not None and objective.completions == SIDES
     show = train_state.config.logger.progress
     with explain_oom(train_state, f"evaluation after step {step}", micro_batches):
-        inputs = [
-            forward_pairs(train_state, micro_batch, total, reference=has_reference)
-            for micro_batch in progress(micro_batches, "held-out pairs", show)
-        ]
+        inputs = map_shared(
+            lambda micro_batch: forward_pairs(train_state, micro_batch, total, reference=has_reference),
+            micro_batches,
+            lambda micro_batch: micro_batch.batch.tokens,
+            lambda share: progress(share, "held-out pairs", show),
+        )
+    inputs = [part.map(lambda values: values.to(train_state.engine.device)) for part in inputs]
     if objective.scope == "step":
         inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
     scored = [(part, apply_objective(objective, part)) for part in inputs]
@@ -200,11 +199,17 @@ def initial_samples(train_state: TrainState) -> list[dict[str, Any]]:
     ]
     key = fingerprint(decisive, draw_samples, prefopt.generation.sampler, prefopt.models.logprobs)
 
+    if not is_main_process():
+        while (rows := broadcast(None)) is None:
+            draw_samples(train_state, 0)
+        return rows
+
     def draw(folder: Path) -> None:
+        broadcast(None)  # so that the other processes draw too
         (folder / "samples.jsonl").write_text(_as_lines(draw_samples(train_state, 0)))
 
     cached = opened(cache_dir() / "initial_samples" / key[:16], "samples of the initial policy", draw)
-    return [json.loads(line) for line in (cached / "samples.jsonl").read_text().split("\n")[:-1]]
+    return broadcast([json.loads(line) for line in (cached / "samples.jsonl").read_text().split("\n")[:-1]])
 
 
 @torch.no_grad()
@@ -219,9 +224,8 @@ def draw_samples(train_state: TrainState, step: int) -> list[dict[str, Any]]:
         try:
             with autocast(train_state.engine.device, train_state.config.precision):
                 show = train_state.config.logger.progress
-                drawn = sample(
-                    policy, train_state.tokenizer, train_state.prompts, sampling, train_state.config.seed, 1, show
-                )
+                prompts, seed = train_state.prompts, train_state.config.seed
+                drawn = sample(policy, train_state.tokenizer, prompts, sampling, seed, 1, show, True)
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise
@@ -250,7 +254,8 @@ def oracle_figures(
     ]
     config = train_state.config
     with memory_for(f"scoring the samples after step {step}", "dataset.oracle=null, which gives no rewards"):
-        rewards = oracle.rewards(requests, str(train_state.engine.device), config.precision, config.logger.progress)
+        show, device = config.logger.progress, str(train_state.engine.device)
+        rewards = rewards_shared(oracle, requests, device, config.precision, show)
     return {"reward": rewards, **oracle.further_figures(requests)}
 
 
@@ -263,6 +268,8 @@ def write_items(train_state: TrainState, kind: str, step: int, rows: Sequence[di
 
     Raises FileNotFoundError where the run's folder is gone, as when its file system is.
     """
+    if not is_main_process():
+        return
     file = item_file(train_state.run.folder, kind, step)
     file.parent.mkdir(exist_ok=True)  # without parents, for that error
     atomic_write(file, _as_lines(rows))
@@ -273,15 +280,21 @@ def sample_logratios(train_state: TrainState, samples: Sequence[Sample]) -> list
     assert train_state.reference is not None
     # The layouts cut pairs into micro-batches, so each sample becomes a pair without a rejected side.
     pairs = [TokenizedPair(str(i), s.prompt_tokens, s.tokens, []) for i, s in enumerate(samples)]
-    parts = train_state.layout.micro_batches(pairs, train_state.config.micro_batch_tokens, None, ("chosen",))
+    layout, show = train_state.layout, train_state.config.logger.progress
+    parts = layout.micro_batches(pairs, train_state.config.micro_batch_tokens, None, ("chosen",))
 
     def score(model: PreTrainedModel, what: str) -> dict[str, float]:
-        logps: dict[str, float] = {}
-        for part in progress(parts, f"KL of samples: {what}", train_state.config.logger.progress):
-            batch = train_state.layout.collate(part, ("chosen",)).to(train_state.engine.device)
-            sums = train_state.score(model, batch).sums
-            logps |= dict(zip((p.id for p in part), sums.tolist(), strict=True))
-        return logps
+        def sums(part: list[TokenizedPair]) -> list[tuple[str, float]]:
+            batch = layout.collate(part, ("chosen",)).to(train_state.engine.device)
+            return list(zip((p.id for p in part), train_state.score(model, batch).sums.tolist(), strict=True))
+
+        found = map_shared(
+            sums,
+            parts,
+            lambda part: layout.tokens(groups_of(part, ("chosen",))),
+            lambda share: progress(share, f"KL of samples: {what}", show),
+        )
+        return dict(logps for part in found for logps in part)
 
     policy = score(train_state.engine.policy, "policy")
     with train_state.reference.model() as model:

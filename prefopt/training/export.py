@@ -84,7 +84,7 @@ class PolicyExporter:
         if checkpoint.is_one_adapter(self.config, self.policy):
             self._write_adapter(self.policy, target, self.card(evaluations))
         else:
-            self._write(self._merged_copy() if self.config.peft.target_modules else self.policy, target, evaluations)
+            self._write(self._whole(), target, evaluations)
 
     def final(self, target: Path, evaluations: list[dict[str, Any]]) -> str | None:
         """Write the policy, which is not trained any more, into `target`. Returns the digest of its whole weights; of
@@ -92,16 +92,14 @@ class PolicyExporter:
         if checkpoint.is_one_adapter(self.config, self.policy) and not self.config.merge_adapter:
             self(target, evaluations)
             return None
-        if not self.config.peft.target_modules:
-            return self._write(self.policy, target, evaluations)
-        # Quantized weights stay as they are: merged into 4 bits, they would be rounded again.
-        if self.config.peft.quantize:
-            return self._write(self._merged_copy(), target, evaluations)
-        merge(self.policy)
-        return self._write(self.policy, target, evaluations)
+        return self._write(self._whole(), target, evaluations)
+
+    def _whole(self) -> PreTrainedModel:
+        return self._merged_copy() if self.config.peft.target_modules else self.policy
 
     def _merged_copy(self) -> PreTrainedModel:
-        """The initial weights, loaded again on the CPU, with the adapter merged."""
+        """The initial weights, loaded again on the CPU, with the adapter merged. Those below it in training may have 4
+        bits, or 16, and would round it."""
         load_again = load.load_reward_model if hasattr(self.policy, "score") else load.load_model
         merged = load_again(self.config.model, "cpu")
         with tempfile.TemporaryDirectory() as aside:

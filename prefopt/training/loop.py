@@ -16,14 +16,14 @@ from prefopt.errors import Interrupted, UserError
 from prefopt.tracking.metrics import metrics_damage, read_metrics
 from prefopt.tracking.run import Run
 from prefopt.training.checkpoint import SUMS, damage, latest_checkpoint, load_checkpoint, load_meta, save_checkpoint
-from prefopt.training.evaluate import evaluate_on_main
+from prefopt.training.evaluate import evaluate
 from prefopt.training.loggers import Loggers
 from prefopt.training.outlook import Pace
 from prefopt.training.state import MicroBatch, TrainState
 from prefopt.training.step import train_step
 from prefopt.utils import signals
 from prefopt.utils.console import Bar
-from prefopt.utils.distributed import all_gather_object, check_agreement, heartbeat, is_main_process, on_main_process
+from prefopt.utils.distributed import broadcast, check_agreement, heartbeat, is_main_process, on_main_process
 from prefopt.utils.memory import memory_for
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def train_loop(train_state: TrainState) -> Trained:
     logger = Loggers(run, config.logger, vouched)
     try:
         if start == 0:
-            metrics = evaluate_on_main(train_state, 0)
+            metrics = evaluate(train_state, 0)
             logger.log("heldout", 0, metrics)
             early_stopping.update(train_state, 0, metrics)
 
@@ -76,7 +76,7 @@ def train_loop(train_state: TrainState) -> Trained:
 
                 if done % config.eval_every == 0 or done == steps:
                     began = time.monotonic()
-                    heldout_metrics = evaluate_on_main(train_state, done)
+                    heldout_metrics = evaluate(train_state, done)
                     pace.evaluation(done, time.monotonic() - began)
                     logger.log("heldout", done, heldout_metrics)
                     early_stopping.update(train_state, done, heldout_metrics)
@@ -129,7 +129,7 @@ def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any
     config, run = train_state.config, train_state.run
     # The main process chooses for all, since it may put a damaged checkpoint aside.
     usable = partial(checkpoint_damage, run)
-    checkpoint = all_gather_object(latest_checkpoint(run.checkpoints, usable) if is_main_process() else None)[0]
+    checkpoint = broadcast(latest_checkpoint(run.checkpoints, usable) if is_main_process() else None)
     if not checkpoint:
         return 0, EarlyStopping(), None
     tensors, meta = load_checkpoint(checkpoint)
@@ -169,11 +169,10 @@ class EarlyStopping:
     evaluations_since: int = 0
 
     def update(self, train_state: TrainState, step: int, metrics: dict[str, Any]) -> None:
-        """Take note of an evaluation after `step` steps. `metrics` are those of the main process, which tells the
-        other processes the loss."""
+        """Take note of an evaluation after `step` steps. The loss in the main process's `metrics` counts for all."""
         if train_state.config.patience is None:
             return
-        loss = all_gather_object(metrics.get("loss"))[0]
+        loss = broadcast(metrics["loss"])
         if loss < self.loss:
             weights = {name: w.cpu().clone() for name, w in train_state.engine.state()["weights"].items()}
             self.weights, self.step, self.loss, self.evaluations_since = weights, step, loss, 0

@@ -1,6 +1,7 @@
 """Training in stages, each on the policy's own responses."""
 
 import dataclasses
+import functools
 import logging
 import time
 import traceback
@@ -14,13 +15,20 @@ from prefopt.data.fields import content_id
 from prefopt.data.formats import Format
 from prefopt.data.items import Message
 from prefopt.data.sources import digest, read_rows, write_rows
-from prefopt.errors import UserError
+from prefopt.errors import Interrupted, UserError
 from prefopt.models.fingerprint import files_of
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
 from prefopt.training.publish import check_push, push
-from prefopt.utils.distributed import world_size
+from prefopt.utils.distributed import (
+    broadcast,
+    check_agreement,
+    is_main_process,
+    on_main_process,
+    process_group,
+    start_watchdog,
+)
 from prefopt.utils.store import checksums
 
 if TYPE_CHECKING:
@@ -144,25 +152,28 @@ def run_stage(
     files: StageFiles,
     facts: dict[str, str],
 ) -> "Run":
-    """Sample, score and train, as far as that is not done yet. Returns the finished run.
+    """Sample, score and train, as far as that is not done yet. Returns the finished run. A collective.
 
     `policy` is the one that the stage begins from (None: the initial one), and `facts` go into the run's record. Files
     of the stage that are damaged are made anew. Raises UserError for a damaged policy.
     """
     from prefopt.training.setup import prepare_run, run
 
+    start_watchdog(config.engine.hang_s)
     training = stage_config(config, folder, policy)
     samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
-    if not files.are_whole(scored):
-        if not files.are_whole(samples):
+    if not broadcast(is_main_process() and files.are_whole(scored)):
+        if not broadcast(is_main_process() and files.are_whole(samples)):
             sample_responses(config, training.model, prompts, samples, files)
         score_responses(config, objective, scorer, samples, scored, files)
-    (folder / PARTIAL).unlink(missing_ok=True)
+    if is_main_process():
+        (folder / PARTIAL).unlink(missing_ok=True)
     planned = prepare_run(training, files.run.folder)
-    if planned.run.finished:
+    if planned.run.finished and is_main_process():
         files.check_policy(planned.run.policy_folder)
     run(planned, **facts)
-    files.record_policy(planned.run.policy_folder)
+    on_main_process(functools.partial(files.record_policy, planned.run.policy_folder))
+    planned.run.reload()  # the main process alone has written what it ended with
     return planned.run
 
 
@@ -186,7 +197,8 @@ def sample_responses(
         precision=config.precision,
     )
     responses, _ = generate_resumable(request, partial, config.logger.progress)
-    files.write(target, [{"prompt": prompt, **row} for prompt, row in zip(prompts, responses, strict=True)])
+    rows = [{"prompt": prompt, **row} for prompt, row in zip(prompts, responses, strict=True)]
+    on_main_process(functools.partial(files.write, target, rows))
 
 
 def score_responses(
@@ -202,7 +214,8 @@ def score_responses(
     # rates are, which the format makes of raw ones.
     win_rates = config.dataset.format.get("win_rates", False)
     key = "rewards_01" if objective.reward_range == (0.0, 1.0) and not win_rates else "rewards"
-    files.write(target, [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows])
+    rewarded = [row | {"rewards": row[key], "raw_rewards": row["rewards"]} for row in rows]
+    on_main_process(functools.partial(files.write, target, rewarded))
     mean, error = mean_and_error([reward for row in rows for reward in row["rewards"]])
     log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
 
@@ -249,53 +262,67 @@ def run_pending(config: OnlineConfig, **facts: str) -> Path:
 
     Raises UserError, and Interrupted with everything saved.
     """
-    from prefopt.errors import Interrupted
     from prefopt.tracking.run import Run
     from prefopt.training.setup import model_parts
 
-    if world_size() > 1:
-        raise UserError("prefopt.online runs in one process, and this was started as several (WORLD_SIZE).")
     check_online(config)
     resolve(config)
     objective, scorer, stage_prompts = prepare_online(config)
     run = Run.open(dataclasses.asdict(config), f"online-{objective.name}", data_digests(config))
     parts = model_parts(config) | {f"the {part} of the scorer": value for part, value in scorer.model_files().items()}
     run.refuse_changed_model(parts)
-    if run.finished:
-        log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+    # Around all stages: what a stage trains with joins this group.
+    with process_group(config.device, config.engine.name != "single"):
+        check_agreement("were started with different arguments or data", run.identity())
+        if run.finished:
+            log.info(f"{run.folder}: finished, skipped (remove the folder to run it again)")
+        else:
+            try:
+                run.start(stages=[], model=parts, **facts)
+                run_stages(config, objective, scorer, stage_prompts, run, facts)
+            except (Interrupted, KeyboardInterrupt) as error:
+                run.interrupt(str(error) or "Ctrl-C")
+                raise
+            except Exception:
+                run.fail(traceback.format_exc())
+                raise
+            finally:
+                start_watchdog(None)
+                release_lock(run.folder)
+    if is_main_process():
         push(config.push_to_hub, run.policy_folder)
-        return run.folder
+    return run.folder
 
+
+def run_stages(
+    config: OnlineConfig,
+    objective: "Objective",
+    scorer: RewardScorer,
+    stage_prompts: list[list[list[Message]]],
+    run: "Run",
+    facts: dict[str, str],
+) -> None:
+    """Run the stages one after the other, and finish `run`. A collective."""
     began = time.monotonic()
-    run.start(stages=[], model=parts, **facts)
     evaluations: list[dict[str, Any]] = []
     steps = 0
     policy: Path | None = None
-    try:
-        for n, prompts in enumerate(stage_prompts, start=1):
-            folder = run.folder / f"stage_{n}"
-            stage_run = run_stage(config, objective, scorer, prompts, folder, policy, StageFiles(run), facts)
-            policy, record = stage_run.policy_folder, stage_run.record
-            # The first evaluation of a later stage is the last one of the stage before.
-            stage_evaluations = record["evaluations"][1:] if evaluations else record["evaluations"]
-            evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in stage_evaluations]
-            steps += record["config"]["steps"]
-            places = {"run": stage_run.folder, "policy": policy}
-            stage: dict[str, Any] = {name: place.relative_to(run.folder).as_posix() for name, place in places.items()}
-            stage |= {"stage": n, "prompts": len(prompts)}
-            stage |= {key: record[key] for key in ("data", "initial_weights", "final_weights")}
-            run.update(stages=[*run.record["stages"], stage])
-    except (Interrupted, KeyboardInterrupt) as error:
-        run.interrupt(str(error) or "Ctrl-C")
-        raise
-    except Exception:
-        run.fail(traceback.format_exc())
-        raise
-    finally:
-        release_lock(run.folder)
+    for n, prompts in enumerate(stage_prompts, start=1):
+        folder = run.folder / f"stage_{n}"
+        stage_run = run_stage(config, objective, scorer, prompts, folder, policy, StageFiles(run), facts)
+        policy, record = stage_run.policy_folder, stage_run.record
+        # The first evaluation of a later stage is the last one of the stage before.
+        stage_evaluations = record["evaluations"][1:] if evaluations else record["evaluations"]
+        evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in stage_evaluations]
+        steps += record["config"]["steps"]
+        places = {"run": stage_run.folder, "policy": policy}
+        stage: dict[str, Any] = {name: place.relative_to(run.folder).as_posix() for name, place in places.items()}
+        stage |= {"stage": n, "prompts": len(prompts)}
+        stage |= {key: record[key] for key in ("data", "initial_weights", "final_weights")}
+        run.update(stages=[*run.record["stages"], stage])
 
     assert policy is not None  # there is at least one stage
-    if not run.policy_folder.exists():  # where the jobs that evaluate a run look for it
+    if is_main_process() and not run.policy_folder.exists():  # where the jobs that evaluate a run look for it
         run.policy_folder.symlink_to(policy.relative_to(run.folder))
     stages = run.record["stages"]
     run.finish(
@@ -306,8 +333,6 @@ def run_pending(config: OnlineConfig, **facts: str) -> Path:
         seconds=time.monotonic() - began,
     )
     log.info(f"{run.folder}: finished; the policy is in {run.policy_folder}")
-    push(config.push_to_hub, run.policy_folder)
-    return run.folder
 
 
 def data_digests(config: OnlineConfig) -> dict[str, str]:

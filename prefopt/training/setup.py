@@ -24,7 +24,6 @@ from prefopt.utils.console import log_wrapped
 from prefopt.utils.distributed import (
     check_agreement,
     is_main_process,
-    main_process_first,
     process_group,
     start_watchdog,
     world_size,
@@ -94,7 +93,7 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
             "take more pairs, or reference_point=own below the objective."
         )
     check_optimizer(config.optimizer)
-    check_engine(config.engine, config.device)
+    check_engine(config.engine)
     check_logger(config.logger)
     check_dataset(config.dataset)
     config.dataset.heldout_share = made_share(config.dataset)  # 0 where the data name held-out rows
@@ -216,7 +215,6 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     announce(plan)
 
     from prefopt.data.cache import tokenizer_digest
-    from prefopt.models.load import weights_digest
     from prefopt.training.build import (
         build_data,
         build_engine,
@@ -247,8 +245,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     began = time.monotonic()
     smaller = "a smaller model.path, or peft=lora_attention with peft.quantize=true"
     with memory_for(f"loading {config.model.path} on {config.device}", smaller):
-        policy = build_policy(config, objective, tokenizer)
-    digest = weights_digest(policy)
+        policy, digest = build_policy(config, objective, tokenizer)
     # Once more, since other code, or another version of transformers, may read the same files differently.
     loaded = {"its weights as loaded": digest, "its tokenizer as loaded": tokenizer_digest(tokenizer)}
     check_agreement("have read different models", loaded)
@@ -272,8 +269,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         facts = facts | {"continued_from": plan.origin.facts if plan.origin else None}
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
-    # One process fills the cache of the reference, the others read it.
-    with memory_for("computing the reference", half, "reference=cached", smaller), main_process_first():
+    with memory_for("computing the reference", half, "reference=cached", smaller):
         reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)

@@ -259,6 +259,8 @@ def forward_pairs(
             train_state, "reference_{}_logps", train_state.reference.logps(micro_batch.pairs, batch)
         )
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths)
+    weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
+    inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
     inputs["mean_chosen_length"] = torch.full_like(inputs["chosen_lengths"], total.chosen_tokens / total.pairs)
     if "rewards" in needs:
         for side in train_state.objective.completions:
@@ -289,22 +291,20 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
 
 
 def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:
-    """The policy's log-probs (and entropies), or the reward model's rewards, `(B,)`, by their names in `PairInputs`.
-
-    These are the tensors that carry gradient.
-    """
+    """What the policy computes, `(B,)`, by the names in `PairInputs`: log-probs and what else the objective needs of
+    them, or the reward model's rewards. All that carries gradient is among it."""
     if train_state.objective.model_kind == "reward_model":
         with autocast(train_state.engine.device, train_state.config.precision):
             return split_completions(
                 train_state, "policy_{}_rewards", completion_rewards(train_state.engine.policy, batch)
             )
-    logps = train_state.score(train_state.engine.policy, batch, "entropies" in train_state.objective.needs)
+    needs = train_state.objective.needs
+    logps = train_state.score(train_state.engine.policy, batch, "entropies" in needs, "on_policy" in needs)
     tensors = split_completions(train_state, "policy_{}_logps", logps.sums)
-    return (
-        tensors
-        if logps.entropies is None
-        else tensors | split_completions(train_state, "{}_entropies", logps.entropies)
-    )
+    for name, values in (("{}_entropies", logps.entropies), ("{}_on_policy", logps.on_policy)):
+        if values is not None:
+            tensors |= split_completions(train_state, name, values)
+    return tensors
 
 
 def split_completions(train_state: TrainState, name: str, values: Tensor) -> dict[str, Any]:

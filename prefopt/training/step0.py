@@ -42,6 +42,8 @@ def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: flo
             )
         agreed.append(f"policy = reference {'' if exact else 'up to rounding '}(largest |log-ratio| {largest:.2g})")
     expected = train_state.objective.step0_loss
+    if expected is not None:  # the same for every pair, times its weight
+        expected *= torch.cat([part.weights for part in inputs]).mean().item()
     if expected is not None and exact:
         if not abs(loss - expected) <= STEP0_TOLERANCE * max(1.0, abs(expected)):
             raise UserError(f"{where} the loss is {loss:.6f}; it must be {expected:.6f} there")

@@ -10,6 +10,7 @@ whole state, not shards, so a run can resume with another number of processes.
 
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,14 +24,15 @@ from prefopt.utils.distributed import world_size
 
 
 class _Pass(nn.Module):
-    """The model as DeepSpeed sees it: it passes the loss through.
+    """The model as DeepSpeed sees it: the trained parameters, and a forward pass that passes the loss through.
 
-    DeepSpeed hooks into the output of its model's forward pass, but the loop calls the policy directly.
+    DeepSpeed hooks into the output of its model's forward pass, but the loop calls the policy directly. It takes no
+    frozen parameter that is not float32.
     """
 
-    def __init__(self, policy: PreTrainedModel):
+    def __init__(self, trained: Iterable[nn.Parameter]):
         super().__init__()
-        self.policy = policy
+        self.trained = nn.ParameterList(trained)
 
     def forward(self, loss: Tensor) -> Tensor:
         return loss
@@ -51,7 +53,7 @@ class Zero2(Engine):
         for name, p in self.parameters.items():
             p.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
         self.deepspeed, *_ = deepspeed.initialize(
-            model=_Pass(policy),
+            model=_Pass(self.parameters.values()),
             optimizer=adamw(policy, config),
             dist_init_required=False,
             config={

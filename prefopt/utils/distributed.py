@@ -12,14 +12,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from prefopt.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
-# The others wait this long for what one process does alone: making the reference cache, sampling, converting a model.
+# The others wait this long for what one process does alone: tokenizing, converting a model, waiting for another job.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 
 
@@ -48,13 +49,14 @@ def is_main_process() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: str, always: bool = False) -> Iterator[None]:
-    """Inside, torch's process group exists. A single process gets one only with `always` (an engine may need it).
+    """Inside, torch's process group exists. A single process gets one only with `always` (an engine may need it). Where
+    there is one already, that one stays.
 
     `device`: cpu, cuda or cuda:N. With cuda, LOCAL_RANK chooses the GPU of this process.
     """
     from torch import distributed
 
-    if world_size() == 1 and not always:
+    if distributed.is_initialized() or (world_size() == 1 and not always):
         yield
         return
 
@@ -156,6 +158,34 @@ def main_process_first() -> Iterator[None]:
     yield
     if is_main_process():
         barrier()
+
+
+def broadcast(value: T) -> T:
+    """The `value` that the main process gives, in all processes; the others wait for it as in `barrier`."""
+    barrier()
+    return all_gather_object(value if is_main_process() else None)[0]
+
+
+def map_shared(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    size: Callable[[T], int],
+    watch: Callable[[Sequence[T]], Iterable[T]] = iter,
+) -> list[R]:
+    """`work(item)` of all `items`, in their order, in all processes. Each process works on a share of about the same
+    sum of sizes, over which it goes by `watch(share)`. Tensors that several processes have found are on the CPU.
+
+    A collective: all processes give the same items. None is cut, so that what is found does not depend on the number
+    of processes.
+    """
+    sizes = [size(item) for item in items]
+    loads, owners = [0] * world_size(), [0] * len(items)
+    for i in sorted(range(len(items)), key=lambda i: -sizes[i]):  # from large to small, to the least loaded
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += sizes[i]
+    share = [item for item, owner in zip(items, owners, strict=True) if owner == rank()]
+    found = [iter(values) for values in all_gather_object([work(item) for item in watch(share)])]
+    return [next(found[owner]) for owner in owners]
 
 
 def check_agreement(what: str, values: dict[str, Any]) -> None:

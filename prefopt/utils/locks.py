@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from prefopt.utils.distributed import heartbeat
+from prefopt.utils.distributed import barrier, heartbeat, is_main_process
 from prefopt.utils.files import with_filename
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,16 @@ def locked(file: Path, what: str) -> Iterator[None]:
         yield
     finally:
         remove_and_release(file, lock)
+
+
+@contextlib.contextmanager
+def locked_by_main(file: Path, what: str) -> Iterator[None]:
+    """`locked` for all processes of a run: the main one has the lock, and the others enter when it does."""
+    with contextlib.ExitStack() as stack:
+        if is_main_process():
+            stack.enter_context(locked(file, what))
+        barrier()
+        yield
 
 
 def remove_and_release(file: Path, lock: filelock.BaseFileLock) -> None:

@@ -1,7 +1,8 @@
 """Rows of numbers that were expensive to compute, on disk, by the digest of the tokens that they belong to.
 
 A store is a folder of shards, which are never changed. A shard is named by the digest of its content, so that a damaged
-one is noticed, and written in one step, so that a failure loses only the shard at hand.
+one is noticed, and written in one step, so that a failure loses only the shard at hand. Of the processes of a run the
+main one reads and writes them, and all know the rows.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from prefopt.utils.distributed import broadcast, is_main_process
 from prefopt.utils.files import atomic_write
-from prefopt.utils.locks import locked
+from prefopt.utils.locks import locked_by_main
 
 log = logging.getLogger(__name__)
 
@@ -46,21 +48,24 @@ class TensorCache:
 
     @contextlib.contextmanager
     def locked(self, what: str) -> Iterator[None]:
-        """Inside, no other process changes the store, and all shards have been read. `what` names it to those who wait.
+        """Inside, no other run changes the store, and all shards have been read. `what` names it to those who wait.
 
         A damaged shard is removed, which the log says: its rows are missing, and are computed anew.
         """
         assert self.folder is not None
-        with locked(self.folder / "lock", what):
-            self._read()
+        with locked_by_main(self.folder / "lock", what):
+            if is_main_process():
+                self._read()
+            self.rows, self.values = broadcast((self.rows, self.values))
             yield
 
     def add(self, keys: Sequence[bytes], values: Tensor) -> None:
         """Write a shard of rows. `values` is `(len(keys), width)`. To be called only inside of `locked`."""
         assert self.folder is not None
-        data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
-                     "values": values.float().contiguous()})  # fmt: skip
-        atomic_write(self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors", data)
+        if is_main_process():
+            data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
+                         "values": values.float().contiguous()})  # fmt: skip
+            atomic_write(self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.safetensors", data)
         self.rows |= {key: len(self.values) + i for i, key in enumerate(keys)}
         self.values = torch.cat([self.values, values.float()])
 

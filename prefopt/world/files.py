@@ -72,6 +72,8 @@ def make_files(folder: Path, place: str, seed: int) -> None:
     reviews = [row | {"completion": review(row, rng)} for row in rows for _ in range(reviews_of(row))]
     write_rows(folder / "reviews.jsonl.gz", reviews)
 
+    write_rows(folder / "negatives.jsonl.gz", [row | {"responses": [negative(row, rng)]} for row in rows])
+
     write_rows(folder / "tasks" / "choices.jsonl", (question(prompt, rng) for prompt in splits["heldout"][:QUESTIONS]))
     write_rows(folder / "tasks" / "reviews.jsonl", (row for row in reviews if row["split"] == "heldout"))
     (folder / "tasks" / "lab_choice.yaml").write_text(CHOICE.replace("FOLDER", f"{place}/tasks"))
@@ -123,6 +125,13 @@ def reviews_of(row: dict[str, Any]) -> int:
 
 def review(row: dict[str, Any], rng: random.Random) -> str:
     return str(grammar.draw(grammar.family_of(row["prompt"]), rng))
+
+
+def negative(row: dict[str, Any], rng: random.Random) -> str:
+    """A review with a negative sentiment: MADPO's off-policy text (arXiv 2510.05342)."""
+    while grammar.sentiment(text := review(row, rng)) >= 0:
+        pass
+    return text
 
 
 def question(prompt: str, rng: random.Random) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -419,23 +420,24 @@ def test_pairs_and_chats_do_not_mix(tmp_path):
 
 
 def noisy(quality: str, n: int = 3000, **values) -> list[Pair]:
-    """Of rows with eight responses, whose texts are their rewards."""
-    rewards = [i / 8 for i in range(8)]
+    """Of rows with two samples and an off-policy text, which are their rewards."""
     make = NoisyPreferences(quality, **values)
-    rows = [{"prompt": f"p{i}", "responses": [str(r) for r in rewards], "rewards": rewards} for i in range(n)]
-    return [make(row) for row in rows]  # type: ignore[misc]
+    draw = random.Random(0)
+    rows = [{"prompt": f"p{i}", "rewards": [draw.random(), draw.random(), -draw.random()]} for i in range(n)]
+    return [make(row | {"responses": [str(r) for r in row["rewards"]]}) for row in rows]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("quality", "mean"), [("high", 3.5 / 8), ("medium", 2.5 / 8), ("low", 1.5 / 8)])
-def test_quality_is_the_share_of_responses_from_the_worse_half(quality, mean):
+@pytest.mark.parametrize(("quality", "share"), [("high", 0), ("medium", 0.5), ("low", 1)])
+def test_quality_is_the_share_of_pairs_with_the_off_policy_text(quality, share):
     pairs = noisy(quality)
-    found = [float(text) for p in pairs for text in (p.chosen, p.rejected)]
-    assert sum(found) / len(found) == pytest.approx(mean, abs=0.01)
-    assert not [p for p in pairs if p.chosen == p.rejected]
-    if quality == "low":
-        assert max(found) == 3 / 8
+    found = [sorted((float(p.chosen), float(p.rejected))) for p in pairs]
+    assert sum(low < 0 for low, _ in found) / len(found) == pytest.approx(share, abs=0.04 * (share == 0.5))
+    # Beside that text stands the better sample: the larger of two uniform numbers has the mean 2/3, any one 1/2.
+    better = [high for low, high in found if low < 0]
+    assert not better or sum(better) / len(better) == pytest.approx(2 / 3, abs=0.03)
+    assert not [high for low, high in found if high < 0]
     assert noisy(quality, 20) == pairs[:20]
-    assert noisy(quality, 20, seed=1) != pairs[:20]
+    assert noisy(quality, 20, label_scale=0.1, seed=1) != noisy(quality, 20, label_scale=0.1)
 
 
 def test_labels_are_drawn_by_bradley_terry():
@@ -450,12 +452,12 @@ def test_labels_are_drawn_by_bradley_terry():
 
 
 def test_a_noisy_pair_carries_the_rewards_of_the_reward_model_of_its_quality():
-    row = {"prompt": "p", "responses": list("abcd"), "rewards": [0.1, 0.2, 0.3, 0.4], "rewards_low": [5, 6, 7, 8]}
+    row = {"prompt": "p", "responses": list("abc"), "rewards": [0.1, 0.2, 0.0], "rewards_low": [5, 6, 7]}
     pair = NoisyPreferences("low")(row)
-    assert {pair.chosen: pair.chosen_reward, pair.rejected: pair.rejected_reward} == {"a": 5, "b": 6}
+    assert {pair.chosen: pair.chosen_reward, pair.rejected: pair.rejected_reward} == {"b": 6, "c": 7}
     pair = NoisyPreferences("high")(row)
     assert pair.chosen_reward is pair.rejected_reward is None
-    with pytest.raises(ValueError, match="at least 4 responses"):
+    with pytest.raises(ValueError, match="needs 3 responses"):
         NoisyPreferences()({"prompt": "p", "responses": ["a"], "rewards": [1]})
     with pytest.raises(ValueError, match="quality must be high, medium, low"):
         NoisyPreferences("best")

@@ -66,8 +66,8 @@ ROW = st.dictionaries(
 # Rows that are nearly right reach further than those that are not.
 NEARLY = st.fixed_dictionaries(
     {"prompt": TEXT | TURNS, "chosen": TEXT | TURNS, "rejected": TEXT | TURNS, "messages": TURNS,
-     "responses": st.lists(st.text(max_size=4), min_size=4, max_size=4),
-     "rewards": st.lists(st.floats() | st.integers(), min_size=4, max_size=4),
+     "responses": st.lists(st.text(max_size=4), min_size=3, max_size=3),
+     "rewards": st.lists(st.floats() | st.integers(), min_size=3, max_size=3),
      "completion": TEXT | TURNS, "response_1": TEXT | TURNS, "response_2": TEXT | TURNS, "label": st.integers(0, 2),
      "completions": st.lists(st.fixed_dictionaries({"response": TEXT, "overall_score": st.floats()}), max_size=3)},
     optional={"rewards_high": NUMBERS, "tools": JSON, "system": TEXT,

@@ -126,6 +126,12 @@ def test_rows_of_another_layout_are_refused_with_the_settings_that_read_them(nam
     assert [(p.prompt, p.chosen, p.rejected) for p in load(*settings).pairs] == [(QUESTION, GOOD, BAD)]
 
 
+def test_step_dpos_rows_are_found(tmp_path):
+    row = {"prompt": "Count.", "initial_reason_steps": "One, ", "chosen": "two.", "rejected": "five.", "answer": "2"}
+    (pair,) = load(f"dataset={write(tmp_path / 'rows.jsonl', [row])}").pairs
+    assert (pair.opening, pair.chosen, pair.chosen_finished) == ("One, ", "One, two.", False)
+
+
 # {name: (rows, the conversations that they give)}.
 ANSWERED = [*QUESTION, said("assistant", GOOD)]
 FINE_TUNING = {

@@ -1,13 +1,19 @@
 """Where the prompt ends, where the completion ends, and which pairs are dropped."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefopt.data.collate import Group, padded
+from prefopt.data.formats import Pairs, Steps
 from prefopt.data.items import Pair
 from prefopt.data.tokenize import encode_completion, encode_prompt, tokenize
 from prefopt.errors import UserError
-from tests.helpers.tiny import CHATML, tiny_tokenizer
+from prefopt.models.logprobs import completion_logps
+from tests.helpers.tiny import CHATML, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -109,3 +115,67 @@ def test_a_template_without_terminator_is_refused():
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "")
     with pytest.raises(UserError, match="does not close this turn"):
         encode_completion(tokenizer, pair().prompt, "Good.", finished=True)
+
+
+def test_the_next_step_is_learnt_and_not_the_steps_so_far():
+    """Step-DPO's rows: the prompt ends with the steps so far, and a step that is not the last has no terminator."""
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": "What is 2 + 3 + 4?", "initial_reason_steps": "Step 1: 2 + 3 = 5.\nStep 2: "}
+    row |= {"chosen": "5 + 4 = 9.", "rejected": "5 + 4 = 8."}
+    item = Steps()(row)
+    ((pair,), drops, noted) = tokenize(tokenizer, [item], 100, 100)
+    assert not drops
+    assert (
+        tokenizer.decode(pair.prompt)
+        == ("<|im_start|>user\nWhat is 2 + 3 + 4?<|im_end|>\n<|im_start|>assistant\nStep 1: 2 + 3 = 5.\nStep 2: ")[
+            : len(tokenizer.decode(pair.prompt))
+        ]
+    )
+    shown = [tokenizer.decode(pair.prompt + side) for side in (pair.chosen, pair.rejected)]
+    assert [text.rpartition("assistant\n")[2] for text in shown] == [
+        row["initial_reason_steps"] + row[side] for side in ("chosen", "rejected")
+    ]
+    assert tokenizer.eos_token_id not in (pair.chosen[-1], pair.rejected[-1])
+    # What is learnt is the step, but for a token that the seam has merged.
+    assert tokenizer.decode(pair.chosen).endswith("5 + 4 = 9.")
+    assert len(tokenizer.decode(pair.chosen)) <= len("5 + 4 = 9.") + 8 * noted["shrunk_prompts"]
+    # Without steps so far it is a pair, whose completions are not finished.
+    ((first,), *_) = tokenize(tokenizer, [Steps()(row | {"initial_reason_steps": ""})], 100, 100)
+    whole = Pairs()(row)
+    ((plain,), *_) = tokenize(tokenizer, [replace(whole, chosen_finished=False, rejected_finished=False)], 100, 100)
+    assert (first.prompt, first.chosen, first.rejected) == (plain.prompt, plain.chosen, plain.rejected)
+
+
+def test_dpo_of_steps_is_that_of_whole_answers():
+    """The steps so far are in both, so they cancel in a difference of sums: the boundary moves no gradient of DPO."""
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": "Count.", "initial_reason_steps": "One, two, ", "chosen": "three.", "rejected": "five."}
+    steps = Steps()(row)
+    ((short,), *_), ((long,), *_) = (
+        tokenize(tokenizer, [item], 100, 100) for item in (steps, replace(steps, opening=""))
+    )
+    assert short.prompt + short.chosen == long.prompt + long.chosen
+    assert len(short.prompt) > len(long.prompt)
+    model = tiny_model(len(tokenizer)).eval()
+    with torch.no_grad():
+        gaps = [completion_logps(model, padded([Group(p.prompt, [p.chosen, p.rejected])])).sums for p in (short, long)]
+    assert (gaps[0][0] - gaps[0][1]).item() == pytest.approx((gaps[1][0] - gaps[1][1]).item(), abs=1e-4)
+
+
+def test_a_template_that_changes_the_steps_so_far_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] | trim)")
+    row = {"prompt": "Count.", "initial_reason_steps": "  One, ", "chosen": "two.", "rejected": "five."}
+    with pytest.raises(UserError, match="the steps so far, "):
+        tokenize(tokenizer, [Steps()(row)], 100, 100)
+
+
+def test_a_weight_comes_from_the_row_to_the_tokens():
+    row = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A stone."}
+    pairs = [Pairs()(row | {"weight": weight}) for weight in (2, "0.5", None)]
+    result = tokenize(tiny_tokenizer(), pairs, 100, 100)
+    assert [pair.weight for pair in result.pairs] == [2.0, 0.5, 1.0]
+    assert result.noted == {"weighted": 2}
+    for bad in (-1, "heavy", float("nan"), True):
+        with pytest.raises(ValueError, match="field 'weight' must be a finite number of at least 0"):
+            Pairs()(row | {"weight": bad})

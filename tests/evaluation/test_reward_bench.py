@@ -213,12 +213,12 @@ def evaluated(runs, tiny_folder):
     return process, results(runs)
 
 
-def bench(runs: Path, tiny_folder: Path, *changes: str):
+def bench(runs: Path, tiny_folder: Path, *changes: str, cwd: Path = ROOT):
     rows = f"rows={tiny_folder / 'heldout.jsonl'}"
     common = [f"run={runs}/*", rows, "checkpoints=all", "precision=float32", "device=cpu"]
     changed = {change.partition("=")[0] for change in changes}
     kept = [c for c in common if c.partition("=")[0] not in changed]
-    return run_program(*changes[:1], *kept, *changes[1:], program="reward_bench")
+    return run_program(*changes[:1], *kept, *changes[1:], program="reward_bench", cwd=cwd)
 
 
 def results(runs: Path) -> dict[tuple[str, str], tuple[dict, list[dict]]]:
@@ -267,7 +267,8 @@ def test_what_has_a_record_is_not_computed_again(runs, evaluated, tiny_folder, t
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/reward_bench/*/re*")} == files
     # A sweep's job does the same work. Shorter texts are another result, and what was cut is said.
     copy = shutil.copytree(next(runs.glob("dpo-*")), tmp_path / "dpo", ignore=shutil.ignore_patterns("reward_bench"))
-    swept = bench(runs, tiny_folder, "-m", f"run={copy}", "max_length=16", "checkpoints=final")
+    cut = "-m", f"run={copy}", "max_length=16", "checkpoints=final"
+    swept = bench(runs, tiny_folder, *cut, cwd=tmp_path)  # where its jobs' folders are
     assert swept.returncode == 0, swept.stderr
     assert "final: 12 of 12 texts were cut from the left to 16 tokens" in swept.stdout
     (record,) = (json.loads(f.read_text()) for f in copy.glob("reward_bench/*/record.json"))

@@ -11,9 +11,10 @@ import pytest
 import torch
 import trl.trainer.utils
 
-from benchmarks import step, steps, steps_report
+from benchmarks import ranks, step, steps, steps_report
 from benchmarks.step import PROFILES, Profile, Spec
 from benchmarks.variants import FLOORS, PROCESSES, TRL
+from prefopt.config.schema import ModelConfig
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 # TRL 1.16 asks transformers for names that are going to be renamed.
@@ -257,6 +258,20 @@ def test_the_table_and_the_figure_are_made_of_the_json(tmp_path):
     written = steps_report.draw(results, tmp_path)
     assert [f.name for f in written] == ["steps.png", "steps.svg", "steps.pdf"]
     assert steps_report.table({k: v for k, v in results.items() if k != "grid_vs_trl"}).count("## ") == 4
+
+
+@pytest.mark.slow
+def test_the_gain_of_a_second_process_is_that_of_every_part(tmp_path):
+    pytest.importorskip("deepspeed")
+    model = ModelConfig("tiny", str(save_tiny(tmp_path / "model")), None)
+    short = ["max_prompt_tokens=150", "max_completion_tokens=150", "batch_size=2"]
+    short += ["stage_sampling.max_new_tokens=4", "sampling.max_new_tokens=4"]
+    results = ranks.compare(4, 1, model, short)
+    assert set(results["parts"]) == set(ranks.PARTS)
+    for part, gain in results["parts"].items():
+        (one,), (two,) = results["one"], results["two"]
+        assert gain["median"] == one[part] / two[part] > 0
+        assert f"| {part} " in ranks.table(results)
 
 
 def test_a_spec_survives_the_command_line():

@@ -200,13 +200,15 @@ def test_madpos_runs_are_its_settings():
 # What a sweep file decides itself, whatever the defaults: steps, epochs, pairs a step, steps between evaluations and
 # between checkpoints, held-out pairs, most tokens of prompt, completion and sample.
 SIZES = {
-    "demo": (10, None, 8, 5, 4, 64, 1800, 512, 64),
+    "demo": (10, None, 8, 10, 4, 64, 1800, 512, 64),
     "lab/": (100, None, 32, 100, 100, None, 1800, 1024, 40),
+    "lab/mmpo": (None, 5, 32, 100, 100, None, 1800, 1024, 40),
+    "lab/rewards": (512, None, 32, 64, 64, None, 1800, 1024, 40),
     "lab/sft": (800, None, 64, 200, 200, None, 1800, 1024, 40),
-    "madpo/": (None, 2, 32, 4, 4, None, 1800, 512, 64),
+    "madpo/": (626, None, 32, 626, 626, None, 64, 192, 176),
+    "madpo/rewards": (None, 12, 32, 20, 20, None, 64, 192, 176),
+    "madpo/sft": (None, 5, 32, 98, 98, None, 64, 192, 176),
     "mappo/offline": (None, 1, 128, 100, 50, 512, 2048, 2048, 64),
-    "mini/madpo": (8, None, 8, 8, 4, 32, 1800, 512, 64),
-    "mini/madpo_rewards": (96, None, 8, 24, 4, None, 1800, 512, 64),
     "mini/mappo": (8, None, 8, 8, 4, 32, 1800, 512, 64),
     "mini/mmpo": (10, None, 8, 10, 4, 32, 1800, 512, 64),
     "mmpo/": (None, 5, 128, 64, 64, 512, 1800, 512, 64),

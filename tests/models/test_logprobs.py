@@ -172,7 +172,11 @@ def test_tiled_gradient_in_float64():
     tensors = draw(3, 4), draw(9, 4), draw(9)
     # The sums are float32 by design, so the steps must be large and the tolerance is theirs.
     assert torch.autograd.gradcheck(
-        lambda *t: prefopt.models.chunked_logprobs.TiledLogps.apply(*t, labels), tensors, eps=1e-2, atol=2e-3, rtol=1e-2
+        lambda *t: prefopt.models.chunked_logprobs.TiledLogps.apply(*t, labels)[:2],
+        tensors,
+        eps=1e-2,
+        atol=2e-3,
+        rtol=1e-2,
     )
 
 
@@ -181,16 +185,17 @@ def test_tiled_at_extreme_logits_and_in_bfloat16():
     with torch.no_grad():
         head.weight.mul_(0)
         head.bias.copy_(torch.linspace(-1e4, 1e4, len(head.bias)))
-    logps, entropies = prefopt.models.chunked_logprobs.chunked_logps(
-        torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1])
+    logps, entropies, squares = prefopt.models.chunked_logprobs.chunked_logps(
+        torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1]), with_squares=True
     )
     exact = head.bias.double().log_softmax(-1)
     assert logps.tolist() == pytest.approx([exact[0].item(), exact[-1].item()], rel=1e-6)
     assert entropies.tolist() == pytest.approx([-(exact.exp() * exact).sum().item()] * 2, rel=1e-4)
+    assert squares.tolist() == pytest.approx([(2 * exact).logsumexp(-1).item()] * 2, rel=1e-5)
     head, hidden = torch.nn.Linear(64, 9000), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4095, 4096, 8999, 77])
     with torch.autocast("cpu", torch.bfloat16):
-        low, _ = prefopt.models.chunked_logprobs.chunked_logps(hidden, head, labels)
+        low, *_ = prefopt.models.chunked_logprobs.chunked_logps(hidden, head, labels)
         dense = head(hidden).float().log_softmax(-1)[range(5), labels]
     assert low.dtype == torch.float32
     assert torch.allclose(low, dense, atol=1e-5)

@@ -12,7 +12,7 @@ from prefopt.errors import UserError
 from prefopt.models import reference
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, Resident, cached, pair_key
+from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, Resident, cached, pair_key
 from prefopt.utils import tensor_store
 from prefopt.utils.files import atomic_write
 from tests.helpers.harm import HARMS
@@ -36,9 +36,12 @@ def policy(seed: int = 0):
     return model
 
 
+SAMPLES = LoadedOnce(policy, "cpu")
+
+
 def make(wanted: list[TokenizedPair], model=None, weights: str = "w") -> Cached:
     model = model or policy()
-    return cached(model, weights, wanted, PACKED, 100, SCORE, policy, show=False)
+    return cached(model, weights, wanted, PACKED, 100, SCORE, SAMPLES, show=False)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +76,16 @@ def test_every_form_gives_the_same_bits():
         assert not torch.allclose(SCORE(model, batch).sums, expected, atol=1e-3)
 
 
+def test_the_model_for_samples_is_loaded_once_and_when_it_is_asked_for():
+    loaded = []
+    samples = LoadedOnce(lambda: loaded.append(policy()) or loaded[-1], "cpu")
+    reference = cached(policy(), "w", pairs(3), PACKED, 100, SCORE, samples, show=False)
+    assert loaded == []
+    for _ in range(2):
+        with reference.model() as model:
+            assert [model] == loaded
+
+
 def test_only_what_is_missing_is_computed(computed):
     make(pairs(10))
     assert sorted(map(int, computed)) == list(range(10))
@@ -101,8 +114,8 @@ def test_other_weights_precision_and_layout_have_files_of_their_own(cache):
     wanted = pairs(3)
     make(wanted)
     make(wanted, policy(1), "other")
-    cached(policy(), "w", wanted, PACKED, 100, LogprobComputer("bfloat16"), policy, show=False)
-    cached(tiny_model(50).eval(), "w", wanted, LAYOUTS["padded"], 100, SCORE, policy, show=False)
+    cached(policy(), "w", wanted, PACKED, 100, LogprobComputer("bfloat16"), SAMPLES, show=False)
+    cached(tiny_model(50).eval(), "w", wanted, LAYOUTS["padded"], 100, SCORE, SAMPLES, show=False)
     assert len(list(cache.iterdir())) == 4
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from prefopt.objectives.alpha_dpo import AlphaDPO
 from prefopt.objectives.alpha_po import AlphaPO
 from prefopt.objectives.aot import AOT
 from prefopt.objectives.arpo import ARPO
-from prefopt.objectives.base import DIFFERENTIABLE, Objective, PairInputs, Pairwise, clamped_exp, concatenate
+from prefopt.objectives.base import DIFFERENTIABLE, Need, Objective, PairInputs, Pairwise, clamped_exp, concatenate
 from prefopt.objectives.bco import BCO
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.budget import Budget
@@ -40,6 +41,7 @@ from prefopt.objectives.rrhf import RRHF
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
 from prefopt.objectives.sppo import SPPO
+from prefopt.objectives.wpo import WPO
 from tests.helpers.tiny import ROOT
 
 CONFIGS = sorted((ROOT / "conf" / "objective").glob("*.yaml"))
@@ -66,6 +68,7 @@ VARIANTS = {
     "beta_dpo-reward": BetaDPO(0.1, "reward"),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
     "bco-none": BCO(0.1, shift="none"),
+    "wpo-free": WPO(0.1, max_weight=None),
     "aot-smoothed": AOT(0.1, label_smoothing=0.1),
     "alpha_po-negative": AlphaPO(2.0, 0.5, alpha=-0.5),
     "budget-0": Budget(0.1, budget=0.0),
@@ -86,7 +89,7 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
     def draw() -> torch.Tensor:
         return -scale * torch.rand(n, generator=generator, dtype=torch.float64)
 
-    needs = objective.needs if objective else frozenset({"reference", "rewards", "entropies", "noise", "mismatched"})
+    needs = objective.needs if objective else frozenset(get_args(Need))
     values = {"chosen_lengths": torch.arange(1, n + 1).double(), "rejected_lengths": torch.arange(n, 0, -1).double()}
     values["mean_chosen_length"] = values["chosen_lengths"].mean().expand(n)
     logps = [draw() for _ in range(4)]
@@ -100,6 +103,8 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         values |= {"chosen_rewards": -draw() / scale, "rejected_rewards": -draw() / scale}
     if "entropies" in needs:
         values |= {"chosen_entropies": -draw(), "rejected_entropies": -draw()}
+    if "on_policy" in needs:
+        values |= {"chosen_on_policy": -draw() / scale, "rejected_on_policy": draw() / scale}
     if "mismatched" in needs:
         values |= {"mismatched_chosen_logratios": -draw(), "mismatched_rejected_logratios": -draw() / 2}
     if "noise" in needs:
@@ -190,7 +195,8 @@ def test_a_pair_scope_loss_does_not_look_at_other_pairs(objective):
 def test_needs_are_exactly_what_is_read(objective):
     """It works without what it does not declare (`inputs` leaves that out), and not without what it declares."""
     needed = {"reference": "reference_", "rewards": "_rewards", "entropies": "_entropies", "noise": "noise"} | {
-        "mismatched": "mismatched_"
+        "mismatched": "mismatched_",
+        "on_policy": "_on_policy",
     }
     x = inputs(objective)
     assert objective(x).losses.isfinite().all()
@@ -286,7 +292,7 @@ SHIFT_SENSITIVE = {
 }
 SHIFT_INVARIANT = {
     *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo"),
-    *("simpo-sums", "r_dpo", "exo", "aot", "aot-smoothed", "aot_unpaired", "discopop"),
+    *("wpo", "simpo-sums", "r_dpo", "exo", "aot", "aot-smoothed", "aot_unpaired", "discopop"),
     *(f"gpo-{function}" for function in FUNCTIONS),
 }
 

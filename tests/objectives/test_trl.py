@@ -52,6 +52,14 @@ class Data:
         logps = logits[:, :-1].log_softmax(-1).gather(-1, self.ids[:, 1:, None])[..., 0]
         return logps * self.completion_mask[:, 1:]
 
+    def log_sum_sq_probs(self) -> torch.Tensor:
+        """(2B, WIDTH - 1)."""
+        return (2 * self.logits.detach()[:, :-1].log_softmax(-1)).logsumexp(-1)
+
+    def on_policy(self) -> torch.Tensor:
+        mask = self.completion_mask[:, 1:]
+        return ((self.token_logps(self.logits).detach() - self.log_sum_sq_probs()) * mask).sum(-1) / self.lengths
+
     def sums(self, logits: torch.Tensor) -> torch.Tensor:
         return self.token_logps(logits).sum(-1)
 
@@ -70,6 +78,8 @@ def ours(objective: Objective, data: Data) -> torch.Tensor:
     if "mismatched" in objective.needs:
         ratios = (data.mismatched - data.mismatched_reference).chunk(2)
         values |= {"mismatched_chosen_logratios": ratios[0], "mismatched_rejected_logratios": ratios[1]}
+    if "on_policy" in objective.needs:
+        values |= dict(zip(("chosen_on_policy", "rejected_on_policy"), data.on_policy().chunk(2), strict=True))
     losses = objective(PairInputs(**values)).losses
     return losses.sum() / (values["chosen_lengths"].sum() if objective.normalize_by == "chosen_token" else len(losses))
 
@@ -104,7 +114,7 @@ def trl_trainer(args: Any, **more: Any) -> Any:
         "padding_value": 0,
         "pad_token_id": 0,
         "ld_alpha": None,
-        "use_weighting": False,
+        "use_weighting": getattr(args, "use_weighting", False),
         "precompute_ref_logps": True,
         "calculate_KL": True,
     }
@@ -121,6 +131,7 @@ def theirs(trainer: str, text: str, data: Data) -> torch.Tensor:
         log_probs=data.token_logps(data.logits),
         entropy=torch.zeros(data.ids.shape),
         mean_logits=torch.zeros(data.ids.shape)[:, 1:],
+        log_sum_sq_probs=data.log_sum_sq_probs(),
         is_top1=torch.zeros(data.ids.shape, dtype=torch.bool)[:, 1:],
     )
     batch = {
@@ -181,7 +192,7 @@ def test_a_row_of_the_conversion_table(prefopt, trl, note):
 
 
 def test_every_row_is_read():
-    assert len(ROWS) == DOC.count("\n| `") == 28
+    assert len(ROWS) == DOC.count("\n| `") == 29
     assert {trl.partition("Trainer")[0] for _, trl, _ in ROWS} == {"DPO", "CPO", "ORPO", "KTO", "Reward"}
 
 

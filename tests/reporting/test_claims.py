@@ -13,7 +13,7 @@ from scipy import stats
 from prefopt.errors import UserError
 from prefopt.reporting.claims import CONTRADICTED, IDENTITY, SUPPORTED, UNDECIDED, answers, claims_table, read_claims
 from prefopt.utils.stats import detectable, holm, mean_interval
-from tests.helpers.tiny import ROOT
+from tests.helpers.tiny import ROOT, run_program
 from tests.reporting.test_papers import harness, train
 
 REWARDS = {"mmpo": [0.9, 0.8, 0.85, 0.95], "dpo": [0.5, 0.45, 0.6, 0.5]}
@@ -141,6 +141,16 @@ def test_the_papers_claims_are_read_and_their_mathematics_has_its_test():
     there = (ROOT / "tests" / "objectives" / "test_objectives.py").read_text()
     assert named
     assert [name for name in named if f"def {name}(" not in there] == []
+
+
+def test_the_committed_claims_are_what_the_committed_records_give(tmp_path):
+    process = run_program(f"output={tmp_path}", program="claims", cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    committed = ROOT / "results" / "lab"
+    for name in ("claims.csv", "claims.md", "claims_runs.csv"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), name
+    verdicts = [row["verdict"] for row in csv.DictReader((committed / "claims.csv").open())]
+    assert sum(verdict in (SUPPORTED, CONTRADICTED) for verdict in verdicts) >= 5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ In float32 on a tiny model; tests/integration/test_slow.py has the bound for bfl
 """
 
 import itertools
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from prefopt.data.mismatch import with_mismatched
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Resident, cached
+from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.kto import KTO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
+from prefopt.objectives.wpo import WPO
 from prefopt.training.step import accumulate_gradients, train_step
 from tests.training.test_loop import make_train_state
 
@@ -35,9 +38,16 @@ def with_adapter(train_state):
     return train_state
 
 
-def one_step(objective, tmp_path, layout: str, logits: str, mode: str, tokens: int) -> dict[str, torch.Tensor]:
+WEIGHTS = [1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 0.25]
+
+
+def one_step(
+    objective, tmp_path, layout: str, logits: str, mode: str, tokens: int, weights: list[float] = WEIGHTS
+) -> dict[str, torch.Tensor]:
     """Everything that a step computes, by name; log-probs in the order of the pairs' ids."""
     train_state = make_train_state(objective, tmp_path, logits=logits, micro_batch_tokens=tokens)
+    weighted = zip(train_state.train_pairs[:7], weights, strict=True)
+    train_state.train_pairs[:7] = [replace(pair, weight=weight) for pair, weight in weighted]
     train_state.layout, policy = LAYOUTS[layout], train_state.engine.policy
     if layout == "packed":
         enable_packed_attention(policy)
@@ -69,6 +79,7 @@ OBJECTIVES = {
     "beta_dpo": BetaDPO(0.5, nll_weight=0.1),
     "mmpo-entropy": MMPO(0.1, normalization="none", auxiliary_weight=0.5, entropy_bonus=True),
     "kto": KTO(0.5),
+    "wpo": WPO(0.5, max_weight=None),
     "sft": SFT(),
 }
 
@@ -85,6 +96,20 @@ def test_every_way_to_compute_a_step_gives_the_same_numbers(name, tmp_path, monk
         for key, value in expected.items():
             scale = max(1.0, value.abs().max().item())
             assert torch.allclose(found[key], value, atol=1e-5 * scale, rtol=1e-4), (way, key)
+
+
+@pytest.mark.parametrize("name", ["dpo", "beta_dpo", "sft"])
+def test_a_weight_multiplies_the_loss_of_its_pair(name, tmp_path):
+    """And so its gradient, whatever the scope: that of the weighted step is the sum of the single pairs'."""
+    way = OBJECTIVES[name], tmp_path, "padded", "dense", "resident", 300
+    plain, weighted = one_step(*way, [1.0] * 7), one_step(*way)
+    assert sorted(weighted["weights"].tolist()) == sorted(WEIGHTS)
+    assert torch.equal(weighted["losses"], plain["losses"] * weighted["weights"])
+    alone = [one_step(*way, [w * (i == j) for j, w in enumerate(WEIGHTS)]) for i in range(7)]
+    gradients = weighted.keys() - {field.name for field in fields(PairInputs)} - {"losses"}
+    assert gradients
+    for name in gradients:
+        assert torch.allclose(sum(one[name] for one in alone), weighted[name], atol=1e-5, rtol=1e-4), name
 
 
 class Waits(TorchDispatchMode):

@@ -352,7 +352,8 @@ def test_a_policy_that_is_not_the_reference_stops_the_run(tmp_path):
 def test_a_loss_that_is_not_its_constant_stops_the_run():
     zero, lost = torch.zeros(2), torch.tensor([0.0, float("nan")])
     ones = torch.ones(2)
-    same = [PairInputs(zero, zero, ones, ones, reference_chosen_logps=zero, reference_rejected_logps=zero)]
+    reference = {"reference_chosen_logps": zero, "reference_rejected_logps": zero}
+    same = [PairInputs(zero, zero, ones, ones, **reference, weights=ones)]
     train_state = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32", reference_model=None))
     check_step0(train_state, same, 0.693147, "before the first step")
     with pytest.raises(UserError, match=r"loss is 0\.700000; it must be 0\.693147"):
@@ -469,3 +470,11 @@ def test_a_layers_own_dropout_is_found_in_the_first_training_step(tmp_path):
     evaluate(train_state, 0)
     with pytest.raises(UserError, match="in the first training step the policy differs from the reference"):
         step(train_state, 0)
+
+
+def test_step_0_of_weighted_pairs_is_log_2_times_their_mean_weight(tmp_path):
+    train_state = make_train_state(DPO(0.1), tmp_path)
+    train_state.train_pairs = [replace(p, weight=1.5 + i % 2) for i, p in enumerate(train_state.train_pairs)]
+    metrics = step(train_state, 0)
+    mean = sum(p.weight for m in train_state.step_micro_batches(0) for p in m.pairs) / 8
+    assert metrics["loss"] == pytest.approx(mean * 0.693147, abs=1e-6)

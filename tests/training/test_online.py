@@ -36,7 +36,11 @@ PROMPTS = [f"Review the {thing} number {i}." for i in range(3) for thing in ("ke
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A model, a reward model, prompts, and held-out rows of scored responses."""
-    folder = tmp_path_factory.mktemp("online")
+    return make_models(tmp_path_factory.mktemp("online"))
+
+
+def make_models(folder: Path) -> Path:
+    """Fill `folder` with them."""
     save_tiny(folder / "model")
     reward = load_reward_model(ModelConfig("tiny", str(folder / "model")), "cpu")
     torch.manual_seed(1)
@@ -412,7 +416,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["launcher=slurm", "launcher.gpus=2"], "prefopt.online runs in one process: set launcher.gpus=1"),
+        (["launcher=slurm", "launcher.gpus=2"], "2 processes, and engine=single trains in one: add engine=zero2"),
         (["launcher=slurm", "launcher.gpus=0", "precision=auto"], "precision=auto asks the machine that trains"),
         (["objective=dpo,sft"], "objective=sft: objective sft does not train a policy on pairs"),
         (["stages=3,100"], "stages=100: 12 different prompts do not suffice"),

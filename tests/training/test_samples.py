@@ -14,17 +14,19 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import prefopt.training.evaluate
 from prefopt.config.schema import EvaluationSamplingConfig
+from prefopt.data.collate import LAYOUTS
 from prefopt.data.tokenize import encode_completion
 from prefopt.errors import UserError
 from prefopt.models import load
 from prefopt.models.logprobs import LogprobComputer
-from prefopt.models.reference import Resident
+from prefopt.models.reference import AdapterOff, LoadedOnce, Resident
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.reward import Reward
+from prefopt.objectives.sft import SFT
 from prefopt.rewards.reward_model import RewardModel
 from prefopt.rewards.scorers import Columns, Function, Vader
 from prefopt.tracking.record import heldout_accuracy
-from prefopt.training.build import sample_prompts
+from prefopt.training.build import build_reference, sample_prompts
 from prefopt.training.evaluate import evaluate, format_evaluation
 from tests.helpers.rewards import rewards_of
 from tests.helpers.tiny import records, run_program, tiny_model, tiny_tokenizer
@@ -112,6 +114,24 @@ def test_the_first_different_prompts_that_leave_room_are_taken(caplog):
     assert chosen(None, Reward()) == []
     with pytest.raises(ValueError, match="prompts must not be negative"):
         replace(SAMPLING, prompts=-1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "other", "expected"),
+    [(["q_proj"], None, AdapterOff), ([], None, LoadedOnce), (["q_proj"], "another/model", LoadedOnce)],
+)
+def test_the_reference_of_samples_is_the_policy_without_its_adapter_where_it_has_one(layers, other, expected):
+    config = SimpleNamespace(
+        precision="float32", logits="tiled", reference="cached", reference_model=None, device="cpu",
+        peft=SimpleNamespace(target_modules=layers),
+    )  # fmt: skip
+    policy = tiny_model(40)
+    with pytest.MonkeyPatch.context() as patch:
+        if other:
+            config.reference_model = other
+            patch.setattr("prefopt.training.build.load_initial", lambda *_: policy)
+        found = build_reference(config, SFT(), policy, "x", LAYOUTS["padded"], [], [])  # type: ignore[arg-type]
+    assert type(found.samples) is expected  # type: ignore[union-attr]
 
 
 def test_a_model_that_cannot_generate_is_told_the_way_out(state, monkeypatch):

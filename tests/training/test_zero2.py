@@ -1,5 +1,6 @@
 """ZeRO-2 on two processes, on one, and the plain engine: one run, and checkpoints that pass between them."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.tiny import ENVIRONMENT, ROOT, records, run_program
+from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, records, run_program
+from tests.training import test_online
 
 pytest.importorskip("deepspeed")
 
@@ -39,7 +41,7 @@ def assert_same(found, expected, tolerance: float = 1e-5) -> None:
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert row.keys() == expected_row.keys()
         for key in row.keys() - TIMING - {"split"}:
-            if "logps" in key or "logratio" in key or "quantile" in key:  # sums over tokens
+            if "logps" in key or "logratio" in key or "quantile" in key or key == "kl":  # sums over tokens
                 assert row[key] == pytest.approx(expected_row[key], abs=2e-4), (row["step"], key)
             else:
                 assert row[key] == pytest.approx(expected_row[key], abs=2e-5, rel=1e-4), (row["step"], key)
@@ -57,7 +59,7 @@ LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0", "reference=adap
 @pytest.mark.parametrize(
     "options",
     [
-        ["objective=dpo"],
+        ["objective=dpo", *SAMPLED, "sampling.batch_size=2"],
         ["objective=beta_dpo", "objective.nll_weight=0.1", "objective.nll_per=chosen_token", *LORA],
         ["objective=kto"],
         ["objective=mmpo", "objective.auxiliary_weight=0.5", "objective.micro_batch_size=2", "batch_size=6"],
@@ -101,6 +103,55 @@ def test_a_run_goes_on_with_another_number_of_processes(first, lora, overrides, 
     assert process.returncode == 0, process.stderr
     assert "going on from step" in process.stderr
     assert_same(result(tmp_path / "parts"), result(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_online_as_one(tmp_path):
+    """Two stages; the first one's responses and rewards are those of one process bit for bit."""
+    test_online.make_models(tmp_path)
+    found = []
+    for n in (1, 2):
+        runs, cache = tmp_path / f"runs{n}", {"PREFOPT_CACHE": str(tmp_path / f"cache{n}")}
+        arguments = test_online.command(tmp_path, runs, "stages=2", "optimizer.eps=1e-3")
+        if n == 1:
+            process = run_program(*arguments, program="online", env=cache)
+        else:
+            process = torchrun(n, *arguments, "engine=zero2", module="prefopt.online", env=cache)
+        assert process.returncode == 0, process.stderr
+        assert process.stderr.count("/policy\n") == 3  # of two stages and of the whole, said once each
+        folder, told = test_online.record(runs)
+        assert told["status"] == "finished"
+        scored = [(folder / f"stage_{k}" / "scored.jsonl.gz").read_bytes() for k in (1, 2)]
+        found.append((scored, told["evaluations"], load_file(folder / "policy" / "model.safetensors")))
+    (scored, rows, weights), (expected_scored, expected_rows, expected_weights) = found
+    assert scored[0] == expected_scored[0]
+    one, two = ([json.loads(line) for line in gzip.decompress(of[1]).splitlines()] for of in (scored, expected_scored))
+    assert [row["responses"] for row in one] == [row["responses"] for row in two]
+    assert_same((rows, weights), (expected_rows, expected_weights))
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_score_into_the_files_of_one(tmp_path):
+    test_online.make_models(tmp_path)
+    hardware = ["device=cpu", "precision=float32"]
+    sample = ["model=hub", f"model.path={tmp_path / 'model'}", f"prompts={tmp_path / 'prompts.jsonl'}", *hardware]
+    sample += ["samples_per_prompt=2", "sampling.max_new_tokens=6", "sampling.batch_size=6"]
+    score = ["scorer=reward_model", f"scorer.path={tmp_path / 'reward'}", f"input={tmp_path / 'samples1.jsonl'}"]
+    for n in (1, 2):
+        cache = {"PREFOPT_CACHE": str(tmp_path / f"cache{n}")}
+        for program, arguments in (("sample", sample), ("score", [*score, *hardware])):
+            arguments = [*arguments, f"output={tmp_path / f'{program}s{n}.jsonl'}"]
+            process = (
+                torchrun(n, *arguments, module=f"prefopt.{program}", env=cache)
+                if n > 1
+                else run_program(*arguments, program=program, env=cache)
+            )
+            assert process.returncode == 0, process.stderr
+            assert process.stderr.count("wrote 13 ") == 1
+    for program in ("sample", "score"):
+        one, two = ((tmp_path / f"{program}s{n}.jsonl").read_bytes() for n in (1, 2))
+        assert one == two
+    assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.lock"))
 
 
 @pytest.mark.slow

@@ -125,7 +125,8 @@ def test_scorer():
     ]
     scorer = ReviewSentiment()
     assert scorer.rewards(requests, "cpu", "float32") == [grammar.reward("the taste is good")] * 3
-    assert scorer.further_figures(requests) == {"grammatical": [1, 0, 0]}
+    kept = {"grammatical": [1, 0, 0], "grammatical_reward": [grammar.reward("the taste is good"), 0, 0]}
+    assert scorer.further_figures(requests) == kept
     assert scorer.probability(0.75) == 0.75
     with pytest.raises(UserError, match="row 1: 'Hello' is no prompt of the laboratory"):
         scorer.further_figures([request("Hello", "the taste is good")])

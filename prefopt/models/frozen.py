@@ -1,0 +1,46 @@
+"""Models that are not trained: below an adapter, as a reference, as a reward model that scores, or to sample from.
+
+Where products are computed in bfloat16, they take 2 bytes a parameter instead of 4, and compute the same.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def freeze(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """Freeze `model` (in place). With precision=bfloat16 the weights of its linear layers become bfloat16, and so do
+    its embeddings where bfloat16 holds their values exactly, as it does those of a checkpoint in bfloat16.
+
+    Under autocast this changes no bit of what the model computes: autocast rounds the same weights before every
+    product, and embeddings come out in float32 as before. Norms, biases and buffers stay float32; so does the head
+    `score` of a reward model, which is applied in float32, and the fused experts of a mixture, of which autocast knows
+    nothing.
+    """
+    model.requires_grad_(False)
+    if precision != "bfloat16":
+        return model
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    # A subclass of Embedding may compute with its weight.
+    kept = {id(m.weight) for m in tables if type(m) is not nn.Embedding or not holds_exactly(m.weight)}
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if (is_linear and name != "score") or type(module) is nn.Embedding:
+            weight = cast(Tensor, module.weight)
+            if weight.dtype == torch.float32 and id(weight) not in kept:  # weights of 4 bits are not
+                weight.data = weight.data.to(torch.bfloat16)
+    for table in tables:
+        if table.weight.dtype == torch.bfloat16:
+            table.register_forward_hook(as_float32)
+    return model
+
+
+def holds_exactly(weight: Tensor) -> bool:
+    """Whether bfloat16 holds every value of `weight`. A tensor without values is taken for one of such a checkpoint."""
+    return weight.is_meta or torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
+
+
+def as_float32(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output.float()

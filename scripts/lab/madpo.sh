@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# MADPO's comparison: a reward model for each data quality, and each method with its own learning rate in each.
+. "$(dirname "$0")/_begin.sh"
+
+sweep train +sweep=lab/rewards
+unless_dry score_noisy $lab/madpo reward-lab-lab precision=float32
+for quality in high medium low; do
+    madpo=(+sweep=lab/madpo "dataset.format.quality=$quality")
+    of_quality=$lab/madpo/tuning/$quality
+    train madpo,dpo,ipo "${madpo[@]}" "runs_dir=$of_quality" "${tuning[@]}"
+    train beta_dpo "${madpo[@]}" "runs_dir=$of_quality" "${tuning[@]}" objective.margin_of=reward
+    train_best madpo,dpo,ipo "$of_quality" "${madpo[@]}" "seed=$seeds"
+    train_best beta_dpo "$of_quality" "${madpo[@]}" "seed=$seeds" objective.margin_of=reward
+done
+variants=(+sweep=lab/madpo dataset.format.quality=high runs_dir=$lab/madpo/variants seed=0,1)
+train_best madpo $lab/madpo/tuning/high "${variants[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
+train_best madpo $lab/madpo/tuning/high "${variants[@]}" objective.only=amplification,damping
+train_best beta_dpo $lab/madpo/tuning/high "${variants[@]}" objective.margin_of=log_ratio
+[[ -n $dry ]] && exit
+
+reports madpo/{rewards,methods,variants} 'madpo/tuning/*'
+prefopt papers paper=madpo runs_dir=$lab/madpo/methods output=$results/madpo/methods
+prefopt papers paper=madpo runs_dir=$lab/madpo/variants output=$results/madpo/variants
+prefopt claims

@@ -90,11 +90,8 @@ def fit(config: TrainConfig, objective: "Objective", memory_gib: float | None, p
     if values is None:
         return None
     try:
-        job = _Job(config, objective, values, processes)
-        return job.fit(memory_gib)
-    except UserError:
-        raise
-    except Exception as error:  # code of an architecture that reads values, which these tensors do not have
+        return _Job(config, objective, values, processes).fit(memory_gib)
+    except Exception as error:  # also what code of an architecture raises that reads values: these tensors have none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning(f"  no memory is estimated for {config.model.path}: {reason}")
         return None
@@ -133,7 +130,7 @@ def print_memory(fits: Sequence[tuple[list[str], Fit | None]], memory_gib: float
     for names, found in fits:
         name = ", ".join(dict.fromkeys(names)) + (f" ({len(names)} jobs)" if len(names) > 1 else "")
         if found is None:
-            rows.append([name, *"–––––", "its shape is not known"])
+            rows.append([name, *"––––––", "its shape is not known"])
             continue
         step = found.memory
         kinds = (step.weights, step.gradients, step.optimizer, step.activations, step.total)
@@ -141,7 +138,7 @@ def print_memory(fits: Sequence[tuple[list[str], Fit | None]], memory_gib: float
             verdict = f"fits; micro_batch_tokens up to {found.largest}"
         else:
             verdict = "–" if memory_gib is None else "does not fit"
-        rows.append([name, *(f"{kind / 2**30:.3g}" for kind in kinds), verdict])
+        rows.append([name, *(f"{kind / 2**30:.3g}" for kind in kinds), str(found.longest_row), verdict])
         if found.remedies:
             changes = "; ".join(f"{change}: {taken / 2**30:.3g} GiB" for change, taken in found.remedies.items())
             remedies.append(f"{name} needs a larger device, or at the smallest micro-batch {changes}")
@@ -156,7 +153,8 @@ def print_memory(fits: Sequence[tuple[list[str], Fit | None]], memory_gib: float
         "gradients",
         "optimizer",
         "activations",
-        "in all, GiB",
+        "in all",
+        "longest row, tokens",
         "micro-batches",
     )
     console().print(rows_table(headings, rows, "Memory of one process in training, GiB", caption))
@@ -173,6 +171,7 @@ class _Job:
         self.config, self.objective, self.values, self.processes = config, objective, values, processes
         self.traced = TracedStep(config, objective, values, processes)
         self.share = max(1, config.batch_size // processes)
+        self.size = objective.micro_batch_size if objective.scope == "micro_batch" else None
         limits = (config.max_prompt_tokens, config.max_completion_tokens, config.max_completion_tokens)
         counted = rows(config.dataset)
         means = counted[1] if counted else limits
@@ -193,6 +192,10 @@ class _Job:
             return step.total <= USABLE * memory_gib * 2**30
 
         most = min(MOST_TOKENS, self.share * max(longest, self.tokens(self.mean)))
+        if self.size:  # its micro-batches are what they are
+            return (
+                Fit(memory, longest, tokens, {}) if fits(memory) else Fit(memory, longest, None, dict(self.remedies()))
+            )
         if fits(memory):
             while tokens < most and fits(self.memory(2 * tokens)):
                 tokens *= 2
@@ -205,9 +208,8 @@ class _Job:
 
     def memory(self, tokens: int) -> "StepMemory":
         """That of the largest micro-batch with micro_batch_tokens=`tokens`: a full one, or the longest row."""
-        size = self.objective.micro_batch_size if self.objective.scope == "micro_batch" else None
-        if size:
-            return self.traced.memory([self.mean] * size)
+        if self.size:
+            return self.traced.memory([self.mean] * self.size)
         each = self.tokens(self.mean)
         count = max(1, min(tokens // each, self.share))
         pair = _stretched(self.mean, tokens / (count * each)) if count < self.share else self.mean

@@ -30,13 +30,10 @@ ln -sfn "sft/$(basename "$(runs_in $lab/sft)")/policy" $lab/policy
 scored prompts 8 scored
 scored negatives 2 madpo/noisy keep_responses=true
 
-# Tasks of the folders $1 (with commas), of the checkpoints $2.
+# LM accuracy of the runs in the folder $1; the rest are further arguments.
 capability() {
-    local folder
-    for folder in ${1//,/ }; do
-        prefopt harness "run=$lab/$folder/*" include=$lab/world/tasks tasks=[lab_choice,lab_likelihood] \
-            "checkpoints=$2" chat_template=true batch_size=128 precision=float32 > /dev/null
-    done
+    prefopt harness "run=$lab/$1/*" include=$lab/world/tasks tasks=lab_choice chat_template=true batch_size=128 \
+        precision=float32 "${@:2}" > /dev/null
 }
 
 # Tables, figures and records of each of the folders.

@@ -10,12 +10,12 @@ train_best dpo,simpo $lab/mmpo/tuning "${mmpo[@]}" objective.beta=0.01,0.05,0.1,
 train_best mmpo $lab/mmpo/tuning "${mmpo[@]}" objective.beta=0.01,0.5 objective.normalization=step
 train_best sft $lab/mmpo/tuning "${mmpo[@]}"
 for change in auxiliary_weight=0,0.25,0.5,1 entropy_bonus=true length_normalize=true normalization=none margin=0.8; do
-    train_best mmpo $lab/mmpo/tuning +sweep=lab/mmpo runs_dir=$lab/mmpo/ablation exports=1 "seed=$seeds" "objective.$change"
+    train_best mmpo $lab/mmpo/tuning +sweep=lab/mmpo runs_dir=$lab/mmpo/ablation exports=1 "seed=0,1" "objective.$change"
 done
 [[ -n $dry ]] && exit
 
 # On a core each.
-capability mmpo/methods,mmpo/ablation all &
+capability mmpo/methods checkpoints=all &
 prefopt alpaca "run=$lab/mmpo/methods/*" checkpoints=all judge=reward_model scorer@judge.scorer=lab \
     instructions=$lab/world/prompts.jsonl.gz split=heldout sampling.temperature=1 "${sampling[@]}" > /dev/null
 wait $!

@@ -1,7 +1,7 @@
 """The figures: reward over KL, and those of the papers."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from prefopt.reporting.style import (
     wrapped,
 )
 from prefopt.tracking.archive import Record
+from prefopt.utils.stats import mean_and_error
 
 SFT_LINE: dict[str, Any] = {"color": "0.82", "linestyle": "-", "linewidth": 4}  # no method's line looks like it
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # of the methods, where markers tell the betas apart
@@ -314,16 +315,16 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
 
 def draw(records: list[Record], output: Path) -> list[Path]:
     """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
-    set. The legend names what tells the methods apart, and below it what they do not share; seeds of a method share a
-    name. Returns nothing if no run was evaluated by an oracle."""
+    set. Of methods with three seeds or more, the path is their mean. The legend names what tells the methods apart, and
+    below it what they do not share. Returns nothing if no run was evaluated by an oracle."""
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
     panels: dict[tuple[str, str], list[Record]] = {}
     for record in sampled:
         panels.setdefault(_panel(record), []).append(record)
-    named = {panel: labels(members, without=("seed",)) for panel, members in panels.items()}
-    names = sorted({name for of_panel in named.values() for name in of_panel}, key=lambda name: (is_mappo(name), name))
+    drawn = {panel: _runs_or_means(members) for panel, members in panels.items()}
+    names = sorted({name for paths in drawn.values() for name, _ in paths}, key=lambda name: (is_mappo(name), name))
     handles: dict[str, Any] = {}
     with plotting() as plt:
         width = PAGE if len(panels) > 1 or len(names) > 6 else COLUMN
@@ -332,12 +333,11 @@ def draw(records: list[Record], output: Path) -> list[Path]:
         figure, grid = plt.subplots(rows, -(-len(panels) // rows), figsize=size, squeeze=False, layout="constrained")
         for axis in grid.flat[len(panels) :]:
             axis.axis("off")
-        for axis, (panel, members) in zip(grid.flat, sorted(panels.items()), strict=False):
-            for start in sorted({r["evaluations"][0]["oracle_reward"] for r in members}):  # one for each seed
+        for axis, (panel, paths) in zip(grid.flat, sorted(drawn.items()), strict=False):
+            for start in sorted({points[0]["oracle_reward"] for _, points in paths}):  # one for each seed
                 line = axis.axhline(start, color="0.4", linestyle=":", linewidth=1, label="initial policy", zorder=1)
                 handles["initial policy"] = line
-            for record, name in zip(members, named[panel], strict=True):
-                points = record["evaluations"]
+            for name, points in paths:
                 turn = [other for other in names if base_method(other) == base_method(name)].index(name)
                 handles[name] = axis.errorbar(
                     [p["kl"] for p in points],
@@ -358,11 +358,38 @@ def draw(records: list[Record], output: Path) -> list[Path]:
             axis.set_title("\n".join(panel) if len(panels) > 1 else f"{panel[0]} on {panel[1]}")
         for row in grid:
             row[0].set_ylabel("oracle reward")
-        prompts = counts(r["evaluations"][-1]["samples"] for r in sampled)
-        note = f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
         shown = [handles[name] for name in ("initial policy", *names)]
-        legend(figure, [shown], f"{note} {settings_note(sampled)}")
+        legend(figure, [shown], f"{_what_is_drawn(sampled, drawn.values())} {settings_note(sampled)}")
         return save(figure, output, "reward_kl")
+
+
+Drawn = tuple[str, list[dict[str, float]]]  # a method's name and its evaluations, with their standard errors
+
+
+def _runs_or_means(members: Sequence[Record]) -> list[Drawn]:
+    """The paths of a panel: the runs', or where every method has three or more, the means over these, with the standard
+    errors of those means."""
+    named = labels(list(members), without=("seed",))
+    by_name: dict[str, list[list[dict[str, Any]]]] = {}
+    for record, name in zip(members, named, strict=True):
+        by_name.setdefault(name, []).append(record["evaluations"])
+    if min(map(len, by_name.values())) < 3:
+        return [(name, points) for name, runs in by_name.items() for points in runs]
+    return [(name, [_mean(of_step) for of_step in zip(*runs, strict=False)]) for name, runs in by_name.items()]
+
+
+def _mean(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    found = {}
+    for key in ("kl", "oracle_reward"):
+        found[key], found[f"{key}_se"] = mean_and_error([point[key] for point in points])
+    return found
+
+
+def _what_is_drawn(sampled: Sequence[Record], panels: Iterable[list[Drawn]]) -> str:
+    if sum(map(len, panels)) == len(sampled):
+        prompts = counts(r["evaluations"][-1]["samples"] for r in sampled)
+        return f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
+    return "A line per method: the mean of its runs. Bars: ± 1 standard error over training seeds, at the end."
 
 
 def _panel(record: Record) -> tuple[str, str]:

@@ -69,4 +69,4 @@ def test_a_figure_is_as_wide_as_a_column_or_a_page_and_its_text_is_seven_points(
     assert min(sizes) >= 7
     for name in {record["objective"] for record in found}:
         assert f"<!-- {name}" in svg
-    assert f"standard error over {64 if folder.startswith('mini') else 1024} held-out prompts" in svg
+    assert f"standard error over {'64 held-out prompts' if folder.startswith('mini') else 'training seeds'}" in svg

@@ -78,6 +78,7 @@ slurm-test: setup ## a sweep of the tiny model through a Slurm of one node
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.steps
 
 bench-fidelity: setup ## AlpacaEval's win rates again (needs shared files)

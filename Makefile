@@ -77,6 +77,7 @@ bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.ranks
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.steps
 
 bench-fidelity: setup ## AlpacaEval's win rates again (needs shared files)

@@ -39,5 +39,5 @@ capability() {
 # Tables, figures and records of each of the folders.
 reports() {
     local folder
-    for folder in "$@"; do prefopt report "runs_dir=$lab/$folder" "output=$results/${folder%/\*}"; done
+    for folder in "$@"; do prefopt report "runs_dir=$lab/$folder" "output=$results/$folder"; done
 }

@@ -18,7 +18,7 @@ train_best madpo $lab/madpo/tuning/high "${variants[@]}" objective.only=amplific
 train_best beta_dpo $lab/madpo/tuning/high "${variants[@]}" objective.margin_of=log_ratio
 [[ -n $dry ]] && exit
 
-reports madpo/{rewards,methods,variants} 'madpo/tuning/*'
+reports madpo/{rewards,methods,variants} madpo/tuning/{high,medium,low}
 prefopt papers paper=madpo runs_dir=$lab/madpo/methods output=$results/madpo/methods
 prefopt papers paper=madpo runs_dir=$lab/madpo/variants output=$results/madpo/variants
 prefopt claims

@@ -192,7 +192,7 @@ def test_madpos_runs_are_its_settings():
     for record in configs + ablation + [run.record for run in jobs("madpo/sensitivity")]:
         config = record["config"]
         assert [config["peft"][k] for k in ("r", "alpha", "dropout")] == [16, 32, 0.05]
-        assert (config["optimizer"]["lr"], config["epochs"], config["batch_size"]) == (1e-5, 2, 32)
+        assert (config["optimizer"]["lr"], config["steps"], config["batch_size"]) == (1e-5, 626, 32)
         assert (config["optimizer"]["betas"], config["optimizer"]["weight_decay"]) == ([0.9, 0.95], 0.01)
         assert config["schedule"]["warmup"] == 0.03
 

@@ -316,6 +316,12 @@ def test_training_sampling_and_scoring_see_the_same_ids_and_one_bos(kind, drawn,
         assert all(bos in m["content"] for m in prompt[:1]) or opened[1] != tokenizer.bos_token_id
 
 
+def scored(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str, finished: bool) -> list[int]:
+    """What a reward model reads."""
+    start, rest = encode_completion(tokenizer, prompt, answer, finished)
+    return start + rest
+
+
 @pytest.mark.parametrize("kind", WITH_BOS)
 def test_a_second_bos_would_be_seen(kind):
     """Trap 4: these tokenizers do add a BOS of their own where they are let, and templated text gets none."""
@@ -326,7 +332,7 @@ def test_a_second_bos_would_be_seen(kind):
     pair = Pair("id", prompt, "Good.", "Bad.")
     paths = [
         encode_prompt(tokenizer, prompt),
-        encode_completion(tokenizer, prompt, "Good.", True),
+        scored(tokenizer, prompt, "Good.", True),
         one(tokenizer, pair).prompt + one(tokenizer, pair).chosen,
         one(tokenizer, Chat("id", [*prompt, message("assistant", "Good.")])).prompt,
     ]
@@ -546,7 +552,7 @@ def test_a_think_block_in_finished_turns_belongs_to_the_completion(kind, prompt,
     tokenizer = thinking(kind)
     expected = ids(tokenizer, up_to_the_end(tokenizer, prompt, answer))
     result = one(tokenizer, Pair("id", prompt, answer, answer + " and more"))
-    assert result.prompt + result.chosen == expected == encode_completion(tokenizer, prompt, answer, True)
+    assert result.prompt + result.chosen == expected == scored(tokenizer, prompt, answer, True)
     assert tokenizer.decode(result.chosen).endswith("<think>\n\n</think>\n\n" + answer + tokenizer.eos_token)
     chat = one(tokenizer, Chat("id", [*prompt, message("assistant", answer)]))
     learnt = [t for t, counts in zip(chat.chosen, chat.loss_mask, strict=True) if counts]
@@ -604,11 +610,11 @@ def test_a_template_that_rewrites_the_prompt_never_makes_the_users_text_a_comple
     try:
         check_chat_template(tokenizer)
         kept, *_ = tokenize(tokenizer, [Pair("id", prompt, "Good.", "Bad.")], LONG, LONG)
-        scored = encode_completion(tokenizer, prompt, "Good.", True)
+        ids = scored(tokenizer, prompt, "Good.", True)
     except UserError:
         return
     assert [tokenizer.decode(p.chosen).strip() for p in kept] == ["Good." + tokenizer.eos_token]
-    assert tokenizer.decode(scored).endswith("Good." + tokenizer.eos_token)
+    assert tokenizer.decode(ids).endswith("Good." + tokenizer.eos_token)
 
 
 @each_kind

@@ -99,7 +99,7 @@ def test_help_of_train_holds_groups_keys_and_comments(monkeypatch, capsys):
         "sampling.top_p=1.0 only the most likely tokens",
         "optimizer.lr=null peak learning rate",
         "Keys of objective=dpo: objective.beta=0.1 strength of the pull",
-        "demo, lab/madpo, lab/mmpo, lab/objectives, lab/online, lab/rewards, lab/sft, madpo/ablation",
+        "demo, lab/madpo, lab/mmpo, lab/objectives, lab/rewards, lab/sft, madpo/ablation",
     ):
         assert part in words, part
 

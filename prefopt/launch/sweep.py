@@ -186,7 +186,7 @@ class Sweep:
         parents = [job.folder.parent if job else Path(config.runs_dir) for _, config, job in jobs]
         title = self.title(len(jobs), parents[0])
         console().print(rows_table(headings, rows, title, caption))
-        if trains:
+        if fits:
             print_memory(list(fits.values()), launcher.device_memory_gib(jobs[0][1]))
         if lacking:
             print("\n".join(["lacking, before this can start:", *lacking]))

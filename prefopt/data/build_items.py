@@ -1,5 +1,6 @@
 """What was read from a row -> `Pair` or `Chat`: ids, rewards, roles, what a row lacks."""
 
+import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,9 +40,7 @@ class Scored:
         """Raises KeyError and ValueError as a `Format` does."""
         prompt = read_prompt(row)
         responses, finished = responses_of(row)
-        values = listed(row, "rewards", object, "numbers")
-        if len(values) != len(responses):
-            raise ValueError(f"{len(responses)} responses have {len(values)} rewards; each needs one")
+        values = one_each(row, "rewards", len(responses))
         rewards = [as_number(value) for value in values]
         bad = [value for value, reward in zip(values, rewards, strict=True) if reward is None]
         defects = {"bad_reward": f"'rewards' holds {reprlib.repr(bad[0])}, which is no finite number"} if bad else {}
@@ -78,6 +77,24 @@ class Scored:
             tools=self.tools,
             defects=self.defects,
         )
+
+
+def one_each(row: Row, key: str, n: int) -> list[Any]:
+    """Field `key`, a list with a value for each of n responses. Raises KeyError and ValueError as a `Format` does."""
+    values = listed(row, key, object, "numbers")
+    if len(values) != n:
+        raise ValueError(f"{n} responses have {len(values)} {key}; each needs one")
+    return values
+
+
+def win_rates(rewards: list[float]) -> list[float]:
+    """Of each response the mean over all responses j, itself included, of sigma(r_i - r_j).
+
+    >>> [round(rate, 2) for rate in win_rates([0.0, 1000.0])]
+    [0.25, 0.75]
+    """
+    # tanh cannot overflow: sigma(x) = (1 + tanh(x / 2)) / 2.
+    return [sum(1 + math.tanh((r - other) / 2) for other in rewards) / (2 * len(rewards)) for r in rewards]
 
 
 def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message) -> Pair:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from prefopt.data.build_items import Scored, chat_of, pair_of, pair_of_chats
+from prefopt.data.build_items import Scored, chat_of, one_each, pair_of, pair_of_chats, win_rates
 from prefopt.data.fields import (
     TRANSCRIPT,
     answer,
@@ -195,16 +195,6 @@ class ScoredResponses(Format):
         return (*PROMPT_FIELDS, "responses", "rewards", "finished")
 
 
-def win_rates(rewards: list[float]) -> list[float]:
-    """Of each response the mean over all responses j, itself included, of sigma(r_i - r_j).
-
-    >>> [round(rate, 2) for rate in win_rates([0.0, 1000.0])]
-    [0.25, 0.75]
-    """
-    # tanh cannot overflow: sigma(x) = (1 + tanh(x / 2)) / 2.
-    return [sum(1 + math.tanh((r - other) / 2) for other in rewards) / (2 * len(rewards)) for r in rewards]
-
-
 @dataclass(frozen=True)
 class ScoredCompletions(ScoredResponses):
     """{prompt, completions: [{response, overall_score}]}: pairs chosen among n scored completions (UltraFeedback).
@@ -265,18 +255,14 @@ class NoisyPreferences(Format):
             raise ValueError(f"a row needs 3 responses, two samples and an off-policy text; this one has {n}")
         # The number and order of draws is part of the data: one more or less would change every label.
         draw = random.Random(content_id(self.quality, self.seed, scored.prompt))
-        first, second = 0, 1
-        if draw.random() < QUALITIES[self.quality]:
-            first, second = max(0, 1, key=lambda i: scored.rewards[i]), 2
+        better = max(0, 1, key=lambda i: scored.rewards[i])
+        first, second = (better, 2) if draw.random() < QUALITIES[self.quality] else (0, 1)
         # Beyond 700 the probability is 0 or 1 in float64, and exp would overflow.
         log_odds = max(-700.0, min(700.0, self.label_scale * (scored.rewards[first] - scored.rewards[second])))
         if draw.random() >= 1 / (1 + math.exp(-log_odds)):
             first, second = second, first
-
         key = f"rewards_{self.quality}"
-        prior = listed(row, key, object, "numbers") if row.get(key) is not None else [None] * n
-        if len(prior) != n:
-            raise ValueError(f"{n} responses have {len(prior)} {key}; each needs one")
+        prior = one_each(row, key, n) if row.get(key) is not None else [None] * n
         numbers = [as_number(reward) for reward in prior]
         if bad := [value for value, reward in zip(prior, numbers, strict=True) if value is not None and reward is None]:
             return Dropped("bad_reward", f"{key!r} holds {reprlib.repr(bad[0])}, which is no finite number")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from prefopt.data.formats import ScoredResponses, win_rates
+from prefopt.data.build_items import win_rates
+from prefopt.data.formats import ScoredResponses
 from prefopt.data.items import Pair
 from prefopt.objectives.alpha_dpo import AlphaDPO
 from prefopt.objectives.alpha_po import AlphaPO

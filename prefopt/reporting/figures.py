@@ -30,6 +30,7 @@ from prefopt.tracking.archive import Record
 from prefopt.utils.stats import mean_and_error
 
 SFT_LINE: dict[str, Any] = {"color": "0.82", "linestyle": "-", "linewidth": 4}  # no method's line looks like it
+Drawn = tuple[str, list[dict[str, Any]]]  # a method's name, and evaluations with their standard errors
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # of the methods, where markers tell the betas apart
 
 
@@ -315,15 +316,16 @@ def draw_sensitivity(records: Sequence[Record], output: Path, name: str) -> list
 
 def draw(records: list[Record], output: Path) -> list[Path]:
     """Oracle reward against KL to the reference: a path per run, a marker per evaluation, a panel per model and data
-    set. Of methods with three seeds or more, the path is their mean. The legend names what tells the methods apart, and
-    below it what they do not share. Returns nothing if no run was evaluated by an oracle."""
+    set. Where all methods have three seeds or more, a path is a method's mean. The legend names what tells the methods
+    apart, and below it what they do not share. Returns nothing if no run was evaluated by an oracle."""
     sampled = [r for r in records if r["evaluations"] and "oracle_reward" in r["evaluations"][0]]
     if not sampled:
         return []
     panels: dict[tuple[str, str], list[Record]] = {}
     for record in sampled:
         panels.setdefault(_panel(record), []).append(record)
-    drawn = {panel: _runs_or_means(members) for panel, members in panels.items()}
+    as_means = _has_means(panels.values())
+    drawn = {panel: (_means if as_means else _runs)(members) for panel, members in panels.items()}
     names = sorted({name for paths in drawn.values() for name, _ in paths}, key=lambda name: (is_mappo(name), name))
     handles: dict[str, Any] = {}
     with plotting() as plt:
@@ -359,37 +361,45 @@ def draw(records: list[Record], output: Path) -> list[Path]:
         for row in grid:
             row[0].set_ylabel("oracle reward")
         shown = [handles[name] for name in ("initial policy", *names)]
-        legend(figure, [shown], f"{_what_is_drawn(sampled, drawn.values())} {settings_note(sampled)}")
+        if as_means:
+            note = "A line per method: the mean of its runs. Bars: ± 1 standard error over training seeds, at the end."
+        else:
+            prompts = counts(r["evaluations"][-1]["samples"] for r in sampled)
+            note = f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
+        legend(figure, [shown], f"{note} {settings_note(sampled)}")
         return save(figure, output, "reward_kl")
 
 
-Drawn = tuple[str, list[dict[str, float]]]  # a method's name and its evaluations, with their standard errors
+def _runs(members: Sequence[Record]) -> list[Drawn]:
+    """The path of each run of a panel."""
+    names = labels(list(members), without=("seed",))
+    return [(name, record["evaluations"]) for name, record in zip(names, members, strict=True)]
 
 
-def _runs_or_means(members: Sequence[Record]) -> list[Drawn]:
-    """The paths of a panel: the runs', or where every method has three or more, the means over these, with the standard
-    errors of those means."""
-    named = labels(list(members), without=("seed",))
+def _has_means(panels: Iterable[Sequence[Record]]) -> bool:
+    """Whether all methods have three runs or more, evaluated at the same steps."""
+    for members in panels:
+        steps: dict[str, list[list[int]]] = {}
+        for name, points in _runs(members):
+            steps.setdefault(name, []).append([point["step"] for point in points])
+        if any(len(of_method) < 3 or of_method.count(of_method[0]) < len(of_method) for of_method in steps.values()):
+            return False
+    return True
+
+
+def _means(members: Sequence[Record]) -> list[Drawn]:
+    """The path of each method of a panel: means over its runs, with the standard errors of those means."""
     by_name: dict[str, list[list[dict[str, Any]]]] = {}
-    for record, name in zip(members, named, strict=True):
-        by_name.setdefault(name, []).append(record["evaluations"])
-    if min(map(len, by_name.values())) < 3:
-        return [(name, points) for name, runs in by_name.items() for points in runs]
-    return [(name, [_mean(of_step) for of_step in zip(*runs, strict=False)]) for name, runs in by_name.items()]
+    for name, points in _runs(members):
+        by_name.setdefault(name, []).append(points)
+    return [(name, [_mean(of_step) for of_step in zip(*runs, strict=True)]) for name, runs in by_name.items()]
 
 
-def _mean(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for key in ("kl", "oracle_reward"):
         found[key], found[f"{key}_se"] = mean_and_error([point[key] for point in points])
     return found
-
-
-def _what_is_drawn(sampled: Sequence[Record], panels: Iterable[list[Drawn]]) -> str:
-    if sum(map(len, panels)) == len(sampled):
-        prompts = counts(r["evaluations"][-1]["samples"] for r in sampled)
-        return f"A line per run. Bars: ± 1 standard error over {prompts} held-out prompts, at the end."
-    return "A line per method: the mean of its runs. Bars: ± 1 standard error over training seeds, at the end."
 
 
 def _panel(record: Record) -> tuple[str, str]:

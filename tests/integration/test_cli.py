@@ -66,6 +66,19 @@ def test_sample_writes_what_the_data_format_reads(tiny_folder, tmp_path):
     for _, row in read_rows(str(scored)):
         assert row["rewards"] == row["rewards_01"] == rewards_of(Vader(), *row["responses"])
 
+    # Responses that a row has already come after the new ones, where that is asked for. Their rewards go.
+    more = [f"output={tmp_path / 'more.jsonl'}", "samples_per_prompt=1", "sampling.max_new_tokens=6", "seed=1"]
+    for keep in (False, True):
+        again = [*arguments[:2], f"prompts={scored}", *more, f"keep_responses={keep}"]
+        assert run_program(*again, program="sample").returncode == 0
+        for earlier, (_, row) in zip(rows, read_rows(str(tmp_path / "more.jsonl")), strict=True):
+            assert set(row) == set(earlier)
+            assert row["responses"][1:] == (earlier["responses"] if keep else [])
+            assert row["finished"][1:] == (earlier["finished"] if keep else [])
+    process = run_program(*arguments[:2], f"prompts={prompts}", *more, "keep_responses=true", program="sample")
+    assert process.returncode == 2
+    assert "row 1, has no responses to keep" in process.stderr
+
 
 def test_epochs_are_the_steps_that_they_take(overrides, tmp_path):
     """12 pairs, 5 a step: two epochs are five steps, of which the last goes a pair beyond."""

@@ -105,3 +105,9 @@ def test_runs_shows_rewards_only_where_there_are_some(unrewarded, grid):
     assert best(inspect_runs(ours[:2]), "objective.beta") in (0.05, 0.5)
     with pytest.raises(UserError, match="has no oracle reward"):
         best(inspect_runs([*ours, *theirs]), "seed")
+    runs = inspect_runs(theirs)
+    for figure in ("oracle_reward", "kl", "sample_length"):
+        farthest = max(runs, key=lambda run: run.record["evaluations"][-1][figure]).record
+        assert best(runs, "objective.beta", figure) == farthest["config"]["objective"]["beta"]
+    with pytest.raises(UserError, match="has no nonesuch"):
+        best(runs, "seed", "nonesuch")

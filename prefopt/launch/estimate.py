@@ -116,13 +116,17 @@ def _rows(source: str) -> Rows | None:
 
 
 def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
-    """The estimate for a training job; None where the length of the data is not known.
+    """The estimate for a training job; None where the length of the data or the size of the model is not known.
 
     A token costs 2 FLOP per parameter forwards and 4 backwards (2 where only an adapter is trained), 2 more with
     gradient checkpointing, and 2 for the reference: once with `reference=cached`, else in every epoch.
     """
-    counted, n = rows(config.dataset), parameters(config.model)
+    counted = rows(config.dataset)
     if counted is None:
+        return None
+    try:
+        n = parameters(config.model)
+    except UserError:  # a stage before this one makes it
         return None
     count, parts = counted
     limits = [config.max_prompt_tokens, config.max_completion_tokens, config.max_completion_tokens]

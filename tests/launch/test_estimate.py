@@ -106,6 +106,17 @@ def test_a_dry_run_names_what_is_lacking_and_refuses_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_does_without_the_size_of_a_model_that_a_stage_before_makes(tmp_path):
+    process = run_program(
+        "-m", "model=hub", "model.path=runs/sft/policy", "dataset=sentiment_offline", "objective=dpo,ipo", "--dry-run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "2 jobs of prefopt.train" in process.stdout
+    assert "Estimates for 0 jobs" in process.stdout
+    assert "model.path=runs/sft/policy: it is neither a folder here nor a name on the hub" in process.stdout
+
+
 def writes_down(folder, also=":"):
     """The file into which an interpreter writes what it is asked for, and no more but `also`, a shell command; and the
     environment in which the scripts take it."""

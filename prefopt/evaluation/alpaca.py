@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Questi
 from prefopt.evaluation.results import two_judges
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.archive import results_of
-from prefopt.tracking.policies import Checkpoint, exported_policies, runs_of
+from prefopt.tracking.policies import Checkpoint, each_run, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import read_result, record_of, write_result
 from prefopt.utils.console import console, folding_table
@@ -285,8 +285,8 @@ def check_comparison(config: AlpacaConfig, read: Callable[[], Questions]) -> tup
 def run_pending(config: AlpacaConfig, **extra: str) -> None:
     """Make every comparison that has no record yet, and print the table of all. `extra` goes into the records."""
     check_alpaca(config)
-    for run in runs_of(config.run) if config.run else [None]:
-        evaluate_pending(replace(config, run=run), extra)
+    for one in each_run(config):
+        evaluate_pending(one, extra)
 
 
 def evaluate_pending(config: AlpacaConfig, extra: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from prefopt.evaluation.config import ArenaConfig, check_arena
 from prefopt.evaluation.judged import Subject, counted, draw, result, results_folder, settings_of, subjects
 from prefopt.evaluation.text_judge import TextJudge, build_text_judge
 from prefopt.models.fingerprint import local_files
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 from prefopt.tracking.record import read_result
 from prefopt.utils import signals
 from prefopt.utils.console import console, folding_table
@@ -296,8 +296,8 @@ def run_pending(config: ArenaConfig, **extra: str) -> None:
     """Make every result that has no record yet, and print the table of each. `extra` goes into the records."""
     check_arena(config)
     signals.install_handlers()
-    for run in runs_of(config.run) if config.run else [None]:
-        evaluate_pending(replace(config, run=run), extra)
+    for one in each_run(config):
+        evaluate_pending(one, extra)
 
 
 def evaluate_pending(config: ArenaConfig, extra: dict[str, str]) -> None:

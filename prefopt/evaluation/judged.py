@@ -7,19 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.items import Message
+from prefopt.config.schema import SamplingConfig
 from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.answers import OutputsFile
 from prefopt.evaluation.config import JudgedConfig
 from prefopt.evaluation.text_judge import TextJudge, Verdict
-from prefopt.generation.responses import GENERATION_PACKAGES, GenerationRequest, LoadedSampler, generate_resumable
+from prefopt.generation.responses import GENERATION_PACKAGES
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance, version
 from prefopt.tracking.record import find_result, write_result
-from prefopt.utils.files import atomic_write, cache_dir
+from prefopt.utils.files import atomic_write
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.locks import locked
 from prefopt.utils.store import format_sealed_line, read_sealed_lines
@@ -113,29 +112,9 @@ def is_complete(folder: Path, name: str, key: str) -> bool:
     return True
 
 
-def draw(
-    config: JudgedConfig,
-    model: ModelConfig,
-    prompts: Sequence[list[Message]],
-    temperature: float,
-    sampler: LoadedSampler | None = None,
-) -> tuple[list[tuple[str, bool]], str]:
-    """A model's answers, each with whether it ended before the token limit, and the digest of its weights. Answers of
-    the same weights and settings come from the user's cache."""
-    folder = cache_dir() / "responses"
-    folder.mkdir(parents=True, exist_ok=True)
-    request = GenerationRequest(
-        model=model,
-        prompts=prompts,
-        sampling=SamplingConfig(temperature, 1.0, config.max_new_tokens, config.batch_size),
-        samples_per_prompt=1,
-        seed=config.seed,
-        backend=config.backend,
-        device=config.device,
-        precision=config.precision,
-    )
-    rows, weights = generate_resumable(request, folder, sampler=sampler)
-    return [(row["responses"][0], row["finished"][0]) for row in rows], weights
+def sampling_of(config: JudgedConfig, temperature: float) -> SamplingConfig:
+    """How answers are drawn at this temperature."""
+    return SamplingConfig(temperature, 1.0, config.max_new_tokens, config.batch_size)
 
 
 def counted(verdicts: Sequence[Verdict[Any]]) -> dict[str, int]:

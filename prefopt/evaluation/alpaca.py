@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -42,7 +41,7 @@ from prefopt.tracking.policies import Checkpoint, each_run, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import read_result, record_of, write_result
 from prefopt.utils.console import console, folding_table
-from prefopt.utils.files import check_folder, write_json
+from prefopt.utils.files import check_folder, safe_name, write_json
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.locks import locked
 
@@ -102,7 +101,7 @@ def evaluate_checkpoint(
     elif config.output is not None:  # several models of one name may have their records in this folder
         models.append([checkpoint.path, checkpoint.model.revision, checkpoint.model.tokenizer])
     key = fingerprint([settings, models])[:8]
-    title = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
+    title = safe_name(f"{checkpoint.name}-{name}-{judge.title}-{key}")
     folder = results_folder(config) / title
     with locked(folder.with_name(f"{folder.name}.lock"), f"the comparison of {checkpoint.path}"):
         if not is_complete(folder, "annotations.json", "n"):

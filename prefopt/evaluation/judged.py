@@ -1,7 +1,6 @@
 """What MT-Bench and Arena-Hard share as jobs: whose answers are judged, and the folder of a result."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import provenance, version
 from prefopt.tracking.record import find_result, write_result
-from prefopt.utils.files import atomic_write
+from prefopt.utils.files import atomic_write, safe_name
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.locks import locked
 from prefopt.utils.store import format_sealed_line, read_sealed_lines
@@ -78,7 +77,7 @@ def result(
     if subject.model is not None:
         of_model = [local_files(subject.model), subject.path, subject.model.revision, subject.model.tokenizer]
     key = fingerprint([settings, of_model])[:8]
-    place = folder / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{subject.name}-{judge.title}-{key}")
+    place = folder / safe_name(f"{subject.name}-{judge.title}-{key}")
     with locked(place.with_name(f"{place.name}.lock"), f"the judgments of {subject.path}"):
         if is_complete(place, "judgments.jsonl", "judgments"):
             return place

@@ -160,6 +160,7 @@ ARENA: Shape = {
     **JUDGED,
     "baseline": MAPPING,
     "baseline.name": TEXT,
+    "settings.version": TEXT,
     "figures.win_rate": NUMBER,
     "figures.standard_error": NUMBER,
 }

@@ -32,6 +32,9 @@ COLUMNS = (
     Column("seeds", "seeds"),
 )
 
+# The settings of MT-Bench and Arena-Hard that two results share whose values compare.
+JUDGED_SETTINGS = ("judge", "files", "baseline", "questions", "max_new_tokens")
+
 
 def paired_table(records: Sequence[Record], config: ReportConfig) -> Tabular:
     """The differences of `config.compare`, a row for each measure that both have for the same items.
@@ -167,7 +170,7 @@ def _judged_values(record: Record) -> Iterator[tuple[str, pd.Series]]:
             if result["checkpoint"] != "final":
                 continue
             rows, _ = read_sealed_lines(Path(result["file"]).with_name("judgments.jsonl"))
-            settings = {k: v for k, v in result["settings"].items() if k in ("judge", "files", "baseline", "questions")}
+            settings = {k: v for k, v in result["settings"].items() if k in JUDGED_SETTINGS}
             name = _under(result["metric"] + (", %" if kind == "arena" else ""), settings)
             if kind == "mtbench":
                 frame = pd.DataFrame(rows).query("score != -1")  # -1: a missing one

@@ -562,6 +562,17 @@ def test_judged_benchmarks_are_compared_question_by_question(tmp_path):
     assert (rate["n"], rate["a"], rate["b"]) == (2, pytest.approx(75), pytest.approx(50))
 
 
+def test_answers_of_other_token_limits_are_not_compared(tmp_path):
+    runs = tmp_path / "runs"
+    for objective, limit in (("dpo", 256), ("mmpo", 1024)):
+        folder = train(runs, objective)
+        judged(folder, "mtbench", 8.0, "mt_bench (j, gpt-4 references)", ratings(7, 8), max_new_tokens=limit)
+        judged(folder, "arena", 50.0, "arena-hard-v0.1 (j, against b)", games("B>A", "A>B"), max_new_tokens=256)
+    read = read_records(runs)
+    table = paired_table(read, ReportConfig(str(runs), str(tmp_path), None, ["dpo", "mmpo"]))
+    assert [row["measure"] for row in table.rows] == ["arena-hard-v0.1 (j, against b), %"]
+
+
 @pytest.mark.parametrize(("version", "n"), [("v0.1", 3), ("v2.0", 2)])
 def test_a_question_of_which_one_game_has_no_verdict_is_compared_where_the_version_counts_it(tmp_path, version, n):
     runs = tmp_path / "runs"

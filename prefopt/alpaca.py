@@ -15,7 +15,6 @@ comparison is a folder in RUN/alpaca (or `output`) with record.json, annotations
 format: model_outputs.json and reference_outputs.json.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -28,15 +27,14 @@ from prefopt.evaluation.config import AlpacaConfig, check_alpaca
 from prefopt.evaluation.judges import Judge
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 
 
 def plan_job(point: Point, label: str, config: AlpacaConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_alpaca(config)
     build(config.judge, Judge, "judge").check()
-    runs = runs_of(config.run) if config.run else [None]
-    models = [subject.model for run in runs for subject in subjects(replace(config, run=run))]
+    models = [subject.model for one in each_run(config) for subject in subjects(one)]
     return SweepJob(point.overrides, label, config, models[-1] or config.model, folder)
 
 

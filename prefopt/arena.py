@@ -14,7 +14,6 @@ job goes on, and no reply is paid for twice. A result is a folder there with rec
 and judgments.jsonl in Arena-Hard's format.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -29,15 +28,14 @@ from prefopt.evaluation.judged import subjects
 from prefopt.evaluation.text_judge import build_text_judge
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 
 
 def plan_job(point: Point, label: str, config: ArenaConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_arena(config)
     build_text_judge(config.judge, ARENA_HARD[config.version].judge_tokens)
-    runs = runs_of(config.run) if config.run else [None]
-    models = [subject.model for run in runs for subject in subjects(replace(config, run=run), "model")]
+    models = [subject.model for one in each_run(config) for subject in subjects(one, "model")]
     return SweepJob(point.overrides, label, config, models[-1] or config.model, folder)
 
 

@@ -12,7 +12,6 @@ checkpoint, task and settings, and lm-eval's own files in its folder lm_eval. An
 computed again.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -25,15 +24,14 @@ from prefopt.evaluation.harness import checkpoints, run_pending
 from prefopt.evaluation.results import task_names
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 
 
 def plan_job(point: Point, label: str, config: HarnessConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_harness(config)
     task_names(config.tasks)
-    runs = runs_of(config.run) if config.run else [None]
-    policies = [policy for run in runs for policy in checkpoints(replace(config, run=run))[0]]
+    policies = [policy for one in each_run(config) for policy in checkpoints(one)[0]]
     return SweepJob(point.overrides, label, config, policies[-1].model, folder)
 
 

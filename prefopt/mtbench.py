@@ -14,7 +14,6 @@ of the metric's name. Answers are kept in the user's cache by weights and settin
 with model_answer.jsonl and judgments.jsonl in FastChat's format.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -28,15 +27,14 @@ from prefopt.evaluation.mtbench import run_pending
 from prefopt.evaluation.text_judge import build_text_judge
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 
 
 def plan_job(point: Point, label: str, config: MtbenchConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
     check_mtbench(config)
     build_text_judge(config.judge)
-    runs = runs_of(config.run) if config.run else [None]
-    models = [subject.model for run in runs for subject in subjects(replace(config, run=run), "model_id")]
+    models = [subject.model for one in each_run(config) for subject in subjects(one, "model_id")]
     return SweepJob(point.overrides, label, config, models[-1] or config.model, folder)
 
 

@@ -6,10 +6,8 @@ import importlib.metadata
 import json
 import logging
 import math
-import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +30,17 @@ from prefopt.evaluation.answers import (
     read_outputs_file,
 )
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
-from prefopt.evaluation.judged import is_complete
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge
 from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Question, Questions, hub_file, read_questions
+from prefopt.evaluation.result_folder import has_rows, make_once
 from prefopt.evaluation.results import two_judges
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.archive import results_of
-from prefopt.tracking.policies import Checkpoint, exported_policies, runs_of
-from prefopt.tracking.provenance import provenance
-from prefopt.tracking.record import read_result, record_of, write_result
+from prefopt.tracking.policies import Checkpoint, each_run, exported_policies
+from prefopt.tracking.record import read_result, record_of
 from prefopt.utils.console import console, folding_table
-from prefopt.utils.files import check_folder, write_json
+from prefopt.utils.files import check_folder, safe_name, write_json
 from prefopt.utils.fingerprint import fingerprint
-from prefopt.utils.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +98,12 @@ def evaluate_checkpoint(
     elif config.output is not None:  # several models of one name may have their records in this folder
         models.append([checkpoint.path, checkpoint.model.revision, checkpoint.model.tokenizer])
     key = fingerprint([settings, models])[:8]
-    title = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{checkpoint.name}-{name}-{judge.title}-{key}")
+    title = safe_name(f"{checkpoint.name}-{name}-{judge.title}-{key}")
     folder = results_folder(config) / title
-    with locked(folder.with_name(f"{folder.name}.lock"), f"the comparison of {checkpoint.path}"):
-        if not is_complete(folder, "annotations.json", "n"):
-            compare(config, judge, checkpoint, questions, reference, extra, settings, folder)
-    return folder
+
+    make = functools.partial(compare, config, judge, checkpoint, questions, reference, settings)
+    complete = has_rows("annotations.json", "n")
+    return make_once(folder, f"the comparison of {checkpoint.path}", complete, make, extra)
 
 
 def compare(
@@ -116,13 +112,12 @@ def compare(
     checkpoint: Checkpoint | OutputsFile,
     questions: Questions,
     reference: Callable[[], Answers],
-    extra: dict[str, str],
     settings: dict[str, Any],
     folder: Path,
-) -> None:
-    """Make the comparison that `evaluate_checkpoint` describes, and write it into `folder`."""
+) -> dict[str, Any]:
+    """Make the comparison that `evaluate_checkpoint` describes, write its files into `folder`, and return the
+    record."""
     name, _ = baseline_of(config.baseline, config.run)
-    start = time.monotonic()
     ours = answers_of(checkpoint, questions, config)
     theirs = reference()
     names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}" if config.run else checkpoint.name)
@@ -139,7 +134,10 @@ def compare(
     annotations = judge.annotate(comparisons, names, kept, config.max_cost, config.device, config.precision)
     figures = summarize(annotations, questions.is_alpaca_eval)
 
-    record = {
+    finished = {c.index: dict(zip(("finished_1", "finished_2"), c.finished, strict=True)) for c in comparisons}
+    rows = [to_jsonable(row) | finished[row["index"]] for row in annotations]
+    write_annotations(folder / "annotations.json", rows)
+    return {
         "checkpoint": checkpoint.name,
         "step": checkpoint.step,
         "model": names.model,
@@ -151,13 +149,7 @@ def compare(
         "why_not_length_controlled": _why_not_length_controlled(questions, figures),
         "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
         "settings": settings,
-        "seconds": time.monotonic() - start,
     }
-    # In this order: where the record exists, the comparison is complete.
-    finished = {c.index: dict(zip(("finished_1", "finished_2"), c.finished, strict=True)) for c in comparisons}
-    rows = [to_jsonable(row) | finished[row["index"]] for row in annotations]
-    write_annotations(folder / "annotations.json", rows)
-    write_result(folder / "record.json", record | provenance() | extra)
 
 
 def comparison_settings(config: AlpacaConfig, judge: Judge, questions: Questions) -> dict[str, Any]:
@@ -285,8 +277,8 @@ def check_comparison(config: AlpacaConfig, read: Callable[[], Questions]) -> tup
 def run_pending(config: AlpacaConfig, **extra: str) -> None:
     """Make every comparison that has no record yet, and print the table of all. `extra` goes into the records."""
     check_alpaca(config)
-    for run in runs_of(config.run) if config.run else [None]:
-        evaluate_pending(replace(config, run=run), extra)
+    for one in each_run(config):
+        evaluate_pending(one, extra)
 
 
 def evaluate_pending(config: AlpacaConfig, extra: dict[str, str]) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefopt.config.schema import ModelConfig
+from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.data.items import Message
 from prefopt.data.sources import SUFFIXES, read_rows
 from prefopt.errors import UserError
-from prefopt.evaluation.config import AlpacaConfig
+from prefopt.evaluation.config import AlpacaConfig, JudgedConfig
 from prefopt.evaluation.initial import initial_model
 from prefopt.evaluation.questions import Question
-from prefopt.generation.responses import GenerationRequest, generate_resumable
+from prefopt.generation.responses import GenerationRequest, LoadedSampler, generate_resumable
 from prefopt.tracking.policies import exported_policies
 from prefopt.utils.files import cache_dir
 
@@ -31,20 +32,33 @@ class Answers:
 def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
     """Sample one answer per question. Answers of the same weights and settings come from the user's cache."""
     log.info(f"{name}: answers to {len(questions)} questions")
+    drawn, weights = draw(config, model, [question.prompt for question in questions], config.sampling)
+    return Answers(name, [text for text, _ in drawn], [finished for _, finished in drawn], weights)
+
+
+def draw(
+    config: AlpacaConfig | JudgedConfig,
+    model: ModelConfig,
+    prompts: Sequence[list[Message]],
+    sampling: SamplingConfig,
+    sampler: LoadedSampler | None = None,
+) -> tuple[list[tuple[str, bool]], str]:
+    """A model's answers, each with whether it ended before the token limit, and the digest of its weights. Answers of
+    the same weights and settings come from the user's cache."""
     folder = cache_dir() / "responses"
     folder.mkdir(parents=True, exist_ok=True)
     request = GenerationRequest(
         model=model,
-        prompts=[question.prompt for question in questions],
-        sampling=config.sampling,
+        prompts=prompts,
+        sampling=sampling,
         samples_per_prompt=1,
         seed=config.seed,
         backend=config.backend,
         device=config.device,
         precision=config.precision,
     )
-    rows, weights = generate_resumable(request, folder)
-    return Answers(name, [row["responses"][0] for row in rows], [row["finished"][0] for row in rows], weights)
+    rows, weights = generate_resumable(request, folder, sampler=sampler)
+    return [(row["responses"][0], row["finished"][0]) for row in rows], weights
 
 
 def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None]:

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.items import Message
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import UserError
-from prefopt.evaluation.answers import baseline_of
+from prefopt.evaluation.answers import baseline_of, draw
 from prefopt.evaluation.arena_figures import GAMES, read_verdict, summarize
 from prefopt.evaluation.benchmark_files import ARENA_HARD, ArenaHard
 from prefopt.evaluation.config import ArenaConfig, check_arena
-from prefopt.evaluation.judged import Subject, counted, draw, result, results_folder, settings_of, subjects
+from prefopt.evaluation.judged import Subject, counted, result, results_folder, sampling_of, settings_of, subjects
 from prefopt.evaluation.text_judge import TextJudge, build_text_judge
 from prefopt.models.fingerprint import local_files
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 from prefopt.tracking.record import read_result
 from prefopt.utils import signals
 from prefopt.utils.console import console, folding_table
@@ -138,7 +138,7 @@ def draw_answers(
     """A model's own answers, the most likely tokens, by uid, and the digest of its weights."""
     log.info(f"{name}: answers to {len(uids)} questions")
     prompts: list[list[Message]] = [[{"role": "user", "content": benchmark.questions[uid]["prompt"]}] for uid in uids]
-    drawn, weights = draw(config, model, prompts, temperature=0.0)
+    drawn, weights = draw(config, model, prompts, sampling_of(config, temperature=0.0))
     return {uid: Answer(name, text, done) for uid, (text, done) in zip(uids, drawn, strict=True)}, weights
 
 
@@ -296,8 +296,8 @@ def run_pending(config: ArenaConfig, **extra: str) -> None:
     """Make every result that has no record yet, and print the table of each. `extra` goes into the records."""
     check_arena(config)
     signals.install_handlers()
-    for run in runs_of(config.run) if config.run else [None]:
-        evaluate_pending(replace(config, run=run), extra)
+    for one in each_run(config):
+        evaluate_pending(one, extra)
 
 
 def evaluate_pending(config: ArenaConfig, extra: dict[str, str]) -> None:

@@ -8,7 +8,6 @@ import json
 import logging
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ from prefopt.evaluation.tasks import (
     unused_settings,
 )
 from prefopt.models.fingerprint import local_files
-from prefopt.tracking.policies import Checkpoint, exported_policies, runs_of
+from prefopt.tracking.policies import Checkpoint, each_run, exported_policies
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import find_result, read_result, write_result
 from prefopt.utils.console import console
@@ -198,7 +197,7 @@ def run_pending(config: HarnessConfig, **extra: str) -> None:
     resolve_hardware(config)
     names, own = task_names(config.tasks), read_own_tasks(config.include)
     # Every checkpoint with the config of its run alone.
-    configs = [replace(config, run=run) for run in runs_of(config.run)] if config.run else [config]
+    configs = each_run(config)
     subjects = [
         (one, checkpoint, folder)
         for one in configs

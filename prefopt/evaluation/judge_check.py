@@ -4,6 +4,7 @@ It is asked what the published judge was asked, word for word, and read by the s
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,24 @@ def compare_verdicts(published: Sequence[str], ours: Sequence[str | None]) -> di
     return figures
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of judgments, a key of the configuration: how its file is read, how a judge is asked, and what compares
+    its judgments with the published ones."""
+
+    read_file: Callable[[str, str | None], tuple[list[list[Message]], Sequence[Any]]]
+    read_reply: Callable[[str], Any]
+    finish: str
+    reply_tokens: int
+    compare: Callable[[Any, Any], dict[str, Any]]
+
+
+KINDS = {
+    "ratings": Kind(read_ratings, mtbench.read_rating, mtbench.FINISH, mtbench.REPLY_TOKENS, compare_ratings),
+    "verdicts": Kind(read_verdicts, read_verdict, arena.FINISH, arena.REPLY_TOKENS["v0.1"], compare_verdicts),
+}
+
+
 def format_check(record: dict[str, Any]) -> Table:
     """The table of a judge's check."""
     table = folding_table("", "", title=f"{record['judge']['name']} beside published judgments")
@@ -147,18 +166,15 @@ def check(config: JudgeCheckConfig) -> dict[str, Any]:
     check_judge_check(config)
     signals.install_handlers()
     judge = build_text_judge(config.judge)
-    parts: dict[str, Any] = {}
-    if config.ratings is not None:
-        parts["ratings"] = read_ratings(config.ratings, config.files)
-    if config.verdicts is not None:
-        parts["verdicts"] = read_verdicts(config.verdicts, config.files)
+    paths = {name: path for name in KINDS if (path := getattr(config, name)) is not None}
+    parts = {name: KINDS[name].read_file(path, config.files) for name, path in paths.items()}
 
-    record: dict[str, Any] = {"ratings": None, "verdicts": None} | (find_result(judge.check_file) or {})
+    record: dict[str, Any] = dict.fromkeys(KINDS) | (find_result(judge.check_file) or {})
+    record["judge"] = judge.describe()
     for name, (prompts, published) in parts.items():
-        record[name] = _compare(judge, name, prompts, published, config.max_cost)
-        record[name]["rows"] = digest(str(getattr(config, name)))
-    write_result(judge.check_file, record | {"judge": judge.describe()} | provenance())
-    console().print(format_check(record | {"judge": judge.describe()}))
+        record[name] = _compare(judge, name, prompts, published, config.max_cost) | {"rows": digest(paths[name])}
+    write_result(judge.check_file, record | provenance())
+    console().print(format_check(record))
     print(judge.check_file.parent)
     return record
 
@@ -166,13 +182,10 @@ def check(config: JudgeCheckConfig) -> dict[str, Any]:
 def _compare(
     judge: TextJudge, name: str, prompts: Sequence[list[Message]], published: Sequence[Any], max_cost: float
 ) -> dict[str, Any]:
-    folder = judge.check_file.parent / "replies"
-    read: Callable[[str], Any] = mtbench.read_rating if name == "ratings" else read_verdict
-    finish = mtbench.FINISH if name == "ratings" else arena.FINISH
-    tokens = mtbench.REPLY_TOKENS if name == "ratings" else arena.REPLY_TOKENS["v0.1"]
+    kind, folder = KINDS[name], judge.check_file.parent / "replies"
     # How many are missing is a result here.
-    verdicts = judge.judge(prompts, read, finish, tokens, folder, max_cost, most_missing=1.0)
+    verdicts = judge.judge(prompts, kind.read_reply, kind.finish, kind.reply_tokens, folder, max_cost, most_missing=1.0)
     values = [verdict.value for verdict in verdicts]
     if all(value is None for value in values):
         raise UserError(f"{judge.title} gave no verdict that can be read to any of {len(values)} prompts of {name}.")
-    return (compare_ratings if name == "ratings" else compare_verdicts)(published, values) | counted(verdicts)
+    return kind.compare(published, values) | counted(verdicts)

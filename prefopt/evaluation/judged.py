@@ -1,30 +1,23 @@
 """What MT-Bench and Arena-Hard share as jobs: whose answers are judged, and the folder of a result."""
 
-import logging
-import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.schema import ModelConfig, SamplingConfig
-from prefopt.data.items import Message
+from prefopt.config.schema import SamplingConfig
 from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.answers import OutputsFile
 from prefopt.evaluation.config import JudgedConfig
+from prefopt.evaluation.result_folder import has_rows, make_once
 from prefopt.evaluation.text_judge import TextJudge, Verdict
-from prefopt.generation.responses import GENERATION_PACKAGES, GenerationRequest, LoadedSampler, generate_resumable
+from prefopt.generation.responses import GENERATION_PACKAGES
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
-from prefopt.tracking.provenance import provenance, version
-from prefopt.tracking.record import find_result, write_result
-from prefopt.utils.files import atomic_write, cache_dir
+from prefopt.tracking.provenance import version
+from prefopt.utils.files import atomic_write, safe_name
 from prefopt.utils.fingerprint import fingerprint
-from prefopt.utils.locks import locked
-from prefopt.utils.store import format_sealed_line, read_sealed_lines
-
-log = logging.getLogger(__name__)
+from prefopt.utils.store import format_sealed_line
 
 Subject = Checkpoint | OutputsFile  # whose answers are judged
 
@@ -68,8 +61,7 @@ def result(
     make: Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]],
     extra: dict[str, str],
 ) -> Path:
-    """The folder of a result below `folder`, with record.json and judgments.jsonl. Nothing is computed where the record
-    exists. Other processes wait while one makes it.
+    """The folder of a result below `folder`, with record.json and judgments.jsonl (`make_once`).
 
     `make(folder of the result)` returns the judgments, and what the record holds beside what is said here; `figures`
     has their number, `judgments`. `extra` goes into the record.
@@ -79,63 +71,21 @@ def result(
     if subject.model is not None:
         of_model = [local_files(subject.model), subject.path, subject.model.revision, subject.model.tokenizer]
     key = fingerprint([settings, of_model])[:8]
-    place = folder / re.sub(r"[^A-Za-z0-9._-]+", "_", f"{subject.name}-{judge.title}-{key}")
-    with locked(place.with_name(f"{place.name}.lock"), f"the judgments of {subject.path}"):
-        if is_complete(place, "judgments.jsonl", "judgments"):
-            return place
-        start = time.monotonic()
+    place = folder / safe_name(f"{subject.name}-{judge.title}-{key}")
+
+    def make_record(place: Path) -> dict[str, Any]:
         rows, facts = make(place)
-        # In this order: where the record exists, the result is complete.
         atomic_write(place / "judgments.jsonl", "".join(map(format_sealed_line, rows)))
-        record = {
-            "checkpoint": subject.name,
-            "step": subject.step,
-            "path": subject.path,
-            "judge": judge.describe(),
-            **facts,
-            "settings": settings,
-            "seconds": time.monotonic() - start,
-        }
-        write_result(place / "record.json", record | provenance() | extra)
-    return place
+        told = {"checkpoint": subject.name, "step": subject.step, "path": subject.path, "judge": judge.describe()}
+        return {**told, **facts, "settings": settings}
+
+    complete = has_rows("judgments.jsonl", "judgments")
+    return make_once(place, f"the judgments of {subject.path}", complete, make_record, extra)
 
 
-def is_complete(folder: Path, name: str, key: str) -> bool:
-    """Whether the result in this folder has been made: a record, and in the file `name` as many rows as its figure
-    `key` says. A damaged one has not, which the log says."""
-    record = find_result(folder / "record.json")
-    if record is None:
-        return False
-    rows, whole = read_sealed_lines(folder / name)
-    if not whole or len(rows) != record["figures"][key]:
-        log.warning(f"  {folder / name} is damaged. It is made anew.")
-        return False
-    return True
-
-
-def draw(
-    config: JudgedConfig,
-    model: ModelConfig,
-    prompts: Sequence[list[Message]],
-    temperature: float,
-    sampler: LoadedSampler | None = None,
-) -> tuple[list[tuple[str, bool]], str]:
-    """A model's answers, each with whether it ended before the token limit, and the digest of its weights. Answers of
-    the same weights and settings come from the user's cache."""
-    folder = cache_dir() / "responses"
-    folder.mkdir(parents=True, exist_ok=True)
-    request = GenerationRequest(
-        model=model,
-        prompts=prompts,
-        sampling=SamplingConfig(temperature, 1.0, config.max_new_tokens, config.batch_size),
-        samples_per_prompt=1,
-        seed=config.seed,
-        backend=config.backend,
-        device=config.device,
-        precision=config.precision,
-    )
-    rows, weights = generate_resumable(request, folder, sampler=sampler)
-    return [(row["responses"][0], row["finished"][0]) for row in rows], weights
+def sampling_of(config: JudgedConfig, temperature: float) -> SamplingConfig:
+    """How answers are drawn at this temperature."""
+    return SamplingConfig(temperature, 1.0, config.max_new_tokens, config.batch_size)
 
 
 def counted(verdicts: Sequence[Verdict[Any]]) -> dict[str, int]:

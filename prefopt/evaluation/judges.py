@@ -23,6 +23,7 @@ from prefopt.evaluation.annotations import is_preference, prune_annotations
 from prefopt.evaluation.clients import VENDOR_URLS, Calls, alpaca_eval, failure_reason, judge_client
 from prefopt.evaluation.judge_configuration import PACKAGES, check_annotator, read_configuration, write_configuration
 from prefopt.rewards.scorers import Request, RewardScorer
+from prefopt.utils.files import safe_name
 from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
 
@@ -263,7 +264,7 @@ class LanguageModelJudge(Judge):
         precision: str,
     ) -> list[dict[str, Any]]:
         digest = _sha256(json.dumps(self.describe(), sort_keys=True))[:8]
-        judge_folder = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.name)}-{digest}"
+        judge_folder = folder / f"{safe_name(self.name)}-{digest}"
         annotations = judge_folder / "annotations.json"
 
         # The lock keeps a second job with the same judge from paying for the same questions.

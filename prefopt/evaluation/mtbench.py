@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from prefopt.data.items import Message
 from prefopt.data.sources import read_rows, write_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap
+from prefopt.evaluation.answers import draw
 from prefopt.evaluation.benchmark_files import MT_BENCH_PROMPTS, MT_BENCH_QUESTIONS, MT_BENCH_REFERENCES
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
-from prefopt.evaluation.judged import Subject, counted, draw, result, results_folder, settings_of, subjects
+from prefopt.evaluation.judged import Subject, counted, result, results_folder, sampling_of, settings_of, subjects
 from prefopt.evaluation.text_judge import TextJudge, build_text_judge
 from prefopt.generation.responses import load_sampler
-from prefopt.tracking.policies import runs_of
+from prefopt.tracking.policies import each_run
 from prefopt.tracking.record import read_result
 from prefopt.utils import signals
 from prefopt.utils.console import console, folding_table
@@ -138,7 +139,7 @@ def draw_answers(
             rows = [r for r in benchmark.questions.values() if TEMPERATURES[r["category"]] == temperature]
             log.info(f"{model.name}: answers to turn {turn} of {len(rows)} questions, temperature {temperature:g}")
             talks = [_talk(row["turns"][:turn], [text for text, _ in drawn[row["question_id"]]]) for row in rows]
-            answers_of_turn, _ = draw(config, model, talks, temperature, sampler)
+            answers_of_turn, _ = draw(config, model, talks, sampling_of(config, temperature), sampler)
             for row, answer in zip(rows, answers_of_turn, strict=True):
                 drawn[row["question_id"]].append(answer)
     answers = {
@@ -283,8 +284,8 @@ def run_pending(config: MtbenchConfig, **extra: str) -> None:
     """Make every result that has no record yet, and print the table of each. `extra` goes into the records."""
     check_mtbench(config)
     signals.install_handlers()
-    for run in runs_of(config.run) if config.run else [None]:
-        evaluate_pending(replace(config, run=run), extra)
+    for one in each_run(config):
+        evaluate_pending(one, extra)
 
 
 def evaluate_pending(config: MtbenchConfig, extra: dict[str, str]) -> None:

@@ -1,9 +1,9 @@
 """RewardBench and other preferences, ranked by reward models and by the implicit rewards of policies."""
 
+import functools
 import importlib.metadata
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +16,17 @@ from prefopt.data.sources import digest, write_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.config import RewardBenchConfig, check_reward_bench
 from prefopt.evaluation.initial import initial_model
+from prefopt.evaluation.result_folder import has_record, make_once
 from prefopt.evaluation.reward_bench_figures import format_results, summarize
 from prefopt.evaluation.reward_bench_rows import Item, check_rows, read_items
 from prefopt.models.fingerprint import local_files
 from prefopt.rewards.reward_model import LogLikelihood, ModelScorer, RewardModel
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.tracking.policies import Checkpoint, exported_policies, runs_of
-from prefopt.tracking.provenance import provenance
-from prefopt.tracking.record import find_result, read_result, record_of, write_result
+from prefopt.tracking.record import read_result, record_of
 from prefopt.utils.console import console
 from prefopt.utils.files import check_folder
 from prefopt.utils.fingerprint import fingerprint
-from prefopt.utils.locks import locked
 
 if TYPE_CHECKING:
     from prefopt.objectives.base import Objective
@@ -167,11 +166,8 @@ def rows_name(path: str) -> str:
     return Path(path).name.partition(".")[0]
 
 
-def evaluate(
-    subject: Subject, items: Sequence[Item], config: RewardBenchConfig, folder: Path, extra: dict[str, str]
-) -> None:
-    """Give every response its reward, and write record.json and rewards.jsonl, a line per row, into `folder`."""
-    start = time.monotonic()
+def evaluate(subject: Subject, items: Sequence[Item], config: RewardBenchConfig, folder: Path) -> dict[str, Any]:
+    """Give every response its reward, write rewards.jsonl, a line per row, into `folder`, and return the record."""
     log.info(f"{subject.label}: {len(items)} rows of {config.rows}")
     requests = [request for item in items for request in item.requests]
     values, cut, max_length = rewards_of(subject, requests, config)
@@ -184,10 +180,9 @@ def evaluate(
         {"id": item.id, "subset": item.subset, "correct": item.num_correct, "rewards": given}
         for item, given in zip(items, rewards, strict=True)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "rewards.jsonl", rows)
     checkpoint = subject.checkpoint
-    record = {
+    return {
         "checkpoint": checkpoint.name,
         "step": checkpoint.step,
         "path": checkpoint.path,
@@ -196,10 +191,7 @@ def evaluate(
         "figures": summarize(items, rewards),
         "texts": {"n": len(values), "cut_from_the_left": sum(cut), "max_length": max_length},
         "settings": settings_of(config),
-        "seconds": time.monotonic() - start,
     }
-    # Last: where the record exists, the result is complete.
-    write_result(folder / "record.json", record | provenance() | extra)
 
 
 def run_pending(config: RewardBenchConfig, **extra: str) -> None:
@@ -210,13 +202,13 @@ def run_pending(config: RewardBenchConfig, **extra: str) -> None:
     found = check_subjects(config)
     items = read_items(config.rows, config.split)
 
+    folders = []
     for subject in found:
-        folder = result_folder(subject, config)
-        with locked(folder.with_name(f"{folder.name}.lock"), f"the rewards of {subject.checkpoint.path}"):
-            if find_result(folder / "record.json") is None:
-                evaluate(subject, items, config, folder, extra)
+        make = functools.partial(evaluate, subject, items, config)
+        what = f"the rewards of {subject.checkpoint.path}"
+        folders.append(make_once(result_folder(subject, config), what, has_record, make, extra))
 
-    rows = [(subject.label, read_result(result_folder(subject, config) / "record.json")) for subject in found]
+    rows = [(s.label, read_result(folder / "record.json")) for s, folder in zip(found, folders, strict=True)]
     console().print(format_results(rows))
     for label, record in rows:
         texts = record["texts"]
@@ -225,8 +217,8 @@ def run_pending(config: RewardBenchConfig, **extra: str) -> None:
                 f"{label}: {texts['cut_from_the_left']} of {texts['n']} texts were cut from the left to "
                 f"{texts['max_length']} tokens"
             )
-    for subject in found:
-        print(result_folder(subject, config))
+    for folder in folders:
+        print(folder)
 
 
 def check_subjects(config: RewardBenchConfig) -> list[Subject]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from prefopt.evaluation.clients import Calls, vendor_client
 from prefopt.evaluation.judges import Judge, LanguageModelJudge, announce_cost, check_server, what_failed
 from prefopt.tracking.record import find_result
 from prefopt.utils.console import Bar
-from prefopt.utils.files import atomic_write, cache_dir, with_filename
+from prefopt.utils.files import atomic_write, cache_dir, safe_name, with_filename
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.locks import locked
 from prefopt.utils.redact import redact
@@ -129,7 +128,7 @@ class TextJudge:
     @property
     def check_file(self) -> Path:
         """Where prefopt.judge_check keeps how this judge agrees with published judgments."""
-        name = f"{_file_name(self.title)}-{fingerprint([self.title, self.server.address])[:8]}"
+        name = f"{safe_name(self.title)}-{fingerprint([self.title, self.server.address])[:8]}"
         return cache_dir() / "judge_checks" / name / "record.json"
 
     def checked(self, what: str) -> dict[str, Any] | None:
@@ -166,7 +165,7 @@ class TextJudge:
                 `most_missing` of the verdicts are missing.
             Interrupted: after SIGTERM or SIGUSR2, when the calls under way have ended.
         """
-        name = f"{_file_name(self.title)}-{fingerprint(self.describe())[:8]}.jsonl"
+        name = f"{safe_name(self.title)}-{fingerprint(self.describe())[:8]}.jsonl"
         # The lock keeps a second job with the same judge from paying for the same replies.
         with locked((folder / name).with_suffix(".lock"), f"replies of {self.title}"):
             file = ReplyFile(folder / name)
@@ -239,10 +238,6 @@ class TextJudge:
             text, finished = answer.content[0].text, answer.stop_reason != "max_tokens"
         # A server's answer may repeat the key that it was sent.
         return Reply(redact(text), redact(str(answer.model)), finished, time.time())
-
-
-def _file_name(title: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", title)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pandas as pd
 
 from prefopt.errors import UserError
 from prefopt.evaluation.arena_figures import games_of, question_values
+from prefopt.evaluation.benchmark_files import ARENA_HARD
 from prefopt.evaluation.results import FIGURE_SETTINGS
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.differences import sides_differ
@@ -30,6 +31,9 @@ COLUMNS = (
     Column("n", "n"),
     Column("seeds", "seeds"),
 )
+
+# The settings of MT-Bench and Arena-Hard that two results share whose values compare.
+JUDGED_SETTINGS = ("judge", "files", "baseline", "questions", "max_new_tokens")
 
 
 def paired_table(records: Sequence[Record], config: ReportConfig) -> Tabular:
@@ -166,7 +170,7 @@ def _judged_values(record: Record) -> Iterator[tuple[str, pd.Series]]:
             if result["checkpoint"] != "final":
                 continue
             rows, _ = read_sealed_lines(Path(result["file"]).with_name("judgments.jsonl"))
-            settings = {k: v for k, v in result["settings"].items() if k in ("judge", "files", "baseline", "questions")}
+            settings = {k: v for k, v in result["settings"].items() if k in JUDGED_SETTINGS}
             name = _under(result["metric"] + (", %" if kind == "arena" else ""), settings)
             if kind == "mtbench":
                 frame = pd.DataFrame(rows).query("score != -1")  # -1: a missing one
@@ -174,7 +178,8 @@ def _judged_values(record: Record) -> Iterator[tuple[str, pd.Series]]:
                 yield name, pd.Series(values.to_numpy(dtype=float), [str(question) for question in values.index])
             else:
                 both = {row["uid"]: tuple(game["score"] for game in row["games"]) for row in rows}
-                games = {uid: found for uid, verdicts in both.items() if (found := games_of([verdicts], False))}
+                drops_rows = ARENA_HARD[result["settings"]["version"]].drops_rows
+                games = {uid: found for uid, verdicts in both.items() if (found := games_of([verdicts], drops_rows))}
                 yield name, pd.Series(question_values([found[0] for found in games.values()]), list(games))
 
 

@@ -75,24 +75,25 @@ def evaluation_columns(record: Record) -> dict[str, Value]:
             ("win rate", "win_rate", "standard_error"),
             ("length-controlled win rate", "length_controlled_win_rate", "lc_standard_error"),
         ):
-            name = f"{figure} ({what})"
-            if name in columns:  # the same with other settings: the folder's name ends with their digest
-                name += f" {Path(result['file']).parent.name.rpartition('-')[2]}"
             if value in figures:
-                columns[name] = figures[value], figures[error]
+                columns[_distinct(f"{figure} ({what})", result, columns)] = figures[value], figures[error]
 
     for kind, figure in JUDGED.items():
         for result in record[kind]:
             if result["checkpoint"] == "final":
-                name, figures = result["metric"], result["figures"]
-                if name in columns:
-                    name += f" {Path(result['file']).parent.name.rpartition('-')[2]}"
+                name, figures = _distinct(result["metric"], result, columns), result["figures"]
                 columns[name] = figures[figure], figures["standard_error"]
 
     for result in record["reward_bench"]:
         if result["checkpoint"] == "final":
-            columns |= reward_bench_columns(result)
+            columns |= {_distinct(k, result, columns): value for k, value in reward_bench_columns(result).items()}
     return columns
+
+
+def _distinct(name: str, result: Record, columns: Mapping[str, Value]) -> str:
+    """The name of a result's column. Where another result, of other settings, has that name, the digest of the settings
+    is added, with which the name of the result's folder ends."""
+    return f"{name} {Path(result['file']).parent.name.rpartition('-')[2]}" if name in columns else name
 
 
 def reward_bench_columns(result: Record) -> dict[str, Value]:

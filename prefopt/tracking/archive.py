@@ -5,35 +5,20 @@ They lie in the runs' folders, or in one file, the archive, to be kept and passe
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.tracking.metrics import metrics_damage
-from prefopt.tracking.record import (
-    alpaca_problems,
-    arena_problems,
-    harness_problems,
-    load_record,
-    mtbench_problems,
-    read_result,
-    record_problems,
-    reward_bench_problems,
-)
+from prefopt.tracking.record import load_record, read_result, record_problems, result_problems
 from prefopt.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-# By kind, which is also the name of their folder in a run's: the results in it, and what keeps a file from being one.
-RESULTS = {
-    "harness": ("*.json", harness_problems),
-    "alpaca": ("*/record.json", alpaca_problems),
-    "reward_bench": ("*/record.json", reward_bench_problems),
-    "mtbench": ("*/record.json", mtbench_problems),
-    "arena": ("*/record.json", arena_problems),
-}
+# The files of results by their kind, which is also the name of their folder in a run's.
+RESULTS = {"harness": "*.json", **dict.fromkeys(("alpaca", "reward_bench", "mtbench", "arena"), "*/record.json")}
 # Left out of an archive: no figure depends on them, and they tell of the user's machine.
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
@@ -86,15 +71,14 @@ def check_finished(file: Path, record: Record) -> None:
 
 def results_of(folder: Path, kind: str) -> list[Record]:
     """The results of a kind, of `RESULTS`, in their folder. One that is damaged is left out with a warning."""
-    pattern, problems = RESULTS[kind]
-    return [result for path in sorted(folder.glob(pattern)) for result in _result(path, problems)]
+    return [result for path in sorted(folder.glob(RESULTS[kind])) for result in _result(path, kind)]
 
 
-def _result(file: Path, problems: Callable[[Record], Iterator[str]]) -> list[Record]:
+def _result(file: Path, kind: str) -> list[Record]:
     """The result in `file`, or nothing, and a warning, where it is none."""
     try:
         result = read_result(file)
-        if problem := next(problems(result), None):
+        if problem := next(result_problems(result, kind), None):
             raise UserError(f"{file} is no result: {problem}.")
     except UserError as error:
         log.warning(f"left out: {error} Remove it, and evaluate again.")
@@ -109,7 +93,7 @@ def _archived(file: Path) -> list[Record]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError(f"line {number} is no record")
-            for problem in (*record_problems(record, finished=True), *_result_problems(record)):
+            for problem in (*record_problems(record, finished=True), *_results_problems(record)):
                 raise ValueError(f"line {number}: {problem}")
             records.append({kind: [] for kind in RESULTS} | record)
     except (OSError, ValueError, RecursionError) as error:
@@ -119,14 +103,16 @@ def _archived(file: Path) -> list[Record]:
     return records
 
 
-def _result_problems(record: Record) -> Iterator[str]:
-    for kind, (_, problems) in RESULTS.items():
+def _results_problems(record: Record) -> Iterator[str]:
+    for kind in RESULTS:
         results = record.get(kind, [])  # an archive does not name what its runs have none of
         if not isinstance(results, list):
             yield f"it has no list {kind}"
             continue
         for result in results:
-            yield from problems(result) if isinstance(result, dict) else [f"a result in {kind} is no mapping"]
+            yield from (
+                result_problems(result, kind) if isinstance(result, dict) else [f"a result in {kind} is no mapping"]
+            )
 
 
 def write_archive(records: Sequence[Record], file: Path) -> None:

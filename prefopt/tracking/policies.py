@@ -2,8 +2,9 @@
 
 import glob
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
@@ -11,6 +12,8 @@ from prefopt.tracking.archive import last_step
 from prefopt.tracking.record import record_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ def runs_of(pattern: str) -> list[str]:
     if not folders:
         raise UserError(f"run={pattern} matches no finished run.")
     return folders
+
+
+def each_run(config: T) -> list[T]:
+    """A job's configuration for each of the runs that its `run` names (`runs_of`); for none, where `run` is null."""
+    job: Any = config
+    return [replace(job, run=run) for run in (runs_of(job.run) if job.run else [None])]
 
 
 def exported_policies(run: str, which: str) -> list[Checkpoint]:

@@ -160,9 +160,11 @@ ARENA: Shape = {
     **JUDGED,
     "baseline": MAPPING,
     "baseline.name": TEXT,
+    "settings.version": TEXT,
     "figures.win_rate": NUMBER,
     "figures.standard_error": NUMBER,
 }
+SHAPES = {"harness": HARNESS, "alpaca": ALPACA, "reward_bench": REWARD_BENCH, "mtbench": MTBENCH, "arena": ARENA}
 
 
 def load_record(file: Path) -> dict[str, Any]:
@@ -244,35 +246,17 @@ TOGETHER = (
 )
 
 
-def harness_problems(result: dict[str, Any]) -> Iterator[str]:
-    """What keeps `result` from being a record of prefopt.harness."""
-    yield from shape_problems(result, HARNESS, tuple(HARNESS))
+def result_problems(result: dict[str, Any], kind: str) -> Iterator[str]:
+    """What keeps `result` from being a record of a program that evaluates; `kind` is a key of SHAPES."""
+    yield from shape_problems(result, SHAPES[kind], tuple(SHAPES[kind]))
+    if kind != "harness":
+        return
     metrics = result.get("metrics")
     for name, metric in metrics.items() if isinstance(metrics, dict) else []:
         if not isinstance(metric, dict) or not is_kind(metric.get("value"), (int, float, str, type(None))):
             yield f"its metric {name} has no value"
         elif name in ("acc", "acc_norm") and not is_kind(metric["value"], NUMBER):
             yield f"its metric {name} is no number"
-
-
-def alpaca_problems(result: dict[str, Any]) -> Iterator[str]:
-    """What keeps `result` from being a record of prefopt.alpaca."""
-    yield from shape_problems(result, ALPACA, tuple(ALPACA))
-
-
-def reward_bench_problems(result: dict[str, Any]) -> Iterator[str]:
-    """What keeps `result` from being a record of prefopt.reward_bench."""
-    yield from shape_problems(result, REWARD_BENCH, tuple(REWARD_BENCH))
-
-
-def mtbench_problems(result: dict[str, Any]) -> Iterator[str]:
-    """What keeps `result` from being a record of prefopt.mtbench."""
-    yield from shape_problems(result, MTBENCH, tuple(MTBENCH))
-
-
-def arena_problems(result: dict[str, Any]) -> Iterator[str]:
-    """What keeps `result` from being a record of prefopt.arena."""
-    yield from shape_problems(result, ARENA, tuple(ARENA))
 
 
 def shape_problems(node: dict[str, Any], shape: Shape, required: tuple[str, ...]) -> Iterator[str]:

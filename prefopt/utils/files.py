@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.resources import files
@@ -78,6 +79,11 @@ def read_lines_reversed(path: Path, block: int = 2**16) -> Iterator[tuple[int, b
                 yield offset, line
             if start == 0:
                 yield 0, rest
+
+
+def safe_name(title: str) -> str:
+    """`title` as a part of a file's name: what is no letter, digit or . _ - becomes _."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", title)
 
 
 def check_folder(key: str, folder: str | Path) -> None:

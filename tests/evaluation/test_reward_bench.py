@@ -286,6 +286,23 @@ def test_the_report_has_a_column_and_an_archive_keeps_it(runs, evaluated, tmp_pa
     assert "harness" not in json.loads(archive.read_text().splitlines()[0])
 
 
+def test_results_of_two_splits_of_one_file_have_a_column_each():
+    figures = {"benchmark": None, "sections": {}, "subsets": {}}
+    results = [
+        {
+            "checkpoint": "final",
+            "file": f"runs/r/reward_bench/final-rows-{split}/record.json",
+            "rows": "rows.jsonl",
+            "settings": {"rows": "ab" * 32, "max_length": 16, "precision": "float32", "split": split},
+            "figures": figures | {"overall": {"value": value, "standard_error": None, "n": 4}},
+        }
+        for split, value in (("train", 0.5), ("test", 0.75))
+    ]
+    record = {"harness": [], "alpaca": [], "mtbench": [], "arena": [], "reward_bench": results}
+    name = "accuracy (rows.jsonl abababab, 16 tokens, float32)"
+    assert evaluation_columns(record) == {name: (50.0, None), f"{name} test": (75.0, None)}
+
+
 def test_a_scorer_in_place_of_a_run(runs, evaluated, tiny_folder, tmp_path):
     (policy,) = runs.glob("reward-*/policy")
     arguments = ["scorer=reward_model", f"scorer.path={policy}", f"output={tmp_path / 'out'}", "run=null"]

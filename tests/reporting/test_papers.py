@@ -130,13 +130,14 @@ def alpaca(
     write(folder / "alpaca" / where / "record.json", told | {"settings": settings, "git": None})
 
 
-def judged(folder: Path, kind: str, figure: float, metric: str, rows: list[dict]) -> None:
+def judged(folder: Path, kind: str, figure: float, metric: str, rows: list[dict], **settings) -> None:
     """A result of prefopt.mtbench or prefopt.arena for a run's final policy."""
     key = {"mtbench": "score", "arena": "win_rate"}[kind]
     figures = {"n": len(rows), "missing": 0, key: figure, "standard_error": 0.25}
     told = {"checkpoint": "final", "step": 20, "metric": metric, "judge": {"name": "j"}, "figures": figures}
+    settings = {"judge": {"name": "j"}, "version": "v0.1"} | settings
     place = folder / kind / f"final-j-{abs(hash(metric))}"
-    write(place / "record.json", told | {"baseline": {"name": "b"}, "settings": {"judge": {"name": "j"}}, "git": None})
+    write(place / "record.json", told | {"baseline": {"name": "b"}, "settings": settings, "git": None})
     (place / "judgments.jsonl").write_text("".join(map(format_sealed_line, rows)))
 
 
@@ -144,7 +145,7 @@ def ratings(*scores: int) -> list[dict]:
     return [{"question_id": 81 + i, "turn": turn, "score": s} for i, s in enumerate(scores) for turn in (1, 2)]
 
 
-def games(*verdicts: str) -> list[dict]:
+def games(*verdicts: str | None) -> list[dict]:
     return [{"uid": str(i), "games": [{"score": v}, {"score": "A=B"}]} for i, v in enumerate(verdicts)]
 
 
@@ -559,6 +560,31 @@ def test_judged_benchmarks_are_compared_question_by_question(tmp_path):
     assert (rating["n"], rating["difference"]) == (3, pytest.approx(5 / 3))
     rate = rows["arena-hard-v0.1 (j, against b), %"]
     assert (rate["n"], rate["a"], rate["b"]) == (2, pytest.approx(75), pytest.approx(50))
+
+
+def test_answers_of_other_token_limits_are_not_compared(tmp_path):
+    runs = tmp_path / "runs"
+    for objective, limit in (("dpo", 256), ("mmpo", 1024)):
+        folder = train(runs, objective)
+        judged(folder, "mtbench", 8.0, "mt_bench (j, gpt-4 references)", ratings(7, 8), max_new_tokens=limit)
+        judged(folder, "arena", 50.0, "arena-hard-v0.1 (j, against b)", games("B>A", "A>B"), max_new_tokens=256)
+    read = read_records(runs)
+    table = paired_table(read, ReportConfig(str(runs), str(tmp_path), None, ["dpo", "mmpo"]))
+    assert [row["measure"] for row in table.rows] == ["arena-hard-v0.1 (j, against b), %"]
+
+
+@pytest.mark.parametrize(("version", "n"), [("v0.1", 3), ("v2.0", 2)])
+def test_a_question_of_which_one_game_has_no_verdict_is_compared_where_the_version_counts_it(tmp_path, version, n):
+    runs = tmp_path / "runs"
+    for objective, verdicts in (("dpo", ("B>A", "B>A", None)), ("mmpo", ("A>B", "B>A", "A>B"))):
+        judged(train(runs, objective), "arena", 50.0, "arena-hard (j, against b)", games(*verdicts), version=version)
+    read = read_records(runs)
+    (row,) = [
+        row
+        for row in paired_table(read, ReportConfig(str(runs), str(tmp_path), None, ["dpo", "mmpo"])).rows
+        if row["measure"].startswith("arena")
+    ]
+    assert row["n"] == n
 
 
 def test_runs_without_evaluations_say_how_to_get_them(tmp_path):

@@ -3,7 +3,7 @@
     python -m prefopt.papers paper=mmpo                                   # the published figures by themselves
     python -m prefopt.papers paper=mmpo 'runs_dir=runs/paper/mmpo/*'
     python -m prefopt.papers paper=mappo runs_dir=runs/mini/mappo/final
-    python -m prefopt.papers paper=madpo runs_dir=results/mini/madpo/records.jsonl
+    python -m prefopt.papers paper=madpo runs_dir=results/lab/madpo/methods/records.jsonl
 
 Tables are written as Markdown, CSV and LaTeX (booktabs), figures as PNG, SVG and PDF, and all of it once more as one
 HTML page that needs nothing besides. Everything comes from the records that prefopt.train, prefopt.harness and

@@ -2,7 +2,7 @@
 SVG, PDF).
 
     python -m prefopt.report runs_dir=runs output=results/mine
-    python -m prefopt.report runs_dir=runs/mini/madpo/final output=results/mini/madpo columns=dataset.format.quality
+    python -m prefopt.report runs_dir=runs/lab/madpo/methods output=results/mine columns=dataset.format.quality
     python -m prefopt.report runs_dir=runs 'compare=["dpo β=0.1","mmpo β=0.1"]'       # or two runs, by folder or id
 
 Where runs differ in their seed alone there is also a table of their means over seeds; with `columns` one with a column

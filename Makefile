@@ -52,6 +52,7 @@ figures: setup ## tables, figures and pages of results/ from its records
 	done
 	$(BIN)/python -m prefopt.papers paper=mmpo output=results/paper/mmpo
 	$(BIN)/python -m prefopt.papers paper=mappo runs_dir=results/mini/mappo/records.jsonl output=results/mini/mappo
+	$(BIN)/python -m prefopt.papers paper=mappo runs_dir=results/lab/objectives/records.jsonl output=results/lab/objectives
 	for folder in mmpo/methods madpo/methods madpo/variants; do \
 		$(BIN)/python -m prefopt.papers paper=$${folder%/*} runs_dir=results/lab/$$folder/records.jsonl \
 			output=results/lab/$$folder || exit 1; \

@@ -231,18 +231,22 @@ class NoisyPreferences(Format):
     `rewards`. All draws are a function of prompt, quality and `seed`.
 
     An objective reads other rewards: those in the field `rewards_QUALITY`, which come from a reward model that was
-    trained on this quality. Without that field the pair has no rewards.
+    trained on this quality. Without that field the pair has no rewards. `reward_error` makes that model worse by a
+    known amount: the standard deviation of a normal error, in the rewards' unit, that each of its rewards gets.
     """
 
     quality: str = "high"
     label_scale: float = 6.0
     seed: int = 0
+    reward_error: float = 0.0
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
             raise ValueError(f"quality must be {', '.join(QUALITIES)}, got {self.quality!r}")
         if self.label_scale <= 0:
             raise ValueError(f"label_scale must be positive, got {self.label_scale}")
+        if self.reward_error < 0:
+            raise ValueError(f"reward_error must not be negative, got {self.reward_error}")
 
     def __call__(self, row: Row) -> Pair | Dropped:
         scored = Scored.read(row)
@@ -266,6 +270,9 @@ class NoisyPreferences(Format):
         numbers = [as_number(reward) for reward in prior]
         if bad := [value for value, reward in zip(prior, numbers, strict=True) if value is not None and reward is None]:
             return Dropped("bad_reward", f"{key!r} holds {reprlib.repr(bad[0])}, which is no finite number")
+        if self.reward_error:
+            error = random.Random(content_id("reward_error", self.quality, self.seed, scored.prompt))
+            numbers = [r if r is None else r + self.reward_error * error.gauss() for r in numbers]
         return scored.pair(first, second, rewards=numbers)
 
     def fields(self) -> tuple[str, ...]:

@@ -31,11 +31,16 @@ from prefopt.reporting.paper_common import (
 from prefopt.reporting.published import join_published, paper_heading, published_table, read_csv
 from prefopt.reporting.tables import Column, Tabular, format_rows
 from prefopt.tracking.archive import Record, last_step
+from prefopt.tracking.metrics import GAPS
 
 # Sentences below the tables and figures.
 RESULTS = (
     "Means at the end of the runs ± their standard error over seeds; drifts are changes of the mean held-out log-prob "
     "since the start, in nats."
+)
+BY_GAP = (
+    "The change of the mean held-out chosen log-prob since the start, in nats, in thirds of the pairs by the gap of "
+    "their prior rewards (near ties: small), with its standard error over seeds."
 )
 PAPER_METRICS = (
     "AlpacaEval 2, length-controlled, in percent and Arena-Hard, judged by GPT-4 Turbo (Preview-1106); MT-Bench of 10."
@@ -203,6 +208,32 @@ def academic_table(
     return Tabular("mappo_academic", columns, format_rows(columns, rows), rows, notes, "Academic benchmarks", origin)
 
 
+def gaps_table(records: Sequence[Record], notes: list[str], origin: list[str]) -> list[Tabular]:
+    """The change of the held-out chosen log-prob by the gap of the pair's prior rewards, at the end of the runs: the
+    mean over seeds. No table where no run has pairs with rewards."""
+    models = model_names(records)
+    rows: list[dict[str, Any]] = []
+    for model in dict.fromkeys(models.values()):
+        members = [r for r in records if models[r["name"]] == model and r["evaluations"]]
+        for (method, beta), seeds in group_by_config(members).items():
+            row = {"model": model, "method": method, "beta": beta, "seeds": len(seeds)}
+            for gap in GAPS:
+                key = f"{gap}_chosen_logratio"
+                row |= flatten_value(gap, mean_over_seeds(seed["evaluations"][-1].get(key) for seed in seeds))
+            if any(row.get(gap) is not None for gap in GAPS):
+                rows.append(row)
+    columns = [
+        Column("model", "model", text=True),
+        Column("method", "method", text=True),
+        Column("beta", "β"),
+        Column("seeds", "seeds"),
+        *(Column(gap, f"{gap.replace('_', ' ')}", 2, error=True) for gap in GAPS),
+    ]
+    title = "Chosen log-prob drift by reward gap"
+    table = Tabular("mappo_gaps", columns, format_rows(columns, rows), rows, [BY_GAP, *notes], title, origin)
+    return [table] if rows else []
+
+
 def _results_by_method(records: Sequence[Record]) -> dict[tuple[str, str], list[list[Record]]]:
     """By model and method, for each seed the harness records of its final policy; those of the policies that a model's
     runs began from, taken together, are its method `it`."""
@@ -243,6 +274,7 @@ def mappo(records: Sequence[Record], config: PapersConfig) -> Made:
         tables = [
             results_table(records, points, both, metric, notes, origin),
             academic_table(records, theirs["mappo_academic"], shared, origin),
+            *gaps_table(records, shared, origin),
             *policies_table("mappo", policies, metric, models, [*describe_metrics(metric, policies), *shared], origin),
         ]
     for name, title in TITLES.items():

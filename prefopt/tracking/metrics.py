@@ -29,6 +29,8 @@ def metrics_files(folder: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+# How metrics over thirds of the held-out pairs begin, by the gap of their prior rewards: small_gap_accuracy.
+GAPS = ("small_gap", "middle_gap", "large_gap")
 PER_ITEM = ("samples", "heldout")  # folders of a run's, with what an evaluation knows of each sample and held-out pair
 
 

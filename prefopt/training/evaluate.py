@@ -21,12 +21,12 @@ from prefopt.models.fingerprint import loaded_model
 from prefopt.models.generation_config import stop_tokens
 from prefopt.models.logprobs import autocast
 from prefopt.objectives import SIDES
-from prefopt.objectives.base import ObjectiveOutput, PairInputs, apply_objective
+from prefopt.objectives.base import apply_objective
 from prefopt.rewards.scorers import Request, RewardScorer, rewards_shared
 from prefopt.tracking.metrics import item_file
 from prefopt.tracking.record import heldout_accuracy
 from prefopt.training.guards import explain_oom
-from prefopt.training.metrics import calibration, pair_metrics, step_metrics
+from prefopt.training.metrics import by_reward_gap, calibration, pair_metrics, step_metrics
 from prefopt.training.state import TrainState
 from prefopt.training.step import count_step, forward_pairs, step_inputs
 from prefopt.training.step0 import check_step0
@@ -123,10 +123,17 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     if objective.scope == "step":
         inputs = [step_inputs(train_state, 0, inputs)]  # the noise of step 0 at every step, so that figures compare
     scored = [(part, apply_objective(objective, part)) for part in inputs]
+    in_order = [pair for micro_batch in micro_batches for pair in micro_batch.pairs]
+    parts = [pair_metrics(*part) for part in scored]
+    values = {key: torch.cat([part[key].float() for part in parts]).cpu() for key in parts[0]}
     if pairs is train_state.heldout_pairs:
-        write_pairs(train_state, step, [pair.id for m in micro_batches for pair in m.pairs], scored)
+        write_pairs(train_state, step, [pair.id for pair in in_order], values)
 
     metrics = step_metrics(objective, scored)
+    rewards = [(pair.chosen_reward, pair.rejected_reward) for pair in in_order]
+    gaps = [abs(w - l) for w, l in rewards if w is not None and l is not None]
+    if len(gaps) == len(rewards):
+        metrics |= by_reward_gap(values, torch.tensor(gaps, dtype=torch.float64))
     if "accuracy" in metrics:
         metrics["accuracy_se"] = share_error(metrics["accuracy"], metrics["n"])
     if objective.model_kind == "reward_model":
@@ -142,15 +149,12 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     return metrics
 
 
-def write_pairs(
-    train_state: TrainState, step: int, ids: Sequence[str], scored: Sequence[tuple[PairInputs, ObjectiveOutput]]
-) -> None:
+def write_pairs(train_state: TrainState, step: int, ids: Sequence[str], values: dict[str, torch.Tensor]) -> None:
     """Write what is known of each held-out pair after `step` steps into heldout/, for paired differences of two runs: a
     line with its id, the objective's margin, and the log-probs of both sides, in nats."""
-    parts = [pair_metrics(inputs, output) for inputs, output in scored]
-    keys = [key for key in ("margin", "chosen_logps", "rejected_logps") if all(key in part for part in parts)]
-    columns = [torch.cat([part[key].float() for part in parts]).tolist() for key in keys]
-    rows = [{"id": id_} | dict(zip(keys, values, strict=True)) for id_, *values in zip(ids, *columns, strict=True)]
+    keys = [key for key in ("margin", "chosen_logps", "rejected_logps") if key in values]
+    columns = [values[key].tolist() for key in keys]
+    rows = [{"id": id_} | dict(zip(keys, of_pair, strict=True)) for id_, *of_pair in zip(ids, *columns, strict=True)]
     write_items(train_state, "heldout", step, rows)
 
 

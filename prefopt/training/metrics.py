@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from prefopt.objectives.base import Objective, ObjectiveOutput, PairInputs
+from prefopt.tracking.metrics import GAPS
 
 QUANTILES = (0.1, 0.5, 0.9)
+OF_GAPS = ("accuracy", "margin", "chosen_logratio", "rejected_logratio")
 
 
 class Means:
@@ -94,6 +96,23 @@ def pair_metrics(inputs: PairInputs, output: ObjectiveOutput) -> dict[str, Tenso
             metrics[f"{side}_logratio"] = logratios
             metrics[f"{side}_logratio_per_token"] = logratios / lengths
     return metrics
+
+
+def by_reward_gap(values: dict[str, Tensor], gaps: Tensor) -> dict[str, float]:
+    """Means of the metrics of `OF_GAPS` over thirds of the pairs, `small_gap_accuracy` for instance.
+
+    Args:
+        values: `(B,)` each, by the names of `pair_metrics`.
+        gaps: `(B,)` |r_w - r_l| of the prior rewards. Near ties are in the first third.
+    """
+    thirds = gaps.sort(stable=True).indices.tensor_split(len(GAPS))
+    names = [name for name in OF_GAPS if name in values]
+    return {
+        f"{gap}_{name}": values[name][third].double().mean().item()
+        for gap, third in zip(GAPS, thirds, strict=True)
+        for name in names
+        if len(third)
+    }
 
 
 def calibration(margins: Tensor, bins: int = 5) -> dict[str, Any]:

@@ -16,9 +16,12 @@ variants=(+sweep=lab/madpo dataset.format.quality=high runs_dir=$lab/madpo/varia
 train_best madpo $lab/madpo/tuning/high "${variants[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
 train_best madpo $lab/madpo/tuning/high "${variants[@]}" objective.only=amplification,damping
 train_best beta_dpo $lab/madpo/tuning/high "${variants[@]}" objective.margin_of=log_ratio
+# The same reward model with an error of a known size, in log-odds. Its own margins end at 4.3.
+train_best madpo $lab/madpo/tuning/high +sweep=lab/madpo dataset.format.quality=high runs_dir=$lab/madpo/errors "seed=$seeds" \
+    dataset.format.reward_error=0,1,4
 [[ -n $dry ]] && exit
 
-reports madpo/{rewards,methods,variants} madpo/tuning/{high,medium,low}
+reports madpo/{rewards,methods,variants,errors} madpo/tuning/{high,medium,low}
 prefopt papers paper=madpo runs_dir=$lab/madpo/methods output=$results/madpo/methods
 prefopt papers paper=madpo runs_dir=$lab/madpo/variants output=$results/madpo/variants
 prefopt claims

@@ -11,4 +11,5 @@ sweep online +sweep=lab/online objective=mappo "optimizer.lr=$(best $lab/tuning 
 
 capability objectives tasks=[lab_choice,lab_likelihood]
 reports tuning objectives mappo/online
+prefopt papers paper=mappo runs_dir=$lab/objectives output=$results/objectives
 prefopt claims

@@ -451,12 +451,28 @@ def test_labels_are_drawn_by_bradley_terry():
         assert right == pytest.approx(mean, abs=4 * math.sqrt(mean * (1 - mean) / len(inside)))
 
 
+def test_an_error_of_the_reward_model_has_its_size_and_leaves_the_labels():
+    rows = [
+        {"prompt": f"p{i}", "responses": list("abc"), "rewards": [0.1, 0.2, 0.0], "rewards_high": [1, 2, 3]}
+        for i in range(2000)
+    ]
+    exact, wrong = ([NoisyPreferences(reward_error=size)(row) for row in rows] for size in (0.0, 2.0))
+    assert [p.chosen for p in wrong] == [p.chosen for p in exact]
+    errors = [w.chosen_reward - e.chosen_reward for w, e in zip(wrong, exact, strict=True)]
+    errors += [w.rejected_reward - e.rejected_reward for w, e in zip(wrong, exact, strict=True)]
+    assert abs(sum(errors) / len(errors)) < 5 * 2 / math.sqrt(len(errors))
+    assert math.sqrt(sum(e * e for e in errors) / len(errors)) == pytest.approx(2, rel=0.06)
+    assert NoisyPreferences(reward_error=2.0)(rows[0]) == wrong[0]
+
+
 def test_a_noisy_pair_carries_the_rewards_of_the_reward_model_of_its_quality():
     row = {"prompt": "p", "responses": list("abc"), "rewards": [0.1, 0.2, 0.0], "rewards_low": [5, 6, 7]}
     pair = NoisyPreferences("low")(row)
     assert {pair.chosen: pair.chosen_reward, pair.rejected: pair.rejected_reward} == {"b": 6, "c": 7}
     pair = NoisyPreferences("high")(row)
     assert pair.chosen_reward is pair.rejected_reward is None
+    with pytest.raises(ValueError, match="reward_error must not be negative"):
+        NoisyPreferences(reward_error=-1)
     with pytest.raises(ValueError, match="needs 3 responses"):
         NoisyPreferences()({"prompt": "p", "responses": ["a"], "rewards": [1]})
     with pytest.raises(ValueError, match="quality must be high, medium, low"):

@@ -28,13 +28,14 @@ from prefopt.reporting.curves import (
 from prefopt.reporting.evaluated import aggregate_seeds, metric_of, model_names, read_evaluated
 from prefopt.reporting.figures import draw_drift
 from prefopt.reporting.html import page
-from prefopt.reporting.mappo import academic_table, mappo
+from prefopt.reporting.mappo import academic_table, gaps_table, mappo
 from prefopt.reporting.mmpo import as_published, mmpo, peak_tables
 from prefopt.reporting.paired import paired_table
 from prefopt.reporting.published import join_published, matches_published, published_points, read_csv
 from prefopt.reporting.summary import evaluation_columns, main_table, table_rows
 from prefopt.reporting.tables import Column, Tabular
 from prefopt.tracking.archive import MACHINE_KEYS, read_records, write_archive
+from prefopt.tracking.metrics import GAPS
 from prefopt.utils.store import format_sealed_line
 from tests.helpers.tiny import ROOT, run_program
 
@@ -479,6 +480,19 @@ def test_the_page_is_whole_escaped_and_refers_to_nothing_outside(grid, tmp_path)
     assert text.count("&lt;script&gt;") == 4  # title, heading, note, command
     for part in ("evil", "c0ffeec0ff", GPT, "arc_easy, piqa", "made &amp; so"):
         assert part in text
+
+
+def test_mappo_shows_near_ties_apart(tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        train(runs, "dpo", seed=seed)
+    records = read_records(runs)
+    assert "mappo_gaps" not in [table.name for table in mappo(records, config(runs, tmp_path, paper="mappo"))[0]]
+    for record, drift_of_ties in zip(records, (-4.0, -2.0), strict=True):
+        record["evaluations"][-1] |= {f"{gap}_chosen_logratio": drift_of_ties for gap in GAPS}
+    (table,) = gaps_table(records, [], [])
+    assert (table.rows[0]["small_gap"], table.rows[0]["small_gap_se"]) == (-3, 1)
+    assert table.texts[0][-1] == "-3.00 ± 1.00"
 
 
 def test_mappo_shows_a_win_rate_only_where_all_seeds_have_one(tmp_path):

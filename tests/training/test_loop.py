@@ -341,6 +341,20 @@ def test_evaluation_is_the_mean_over_pairs_also_with_an_uneven_last_batch(tmp_pa
     assert uneven["n"] == 5
 
 
+def test_an_evaluation_tells_near_ties_from_wide_gaps(tmp_path):
+    train_state = make_train_state(SimPO(2.0, 0.5), tmp_path)
+    pairs = [replace(p, rejected_reward=p.chosen_reward - gap) for p, gap in zip(
+        train_state.heldout_pairs, (0.4, 0.1, 0.3, 0.2, -0.5), strict=True)]  # fmt: skip
+    found = evaluate_pairs(train_state, 0, pairs)
+    # Five pairs in thirds by |gap|: two, two, one.
+    for gap, chosen in (("small_gap", (1, 3)), ("middle_gap", (2, 0)), ("large_gap", (4,))):
+        alone = evaluate_pairs(train_state, 0, [pairs[i] for i in chosen])
+        assert found[f"{gap}_margin"] == pytest.approx(alone["margin"], rel=1e-5)
+        assert found[f"{gap}_accuracy"] == alone["accuracy"]
+    without = evaluate_pairs(train_state, 0, [replace(p, chosen_reward=None) for p in pairs])
+    assert not [key for key in without if "gap" in key]
+
+
 def test_a_policy_that_is_not_the_reference_stops_the_run(tmp_path):
     train_state = make_train_state(DPO(0.1), tmp_path)
     with torch.no_grad():

@@ -5,6 +5,8 @@ itself and nothing else. So a row needs no mask of its size: every segment is a 
 the other segments of the row do not enter into its numbers.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -140,6 +142,12 @@ def _varlen(
     segment are the last positions of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if knows_grouped_heads():
+            grouped["enable_gqa"] = True
+        else:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     key_positions, query_ends, key_ends, longest_query, longest_key = segments.cu_seqlens(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
     output = varlen_attn(
@@ -152,10 +160,18 @@ def _varlen(
         longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(output, Tensor)
     return output[None]
+
+
+@functools.cache
+def knows_grouped_heads() -> bool:
+    """Whether torch's kernel takes fewer key heads than query heads; before 2.12 it does not."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 AttentionInterface.register(NAME, segment_attention)

@@ -13,7 +13,7 @@ LAUNCHER ?= local
 ARGS ?=
 KILLS ?= 60
 
-.PHONY: help setup docs demo lab test test-shared test-slow test-kills slurm-test lint bench bench-fidelity clean-demo figures \
+.PHONY: help setup docs demo lab test test-shared test-slow test-kills test-gpu slurm-test lint bench bench-gpu bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -71,6 +71,9 @@ test-slow: setup ## those that take longer: SmolLM2-135M, several processes
 test-kills: setup ## KILLS kills of each configuration at random moments
 	KILLS=$(KILLS) $(BIN)/python -m pytest -m kills -s
 
+test-gpu: setup ## on a GPU: layouts, log-probs, references, engines, memory (never run yet)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
 slurm-test: setup ## a sweep of the tiny model through a Slurm of one node
 	$(BIN)/python -m pytest -m slurm -s
 
@@ -80,6 +83,9 @@ bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.steps
+
+bench-gpu: setup ## on a GPU: steps against TRL, models of 135M, 1B and 8B; results/bench/gpu.json (never run yet)
+	$(BIN)/python -m benchmarks.steps --device cuda --steps 5 --only chat,long_prompts,sampling,models
 
 bench-fidelity: setup ## AlpacaEval's win rates again (needs shared files)
 	$(BIN)/python -m pytest tests/evaluation/test_alpaca.py -m slow -k published -s

@@ -45,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+# How each model is trained there.
+FORMS: dict[str, list[str]] = {"full": [], "lora": ["peft=lora_attention", "reference=adapter_off"]}
 
 
 def summary(values: Sequence[float]) -> Numbers:
@@ -298,31 +300,34 @@ def measure_models(bench: Bench, models: Sequence[str]) -> dict[str, Any]:
 
     by_model: dict[str, Any] = {}
     memory = torch.cuda.get_device_properties(0).total_memory
+    peak = peak_flops(torch.cuda.get_device_name(0))
     for name in models:
         overrides, parameters = [], 135e6
         if name in SHAPES:
-            folder, parameters = random_llama(bench, name, memory)
-            if not folder:
-                needed = 16 * parameters / 2**30
-                by_model[name] = {"left_out": f"needs {needed:.0f} GiB of float32 weights and moments"}
-                continue
+            folder, parameters = random_llama(bench, name)
             overrides = ["model=hub", f"model.path={folder}"]
-        profile = PROFILES["chat"]
-        data = bench.data(f"models-{name}", profile, 4 * profile.pairs)
-        result = bench.child("prefopt", data=data, batch_size=profile.pairs, steps=4, overrides=overrides)
-
-        tokens = tokens_per_step(data, profile.pairs, 3)["prompts_once"] / statistics.mean(result["seconds"])
-        by_model[name] = {"tokens_per_second": tokens, "peak_memory_gib": result["peak_memory_gib"]}
-        if peak := peak_flops(torch.cuda.get_device_name(0)):
-            # A forward and a backward pass take 6 operations per parameter and token.
-            by_model[name]["model_flop_utilisation"] = 6 * parameters * tokens / peak
-        echo(f"{name}: {by_model[name]}")
+        for form, more in FORMS.items():
+            if form == "full" and 16 * parameters > 0.9 * memory:  # weights, gradient and two moments in float32
+                by_model[f"{name} {form}"] = {"left_out": f"needs {16 * parameters / 2**30:.0f} GiB and activations"}
+                continue
+            for profile_name, profile in PROFILES.items():
+                data = bench.data(f"models-{name}-{form}-{profile_name}", profile, 4 * profile.pairs)
+                settings = {"batch_size": profile.pairs, "steps": 4, "overrides": [*overrides, *more]}
+                result = bench.child("prefopt", data=data, **settings)
+                tokens = tokens_per_step(data, profile.pairs, 3)["prompts_once"] / statistics.mean(result["seconds"])
+                found = {"tokens_per_second": tokens, "peak_memory_gib": result["peak_memory_gib"]}
+                if peak:
+                    # Operations per parameter and token: 2 forward, 2 for the activations' gradient, and 2 for the
+                    # weights', which frozen weights do not have.
+                    operations = 6 if form == "full" else 4
+                    found["model_flop_utilisation"] = operations * parameters * tokens / peak
+                by_model[f"{name} {form}, {profile_name}"] = found
+                echo(f"{name} {form}, {profile_name}: {found}")
     return by_model
 
 
-def random_llama(bench: Bench, name: str, memory: int) -> tuple[Path | None, float]:
-    """The folder of a Llama of shape `name` with random weights, and its number of parameters. The folder is None where
-    weights, gradient and two moments in float32 do not fit into `memory` bytes."""
+def random_llama(bench: Bench, name: str) -> tuple[Path, float]:
+    """The folder of a Llama of shape `name` with random weights, and its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -331,11 +336,11 @@ def random_llama(bench: Bench, name: str, memory: int) -> tuple[Path | None, flo
     config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, tie_word_embeddings=name == "1b", **SHAPES[name])
     with torch.device("meta"):
         parameters = float(sum(p.numel() for p in LlamaForCausalLM(config).parameters()))
-    if 16 * parameters > 0.9 * memory:
-        return None, parameters
     folder = bench.folder / name
     with torch.device("cuda"):
-        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
     torch.cuda.empty_cache()
     load_tokenizer(SMOLLM2).save_pretrained(folder)
     return folder, parameters

@@ -118,6 +118,7 @@ def evaluate_task(lm: "HFLM", manager: "TaskManager", task: str, config: Harness
     needs a model of longer contexts."""
     from lm_eval import simple_evaluate
 
+    describe_environment_once()
     counts = RequestCounts(lm)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints there what it finds for batch_size=auto
@@ -142,6 +143,15 @@ def evaluate_task(lm: "HFLM", manager: "TaskManager", task: str, config: Harness
         counts.stop()
     assert results is not None  # it is None on ranks above 0 only
     return results, counts
+
+
+def describe_environment_once() -> None:
+    """lm-eval describes the environment in every result, with a `pip list` that takes two seconds. In one process it
+    stays the same, so it is kept."""
+    from torch.utils import collect_env
+
+    if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+        collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 
 def summarize(

@@ -17,7 +17,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
 from prefopt.evaluation import harness as harness_module
 from prefopt.evaluation.config import HarnessConfig, check_harness
-from prefopt.evaluation.harness import checkpoints, load, record_file, run_pending
+from prefopt.evaluation.harness import checkpoints, describe_environment_once, load, record_file, run_pending
 from prefopt.evaluation.harness_model import tokenizer_of
 from prefopt.models.load import checkpoint_path
 from prefopt.reporting.summary import evaluation_columns
@@ -27,6 +27,9 @@ from tests.helpers.harm import HARMS
 from tests.helpers.tiny import CHATML, ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 pytest.importorskip("lm_eval")
+from lm_eval.loggers.utils import add_env_info  # noqa: E402
+from torch.utils import collect_env  # noqa: E402
+
 REAL = SHARED / "lm_harness" / "hub"
 THINGS = ["kettle", "train", "soup", "river", "bread", "mountain", "lamp", "boat"]
 
@@ -685,3 +688,14 @@ def test_a_folder_that_its_digest_would_not_tell_is_refused(change, message, own
     change(own)
     with pytest.raises(UserError, match=message):
         evaluated(tmp_path, ["second"], include=str(own))
+
+
+def test_lm_eval_describes_the_environment_once_in_a_process(monkeypatch):
+    asked = []
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: asked.append(1) or "this machine")
+    for _ in range(2):
+        describe_environment_once()
+        storage = {}
+        add_env_info(storage)
+        assert storage["pretty_env_info"] == "this machine"
+    assert len(asked) == 1

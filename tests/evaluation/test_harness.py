@@ -27,8 +27,8 @@ from tests.helpers.harm import HARMS
 from tests.helpers.tiny import CHATML, ENVIRONMENT, ROOT, SHARED, run_program, save_tiny
 
 pytest.importorskip("lm_eval")
-from lm_eval.loggers.utils import add_env_info  # noqa: E402
-from torch.utils import collect_env  # noqa: E402
+from lm_eval.loggers.utils import add_env_info
+from torch.utils import collect_env
 
 REAL = SHARED / "lm_harness" / "hub"
 THINGS = ["kettle", "train", "soup", "river", "bread", "mountain", "lamp", "boat"]

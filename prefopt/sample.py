@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> None:
         samples_per_prompt=config.samples_per_prompt,
         seed=config.seed,
         backend=config.backend,
+        server=config.server,
+        server_log=output.with_name(f"{output.name}.server.log"),
         device=config.device,
         precision=config.precision,
     )

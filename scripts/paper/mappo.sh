@@ -20,7 +20,7 @@ for model in "${models[@]}"; do
     for split in train_prefs test_prefs; do
         data=$runs/data/${model#*/}_$split
         unless_dry prefopt sample model=hub "model.path=$model" "prompts=$prompts" split=$split samples_per_prompt=8 \
-            sampling.max_new_tokens=2048 backend=vllm "output=$data.jsonl.gz"
+            sampling.max_new_tokens=2048 backend=server "output=$data.jsonl.gz"
         unless_dry prefopt score "input=$data.jsonl.gz" "output=${data}_scored.jsonl.gz" \
             scorer=hub_reward_model "scorer.path=$reward_model"
     done

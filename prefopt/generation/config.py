@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -15,6 +16,7 @@ class SampleConfig:
     """The keys of `python -m prefopt.sample`. conf/sample.yaml has their defaults and explains them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    launcher: Any = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: str = MISSING
     output: str = MISSING

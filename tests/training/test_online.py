@@ -5,6 +5,7 @@ import importlib
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -498,3 +499,20 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
     partial.unlink()
     with pytest.raises(Interrupted, match="0 of 12 prompts"):
         drawing()
+
+
+@pytest.mark.slow
+def test_each_stage_is_sampled_by_a_server_of_its_own_policy(tiny, tmp_path):
+    script = ROOT / "tests" / "helpers" / "openai_server.py"
+    server = f"server.command='{sys.executable} {script} {{model}} {{port}}'"
+    found = config(tiny, tmp_path / "runs", "stages=2", "objective=dpo", "backend=server", server)
+    run_pending(found)
+    folder, of_run = record(tmp_path / "runs")
+    assert of_run["status"] == "finished"
+    asked = [(folder / f"stage_{n}" / "server.log").read_text().splitlines()[0] for n in (1, 2)]
+    assert str(tiny / "model") in asked[0]
+    assert str(folder / of_run["stages"][0]["policy"]) in asked[1]
+    before = (folder / "record.json").read_bytes()
+    found.server.command = "false {model} {port}"  # how it is served is no part of what the run is
+    run_pending(found)
+    assert (folder / "record.json").read_bytes() == before

@@ -22,8 +22,10 @@ from prefopt.cli.program import exit_code
 from prefopt.config.parse import parse
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.config import AlpacaConfig, ArenaConfig, HarnessConfig, MtbenchConfig, RewardBenchConfig
+from prefopt.generation.config import SampleConfig
 from prefopt.launch import warm
 from prefopt.reporting.run_curves import write_curves
+from prefopt.rewards.config import ScoreConfig
 from prefopt.tracking.process import acquire_lock, process_info, release_lock
 from prefopt.tracking.provenance import check_frozen_code
 from prefopt.tracking.record import read_json, read_record, update_record
@@ -47,6 +49,8 @@ PROGRAMS = {
     "mtbench": "prefopt.evaluation.mtbench prefopt.generation.sampler",
     "arena": "prefopt.evaluation.arena prefopt.generation.sampler",
     "reward_bench": "prefopt.evaluation.reward_bench",
+    "sample": "prefopt.generation.sampled prefopt.generation.sampler",
+    "score": "prefopt.rewards.scored",
 }
 
 
@@ -141,6 +145,14 @@ def _run_pending(folder: Path, frozen: dict[str, Any]) -> None:
             from prefopt.evaluation.reward_bench import run_pending  # type: ignore[assignment]
 
             schema = RewardBenchConfig
+        case "sample":
+            from prefopt.generation.sampled import run_pending  # type: ignore[assignment]
+
+            schema = SampleConfig
+        case "score":
+            from prefopt.rewards.scored import run_pending  # type: ignore[assignment]
+
+            schema = ScoreConfig
         case other:
             raise UserError(f"{folder}/job.json: there is no program {other!r} whose jobs can be run.")
     config: Any = parse(OmegaConf.create(frozen["config"]), schema)

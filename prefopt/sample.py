@@ -1,6 +1,7 @@
 """Sample responses from a policy: one JSON row per prompt, with `samples_per_prompt` responses.
 
     python -m prefopt.sample prompts=prompts.jsonl output=samples.jsonl.gz samples_per_prompt=8
+    python -m prefopt.sample -m launcher=slurm model=hub model.path=A,B prompts=p.jsonl 'output=${model.name}.jsonl'
 
 An input row needs the field `prompt` (a text or messages). The output row has all fields of the input row, and the
 lists `responses` (texts) and `finished` (false where the token limit cut the response off). `prefopt.score` adds
@@ -9,72 +10,34 @@ another model or of a person, come after the new ones.
 
 Responses are kept in OUTPUT.partial as they come. The same command continues a stopped one, and writes the same file,
 also with another number of processes: torchrun --nproc-per-node=8 -m prefopt.sample shares the batches over 8 GPUs.
+A sweep leaves outputs as they are that are there already.
 """
 
-import logging
+from pathlib import Path
 
 from omegaconf import DictConfig
 
-from prefopt.cli.program import program
-from prefopt.config.hardware import resolve_hardware
+from prefopt.cli.multirun import Point
+from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
-from prefopt.data.fields import responses_of
-from prefopt.data.sources import Row, write_rows
-from prefopt.errors import UserError
 from prefopt.generation.config import SampleConfig, check_sample
-from prefopt.generation.responses import GenerationRequest, generate_resumable, read_prompts
-from prefopt.tracking.process import output_lock
-from prefopt.utils.distributed import is_main_process, process_group
+from prefopt.generation.sampled import sample
+from prefopt.launch.base import Launcher, SweepJob
+from prefopt.launch.sweep import Sweep
 from prefopt.utils.files import check_output
 
-log = logging.getLogger("prefopt.sample")
 
-
-@program("sample", SampleConfig)
-def main(cfg: DictConfig) -> None:
-    config = parse(cfg, SampleConfig)
+def plan_job(point: Point, label: str, config: SampleConfig, _: Launcher, folder: Path) -> SweepJob:
+    """A sweep's job for one point. Raises UserError for a point that cannot be sampled."""
     check_sample(config)
-    output = check_output(config.output, config.prompts)
-    resolve_hardware(config)
-    rows, prompts = read_prompts(config.prompts, config.split)
-    earlier = [earlier_responses(config, number, row) for number, row in enumerate(rows, start=1)]
-    output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of sampling
-    partial = output.with_name(f"{output.name}.partial")
-    request = GenerationRequest(
-        model=config.model,
-        prompts=prompts,
-        sampling=config.sampling,
-        samples_per_prompt=config.samples_per_prompt,
-        seed=config.seed,
-        backend=config.backend,
-        device=config.device,
-        precision=config.precision,
-    )
-    with process_group(config.device), output_lock(output):
-        responses, _ = generate_resumable(request, partial)
-        if is_main_process():
-            write_rows(output, [joined(*parts) for parts in zip(rows, responses, earlier, strict=True)])
-            partial.unlink()
-    log.info(f"wrote {len(rows)} rows of {config.samples_per_prompt} responses to {output}")
+    check_output(config.output, config.prompts)
+    return SweepJob(point.overrides, label, config, config.model, folder)
 
 
-def earlier_responses(config: SampleConfig, number: int, row: Row) -> Row:
-    """{"responses", "finished"} that the output keeps of an input row. Raises UserError for a row without any."""
-    if not config.keep_responses:
-        return {"responses": [], "finished": []}
-    try:
-        _, finished = responses_of(row)
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"keep_responses=true, and {config.prompts}, row {number}, has no responses to keep: {error}"
-        ) from None
-    return {"responses": row["responses"], "finished": finished}
-
-
-def joined(row: Row, new: Row, earlier: Row) -> Row:
-    """The row with the new responses before the earlier ones. Rewards that it has belong to other responses and go."""
-    others = {key: value for key, value in row.items() if not (key.startswith("rewards") and "responses" in row)}
-    return others | {key: new[key] + earlier[key] for key in ("responses", "finished")}
+@program("sample", SampleConfig, Sweep("sample", SampleConfig, plan_job, log_lines=1))
+def main(cfg: DictConfig) -> None:
+    refuse_launcher_without_multirun()
+    sample(parse(cfg, SampleConfig))
 
 
 if __name__ == "__main__":

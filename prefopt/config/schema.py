@@ -249,6 +249,30 @@ class SamplingConfig(Node):
 
 
 @dataclass
+class ServerConfig(Node):
+    """Of backend=server: how a server of the model is started, or where it runs already."""
+
+    command: str | None = MISSING
+    url: str = MISSING
+    timeout: float = MISSING
+
+    def rules(self) -> Rules:
+        yield self.timeout > 0, f"timeout must be positive, is {self.timeout:g}"
+        if self.command is None:
+            yield "{port}" not in self.url, "url must be that of a server that runs: url=http://HOST:PORT/v1"
+        else:
+            yield (
+                "{model}" in self.command,
+                "command must name {model}, the folder with the model that is to be served. For a server that runs "
+                "already give command=null, and its url",
+            )
+            yield (
+                ("{port}" in self.command) == ("{port}" in self.url),
+                "command and url must both name {port}, or neither of them",
+            )
+
+
+@dataclass
 class EvaluationSamplingConfig(SamplingConfig):
     """Of the samples of a training run's evaluations. `prompts`: how many held-out prompts get one; None: all."""
 

@@ -54,11 +54,18 @@ def draw(
         samples_per_prompt=1,
         seed=config.seed,
         backend=config.backend,
+        server=config.server,
+        server_log=server_log(config),
         device=config.device,
         precision=config.precision,
     )
     rows, weights = generate_resumable(request, folder, sampler=sampler)
     return [(row["responses"][0], row["finished"][0]) for row in rows], weights
+
+
+def server_log(config: AlpacaConfig | JudgedConfig) -> Path:
+    """Where a job keeps what its server writes: in the folder of the results, or the run's."""
+    return Path(config.output or str(config.run)) / "server.log"  # the checks want one of the two
 
 
 def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None]:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from prefopt.config.hardware import hardware_problems
 from prefopt.config.parse import file_name_problems
-from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.config.schema import ModelConfig, SamplingConfig, ServerConfig
 from prefopt.errors import UserError
 from prefopt.generation.config import sampler_problems
 
@@ -49,6 +49,7 @@ class AlpacaConfig:
     split: str | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     backend: str = MISSING
+    server: ServerConfig = field(default_factory=ServerConfig)
     max_cost: float = MISSING
     seed: int = MISSING
     precision: str = MISSING
@@ -72,6 +73,7 @@ class JudgedConfig:
     max_new_tokens: int = MISSING
     batch_size: int = MISSING
     backend: str = MISSING
+    server: ServerConfig = field(default_factory=ServerConfig)
     max_cost: float = MISSING
     seed: int = MISSING
     precision: str = MISSING

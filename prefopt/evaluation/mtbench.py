@@ -27,7 +27,7 @@ from prefopt.evaluation.benchmark_files import MT_BENCH_PROMPTS, MT_BENCH_QUESTI
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
 from prefopt.evaluation.judged import Subject, counted, result, results_folder, sampling_of, settings_of, subjects
 from prefopt.evaluation.text_judge import TextJudge, build_text_judge
-from prefopt.generation.responses import load_sampler
+from prefopt.generation.responses import open_sampler
 from prefopt.tracking.policies import each_run
 from prefopt.tracking.record import read_result
 from prefopt.utils import signals
@@ -132,16 +132,16 @@ def draw_answers(
 ) -> tuple[dict[int, Conversation], str]:
     """A model's own answers, by question id, and the digest of its weights. The second turn is drawn after the first
     answer, cut off or not."""
-    sampler = load_sampler(model, config.backend, config.device, config.precision)
     drawn: dict[int, list[tuple[str, bool]]] = {question: [] for question in benchmark.questions}
-    for turn in TURNS:
-        for temperature in sorted(set(TEMPERATURES.values())):
-            rows = [r for r in benchmark.questions.values() if TEMPERATURES[r["category"]] == temperature]
-            log.info(f"{model.name}: answers to turn {turn} of {len(rows)} questions, temperature {temperature:g}")
-            talks = [_talk(row["turns"][:turn], [text for text, _ in drawn[row["question_id"]]]) for row in rows]
-            answers_of_turn, _ = draw(config, model, talks, sampling_of(config, temperature), sampler)
-            for row, answer in zip(rows, answers_of_turn, strict=True):
-                drawn[row["question_id"]].append(answer)
+    with open_sampler(model, config.backend, config.device, config.precision) as sampler:
+        for turn in TURNS:
+            for temperature in sorted(set(TEMPERATURES.values())):
+                rows = [r for r in benchmark.questions.values() if TEMPERATURES[r["category"]] == temperature]
+                log.info(f"{model.name}: answers to turn {turn} of {len(rows)} questions, temperature {temperature:g}")
+                talks = [_talk(row["turns"][:turn], [text for text, _ in drawn[row["question_id"]]]) for row in rows]
+                answers_of_turn, _ = draw(config, model, talks, sampling_of(config, temperature), sampler)
+                for row, answer in zip(rows, answers_of_turn, strict=True):
+                    drawn[row["question_id"]].append(answer)
     answers = {
         question: Conversation((first, second), (finished_1, finished_2))
         for question, ((first, finished_1), (second, finished_2)) in drawn.items()

@@ -2,13 +2,13 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from prefopt.config.hardware import hardware_problems
-from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.config.schema import ModelConfig, SamplingConfig, ServerConfig
 from prefopt.errors import UserError
-from prefopt.utils.distributed import world_size
 
 
 @dataclass
@@ -16,6 +16,7 @@ class SampleConfig:
     """The keys of `python -m prefopt.sample`. conf/sample.yaml has their defaults and explains them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    launcher: Any = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: str = MISSING
     output: str = MISSING
@@ -23,6 +24,7 @@ class SampleConfig:
     samples_per_prompt: int = MISSING
     keep_responses: bool = MISSING
     backend: str = MISSING
+    server: ServerConfig = field(default_factory=ServerConfig)
     seed: int = MISSING
     precision: str = MISSING
     device: str = MISSING
@@ -51,13 +53,8 @@ def check_sample(config: SampleConfig) -> None:
 def sampler_problems(samples_per_prompt: int, backend: str) -> list[str]:
     """Messages about the backend and the number of samples; empty where all is well."""
     problems = ["samples_per_prompt must be at least 1"] if samples_per_prompt < 1 else []
-    if backend not in ("transformers", "vllm"):
-        problems.append(f"backend must be transformers or vllm, is {backend!r}")
-    elif backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        problems.append("backend=vllm needs the package vllm, which is not installed: pip install -e '.[vllm]'")
-    elif backend == "vllm" and world_size() > 1:
-        problems.append(
-            f"backend=vllm draws in one process, and this was started as {world_size()} (WORLD_SIZE): take "
-            "backend=transformers, or start one"
-        )
+    if backend not in ("transformers", "server"):
+        problems.append(f"backend must be transformers or server, is {backend!r}")
+    elif backend == "server" and importlib.util.find_spec("openai") is None:
+        problems.append("backend=server asks by the package openai, which is not installed: pip install -e '.[server]'")
     return problems

@@ -1,15 +1,16 @@
 """Responses to many prompts. An interrupted call goes on at the batch where it stopped."""
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.config.schema import ModelConfig, SamplingConfig
+from prefopt.config.schema import ModelConfig, SamplingConfig, ServerConfig
 from prefopt.data.fields import as_prompt
 from prefopt.data.formats import ImplicitPrompt
 from prefopt.data.items import Dropped, Message
@@ -34,16 +35,19 @@ GENERATION_PACKAGES = ("torch", "transformers")  # their versions decide respons
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """`samples_per_prompt` responses of `model` to each of `prompts`. `device` and `precision` may not be auto."""
+    """`samples_per_prompt` responses of `model` to each of `prompts`. `device` and `precision` may not be auto. With
+    backend=server there is `server`, and `server_log`, the file that keeps what it writes."""
 
     model: ModelConfig
     prompts: Sequence[list[Message]]
     sampling: SamplingConfig
     samples_per_prompt: int
     seed: int
-    backend: str  # transformers or vllm
+    backend: str  # transformers or server
     device: str
     precision: str
+    server: ServerConfig | None = None
+    server_log: Path | None = None
 
 
 class PartialFile:
@@ -120,27 +124,41 @@ def read_prompts(path: str, split: str | None) -> tuple[list[Row], list[list[Mes
     return rows, prompts
 
 
+# (request, the token ids of its prompts, the rows that are there already) -> the others, as they are drawn: each time
+# some of them, or none. A collective.
+Draw = Callable[[GenerationRequest, Sequence[list[int]], Mapping[int, Row]], Generator[dict[int, Row]]]
+
+
 @dataclass(frozen=True)
 class LoadedSampler:
     """A model, loaded to draw responses, and its tokenizer. `identity`: all of both that decides a response."""
 
-    sample: "Sampler"
+    draw: Draw
     tokenizer: "PreTrainedTokenizerBase"
     weights: str  # their digest
     identity: list[Any]
 
 
-def load_sampler(model: ModelConfig, backend: str, device: str, precision: str) -> LoadedSampler:
-    """`backend`: transformers or vllm. `device` and `precision` may not be auto."""
+@contextlib.contextmanager
+def open_sampler(model: ModelConfig, backend: str, device: str, precision: str) -> Iterator[LoadedSampler]:
+    """A sampler of the model, for several requests. `device` and `precision` may not be auto. The end of the context
+    ends the server, which the first request starts."""
     # Imported here, so that bad input is refused before transformers is loaded.
     from prefopt.data.cache import tokenizer_digest
-    from prefopt.generation.sampler import transformers_sampler, vllm_sampler
     from prefopt.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    make = vllm_sampler if backend == "vllm" else transformers_sampler
-    sampler, weights, identity = make(model, tokenizer, device, precision)
-    return LoadedSampler(sampler, tokenizer, weights, [identity, tokenizer_digest(tokenizer)])
+    tokens = tokenizer_digest(tokenizer)
+    if backend == "server":
+        from prefopt.generation.server import ModelServer
+
+        with ModelServer(model, tokenizer, precision) as served:
+            yield LoadedSampler(served.draw, tokenizer, served.weights, [served.identity, tokens])
+        return
+    from prefopt.generation.sampler import transformers_sampler
+
+    sampler, weights, identity = transformers_sampler(model, tokenizer, device, precision)
+    yield LoadedSampler(functools.partial(draw_batches, sampler), tokenizer, weights, [identity, tokens])
 
 
 def generate_resumable(
@@ -154,14 +172,15 @@ def generate_resumable(
             that serves as a cache: the file in it is named by the digest of everything that decides the responses, and
             it stays there for the next caller with the same request.
         show: Show progress.
-        sampler: The request's model, for several calls that are to load it once.
+        sampler: The request's model, for several calls that are to load it once, or ask one server.
 
     Returns:
         {"responses", "finished"} of each prompt, two lists of `samples_per_prompt`, and the digest of the weights.
 
     Raises:
-        UserError: `partial` was begun with other settings, prompts or weights.
-        Interrupted: after SIGTERM or SIGUSR2, between two batches.
+        UserError: `partial` was begun with other settings, prompts or weights; or the server fails, or is not of the
+            model.
+        Interrupted: after SIGTERM or SIGUSR2.
     """
     from prefopt.data.chat_template import markup
     from prefopt.data.tokenize import encode_prompt
@@ -169,7 +188,9 @@ def generate_resumable(
     from prefopt.utils.locks import locked_by_main
 
     signals.install_handlers()
-    sampler = sampler or load_sampler(request.model, request.backend, request.device, request.precision)
+    if sampler is None:
+        with open_sampler(request.model, request.backend, request.device, request.precision) as sampler:
+            return generate_resumable(request, partial, show, sampler)
     sampling, n, prompts = request.sampling, request.samples_per_prompt, request.prompts
     pattern = markup(sampler.tokenizer)
     if doubled := sum(any(pattern.search(m.get("content") or "") for m in prompt) for prompt in prompts):
@@ -192,17 +213,31 @@ def generate_resumable(
         if file.rows:
             log.info(f"  going on after {len(file.rows)} of {len(prompts)} prompts ({partial})")
 
-        sample_missing(request, sampler.sample, encoded, file, show)
+        sample_missing(request, sampler.draw, encoded, file, show)
         return [file.rows[i] for i in range(len(prompts))], sampler.weights
 
 
 def sample_missing(
-    request: GenerationRequest, sampler: "Sampler", encoded: Sequence[list[int]], file: PartialFile, show: bool
+    request: GenerationRequest, draw: Draw, encoded: Sequence[list[int]], file: PartialFile, show: bool
 ) -> None:
-    """Sample the responses that `file` lacks, and append them batch by batch. `encoded` are the token ids of the
-    prompts. Raises Interrupted between two batches after SIGTERM or SIGUSR2."""
-    prompts, n = request.prompts, request.samples_per_prompt
+    """Draw the responses that `file` lacks, and append them as they come. `encoded` are the token ids of the prompts.
+    Raises Interrupted after SIGTERM or SIGUSR2."""
+    total = len(request.prompts)
+    drawn = draw(request, encoded, file.rows)
+    with contextlib.closing(drawn), Bar("sampling", total, show, done=len(file.rows)) as bar:
+        while len(file.rows) < total:
+            if signals.stop_requested():
+                raise Interrupted(f"{len(file.rows)} of {total} prompts have their responses")
+            if rows := next(drawn):
+                file.append(rows)
+                bar.advance(by=len(rows))
 
+
+def draw_batches(
+    sampler: "Sampler", request: GenerationRequest, encoded: Sequence[list[int]], known: Mapping[int, Row]
+) -> Generator[dict[int, Row]]:
+    """`Draw` by a sampler of whole batches, which the processes share."""
+    prompts, n = request.prompts, request.samples_per_prompt
     # Prompts of similar length share a batch, which saves padding. The batches are those of all prompts, whatever is
     # known already, so that a resumed call makes the same batches as an uninterrupted one.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -212,16 +247,13 @@ def sample_missing(
     def draw(batch: list[int]) -> dict[int, Row]:
         # A batch of which a part is known is sampled whole: the numbers may depend on what is in the batch.
         drawn = sampler([prompts[i] for i in batch], request.sampling, request.seed, n)
-        return {i: _as_row(samples) for i, samples in zip(batch, drawn, strict=True) if i not in file.rows}
+        return {i: _as_row(samples) for i, samples in zip(batch, drawn, strict=True) if i not in known}
 
-    missing = [batch for batch in batches if any(i not in file.rows for i in batch)]
-    with Bar("sampling", len(prompts), show, done=len(file.rows)) as bar:
-        for start in range(0, len(missing), world_size()):  # a batch for each process
-            if signals.stop_requested():
-                raise Interrupted(f"{len(file.rows)} of {len(prompts)} prompts have their responses")
-            for rows in map_shared(draw, missing[start : start + world_size()], len):
-                file.append(rows)
-                bar.advance(by=len(rows))
+    missing = [batch for batch in batches if any(i not in known for i in batch)]
+    for start in range(0, len(missing), world_size()):  # a batch for each process
+        yield {
+            i: row for rows in map_shared(draw, missing[start : start + world_size()], len) for i, row in rows.items()
+        }
 
 
 def _as_row(samples: "Sequence[Sample]") -> Row:

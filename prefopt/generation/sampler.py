@@ -1,4 +1,4 @@
-"""Sample from a policy with transformers' `generate`, or with vLLM where that is installed."""
+"""Sample from a policy with transformers' `generate`."""
 
 import hashlib
 import itertools
@@ -24,10 +24,8 @@ from prefopt.data.items import Message
 from prefopt.data.tokenize import encode_prompt
 from prefopt.errors import UserError
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
-from prefopt.tracking.provenance import version
 from prefopt.utils.console import Bar
 from prefopt.utils.distributed import map_shared, world_size
-from prefopt.utils.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +110,7 @@ def sample(
         # generate() wants padding on the left. The value there does not matter, because the mask hides it.
         ids = torch.tensor([[stops[0]] * (width - len(encoded[p])) + encoded[p] for p, _ in batch])
         mask = torch.tensor([[0] * (width - len(encoded[p])) + [1] * len(encoded[p]) for p, _ in batch])
-        seeds = [_seed(seed, encoded[p], k) for p, k in batch]
+        seeds = [response_seed(seed, encoded[p], k) for p, k in batch]
         done = bar.done
         output = model.generate(  # type: ignore[operator]  # mypy takes the mixin for a submodule
             input_ids=ids.to(model.device),
@@ -232,54 +230,6 @@ def transformers_sampler(
     return sampler, weights, [*loaded_model(model, weights), stops]
 
 
-def vllm_sampler(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str, precision: str
-) -> tuple[Sampler, str, list[Any]]:
-    """The same with vLLM. It forms its own batches, so a response may change with the version of vLLM and with the
-    other prompts of a call. The digest of the weights is that of their files. Not yet run: it needs a GPU."""
-    from vllm import LLM, SamplingParams
-
-    from prefopt.models.fingerprint import model_files
-    from prefopt.models.load import checkpoint_path, stopping_configs
-    from prefopt.models.safe_weights import check_weights
-    from prefopt.models.whole import whole_model
-
-    with whole_model(config) as whole:
-        path = checkpoint_path(whole)
-        check_weights(path, whole.revision)
-        # generation_config="vllm": without the sampling settings, and the limit of a response, that come with a model.
-        llm = LLM(
-            model=path, revision=whole.revision, dtype=precision, load_format="safetensors", generation_config="vllm"
-        )
-    stops = stop_tokens(tokenizer, *stopping_configs(config))
-
-    def sampler(prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int, n: int) -> list[list[Sample]]:
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        distinct = n if sampling.temperature else 1  # vLLM refuses to take the same, most likely response n times
-        parameters = [
-            SamplingParams(
-                n=distinct,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=stops,
-                seed=_seed(seed, ids, 0) % 2**31,
-            )
-            for ids in encoded
-        ]
-        answers = llm.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
-
-        return [
-            [as_sample(tokenizer, ids, list(output.token_ids), stops) for output in answer.outputs] * (n // distinct)
-            for ids, answer in zip(encoded, answers, strict=True)
-        ]
-
-    files = model_files(config)  # complete, since vLLM has read them
-    weights = files.get("weights", f"{config.path}@{config.revision}")
-    weights = fingerprint([weights, files["adapter"]]) if config.adapter else weights
-    return sampler, weights, [checkpoint_path(config), config.revision, files, stops, version("vllm")]
-
-
-def _seed(seed: int, prompt: list[int], k: int) -> int:
+def response_seed(seed: int, prompt: list[int], k: int) -> int:
     """A seed below 2**56 for response `k` to the prompt with these token ids."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}/{k}".encode()).digest()[:7], "big")

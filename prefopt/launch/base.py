@@ -18,15 +18,15 @@ from prefopt.training.config import TrainConfig
 class SweepJob:
     """A point of a sweep that has passed all checks. Launchers start it as `python -m prefopt.job FOLDER`.
 
-    `label` are the overrides that tell it from the other jobs. `model` is the one whose size decides its resources.
-    `folder` holds job.json, record.json and log.txt. A training run is `run`, whose folder it is, and `state` is that
-    of the run before the sweep, one of `tracking.process.STATES`.
+    `label` are the overrides that tell it from the other jobs. `model` is the one whose size decides its resources,
+    where there is one. `folder` holds job.json, record.json and log.txt. A training run is `run`, whose folder it is,
+    and `state` is that of the run before the sweep, one of `tracking.process.STATES`.
     """
 
     overrides: list[str]
     label: str
     config: Any
-    model: ModelConfig
+    model: ModelConfig | None
     folder: Path
     run: Run | None = None
     state: str = "new"

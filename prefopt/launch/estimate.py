@@ -40,12 +40,15 @@ class Estimate:
     checkpoint_gb: float  # what a job under way takes besides
 
 
-def parameters(config: ModelConfig) -> int:
-    """The number of parameters of a model, from its config: no weights are read, but a GGUF is converted once.
+def parameters(config: ModelConfig | None) -> int:
+    """The number of parameters of a model, from its config: no weights are read, but a GGUF is converted once. 0 where
+    there is no model.
 
     For a model that is not on this machine it is the number in its name (Llama-3.2-1B). Raises UserError where there is
     none.
     """
+    if config is None:
+        return 0
     return _parameters(config.name, config.path, config.revision)
 
 

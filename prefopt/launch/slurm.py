@@ -65,6 +65,7 @@ class Slurm(Launcher):
     array_limit: int
     signal_s: int
     requeues: int
+    log_folder: str | None
     setup: list[str]
     python: str | None
 
@@ -165,9 +166,12 @@ class Slurm(Launcher):
             for path in (listing, *(job.folder.resolve() for job in chunk)):
                 if not str(path).isprintable():  # a line of the listing or of the script would be two
                     raise UserError(f"Slurm's files cannot name the folder {str(path)!r}: give another runs_dir.")
-            atomic_write(listing, "".join(f"{job.folder.resolve()}\n" for job in chunk))
+            names = [slurm_name(job.run.name if job.run else job.label or job.id) for job in chunk]
+            lines = zip((job.folder.resolve() for job in chunk), names, strict=True)
+            atomic_write(listing, "".join(f"{place}\t{name}\n" for place, name in lines))
             script = listing.with_suffix(".sh")
-            atomic_write(script, self.script(len(chunk), limits, listing, code))
+            name = names[0] if len(chunk) == 1 else slurm_name(chunk[0].folder.resolve().parent.name)
+            atomic_write(script, self.script(name, len(chunk), limits, listing, code))
             before = submit(script, before if self.at_once else None)
             for i, job in enumerate(chunk):
                 frozen = json.loads((job.folder / "job.json").read_text())
@@ -175,8 +179,9 @@ class Slurm(Launcher):
                 waiting.remove(job)
             log.info(f"Slurm job {before}: {len(chunk)} jobs ({script})")
 
-    def script(self, count: int, limits: tuple[int, int | None], listing: Path, code: Path) -> str:
-        """The job script (slurm.sh) of an array over the `count` run folders that the file `listing` names.
+    def script(self, name: str, count: int, limits: tuple[int, int | None], listing: Path, code: Path) -> str:
+        """The job script (slurm.sh) of an array over the `count` run folders that the file `listing` names, each with a
+        tab and the name of the job. Until it begins, squeue shows `name`.
 
         `limits` are minutes and GiB per node; `code` is the folder whose package the jobs run. A process gets what
         torchrun would give it (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). srun starts the processes, so
@@ -196,7 +201,13 @@ class Slurm(Launcher):
         wanted = {"mem": memory, self.gpu_option: gpus, "partition": self.partition, "account": self.account}
         resources = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
 
+        output = listing.with_suffix("")
+        if self.log_folder is not None:
+            output = Path(self.log_folder).expanduser().resolve() / f"{listing.parent.name}_{output.name}"
+            output.parent.mkdir(parents=True, exist_ok=True)  # Slurm makes none, and ends the job
+
         return SCRIPT.substitute(
+            name=name,
             last_task=count - 1,
             at_once=f"%{self.at_once}" if self.at_once else "",
             minutes=minutes,
@@ -207,7 +218,7 @@ class Slurm(Launcher):
             resources="".join(f"#SBATCH {option}\n" for option in resources),
             options="".join(f"#SBATCH {option}\n" for option in self.options),
             signal_s=self.signal_s,
-            output=shlex.quote(str(listing.with_suffix(""))),
+            output=shlex.quote(str(output)),
             listing=shlex.quote(str(listing)),
             setup="".join(f"{line}\n" for line in self.setup),
             python_path=shlex.quote(python_path),
@@ -216,6 +227,11 @@ class Slurm(Launcher):
             interrupted=EXIT_CODE,
             requeues=self.requeues,
         )
+
+
+def slurm_name(text: str) -> str:
+    """`text` as the name of a job in squeue."""
+    return re.sub(r"[^\w.,+@=-]+", "_", text)[:100].strip("_") or "prefopt"
 
 
 def submit(script: Path, after: str | None) -> str:

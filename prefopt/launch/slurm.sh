@@ -1,5 +1,5 @@
 #!/bin/bash
-#SBATCH --job-name=prefopt
+#SBATCH --job-name=%%{name}
 #SBATCH --array=0-%%{last_task}%%{at_once}
 #SBATCH --time=%%{minutes}
 #SBATCH --nodes=%%{nodes}
@@ -9,7 +9,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%%{output}_%a.out
-%%{options}folder=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" %%{listing})
+%%{options}IFS=$'\t' read -r folder name < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" %%{listing})
+scontrol update "JobId=$SLURM_JOB_ID" "JobName=$name" # tasks that wait have the array's name
 exec >> "$folder/log.txt" 2>&1
 trap : TERM USR2  # they are for the processes below; this shell stays to requeue
 %%{setup}export PYTHONPATH=%%{python_path} %%{environment}

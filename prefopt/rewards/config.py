@@ -11,6 +11,7 @@ class ScoreConfig:
     """The keys of `python -m prefopt.score`. conf/score.yaml has their defaults and explains them."""
 
     scorer: Any = MISSING
+    launcher: Any = MISSING
     input: str = MISSING
     output: str = MISSING
     split: str | None = None

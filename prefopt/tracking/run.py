@@ -23,7 +23,7 @@ from prefopt.utils.fingerprint import fingerprint
 VOLATILE = (
     *("runs_dir", "logger", "launcher", "engine", "save_every", "squeeze_alarm", "nonfinite"),
     *("keep_checkpoint", "resume", "push_to_hub"),
-    *("micro_batch_tokens", "gradient_checkpointing"),
+    *("micro_batch_tokens", "gradient_checkpointing", "server"),
 )
 
 

@@ -19,6 +19,7 @@ from prefopt.config.schema import (
     PeftConfig,
     Rules,
     SamplingConfig,
+    ServerConfig,
 )
 from prefopt.errors import UserError
 from prefopt.generation.config import sampler_problems
@@ -140,6 +141,7 @@ class OnlineConfig(TrainConfig):
     samples_per_prompt: int = MISSING
     stage_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     backend: str = MISSING
+    server: ServerConfig = field(default_factory=ServerConfig)
     stage_reference: str = MISSING
 
     def rules(self) -> Rules:

@@ -193,6 +193,8 @@ def sample_responses(
         samples_per_prompt=config.samples_per_prompt,
         seed=config.seed,
         backend=config.backend,
+        server=config.server,
+        server_log=target.parent / "server.log",
         device=config.device,
         precision=config.precision,
     )

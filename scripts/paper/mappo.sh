@@ -17,15 +17,17 @@ unless_dry "${online[@]}" model=hub "model.path=$reward_model" dataset=ultrafeed
     tasks=mappo alpaca=true
 for model in "${models[@]}"; do
     unless_dry "${online[@]}" model=hub "model.path=$model" dataset=ultrafeedback_binarized
-    for split in train_prefs test_prefs; do
-        data=$runs/data/${model#*/}_$split
-        unless_dry prefopt sample model=hub "model.path=$model" "prompts=$prompts" split=$split samples_per_prompt=8 \
-            sampling.max_new_tokens=2048 backend=vllm "output=$data.jsonl.gz"
-        unless_dry prefopt score "input=$data.jsonl.gz" "output=${data}_scored.jsonl.gz" \
-            scorer=hub_reward_model "scorer.path=$reward_model"
-    done
+done
+commas() { (IFS=,; echo "$*"); }
+unless_dry sweep sample model=hub "model.path=$(commas "${models[@]}")" "prompts=$prompts" split=train_prefs,test_prefs \
+    samples_per_prompt=8 sampling.max_new_tokens=2048 backend=server "output=$runs/data/\${model.name}_\${split}.jsonl.gz"
+samples=("${models[@]/#*\//$runs/data/}")
+unless_dry sweep score "input=$(commas "${samples[@]/%/_train_prefs.jsonl.gz}" "${samples[@]/%/_test_prefs.jsonl.gz}")" \
+    "output=\${input}.scored.jsonl.gz" scorer=hub_reward_model "scorer.path=$reward_model"
+for model in "${models[@]}"; do
     data=$runs/data/${model#*/}
-    data=("dataset.train=${data}_train_prefs_scored.jsonl.gz" "dataset.heldout=${data}_test_prefs_scored.jsonl.gz")
+    data=("dataset.train=${data}_train_prefs.jsonl.gz.scored.jsonl.gz"
+        "dataset.heldout=${data}_test_prefs.jsonl.gz.scored.jsonl.gz")
     methods="dpo mappo_dpo"
     [[ $model != "$plugin" ]] || methods+=" simpo mappo_simpo ipo mappo_ipo cpo mappo_cpo"
     for method in $methods; do

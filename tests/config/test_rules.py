@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from prefopt.config.parse import parse
-from prefopt.config.schema import EngineConfig, OptimizerConfig, PeftConfig, SamplingConfig, WandbConfig
+from prefopt.config.schema import EngineConfig, OptimizerConfig, PeftConfig, SamplingConfig, ServerConfig, WandbConfig
 from prefopt.errors import UserError
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.sft import SFT
@@ -15,6 +15,7 @@ GOOD = {
     PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "quantize": False},
     EngineConfig: {"name": "single", "offload_optimizer": False, "hang_s": 60.0},
     WandbConfig: {"project": "p", "mode": "offline"},
+    ServerConfig: {"command": "vllm serve {model} --port {port}", "url": "http://here:{port}/v1", "timeout": 60.0},
     SamplingConfig: {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "batch_size": 4},
 }
 BAD = [
@@ -37,6 +38,10 @@ BAD = [
     (SamplingConfig, {"top_p": 1.1}, "top_p must be above 0"),
     (SamplingConfig, {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     (SamplingConfig, {"batch_size": 0}, "batch_size must be at least 1"),
+    (ServerConfig, {"command": None}, "url must be that of a server that runs"),
+    (ServerConfig, {"command": "vllm serve here --port {port}"}, r"command must name \{model\}"),
+    (ServerConfig, {"command": "vllm serve {model}"}, r"command and url must both name \{port\}"),
+    (ServerConfig, {"timeout": 0.0}, "timeout must be positive"),
 ]
 TRAIN = {
     "model": {"name": "m", "path": "m"},
@@ -74,6 +79,7 @@ ONLINE = TRAIN | {
     "samples_per_prompt": 2,
     "stage_sampling": GOOD[SamplingConfig],
     "backend": "transformers",
+    "server": GOOD[ServerConfig],
     "stage_reference": "initial",
 }
 

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import sys
 import warnings
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from transformers import GenerationConfig
 
 from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.data.fields import as_messages
-from prefopt.generation.sampler import _GumbelNoise, sample, vllm_sampler
+from prefopt.generation.sampler import _GumbelNoise, sample
 from prefopt.models.generation_config import stop_tokens
 from prefopt.models.load import load_model
 from prefopt.utils.console import Bar
@@ -162,36 +160,3 @@ def test_stop_tokens_are_each_listed_once(own):
     expected = [TOKENIZER.eos_token_id] if own is None else [TOKENIZER.eos_token_id, 7]
     assert stop_tokens(TOKENIZER, config, None) == expected
     assert stop_tokens(TOKENIZER, config, GenerationConfig(eos_token_id=own)) == expected
-
-
-def test_vllm_reads_no_generation_config_and_stops_at_the_same_tokens(tmp_path, monkeypatch):
-    folder = save_tiny(tmp_path)
-    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 3.0, "eos_token_id": [2, 71]}))
-    made, asked = {}, []
-
-    class LLM:
-        def __init__(self, **settings):
-            made.update(settings)
-
-        def generate(self, prompts, parameters):
-            asked.extend(parameters)
-            one = SimpleNamespace(token_ids=[65, 71])
-            cut = SimpleNamespace(token_ids=[65, 66, 67])
-            return [SimpleNamespace(outputs=[one, cut][: p["n"]]) for p in parameters]
-
-    package = ModuleType("vllm")
-    package.LLM, package.SamplingParams = LLM, dict
-    monkeypatch.setitem(sys.modules, "vllm", package)
-    sampler, *_ = vllm_sampler(ModelConfig("tiny", str(folder)), TOKENIZER, "cpu", "float32")
-    ((ended, cut),) = sampler(PROMPTS[:1], SamplingConfig(0.7, 0.9, 3, 1), 0, 2)
-    assert made["generation_config"] == "vllm"
-    (parameters,) = asked
-    assert parameters["stop_token_ids"] == [2, 71]
-    assert (parameters["temperature"], parameters["top_p"], parameters["max_tokens"]) == (0.7, 0.9, 3)
-    assert (ended.tokens, ended.finished, ended.text) == ([65, 71], True, TOKENIZER.decode([65]))
-    assert (cut.tokens, cut.finished) == ([65, 66, 67], False)
-
-    # vLLM refuses several responses at temperature 0, where they are all the same.
-    ((a, b),) = sampler(PROMPTS[:1], SamplingConfig(0.0, 1.0, 3, 1), 0, 2)
-    assert asked[-1]["n"] == 1
-    assert a == b

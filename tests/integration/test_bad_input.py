@@ -394,7 +394,7 @@ TABLE = [
     other("sample", "output of another kind", "output=out.json", "whose name ends in .jsonl", files=PROMPT),
     other("sample", "a folder in a file", "output=in.jsonl/a.jsonl", "in.jsonl is a file, and no folder", files=PROMPT),
     other("sample", "no samples", "samples_per_prompt=0", "samples_per_prompt must be at least 1", files=PROMPT),
-    other("sample", "no backend", "backend=nope", "backend must be transformers or vllm, is 'nope'", files=PROMPT),
+    other("sample", "no backend", "backend=nope", "backend must be transformers or server, is 'nope'", files=PROMPT),
     other("sample", "a folder of two splits", "prompts=data", "data is no file", "the splits test, train", "split=NAME",
           files={"data/train.jsonl": "", "data/test.jsonl": ""}),
     other("sample", "a folder without rows", "prompts=model", "model/generation_config.json must hold a list of JSON"),

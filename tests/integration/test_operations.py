@@ -501,7 +501,7 @@ def test_the_script_asks_for_memory_and_gpus_as_the_site_takes_them(changes, lin
 
     monkeypatch.setattr(prefopt.launch.slurm, "parameters", lambda _: 10**9)
     launcher = slurm(**changes)
-    text = launcher.script(1, launcher.limits(SimpleNamespace(model=None)), tmp_path / "jobs.txt", tmp_path)
+    text = launcher.script("name", 1, launcher.limits(SimpleNamespace(model=None)), tmp_path / "jobs.txt", tmp_path)
     for line in lines:
         assert f"#SBATCH {line}\n" in text
     assert absent not in text

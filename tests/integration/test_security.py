@@ -631,14 +631,14 @@ def test_a_job_script_is_made_of_words(mark, tmp_path, monkeypatch):
     folder = tmp_path / "$(touch mark)'\"; touch mark #" / "run"
     folder.mkdir(parents=True)
     listing = folder.parent / "jobs_0.txt"
-    listing.write_text(f"{folder}\n")
+    listing.write_text(f"{folder}\tname\n")
     for name in ("srun", "squeue", "scontrol"):
         (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/{name}.said\n')
         (tmp_path / name).chmod(0o755)
     slurm_ = slurm(python=f"env -- python;touch {mark}", options=[f"--comment={attack}"])
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "0",
                                 "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}  # fmt: skip
-    text = slurm_.script(1, (60, 8), listing, folder / "code")
+    text = slurm_.script("name", 1, (60, 8), listing, folder / "code")
     done = subprocess.run(["bash"], input=text, env=environment, text=True, cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
     words = (tmp_path / "srun.said").read_text().splitlines()

@@ -26,7 +26,7 @@ from prefopt.errors import UserError
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.estimate import parameters
 from prefopt.launch.local import Local
-from prefopt.launch.slurm import Slurm
+from prefopt.launch.slurm import Slurm, slurm_name
 from prefopt.launch.snapshot import python_environment, snapshot
 from prefopt.launch.sweep import planned_action, write_job_file
 from prefopt.tracking import process
@@ -215,11 +215,17 @@ def test_arrays_stay_below_the_sites_limit(fake, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prefopt.launch.slurm, "submit", submit)
     jobs = fake(25, "")
-    slurm(array_limit=10, at_once=4).run(jobs, tmp_path / "code", tmp_path)
+    sweep = tmp_path / "sweep"
+    slurm(array_limit=10, at_once=4, log_folder=str(tmp_path / "logs")).run(jobs, tmp_path / "code", sweep)
     assert [text.split("--array=")[1].split()[0] for text, _ in submitted] == ["0-9%4", "0-9%4", "0-4%4"]
     assert [after for _, after in submitted] == [None, "101", "102"]  # so that the cap holds over all of them
-    listed = [line for i in range(3) for line in (tmp_path / f"jobs_{i}.txt").read_text().splitlines()]
-    assert listed == [str(job.folder) for job in jobs]
+    listed = [line for i in range(3) for line in (sweep / f"jobs_{i}.txt").read_text().splitlines()]
+    assert listed == [f"{job.folder}\t{job.folder.name}" for job in jobs]
+    assert all(f"--job-name={slurm_name(tmp_path.name)}\n" in text for text, _ in submitted)  # until they begin
+    assert [f"--output={tmp_path}/logs/sweep_jobs_{i}_%a.out" in text for i, (text, _) in enumerate(submitted)] == [
+        True
+    ] * 3
+    assert (tmp_path / "logs").is_dir()
     ids = [json.loads((job.folder / "job.json").read_text())["slurm_job"] for job in jobs]
     assert ids == [f"{101 + i // 10}_{i % 10}" for i in range(25)]
 
@@ -244,7 +250,7 @@ def test_parameters_are_counted_without_weights(tiny_folder, tmp_path):
 
 
 def script(tmp_path: Path, **changes) -> str:
-    return slurm(**changes).script(3, (61, 9), tmp_path / "jobs_0.txt", tmp_path / "code")
+    return slurm(**changes).script("name", 3, (61, 9), tmp_path / "jobs_0.txt", tmp_path / "code")
 
 
 def test_the_job_script_asks_for_what_the_preset_says(tmp_path):
@@ -288,7 +294,7 @@ def test_the_job_script_requeues_what_saved_and_left_and_tells_slurm_of_failures
     code, state, restarts, requeued, tmp_path
 ):
     (tmp_path / "run").mkdir()
-    (tmp_path / "jobs_0.txt").write_text(f"-\n{tmp_path / 'run'}\n")
+    (tmp_path / "jobs_0.txt").write_text(f"-\t-\n{tmp_path / 'run'}\tdpo-tiny\n")
     for name, body in {
         "srun": f'echo "$@" > {tmp_path}/called; exit {code}',
         "squeue": f"echo {state}",
@@ -307,7 +313,38 @@ def test_the_job_script_requeues_what_saved_and_left_and_tells_slurm_of_failures
     done = subprocess.run(["bash"], input=script(tmp_path), env=environment, text=True)
     assert done.returncode == code
     assert (tmp_path / "called").read_text().endswith(f"-m prefopt.job {tmp_path / 'run'}\n")
-    assert ("requeue 7_1" in (tmp_path / "scontrol").read_text()) == requeued
+    said = (tmp_path / "scontrol").read_text()
+    assert "\nupdate JobId=8 JobName=dpo-tiny\n" in said
+    assert ("requeue 7_1" in said) == requeued
+
+
+def test_a_job_without_a_run_is_named_by_what_tells_it_from_the_others():
+    assert slurm_name("run=runs/A judge=gpt4o_mini") == "run=runs_A_judge=gpt4o_mini"
+    assert slurm_name("") == "prefopt"
+
+
+@pytest.mark.slow
+def test_sampling_and_scoring_are_jobs_whose_outputs_are_left_as_they_are(tiny_folder, tmp_path):
+    for split in ("a", "b"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": f"Review the {split}."}) + "\n")
+    sample = ["-m", "model=hub", f"model.path={tiny_folder / 'model'}", "samples_per_prompt=2", "device=cpu"]
+    sample += [f"prompts={tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "output=${prompts}.samples.jsonl", "precision=float32"]
+    sample += ["sampling.max_new_tokens=4", f"hydra.sweep.dir={tmp_path}/sweep"]
+    score = ["-m", f"input={tmp_path}/a.jsonl.samples.jsonl,{tmp_path}/b.jsonl.samples.jsonl", "scorer=vader"]
+    score += ["output=${input}.scored.jsonl", f"hydra.sweep.dir={tmp_path}/scores"]
+    for program, words in (("sample", sample), ("score", score)):
+        done = run_program(*words, program=program)
+        assert done.returncode == 0, done.stderr
+    outputs = sorted(tmp_path.glob("*.scored.jsonl"))
+    rows = [json.loads(file.read_text()) for file in outputs]
+    assert [(row["prompt"], len(row["responses"]), len(row["rewards"])) for row in rows] == [
+        ("Review the a.", 2, 2),
+        ("Review the b.", 2, 2),
+    ]
+    outputs[0].write_text("mine")
+    done = run_program(*score, program="score")
+    assert done.returncode == 0, done.stderr
+    assert outputs[0].read_text() == "mine"
 
 
 @pytest.mark.parametrize(

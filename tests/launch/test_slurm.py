@@ -120,6 +120,8 @@ def test_no_end_of_a_job_is_silent(overrides, tmp_path):
         return {r["config"]["objective"]["fault"].rpartition("/")[2]: r for r in records(tmp_path / "runs")}
 
     waiting = until(lambda: (r := found().get("never", {})).get("status") == "running" and r, driver)
+    shown = subprocess.run(["squeue", "-h", "-o", "%j", "-j", waiting["slurm_job"]], capture_output=True, text=True)
+    assert shown.stdout.strip() == waiting["name"]
     subprocess.run(["scancel", waiting["slurm_job"]], check=True)
     shown, errors = driver.communicate(timeout=SOON_S)
     print(shown, errors)
@@ -149,8 +151,8 @@ def test_one_failing_rank_of_two_fails_the_job(tmp_path):
     assert isinstance(launcher, Slurm)
     listing, script = tmp_path / "jobs.txt", tmp_path / "jobs.sh"
     (tmp_path / "run").mkdir()
-    listing.write_text(f"{tmp_path / 'run'}\n")
-    script.write_text(launcher.script(1, (60, 1), listing, tmp_path))
+    listing.write_text(f"{tmp_path / 'run'}\tname\n")
+    script.write_text(launcher.script("name", 1, (60, 1), listing, tmp_path))
     job = f"{submit(script, None)}_0"
     assert until(lambda: (state := slurm_state(job)) in process.TERMINAL_SLURM_STATES and state) == "FAILED"
     assert [(tmp_path / "run" / str(rank)).read_text().split() for rank in range(2)] == [

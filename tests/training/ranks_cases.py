@@ -1,7 +1,10 @@
 """What the processes of a run share: in two it is bit for bit what one computes, also after a fault in the middle."""
 
 import functools
+import json
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +13,10 @@ import pytest
 import torch
 
 import prefopt.generation.sampler
-from prefopt.config.schema import EvaluationSamplingConfig, ModelConfig, SamplingConfig
+from prefopt.config.schema import EvaluationSamplingConfig, ModelConfig, SamplingConfig, ServerConfig
 from prefopt.errors import UserError
-from prefopt.generation.config import sampler_problems
 from prefopt.generation.responses import GenerationRequest, generate_resumable
+from prefopt.generation.server import free_port
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import LoadedOnce, cached
 from prefopt.objectives.dpo import DPO
@@ -22,6 +25,7 @@ from prefopt.rewards.reward_model import RewardModel
 from prefopt.training.evaluate import evaluate
 from prefopt.utils import signals, tensor_store
 from prefopt.utils.distributed import map_shared, rank
+from tests.helpers.openai_server import OpenAIServer
 from tests.helpers.tiny import tiny_model
 from tests.training.test_loop import make_train_state
 from tests.training.test_online import make_models
@@ -154,9 +158,30 @@ def test_a_function_of_the_users_is_called_in_one_process(tmp_path):
     assert [file.name for file in tmp_path.glob("called*")] == ["called by 0"]
 
 
-def test_vllm_is_refused_in_several_processes(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert sampler_problems(1, "vllm") == []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (problem,) = sampler_problems(1, "vllm")
-    assert "backend=vllm draws in one process, and this was started as 2" in problem
+def serve(folder: Path, port: int) -> None:
+    OpenAIServer(str(folder), port)
+    threading.Event().wait()
+
+
+def ask_server(models: Path, folder: Path, port: int) -> None:
+    folder.mkdir(exist_ok=True)
+    request = GenerationRequest(
+        ModelConfig("tiny", str(models / "model")), PROMPTS, SamplingConfig(1.0, 1.0, 6, 3), 2, 0, "server", "cpu",
+        "float32", ServerConfig(None, f"http://127.0.0.1:{port}/v1", 60.0), folder / "server.log",
+    )  # fmt: skip
+    rows, _ = generate_resumable(request, folder / "responses.partial", show=False)
+    (folder / f"rank{rank()}.json").write_text(json.dumps(rows))
+
+
+def test_two_processes_get_the_same_from_a_server_as_one(models, quiet, tmp_path):
+    port = free_port()
+    server = multiprocessing.get_context("fork").Process(target=serve, args=(models / "model", port))
+    server.start()
+    try:
+        for n in (1, 2):
+            in_processes(n, functools.partial(ask_server, models, tmp_path / str(n), port), tmp_path / "meet")
+    finally:
+        server.kill()
+    whole = (tmp_path / "1" / "rank0.json").read_text()
+    assert [len(row["responses"]) for row in json.loads(whole)] == [2] * 5
+    assert [(tmp_path / "2" / f"rank{i}.json").read_text() for i in (0, 1)] == [whole] * 2

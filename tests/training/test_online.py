@@ -5,6 +5,7 @@ import importlib
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,8 +450,8 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
         (["stage_reference=last"], "stage_reference must be initial or previous"),
         (["stage_sampling.temperature=-1"], "stage_sampling.temperature must not be negative"),
         (["dataset.train=x.jsonl"], "a stage makes its own rows"),
-        (["backend=llama.cpp"], "backend must be transformers or vllm"),
-        (["backend=vllm"], "needs the package vllm"),
+        (["backend=llama.cpp"], "backend must be transformers or server"),
+        (["server.url=http://localhost:1/v1"], r"server.command and url must both name \{port\}"),
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
         (["model.adapter=adapter"], r"model\.adapter: the initial policy is the reference of every stage"),
         (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is the reference"),
@@ -498,3 +499,20 @@ def test_a_stopped_sampling_goes_on_and_ends_with_the_same_file(tiny, tmp_path, 
     partial.unlink()
     with pytest.raises(Interrupted, match="0 of 12 prompts"):
         drawing()
+
+
+@pytest.mark.slow
+def test_each_stage_is_sampled_by_a_server_of_its_own_policy(tiny, tmp_path):
+    script = ROOT / "tests" / "helpers" / "openai_server.py"
+    server = f"server.command='{sys.executable} {script} {{model}} {{port}}'"
+    found = config(tiny, tmp_path / "runs", "stages=2", "objective=dpo", "backend=server", server)
+    run_pending(found)
+    folder, of_run = record(tmp_path / "runs")
+    assert of_run["status"] == "finished"
+    asked = [(folder / f"stage_{n}" / "server.log").read_text().splitlines()[0] for n in (1, 2)]
+    assert str(tiny / "model") in asked[0]
+    assert str(folder / of_run["stages"][0]["policy"]) in asked[1]
+    before = (folder / "record.json").read_bytes()
+    found.server.command = "false {model} {port}"  # how it is served is no part of what the run is
+    run_pending(found)
+    assert (folder / "record.json").read_bytes() == before

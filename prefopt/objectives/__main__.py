@@ -20,7 +20,6 @@ from rich.padding import Padding
 from rich.table import Table
 
 from prefopt.config.parse import build, register
-from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.utils.console import PlainConsole
 from prefopt.utils.files import ROOT
@@ -50,7 +49,7 @@ class Group(NamedTuple):
 
 
 def _compares(objective: Objective) -> bool:
-    return objective.model_kind == "policy" and objective.completions == SIDES
+    return objective.model_kind == "policy" and "rejected" in objective.completions
 
 
 SPECIAL = (

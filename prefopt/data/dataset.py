@@ -361,9 +361,10 @@ def _defects(item: Item) -> dict[str, str]:
         conditions = {"empty_completion": not all(m["content"].strip() or m.get("tool_calls") for m in answers)}
         return {defect: "" for defect, holds in conditions.items() if holds}
     answers, rewards = item.answers, (item.chosen_reward, item.rejected_reward)
+    is_pair = item.others is None  # in a group, samples that are empty or equal are samples like others
     conditions = {
-        "empty_completion": not all(m["content"].strip() or m.get("tool_calls") for m in answers),
-        "identical": item.others is None and answers[0] == answers[1],
+        "empty_completion": is_pair and not all(m["content"].strip() or m.get("tool_calls") for m in answers),
+        "identical": is_pair and answers[0] == answers[1],
         "tied_rewards": rewards[0] is not None and rewards[0] == rewards[1],
         "contradicting_rewards": None not in rewards and rewards[0] < rewards[1],  # type: ignore[operator]
     }

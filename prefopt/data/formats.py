@@ -147,8 +147,8 @@ class ScoredResponses(Format):
     * `best_worst`: one pair, the highest reward against the lowest;
     * `best_random`: one pair, the highest against another one, drawn by the row's prompt, so the same in every run;
     * `all`: every two responses with different rewards;
-    * `group`: all responses together, for objectives that read them so, and for the best alone (objective=sft). Tied
-      rewards are no reason to drop a row, and `min_gap` is not read.
+    * `group`: all responses together, for objectives that read them so, and for the best alone (objective=sft). A row
+      of tied rewards is kept, and so are equal and empty responses.
 
     The rewards of a pair are at least `min_gap` apart. A row without such a pair is dropped (`no_preference`). Of equal
     rewards the first is taken. `finished` (optional) is false for responses that were cut off. Responses without a

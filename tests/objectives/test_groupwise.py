@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from prefopt.objectives.__main__ import objectives
-from prefopt.objectives.base import GroupInputs, Groupwise, PairInputs
+from prefopt.objectives.base import GroupInputs, Groupwise, Objective, PairInputs
+from prefopt.objectives.dpo import DPO
 from prefopt.objectives.grpo import GRPO
+from prefopt.objectives.mappo import MaPPO
+from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.rloo import RLOO
+from prefopt.objectives.rrhf import RRHF
 
 OBJECTIVES = {name: objective for name, objective, _ in objectives() if isinstance(objective, Groupwise)} | {
     "rloo-free": RLOO(beta=0.0),
@@ -17,7 +21,7 @@ OBJECTIVES = {name: objective for name, objective, _ in objectives() if isinstan
 every = pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in OBJECTIVES.items()])
 
 
-def group(objective: Groupwise, sizes: tuple[int, ...] = (4, 2, 3), seed: int = 0, scale: float = 1.0) -> GroupInputs:
+def group(objective: Objective, sizes: tuple[int, ...] = (4, 2, 3), seed: int = 0, scale: float = 1.0) -> GroupInputs:
     """Random groups of these sizes in float64, with what `objective` declares, and 0 where there is no response."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
@@ -164,4 +168,65 @@ def test_a_group_without_a_preference_teaches_nothing():
     for objective in (RLOO(beta=0.0), GRPO(beta=0.0)):
         x = group(objective)
         x = dataclasses.replace(x, rewards=0.7 * x.mask.double())
-        assert objective.losses(x).abs().max() < 1e-12
+        assert objective.losses(x).abs().max() < 1e-9
+
+
+def pair_of(x: GroupInputs) -> PairInputs:
+    """The pair inputs of the best and the worst response."""
+    sides = {"chosen": 0, "rejected": 1}
+    values = {f"policy_{side}_logps": x.policy_logps[:, i] for side, i in sides.items()}
+    values |= {f"{side}_lengths": x.lengths[:, i] for side, i in sides.items()}
+    if x.reference_logps is not None:
+        values |= {f"reference_{side}_logps": x.reference_logps[:, i] for side, i in sides.items()}
+    return PairInputs(**values, group=x)
+
+
+def test_rrhf_ranks_all_candidates_and_fine_tunes_on_the_best():
+    objective = RRHF(candidates="group")
+    x = group(objective)
+    x = dataclasses.replace(x, rewards=torch.tensor([[3.0, 0.0, 1.0, 1.0], [2.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]))
+    expected = []
+    for b, size in enumerate((4, 2, 3)):
+        scores, rewards = x.policy_logps[b] / x.lengths[b], x.rewards[b]
+        ranked = sum(
+            max(0.0, float(scores[j] - scores[i])) for i in range(size) for j in range(size) if rewards[i] > rewards[j]
+        )
+        expected.append(ranked - float(x.policy_logps[b, 0]))
+    assert objective(pair_of(x)).losses.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_two_candidates_are_a_pair(length_normalize):
+    settings = {"length_normalize": length_normalize, "auxiliary_weight": 0.0, "micro_batch_size": 1}
+    both = {
+        RRHF(): RRHF(candidates="group"),
+        MMPO(0.3, normalization="none", **settings): MMPO(0.3, normalization="none", candidates="group", **settings),
+        MMPO(0.3, **settings): MMPO(0.3, normalization="group", candidates="group", **settings),
+    }
+    x = group(DPO(0.1), (2,))  # the reference, and one group: published MMPO normalizes over its micro-batch
+    for of_pairs, of_groups in both.items():
+        a, b = of_pairs(pair_of(x)), of_groups(pair_of(x))
+        torch.testing.assert_close(a.losses, b.losses)
+        assert torch.equal(a.chosen_scores, b.chosen_scores)
+        assert torch.equal(a.rejected_scores, b.rejected_scores)
+
+
+def test_the_marginal_likelihood_weighs_gradients_by_its_posterior():
+    """Theorem 3.2 for n samples: d(-logsumexp s)/d lp_i = -softmax(s)_i, without gradient through q."""
+    objective = MMPO(0.3, normalization="none", auxiliary_weight=0.0, candidates="group")
+    x = group(DPO(0.1))
+    leaf = x.policy_logps.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(pair_of(x)).losses.sum(), leaf)
+    s = leaf + 0.3 * x.reference_logps + 0.9 * (torch.arange(4) == 0)
+    expected = -s.masked_fill(~x.mask, -torch.inf).softmax(1)
+    torch.testing.assert_close(gradient, expected.detach())
+
+
+def test_what_does_not_go_together_is_refused():
+    for wrong in ({"normalization": "micro_batch", "auxiliary_weight": 0.0}, {"normalization": "group"}):
+        with pytest.raises(ValueError, match="candidates=group goes with"):
+            MMPO(0.3, candidates="group", **wrong)
+    with pytest.raises(ValueError, match="normalization=group needs candidates=group"):
+        MMPO(0.3, normalization="group")
+    with pytest.raises(ValueError, match="base must compare two completions; rrhf reads a group"):
+        MaPPO(RRHF(candidates="group"))

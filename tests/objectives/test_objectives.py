@@ -379,7 +379,8 @@ def test_the_groups_answer_what_they_ask():
     assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
     assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
     assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
-    assert members["Online"] == {"mappo", "sppo"}
+    assert members["On all responses to a prompt"] == {"grpo", "rloo"}
+    assert members["Online"] == {"mappo", "sppo", "grpo", "rloo"}
     assert members["Not of preferences"] == {"sft", "reward"}
     alone = members["DPO and its relatives"]
     assert {"dpo", "dpop", "apo_zero", "mmpo"} <= alone

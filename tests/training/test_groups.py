@@ -19,7 +19,9 @@ from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import LoadedOnce, Resident
 from prefopt.objectives.grpo import GRPO
+from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.rloo import RLOO
+from prefopt.objectives.rrhf import RRHF
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
 from prefopt.training.state import TrainState
@@ -116,7 +118,15 @@ def test_groups_come_back_from_the_disk(tmp_path):
     assert found.num_tokens(["others"]) == sum(len(c) for p in expected for c in p.others)
 
 
-@pytest.mark.parametrize("objective", [OBJECTIVES[name] for name in ("rloo", "grpo-token")], ids=["rloo", "grpo"])
+CANDIDATES = {
+    "rloo": OBJECTIVES["rloo"],
+    "grpo": OBJECTIVES["grpo-token"],
+    "rrhf": RRHF(candidates="group"),
+    "mmpo": MMPO(0.3, normalization="group", auxiliary_weight=0.0, candidates="group"),
+}
+
+
+@pytest.mark.parametrize("objective", CANDIDATES.values(), ids=CANDIDATES)
 def test_layouts_and_micro_batches_change_nothing(objective, tmp_path):
     pairs = groups([4, 2, 3, 5])
     loss, gradient = loss_and_gradient(state_of(objective, pairs, tmp_path, micro_batch_tokens=10_000))

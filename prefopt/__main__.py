@@ -9,7 +9,7 @@ from prefopt.cli.help import overview, show, wants_help
 from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
-    *("train", "online", "chat", "sample", "score", "harness", "alpaca", "compare", "diff", "report", "papers"),
+    *("train", "online", "chat", "sample", "score", "rank", "harness", "alpaca", "compare", "diff", "report", "papers"),
     *("mtbench", "arena", "judge_check", "reward_bench", "claims"),
     *("runs", "prefetch", "data_report", "lab", "objectives"),
 )

@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefopt.data.fields import (
@@ -19,7 +19,7 @@ from prefopt.data.fields import (
     tools_of,
     weight_of,
 )
-from prefopt.data.items import Chat, Dropped, Message, Pair, Row
+from prefopt.data.items import Chat, Dropped, Message, Pair, Response, Row
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,16 @@ class Scored:
             tools=self.tools,
             defects=self.defects,
         )
+
+    def group(self) -> Pair:
+        """All responses. There are two at least."""
+        # Of equal rewards the first comes first, so that the best of them is that of a pair.
+        best, *others, worst = sorted(range(len(self.rewards)), key=lambda i: -self.rewards[i])
+        more = [
+            Response(self.responses[i]["content"], self.rewards[i], self.finished[i], extra_fields(self.responses[i]))
+            for i in others
+        ]
+        return replace(self.pair(best, worst), others=more)
 
 
 def one_each(row: Row, key: str, n: int) -> list[Any]:

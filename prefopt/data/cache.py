@@ -68,6 +68,8 @@ SCHEMA = pa.schema(
         "weight": pa.float64(),
         "loss_mask": pa.list_(pa.bool_()),
         "source": pa.string(),
+        "others": pa.list_(pa.list_(pa.int32())),
+        "other_rewards": pa.list_(pa.float64()),
     }
 )
 CHUNK = 1000  # items tokenized at a time
@@ -83,8 +85,14 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         return len(self.table)
 
     def num_tokens(self, columns: Sequence[str]) -> int:
-        """The number of tokens in these columns of all rows: prompt, chosen, rejected. A column may come again."""
-        return sum(pc.sum(pc.list_value_length(self.table[column])).as_py() or 0 for column in columns)
+        """The number of tokens in these columns of all rows: prompt, chosen, rejected, others. A column may come
+        again."""
+
+        def lengths(column: str) -> pa.ChunkedArray:
+            values = self.table[column]
+            return pc.list_value_length(pc.list_flatten(values) if column == "others" else values)
+
+        return sum(pc.sum(lengths(column)).as_py() or 0 for column in columns)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedPair: ...
@@ -262,7 +270,8 @@ def write_split(
             kept += chunk.noted
             counted[source] += len(chunk.pairs)
             # In the padded layout, the longest row is a prompt with its longer completion.
-            longest = max([longest, *(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in chunk.pairs)])
+            completions = ((p, (p.chosen, p.rejected, *(p.others or ()))) for p in chunk.pairs)
+            longest = max([longest, *(len(p.prompt) + max(map(len, texts)) for p, texts in completions)])
             bar.advance(by=len(items))
 
     if not counted.total():

@@ -10,6 +10,7 @@ in a `Batch`, whatever the layout.
 In the first two, the positions of every completion continue those of its prompt.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -107,6 +108,7 @@ class Batch:
     * `lengths`: (C,) float32, in tokens.
     * `last_token_index`: (C,) int64, the position in (R * T,) of the last token's hidden state.
     * `longest`: the largest length.
+    * `grid`: (B, n) int64, the numbers of each group's completions, in order; -1 where it has fewer than n.
 
     All of it follows from lengths, nothing from token ids. So a tokenizer whose pad token is its eos token is safe.
     """
@@ -123,6 +125,7 @@ class Batch:
     lengths: Tensor
     last_token_index: Tensor
     longest: int
+    grid: Tensor
 
     @property
     def tokens(self) -> int:
@@ -204,11 +207,16 @@ def padded(groups: Sequence[Group]) -> Batch:
     >>> batch.last_token_index.tolist()
     [3, 6]
     """
-    rows = [Group(g.prompt, [completion]) for column in _columns(groups) for g, completion in column]
+    columns = _columns(groups)
+    rows = [Group(groups[i].prompt, [completion]) for column in columns for i, completion in column]
     input_ids = _rows([g.prompt + g.completions[0] for g in rows])
     width = input_ids.shape[1]
     attention_mask = (torch.arange(width) < torch.tensor([_num_tokens(g) for g in rows])[:, None]).long()
-    return _batch(rows, [r * width for r in range(len(rows))], input_ids, attention_mask, None, None)
+    batch = _batch(rows, [r * width for r in range(len(rows))], input_ids, attention_mask, None, None)
+    # Completion k of group i has dropout of its own, by this number.
+    owners = [k * len(groups) + i for k, column in enumerate(columns) for i, _ in column]
+    spans = [(None if r is None else owners[r], n) for r, n in batch.spans]
+    return replace(batch, spans=spans, grid=_grid(columns, len(groups)))
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,8 @@ class Layout:
     tokens: Callable[[Sequence[Group]], int]
 
     def collate(self, pairs: Sequence[TokenizedPair], sides: Sequence[str] = SIDES) -> Batch:
-        """A batch of the pairs' completions: first those of `sides[0]`, in the order of the pairs, then of `sides[1]`.
+        """A batch of the pairs' completions: first those of `sides[0]`, in the order of the pairs, then of `sides[1]`;
+        then the first of the `others` of each group that has one, and so on.
 
         Of a chat, the tokens that the assistant wrote, in all its turns, count as one completion.
         """
@@ -262,7 +271,12 @@ class Layout:
 
 def groups_of(pairs: Sequence[TokenizedPair], sides: Sequence[str]) -> list[Group]:
     """One group for each pair, with the completions named in `sides`."""
-    return [Group(p.prompt, [getattr(p, side) for side in sides]) for p in pairs]
+    return [Group(p.prompt, completions_of(p, sides)) for p in pairs]
+
+
+def completions_of(pair: TokenizedPair, sides: Sequence[str]) -> list[list[int]]:
+    """The completions named in `sides`. A pair that is no group has no others."""
+    return [c for side in sides for c in (pair.others or [] if side == "others" else [getattr(pair, side)])]
 
 
 def _num_tokens(group: Group) -> int:
@@ -286,10 +300,20 @@ LAYOUTS = {
 }
 
 
-def _columns(groups: Sequence[Group]) -> list[list[tuple[Group, list[int]]]]:
-    """For each number of a completion, the groups with their completion of that number."""
+def _columns(groups: Sequence[Group]) -> list[list[tuple[int, list[int]]]]:
+    """For each number of a completion, the groups that have one of that number, by their number, and it."""
     assert all(c for g in groups for c in g.completions), "every completion holds at least one token"
-    return [list(zip(groups, column, strict=True)) for column in zip(*(g.completions for g in groups), strict=True)]
+    columns = itertools.zip_longest(*(g.completions for g in groups))
+    return [[(i, completion) for i, completion in enumerate(column) if completion] for column in columns]
+
+
+def _grid(columns: Sequence[Sequence[tuple[int, list[int]]]], num_groups: int) -> Tensor:
+    """`Batch.grid`."""
+    grid, number = torch.full((num_groups, len(columns)), -1), itertools.count()
+    for k, column in enumerate(columns):
+        for i, _ in column:
+            grid[i, k] = next(number)
+    return grid
 
 
 def _positions(group: Group) -> Tensor:
@@ -318,10 +342,11 @@ def _batch(
     the completions of a group follow its prompt one by one."""
     next_position = [start + len(g.prompt) for start, g in zip(starts, groups, strict=True)]
     predictors, last_tokens, completions = [], [], []
-    for column in _columns(groups):
-        for i, (group, completion) in enumerate(column):
+    columns = _columns(groups)
+    for column in columns:
+        for i, completion in column:
             # A token is predicted from the position before it; the first one from the prompt's last position.
-            last_of_prompt = torch.tensor([starts[i] + len(group.prompt) - 1])
+            last_of_prompt = torch.tensor([starts[i] + len(groups[i].prompt) - 1])
             first = next_position[i]
             predictors += [last_of_prompt, torch.arange(first, first + len(completion) - 1)]
             next_position[i] += len(completion)
@@ -349,4 +374,5 @@ def _batch(
         lengths=lengths.float(),
         last_token_index=torch.tensor(last_tokens),
         longest=int(lengths.max()),
+        grid=_grid(columns, len(groups)),
     )

@@ -42,7 +42,7 @@ class Split:
     """
 
     read: Callable[[], Iterator[Item]]
-    kind: str  # pairs or chats
+    kind: str  # pairs, groups or chats
     drops: Counter[str]  # rows that are not used, by defect
     kept: Counter[str]  # defects of items that are used nevertheless
     sources: Counter[str]  # items of each source
@@ -195,7 +195,7 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
     for item, defects in read_items(config, split, held_out, drops, first):
         counts[item.source] += 1
         kept.update(defects)
-        kinds.add("pairs" if isinstance(item, Pair) else "chats")
+        kinds.add("chats" if isinstance(item, Chat) else "pairs" if item.others is None else "groups")
         if isinstance(item, Pair) and item.chosen_reward is not None and item.rejected_reward is not None:
             num_scored += 1
             extremes += [(item.chosen_reward, item.id), (item.rejected_reward, item.id)]
@@ -209,7 +209,8 @@ def load_split(config: DatasetConfig, split: str, heldout_prompts: Iterable[list
             "the rows; what is done about a defect is set by dataset.policies.DEFECT."
         )
     if len(kinds) > 1:
-        raise UserError(f"data set {config.name} mixes pairs with chats; one objective cannot learn from both.")
+        mixed = " with ".join(sorted(kinds, reverse=True))
+        raise UserError(f"data set {config.name} mixes {mixed}; one objective cannot learn from both.")
 
     low, high = extremes or (None, None)
     return Split(
@@ -359,11 +360,11 @@ def _defects(item: Item) -> dict[str, str]:
         answers = [m for m in item.messages if m["role"] == "assistant"]
         conditions = {"empty_completion": not all(m["content"].strip() or m.get("tool_calls") for m in answers)}
         return {defect: "" for defect, holds in conditions.items() if holds}
-    sides = (item.chosen, item.chosen_fields), (item.rejected, item.rejected_fields)
-    rewards = item.chosen_reward, item.rejected_reward
+    answers, rewards = item.answers, (item.chosen_reward, item.rejected_reward)
+    is_pair = item.others is None  # in a group, samples that are empty or equal are samples like others
     conditions = {
-        "empty_completion": any(not text.strip() and not fields.get("tool_calls") for text, fields in sides),
-        "identical": sides[0] == sides[1],
+        "empty_completion": is_pair and not all(m["content"].strip() or m.get("tool_calls") for m in answers),
+        "identical": is_pair and answers[0] == answers[1],
         "tied_rewards": rewards[0] is not None and rewards[0] == rewards[1],
         "contradicting_rewards": None not in rewards and rewards[0] < rewards[1],  # type: ignore[operator]
     }

@@ -146,7 +146,9 @@ class ScoredResponses(Format):
     `pairing`:
     * `best_worst`: one pair, the highest reward against the lowest;
     * `best_random`: one pair, the highest against another one, drawn by the row's prompt, so the same in every run;
-    * `all`: every two responses with different rewards.
+    * `all`: every two responses with different rewards;
+    * `group`: all responses together, for objectives that read them so, and for the best alone (objective=sft). A row
+      of tied rewards is kept, and so are equal and empty responses.
 
     The rewards of a pair are at least `min_gap` apart. A row without such a pair is dropped (`no_preference`). Of equal
     rewards the first is taken. `finished` (optional) is false for responses that were cut off. Responses without a
@@ -162,10 +164,12 @@ class ScoredResponses(Format):
     win_rates: bool = False
 
     def __post_init__(self) -> None:
-        if self.pairing not in ("best_worst", "best_random", "all"):
-            raise ValueError(f"pairing must be best_worst, best_random or all, got {self.pairing!r}")
+        if self.pairing not in ("best_worst", "best_random", "all", "group"):
+            raise ValueError(f"pairing must be best_worst, best_random, all or group, got {self.pairing!r}")
         if self.min_gap < 0:
             raise ValueError(f"min_gap must not be negative, got {self.min_gap}")
+        if self.pairing == "group" and (self.min_gap or self.win_rates):
+            raise ValueError("pairing=group takes all responses and their own rewards: leave min_gap and win_rates out")
 
     def __call__(self, row: Row) -> Pair | Dropped | list[Item]:
         scored = Scored.read(row)
@@ -181,6 +185,10 @@ class ScoredResponses(Format):
         best, worst = rewards.index(rewards[order[-1]]), order[0]
         if problem := role_problem(scored.prompt):
             return problem
+        if self.pairing == "group":
+            if len(rewards) < 2:
+                raise ValueError("pairing=group needs two responses at least")
+            return scored.group()
         shown = win_rates(rewards) if self.win_rates else rewards
         if self.pairing == "all":
             indices = [(w, l) for w in range(len(rewards)) for l in range(len(rewards)) if apart(w, l)]

@@ -8,6 +8,16 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Response:
+    """One more response of a group, beside the best and the worst. The fields are those of a side of `Pair`."""
+
+    text: str
+    reward: float
+    finished: bool = True
+    fields: Message = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Pair:
     """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it. `weight`
     multiplies the pair's loss. `opening`: the text with which both completions begin and that is a part of the prompt.
@@ -15,6 +25,9 @@ class Pair:
     `*_fields` is what the assistant's message has besides role and content (tool_calls, ...), as the template gets it.
     `tools` describes the functions that the assistant may call. `defects`: those that the format noticed in the row, by
     reason (a field of `prefopt.config.schema.PoliciesConfig`), with a detail for messages.
+
+    With `others`, from the highest reward to the lowest, it is a group: all scored responses to a prompt, of which
+    `chosen` is the best and `rejected` the worst. These may be equal, in reward and in text. None: a pair.
     """
 
     id: str
@@ -32,6 +45,14 @@ class Pair:
     rejected_fields: Message = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
     defects: dict[str, str] = field(default_factory=dict)
+    others: list[Response] | None = None
+
+    @property
+    def answers(self) -> list[Message]:
+        """Its responses as messages: chosen, rejected, others."""
+        sides = [(self.chosen, self.chosen_fields), (self.rejected, self.rejected_fields)]
+        sides += [(response.text, response.fields) for response in self.others or []]
+        return [{"role": "assistant", "content": text, **fields} for text, fields in sides]
 
 
 @dataclass(frozen=True)

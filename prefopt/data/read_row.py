@@ -58,4 +58,5 @@ def scaled(item: Item, source: DatasetConfig, where: str) -> Item:
         if value is not None and not low <= value <= high:
             raise UserError(f"{where}: {side} {value:g} is outside dataset.reward_scale={source.reward_scale}.")
         rewards[side] = None if value is None else (value - low) / (high - low)
-    return replace(item, **rewards)
+    others = item.others and [replace(other, reward=(other.reward - low) / (high - low)) for other in item.others]
+    return replace(item, **rewards, others=others)

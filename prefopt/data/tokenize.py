@@ -12,14 +12,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.config.schema import PoliciesConfig
 from prefopt.data.chat_template import USER, markup, merges_system
-from prefopt.data.fields import common_prefix
+from prefopt.data.fields import common_prefix, extra_fields
 from prefopt.data.items import Chat, Item, Message, Pair
 from prefopt.data.proof import Defect, check_fields, check_spelling, check_written, locate, short
 from prefopt.data.rendering import encode, render, render_answers
@@ -34,7 +34,8 @@ class TokenizedPair:
 
     Of a chat, `chosen` is everything behind the first prompt and `rejected` is empty; `loss_mask`, as long as `chosen`,
     is True for tokens that the assistant wrote. Of a pair, `loss_mask` is None. `mismatched` is no part of the data:
-    `prefopt.data.mismatch` fills it for the pairs of a step.
+    `prefopt.data.mismatch` fills it for the pairs of a step. `others` and `other_rewards` are those of a group
+    (`prefopt.data.items.Pair.others`), and None of a pair.
     """
 
     id: str
@@ -47,6 +48,8 @@ class TokenizedPair:
     loss_mask: list[bool] | None = None
     source: str = ""
     mismatched: "TokenizedPair | None" = None
+    others: list[list[int]] | None = None
+    other_rewards: list[float] | None = None
 
     @property
     def mask(self) -> list[bool]:
@@ -83,14 +86,13 @@ class Tokenized(NamedTuple):
 class Rendered(NamedTuple):
     """What the template writes of one pair.
 
-    `alone`: the prompt; `opened`: the prompt with the generation prompt and the pair's opening; `chosen` and
-    `rejected`: whole conversations.
+    `alone`: the prompt; `opened`: the prompt with the generation prompt and the pair's opening; `answered`: whole
+    conversations, with the chosen completion, the rejected one and, of a group, the others.
     """
 
     alone: str
     opened: str
-    chosen: str
-    rejected: str
+    answered: list[str]
 
 
 DEFAULTS = PoliciesConfig()
@@ -147,8 +149,9 @@ def tokenize(
             return defect
 
     prepared = [prepare(item) for item in items]
-    # All pairs' texts in one call: prompt, chosen conversation and rejected conversation of each pair in turn.
-    ids = iter(encode(tokenizer, [text for r in prepared if isinstance(r, Rendered) for text in r[1:]]))
+    # All pairs' texts in one call: prompt, then the conversations with its completions, of each pair in turn.
+    texts = [text for r in prepared if isinstance(r, Rendered) for text in (r.opened, *r.answered)]
+    ids = iter(encode(tokenizer, texts))
     for item, rendered in zip(items, prepared, strict=True):
         changes = Counter[str]()
         try:
@@ -156,10 +159,10 @@ def tokenize(
                 raise rendered
             if isinstance(item, Pair):
                 assert rendered is not None
-                side_ids = next(ids), next(ids), next(ids)
+                prompt_ids, answer_ids = next(ids), [next(ids) for _ in rendered.answered]
                 cut = policy["prompt_too_long"] == "cut"
                 limits = max_prompt_tokens, max_completion_tokens, cut
-                result = _pair(tokenizer, item, rendered, *side_ids, *limits, changes)
+                result = _pair(tokenizer, item, rendered, prompt_ids, answer_ids, *limits, changes)
             else:
                 result = _chat(tokenizer, item, max_prompt_tokens, max_completion_tokens, changes)
         except Defect as defect:
@@ -189,28 +192,23 @@ def _refusal(tokenizer: PreTrainedTokenizerBase, item: Item, defect: Defect) -> 
 
 def _search(pattern: re.Pattern[str], item: Item) -> str | None:
     """The first match of `pattern` in the texts of an item."""
-    if isinstance(item, Pair):
-        texts = [*(m.get("content") or "" for m in item.prompt), item.chosen, item.rejected]
-    else:
-        texts = [m.get("content") or "" for m in item.messages]
+    spoken = [*item.prompt, *item.answers] if isinstance(item, Pair) else item.messages
+    texts = [m.get("content") or "" for m in spoken]
     return next((match[0] for text in texts if (match := pattern.search(text))), None)
 
 
 def _render_pair(tokenizer: PreTrainedTokenizerBase, item: Pair) -> Rendered:
     """Raises Defect where the template leaves out something the prompt says, UserError as `render_answers` does."""
-    answers = [
-        {"role": "assistant", "content": text, **fields}
-        for text, fields in ((item.chosen, item.chosen_fields), (item.rejected, item.rejected_fields))
-    ]
-    rendered = Rendered(*render_answers(tokenizer, item.prompt, answers, item.tools))
+    alone, opened, *answered = render_answers(tokenizer, item.prompt, item.answers, item.tools)
+    rendered = Rendered(alone, opened, answered)
     if item.opening:
         rendered = rendered._replace(opened=rendered.opened + item.opening)
-        if not all(text.startswith(rendered.opened) for text in rendered[2:]):
+        if not all(text.startswith(rendered.opened) for text in rendered.answered):
             raise Defect(
                 "rewritten_by_template", f"the steps so far, {short(item.opening)}, are not written as they are"
             )
     check_written(tokenizer, item.prompt, item.tools, rendered.alone)
-    for answer, text in zip(answers, rendered[2:], strict=True):
+    for answer, text in zip(item.answers, rendered.answered, strict=True):
         check_fields(tokenizer, [*item.prompt, answer], item.tools, text, len(item.prompt))
     return rendered
 
@@ -220,49 +218,48 @@ def _pair(
     item: Pair,
     rendered: Rendered,
     prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
+    answered: list[list[int]],
     max_prompt_tokens: int,
     max_completion_tokens: int,
     cut_prompt: bool,
     changes: Counter[str],
 ) -> TokenizedPair:
-    """The pair. `prompt`, `chosen`, `rejected`: ids of the prompt with its generation prompt and of both whole
+    """The pair or group. `prompt`, `answered`: ids of the prompt with its generation prompt and of the whole
     conversations. Counts what it changes in `changes`. Raises Defect for a pair that cannot be trained on."""
-    sides = []
-    for text, ids, answer, fields, finished in (
-        (rendered.chosen, chosen, item.chosen, item.chosen_fields, item.chosen_finished),
-        (rendered.rejected, rejected, item.rejected, item.rejected_fields, item.rejected_finished),
-    ):
-        locate(text, common_prefix(rendered.alone, text), answer, changes)
+    finished = [item.chosen_finished, item.rejected_finished, *(other.finished for other in item.others or [])]
+    wholes = []
+    for text, ids, answer, is_finished in zip(rendered.answered, answered, item.answers, finished, strict=True):
+        locate(text, common_prefix(rendered.alone, text), answer["content"], changes)
         start = common_prefix(ids, prompt)
         check_spelling(tokenizer, ids[start:], text[common_prefix(rendered.opened, text) :], text, changes)
-        inside = f"{answer} {json.dumps(fields, ensure_ascii=False)}".count(tokenizer.eos_token)
-        sides.append(_to_the_end(tokenizer, ids, start, finished, inside))
-    chosen, rejected = sides
-    # The tokens at the seam may merge otherwise with each completion. The prompt ends where all three still agree.
-    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+        fields = json.dumps(extra_fields(answer), ensure_ascii=False)
+        inside = f"{answer['content']} {fields}".count(tokenizer.eos_token)
+        wholes.append(_to_the_end(tokenizer, ids, start, is_finished, inside))
+    # The tokens at the seam may merge otherwise with each completion. The prompt ends where all of them still agree.
+    start = min(common_prefix(prompt, whole) for whole in wholes)
     shared = prompt[:start]
     if start < len(prompt):
         changes["shrunk_prompts"] += 1
-    changes["cut_completions"] += sum(len(side) - start > max_completion_tokens for side in (chosen, rejected))
+    changes["cut_completions"] += sum(len(whole) - start > max_completion_tokens for whole in wholes)
 
     if len(shared) > max_prompt_tokens and cut_prompt:
         changes["cut_prompts"] += 1
         bos = shared[:1] if shared[0] == tokenizer.bos_token_id else []
         shared = bos + shared[len(shared) - max_prompt_tokens + len(bos) :]
 
-    chosen = chosen[start : start + max_completion_tokens]
-    rejected = rejected[start : start + max_completion_tokens]
-    if not chosen or not rejected:
+    chosen, rejected, *others = (whole[start : start + max_completion_tokens] for whole in wholes)
+    if not all((chosen, rejected, *others)):
         raise Defect("empty_completion")
     if len(shared) > max_prompt_tokens:
         raise Defect("prompt_too_long")
     # Equal texts are the defect `identical`, not this one.
-    if chosen == rejected and (item.chosen, item.chosen_fields) != (item.rejected, item.rejected_fields):
+    if item.others is None and chosen == rejected and item.answers[0] != item.answers[1]:
         raise Defect("identical_after_truncation")
     rewards = item.chosen_reward, item.rejected_reward
-    return TokenizedPair(item.id, shared, chosen, rejected, *rewards, weight=item.weight, source=item.source)
+    pair = TokenizedPair(item.id, shared, chosen, rejected, *rewards, weight=item.weight, source=item.source)
+    if item.others is None:
+        return pair
+    return replace(pair, others=others, other_rewards=[other.reward for other in item.others])
 
 
 def _chat(

@@ -107,6 +107,23 @@ class JudgeCheckConfig:
     max_cost: float = MISSING
 
 
+@dataclass
+class RankConfig:
+    """The keys of `python -m prefopt.rank`. conf/rank.yaml has their defaults and explains them."""
+
+    judge: Any = MISSING
+    input: str = MISSING
+    output: str = MISSING
+    split: str | None = None
+    max_cost: float = MISSING
+
+
+def check_rank(config: RankConfig) -> None:
+    """Raise UserError for a wrong cost."""
+    if config.max_cost < 0:
+        raise UserError(f"max_cost must not be negative, is {config.max_cost:g}")
+
+
 def check_harness(config: HarnessConfig) -> None:
     """Raise one UserError with everything that is wrong in a harness job's configuration, or where lm-eval is not
     installed."""

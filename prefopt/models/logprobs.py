@@ -22,6 +22,8 @@ from prefopt.models.packed_attention import NAME as SEGMENTS
 class Logps:
     """For the completions of a batch, `(C,)` float32 each. `sums`: their log-probs in nats. `lengths`: their tokens.
 
+    `tokens`: `(C, longest)`, the log-probs of their tokens, 0 behind their ends.
+
     `entropies`, if requested, is the surrogate of MMPO's appendix B.2,
     sum_t [H_t + stopgrad(H_t) * log pi(y_<t | x)], H_t the entropy of the next-token distribution at position t:
     its gradient is the score-function form of the gradient of the sequence entropy.
@@ -32,6 +34,7 @@ class Logps:
 
     sums: Tensor
     lengths: Tensor
+    tokens: Tensor
     entropies: Tensor | None = None
     on_policy: Tensor | None = None
 
@@ -95,7 +98,7 @@ def completion_logps(
     alignment = None
     if log_squares is not None:
         alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
-    return Logps(_sum(token_logps), batch.lengths, surrogate, alignment)
+    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment)
 
 
 def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -56,7 +56,11 @@ class Reference(ABC):
     @abstractmethod
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
         """Log-probs `(2B,)` float32, in nats, on the batch's device: first the chosen completions of the B `pairs`,
-        then the rejected ones. `batch` holds the same pairs."""
+        then the rejected ones. `batch` holds the same pairs. Of groups `(C,)`, as `batch` holds their responses."""
+
+    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
+        """Of the tokens of the same completions, `(C, longest)`: 0 behind an end."""
+        raise NotImplementedError(f"{type(self).__name__} has sums alone")
 
     @abstractmethod
     def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
@@ -76,6 +80,10 @@ class Resident(Reference):
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
         return self.score(self.frozen, batch).sums
 
+    @torch.no_grad()
+    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
+        return self.score(self.frozen, batch).tokens
+
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         yield self.frozen
@@ -90,6 +98,11 @@ class AdapterOff(Reference):
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
         with self.model() as model:
             return self.score(model, batch).sums
+
+    @torch.no_grad()
+    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
+        with self.model() as model:
+            return self.score(model, batch).tokens
 
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:

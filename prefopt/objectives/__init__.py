@@ -5,3 +5,5 @@ from typing import Literal
 Side = Literal["chosen", "rejected"]
 # Of a pair, as columns, log-probs and results name them. Here and not in base.py: tables need it without torch.
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
+# Of a group: the best response, the worst, and those between.
+GROUP = (*SIDES, "others")

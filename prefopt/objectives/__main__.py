@@ -20,7 +20,6 @@ from rich.padding import Padding
 from rich.table import Table
 
 from prefopt.config.parse import build, register
-from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.utils.console import PlainConsole
 from prefopt.utils.files import ROOT
@@ -50,7 +49,7 @@ class Group(NamedTuple):
 
 
 def _compares(objective: Objective) -> bool:
-    return objective.model_kind == "policy" and objective.completions == SIDES
+    return objective.model_kind == "policy" and "rejected" in objective.completions
 
 
 SPECIAL = (
@@ -63,7 +62,12 @@ SPECIAL = (
         "With rewards in the rows",
         "They read how much better the chosen completion is. `prefopt score` writes rewards beside rows without. "
         "With labels=soft also sppo and reward.",
-        lambda o: "rewards" in o.needs,
+        lambda o: "rewards" in o.needs and "others" not in o.completions,
+    ),
+    Group(
+        "On all responses to a prompt",
+        "They read groups: rows of scored responses, with dataset.format.pairing=group.",
+        lambda o: "others" in o.completions,
     ),
     Group(
         "For noisy labels",
@@ -72,7 +76,7 @@ SPECIAL = (
     ),
     Group(
         "Online",
-        "Made for pairs of the policy's own samples. `prefopt online` takes every objective of pairs.",
+        "Made for the policy's own samples. `prefopt online` takes every objective that trains a policy.",
         lambda o: "online" in o.made_for,
     ),
 )
@@ -118,7 +122,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def _needs(objective: Objective) -> str:
     # The loop makes the others, no user provides them.
-    return ", ".join(sorted(objective.needs - {"noise", "mismatched", "on_policy"})) or "–"
+    return ", ".join(sorted(objective.needs - {"noise", "mismatched", "on_policy", "initial", "tokens"})) or "–"
 
 
 def _defaults(node: DictConfig) -> str:

@@ -4,6 +4,7 @@ To write an objective, subclass one of these, in this order of preference:
 
 * `ImplicitReward`: it compares beta * (log pi - log pi_ref) of two completions. Write `losses`. Example: dpo.py.
 * `Pairwise`: it compares some term of two completions. Write `scores` and `losses`. Example: simpo.py.
+* `Groupwise`: it reads all n scored responses to a prompt. Write `losses`. Example: rloo.py.
 * `Objective`: anything else. Write `__call__`. Example: sft.py.
 
 An objective never sees a model, a batch or a config, so a test can call it in float64. It declares what it needs and
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from prefopt.errors import UserError
-from prefopt.objectives import SIDES, Side
+from prefopt.objectives import GROUP, SIDES
 
-Need = Literal["reference", "rewards", "entropies", "on_policy", "noise", "mismatched"]
+Need = Literal["reference", "rewards", "entropies", "on_policy", "noise", "mismatched", "initial", "tokens"]
 Scope = Literal["pair", "micro_batch", "step"]
 Purpose = Literal["noisy_labels", "online"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
@@ -37,6 +38,56 @@ DIFFERENTIABLE = (
     "policy_chosen_rewards",
     "policy_rejected_rewards",
 )
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """All scored responses to each of `B` prompts, of which there are up to `n`: `(B, n)` tensors, float32 in training,
+    from the highest reward to the lowest but for the first two columns. These are the group's pair: 0 is the best
+    response, 1 the worst. Where a group has fewer, `mask` is False and every other tensor is 0.
+
+    Always filled:
+    * `mask`: bool. `lengths`, `rewards` and `policy_logps`: as in `PairInputs`.
+    * `mean_tokens`: 0-dim, the mean over all groups that are averaged of the tokens of all their responses.
+
+    Filled if `needs` names them:
+    * `reference_logps` (`reference`): of the reference model.
+    * `initial_logps` (`initial`): of the policy that the run began with. Of a stage of prefopt.online it is the one
+      that has drawn the responses.
+    * `policy_tokens`, `reference_tokens`, `initial_tokens` (`tokens`): `(B, n, T)`, the log-probs of the tokens whose
+      sums these are; 0 behind a response's end. `token_mask`: bool, where a token is.
+    """
+
+    mask: Tensor
+    lengths: Tensor
+    rewards: Tensor
+    policy_logps: Tensor
+    mean_tokens: Tensor
+    reference_logps: Tensor = _ABSENT
+    initial_logps: Tensor = _ABSENT
+    policy_tokens: Tensor = _ABSENT
+    reference_tokens: Tensor = _ABSENT
+    initial_tokens: Tensor = _ABSENT
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B,): how many responses each group has."""
+        return self.mask.sum(1).to(self.rewards.dtype)
+
+    @property
+    def token_mask(self) -> Tensor:
+        """(B, n, T), bool."""
+        places = torch.arange(self.policy_tokens.shape[-1], device=self.lengths.device)
+        return places < self.lengths[..., None]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(B,): the mean over each group's responses of `values` `(B, n)`."""
+        return values.masked_fill(~self.mask, 0.0).sum(1) / self.sizes
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "GroupInputs":
+        """The inputs with `function` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return GroupInputs(**{name: None if value is None else function(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -60,6 +111,9 @@ class PairInputs:
       much it looks like a sample of the policy. It carries no gradient.
     * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
       pair of the step. They carry no gradient, and cost a forward pass of both models.
+
+    Filled for an objective that reads groups (`completions`):
+    * `group`: all responses. The pair is then the best and the worst of them.
 
     Filled with scope `step` alone:
     * `noise` (`noise`): uniform in [0, 1), a fixed function of seed, step and the pair's place in the step.
@@ -85,6 +139,7 @@ class PairInputs:
     policy_rejected_rewards: Tensor = _ABSENT
     weights: Tensor = _ABSENT
     noise: Tensor = _ABSENT
+    group: GroupInputs = _ABSENT
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -103,12 +158,13 @@ class PairInputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """The `(B,)` tensors that are filled, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("group", "state")}
         return {name: value for name, value in values.items() if value is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairInputs":
-        """The inputs with `function` applied to every `(B,)` tensor; the state stays as it is."""
-        return PairInputs(**{name: function(value) for name, value in self.tensors().items()}, state=self.state)
+        """The inputs with `function` applied to every tensor but the state, which stays as it is."""
+        values = {name: function(value) for name, value in self.tensors().items()}
+        return PairInputs(**values, group=self.group and self.group.map(function), state=self.state)
 
 
 def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOutput":
@@ -149,7 +205,8 @@ def apply_objective(objective: "Objective", inputs: PairInputs) -> "ObjectiveOut
 
 
 def concatenate(parts: Sequence[PairInputs]) -> PairInputs:
-    """The pairs of all parts, in their order. All parts must hold the same tensors and the same state."""
+    """The pairs of all parts, in their order, without groups. All parts must hold the same tensors and the same
+    state."""
     names = parts[0].tensors()
     return PairInputs(**{name: torch.cat([p.tensors()[name] for p in parts]) for name in names}, state=parts[0].state)
 
@@ -191,7 +248,8 @@ class Objective(ABC):
     number.
     * `step0_loss`: the loss per pair when policy and reference are equal, whatever the data (log 2 for DPO), or None if
       that is no constant. The run compares it with the loss before its first step.
-    * `completions`: the completions that the objective reads.
+    * `completions`: the completions that the objective reads: of each pair both (`SIDES`), the chosen one, or all
+      responses of a group (`GROUP`). An objective that reads groups has the scope `pair`.
     * `model_kind`: the kind of model that it trains.
     * `normalize_by`: what the sum of the losses is divided by: the step's pairs, or its chosen tokens.
     * `reward_range`: the lowest and highest prior reward that the objective accepts, or None for any.
@@ -206,7 +264,7 @@ class Objective(ABC):
     scope: ClassVar[Scope] = "pair"
     micro_batch_size: ClassVar[int | None] = None
     step0_loss: ClassVar[float | None] = None
-    completions: ClassVar[tuple[Side, ...]] = SIDES
+    completions: ClassVar[tuple[str, ...]] = SIDES
     model_kind: ClassVar[Literal["policy", "reward_model"]] = "policy"
     normalize_by: ClassVar[Literal["pair", "chosen_token"]] = "pair"
     reward_range: ClassVar[tuple[float, float] | None] = None
@@ -330,6 +388,32 @@ class ImplicitReward(Pairwise):
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         return {"saturation": saturated(chosen - rejected)}
+
+
+@dataclass(frozen=True)
+class Groupwise(Objective):
+    """An objective on all scored responses to a prompt. A subclass defines `losses`.
+
+    Scores, of which accuracy compares those of the best and the worst response, are u = log pi - log pi_ref, or log pi
+    without a reference.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
+    completions = GROUP
+
+    @abstractmethod
+    def losses(self, group: GroupInputs) -> Tensor:
+        """The losses, `(B,)`, with gradient."""
+
+    def diagnostics(self, group: GroupInputs) -> dict[str, Tensor]:
+        """`ObjectiveOutput.diagnostics`. Called without gradient."""
+        return {}
+
+    def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
+        losses, group = self.losses(inputs.group), inputs.group.map(Tensor.detach)
+        scores = group.policy_logps if group.reference_logps is None else group.policy_logps - group.reference_logps
+        with torch.no_grad():
+            return ObjectiveOutput(losses, scores[:, 0], scores[:, 1], self.diagnostics(group))
 
 
 def require(condition: bool, message: str) -> None:

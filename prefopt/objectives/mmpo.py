@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from prefopt.objectives import GROUP, SIDES
 from prefopt.objectives.base import Need, PairInputs, Pairwise, Scope, require, saturated
 
 
@@ -23,6 +24,11 @@ class MMPO(Pairwise):
     is then that of maximum likelihood on the chosen completion: beta, margin and normalization shift the loss, and
     move no weight. (The published win rates hardly differ between values of beta either.)
 
+    With `candidates=group` the marginal likelihood is over n samples of a prompt, -logsumexp_i(s_i) (Eq. 4), as the
+    paper has it before it takes the pair as its samples. The margin is on the best of them, and q is min-max normalized
+    over the group (`normalization=group`) or not. The auxiliary term compares two completions, so it must be 0, and the
+    entropies are those of two. Of n samples only Eq. 4 is known here, from excerpts; nothing published trains with it.
+
     The paper's ablations (section 5) are switches:
     * `length_normalize`: lp / n and rp / n instead of sums;
     * `entropy_bonus`: loss -= beta H, H the mean of the chosen and the rejected completion's entropy surrogates (over
@@ -30,7 +36,7 @@ class MMPO(Pairwise):
     * `auxiliary_weight=0`: without the term a log sigma(s_w - s_l);
     * `normalization=none`: q as it is.
 
-    Raises ValueError for beta < 0, a < 0, another normalization, or an empty micro-batch.
+    Raises ValueError for beta < 0, a < 0, another normalization, an empty micro-batch, or what does not go together.
     """
 
     equation = (
@@ -45,6 +51,7 @@ class MMPO(Pairwise):
     normalization: str = "micro_batch"
     length_normalize: bool = False
     entropy_bonus: bool = False
+    candidates: str = "pair"
     micro_batch_size: int = 2  # type: ignore[misc]  # of the class attribute an instance's
 
     def __post_init__(self) -> None:
@@ -53,21 +60,37 @@ class MMPO(Pairwise):
         require(self.auxiliary_weight >= 0, f"auxiliary_weight must not be negative, got {self.auxiliary_weight}")
         require(self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         require(
-            self.normalization in ("micro_batch", "step", "none"),
-            f"normalization must be micro_batch, step or none, got {self.normalization!r}",
+            self.normalization in ("micro_batch", "step", "group", "none"),
+            f"normalization must be micro_batch, step, group or none, got {self.normalization!r}",
         )
+        require(self.candidates in ("pair", "group"), f"candidates must be pair or group, got {self.candidates!r}")
+        if self.candidates == "group":
+            require(
+                self.normalization in ("group", "none") and not self.auxiliary_weight and not self.entropy_bonus,
+                "candidates=group goes with normalization=group or none, auxiliary_weight=0 and entropy_bonus=false",
+            )
+        else:
+            require(self.normalization != "group", "normalization=group needs candidates=group")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         return frozenset({"reference", "entropies"} if self.entropy_bonus else {"reference"})
 
     @property
+    def completions(self) -> tuple[str, ...]:  # type: ignore[override]
+        return GROUP if self.candidates == "group" else SIDES
+
+    @property
     def scope(self) -> Scope:  # type: ignore[override]
         # Minimum and maximum are taken over these pairs.
-        return {"micro_batch": "micro_batch", "step": "step", "none": "pair"}[self.normalization]  # type: ignore[return-value]
+        scopes: dict[str, Scope] = {"micro_batch": "micro_batch", "step": "step"}
+        return scopes.get(self.normalization, "pair")
 
     def _rewards(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
         """q of both sides, `(B,)` each."""
+        if self.candidates == "group":
+            q, _ = self._group(inputs)
+            return q[:, 0], q[:, 1]
         chosen_n, rejected_n = self._tokens(inputs)
         chosen = self.margin + self.beta * inputs.reference_chosen_logps / chosen_n
         rejected = self.beta * inputs.reference_rejected_logps / rejected_n
@@ -76,6 +99,18 @@ class MMPO(Pairwise):
             # As published: 1e-6 in both places, so that q stays positive and equal rewards do not divide by zero.
             q = (q - q.min() + 1e-6) / (q.max() - q.min() + 1e-6)
         return q[0], q[1]
+
+    def _group(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+        """(q, s) of all responses, `(B, n)`; s is -inf where there is none."""
+        group = inputs.group
+        tokens = group.lengths.clamp(min=1) if self.length_normalize else 1
+        q = self.beta * group.reference_logps.detach() / tokens
+        q = torch.cat([q[:, :1] + self.margin, q[:, 1:]], 1)
+        if self.normalization == "group":
+            low = q.masked_fill(~group.mask, torch.inf).amin(1, keepdim=True)
+            high = q.masked_fill(~group.mask, -torch.inf).amax(1, keepdim=True)
+            q = (q - low + 1e-6) / (high - low + 1e-6)
+        return q, (group.policy_logps / tokens + q).masked_fill(~group.mask, -torch.inf)
 
     def _tokens(self, inputs: PairInputs) -> tuple[Tensor | int, Tensor | int]:
         return (inputs.chosen_lengths, inputs.rejected_lengths) if self.length_normalize else (1, 1)
@@ -86,6 +121,8 @@ class MMPO(Pairwise):
         return inputs.policy_chosen_logps / chosen_n + chosen, inputs.policy_rejected_logps / rejected_n + rejected
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        if self.candidates == "group":
+            return -self._group(inputs)[1].logsumexp(1)
         losses = -torch.logaddexp(chosen, rejected) - self.auxiliary_weight * logsigmoid(chosen - rejected)
         if self.entropy_bonus:
             chosen_n, rejected_n = self._tokens(inputs)

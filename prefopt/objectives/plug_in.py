@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prefopt.objectives.base import Need, Objective, ObjectiveOutput, PairInputs, Pairwise, Scope
+from prefopt.objectives import SIDES
+from prefopt.objectives.base import Need, Objective, ObjectiveOutput, PairInputs, Pairwise, Scope, require
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class PlugIn(Objective):
     scale_name = "scale"  # of the factor in the log
 
     base: Pairwise
+
+    def __post_init__(self) -> None:
+        require(self.base.completions == SIDES, f"base must compare two completions; {self.base.name} reads a group")
 
     @abstractmethod
     def scale(self, inputs: PairInputs) -> Tensor:

@@ -1,11 +1,12 @@
-"""Rank responses to align with human feedback, on pairs (Yuan et al. 2023, arXiv 2304.05302)."""
+"""Rank responses to align with human feedback (Yuan et al. 2023, arXiv 2304.05302)."""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn.functional import relu
 
-from prefopt.objectives.base import PairInputs, Pairwise
+from prefopt.objectives import GROUP, SIDES
+from prefopt.objectives.base import Need, PairInputs, Pairwise, require
 
 
 @dataclass(frozen=True)
@@ -16,16 +17,29 @@ class RRHF(Pairwise):
     over the chosen completion (`nll_per=pair`). The authors' code (github.com/GanjinZero/RRHF) takes a mean over
     tokens, `nll_per=own_token` here; theirs divides by the length of the padded row with its prompt.
 
-    The paper ranks n candidates of a prompt; a pair has two. With `dataset.format.pairing=all` every two responses of a
-    prompt become a pair. The ranking terms are then the paper's, each pair by itself, but the likelihood term counts
-    the better response of every pair, and not the best one alone. Scores are s.
+    The paper ranks n candidates of a prompt: `candidates=group` sums max(0, s_j - s_i) over all i and j with
+    r_i > r_j (its Eq. 2), and the likelihood term is of the best candidate (Eq. 3). `candidates=pair` has two of them.
+    Scores are s. Raises ValueError for other candidates.
     """
 
     equation = "max(0, lp_l/n_l − lp_w/n_w) − lp_w"
-    paper = "2304.05302"
+    paper = "2304.05302, Eq. 2 to 4"
     summary = "ranks by likelihood per token, and holds up the chosen one"
 
     nll_weight: float = field(default=1.0, kw_only=True)
+    candidates: str = field(default="pair", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.candidates in ("pair", "group"), f"candidates must be pair or group, got {self.candidates!r}")
+
+    @property
+    def completions(self) -> tuple[str, ...]:  # type: ignore[override]
+        return GROUP if self.candidates == "group" else SIDES
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        return frozenset({"rewards"} if self.candidates == "group" else ())
 
     def scores(self, inputs: PairInputs) -> tuple[Tensor, Tensor]:
         return (
@@ -34,7 +48,13 @@ class RRHF(Pairwise):
         )
 
     def losses(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return relu(rejected - chosen)
+        if self.candidates == "pair":
+            return relu(rejected - chosen)
+        group = inputs.group
+        scores = group.policy_logps / group.lengths.clamp(min=1)
+        both = group.mask[:, :, None] & group.mask[:, None, :]
+        better = both & (group.rewards[:, :, None] > group.rewards[:, None, :])  # [b, i, j]: i is better than j
+        return relu(scores[:, None, :] - scores[:, :, None]).masked_fill(~better, 0.0).sum((1, 2))
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         return {"ranked_right": chosen > rejected}

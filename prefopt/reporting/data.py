@@ -113,10 +113,10 @@ def layout_section(config: DataReportConfig) -> Section:
 
 
 def training_command(overrides: Sequence[str], kind: str) -> str:
-    """The command that trains on what a report with these overrides has read. `kind`: pairs or chats."""
+    """The command that trains on what a report with these overrides has read. `kind`: pairs, groups or chats."""
     of_the_report = ("output", "evaluation_prompts", "hydra")
     kept = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] not in of_the_report]
-    objective = ["objective=sft"] if kind == "chats" else []
+    objective = {"chats": ["objective=sft"], "groups": ["objective=grpo"]}.get(kind, [])
     return shlex.join(["python", "-m", "prefopt.train", *objective, *kept])
 
 

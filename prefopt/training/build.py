@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
@@ -21,6 +22,7 @@ from prefopt.data.tokenize import TokenizedPair, encode_prompt
 from prefopt.errors import UserError
 from prefopt.models import layout_check, load
 from prefopt.models.frozen import freeze
+from prefopt.models.group_reference import cached_groups
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.lora import (
     adapter_layers,
@@ -72,12 +74,27 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
             f"(max_position_embeddings). Lower max_prompt_tokens={config.max_prompt_tokens} and "
             f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
-    if data["train"].counts["kind"] == "chats" and "rejected" in objective.completions:
+    check_kind(config, objective, data["train"].counts["kind"])
+    return tokenizer, data
+
+
+def check_kind(config: TrainConfig, objective: Objective, kind: str) -> None:
+    """Raise UserError where the objective does not read items of this `kind`."""
+    if kind == "chats" and "rejected" in objective.completions:
         raise UserError(
             f"objective {objective.name} compares two completions, and {config.dataset.name} holds chats; "
             "objective=sft trains on them."
         )
-    return tokenizer, data
+    if kind == "pairs" and "others" in objective.completions:
+        raise UserError(
+            f"objective {objective.name} reads all scored responses to a prompt, and {config.dataset.name} holds "
+            "pairs: give rows of scored responses (dataset=samples), and dataset.format.pairing=group."
+        )
+    if kind == "groups" and objective.completions == SIDES:
+        raise UserError(
+            f"objective {objective.name} compares two completions, and {config.dataset.name} holds groups: give "
+            "dataset.format.pairing=best_worst, best_random or all."
+        )
 
 
 def longest_row(split: cache.Prepared, objective: Objective, max_positions: int | None) -> int:
@@ -216,10 +233,11 @@ def build_reference(
     samples: AdapterOff | LoadedOnce = LoadedOnce(functools.partial(load_initial, config, layout), config.device)
     if config.peft.target_modules and not config.reference_model:
         samples = AdapterOff(policy, score)  # the adapter is put on after this
-    if objective.completions != SIDES:
+    if "rejected" not in objective.completions:
         return Cached(samples)  # such an objective compares no pairs: the reference scores samples only
     indices: Sequence[int] = []
-    if "reference" in objective.needs:  # otherwise for evaluations only
+    # Otherwise for evaluations only.
+    if "reference" in objective.needs or ("initial" in objective.needs and not config.reference_model):
         indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
     # Read one by one from the disk: all of them may be more than the memory holds.
     parts: list[Any] = [heldout_pairs, Subset(train_pairs, indices)]  # type: ignore[arg-type]  # any sequence will do
@@ -227,9 +245,31 @@ def build_reference(
         parts.append([pair.mismatched for pair in with_mismatched(heldout_pairs)])
         parts.append(MismatchedOfRun(train_pairs, config.seed, config.total_steps, config.batch_size))
     pairs: Any = ConcatDataset(parts)
+    if "others" in objective.completions:
+        tokens = "tokens" in objective.needs
+        return cached_groups(
+            model, digest, pairs, layout, config.micro_batch_tokens, score, samples, tokens, config.logger.progress
+        )
     return prefopt.models.reference.cached(
         model, digest, pairs, layout, config.micro_batch_tokens, score, samples, config.logger.progress
     )
+
+
+def build_initial(
+    config: TrainConfig,
+    objective: Objective,
+    policy: PreTrainedModel,
+    digest: str,
+    layout: Layout,
+    train_pairs: Sequence[TokenizedPair],
+    heldout_pairs: Sequence[TokenizedPair],
+) -> Reference | None:
+    """The policy as it is, beside a reference that is another model, where the objective needs both. `policy` has not
+    been trained yet, and `digest` is that of its weights."""
+    if "initial" not in objective.needs or not config.reference_model:
+        return None
+    own = replace(config, reference_model=None)
+    return build_reference(own, objective, policy, digest, layout, train_pairs, heldout_pairs)
 
 
 def reference_model(config: TrainConfig) -> ModelConfig | None:

@@ -20,7 +20,6 @@ from prefopt.generation.sampler import Sample, sample
 from prefopt.models.fingerprint import loaded_model
 from prefopt.models.generation_config import stop_tokens
 from prefopt.models.logprobs import autocast
-from prefopt.objectives import SIDES
 from prefopt.objectives.base import apply_objective
 from prefopt.rewards.scorers import Request, RewardScorer, rewards_shared
 from prefopt.tracking.metrics import item_file
@@ -110,7 +109,7 @@ def evaluate_pairs(train_state: TrainState, step: int, pairs: Sequence[Tokenized
     micro_batches = train_state.micro_batches(pairs)
     total = count_step(micro_batches)
     # Log-ratios are metrics also of objectives that do not read the reference.
-    has_reference = train_state.reference is not None and objective.completions == SIDES
+    has_reference = train_state.reference is not None and "rejected" in objective.completions
     show = train_state.config.logger.progress
     with explain_oom(train_state, f"evaluation after step {step}", micro_batches):
         inputs = map_shared(

@@ -13,10 +13,11 @@ from prefopt.config.parse import build
 from prefopt.config.schema import ModelConfig
 from prefopt.data.fields import content_id
 from prefopt.data.formats import Format
-from prefopt.data.items import Message
+from prefopt.data.items import Message, Pair
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import Interrupted, UserError
 from prefopt.models.fingerprint import files_of
+from prefopt.objectives import SIDES
 from prefopt.rewards.scorers import RewardScorer
 from prefopt.tracking.process import release_lock
 from prefopt.training.config import OnlineConfig, TrainConfig, check_online, resolve
@@ -222,17 +223,22 @@ def score_responses(
     log.info(f"{target.parent}: mean reward {mean:.3f} ± {error:.3f}")
 
 
-def check_format(config: OnlineConfig) -> None:
-    """Raise UserError where the data set's format does not read what a stage writes."""
+def check_format(config: OnlineConfig, objective: "Objective") -> None:
+    """Raise UserError where the data set's format does not read what a stage writes, or not as `objective` does."""
     n = config.samples_per_prompt
     row = {"prompt": "Hello", "responses": [str(i) for i in range(n)], "rewards": [float(i) for i in range(n)]}
     try:
-        build(config.dataset.format, Format, "dataset.format")(row)
+        item = build(config.dataset.format, Format, "dataset.format")(row)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"dataset.format does not read rows of samples_per_prompt={n} scored responses, which a stage trains on "
             f"({error}): leave dataset=samples."
         ) from None
+    is_group = isinstance(item, Pair) and item.others is not None
+    if is_group == (objective.completions == SIDES):
+        how = "best_worst, best_random or all" if is_group else "group, which keeps prompts whose rewards tie"
+        what = "compares two responses" if is_group else "reads no pairs, but all responses to a prompt, or the best"
+        raise UserError(f"objective {objective.name} {what}: set dataset.format.pairing={how}.")
 
 
 def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list[list[list[Message]]]]":
@@ -247,14 +253,12 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
     scorer = build(config.scorer, RewardScorer, "scorer")
-    if "rejected" not in objective.completions or objective.model_kind == "reward_model":
-        raise UserError(
-            f"objective {objective.name} does not train a policy on pairs; take one that does, such as dpo."
-        )
+    if objective.model_kind == "reward_model":
+        raise UserError(f"objective {objective.name} does not train a policy; take one that does, such as dpo.")
     check_push(config.push_to_hub)
     # What a stage would refuse later is refused now, before anything is sampled.
     build_components(stage_config(config, Path(config.runs_dir), None))
-    check_format(config)
+    check_format(config, objective)
     _, prompts = read_prompts(config.prompts, config.prompts_split)
     return objective, scorer, split_prompts(prompts, config.stages)
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from prefopt.data.cache import Prepared, TokenizedPairs
+from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
 from prefopt.tracking.status import age
 from prefopt.training.checkpoint import gib, state_bytes
@@ -27,8 +28,9 @@ def size_lines(config: TrainConfig, objective: Objective, train: Prepared, heldo
         f"{config.batch_size}"
     ]
     if isinstance(train.pairs, TokenizedPairs):
-        # A layout computes a prompt once for both completions, or once for each.
-        prompts = len(objective.completions) if config.layout == "padded" else 1
+        # A layout computes a prompt once for both completions, or once for each (of a group: for each of its pair).
+        sides = [side for side in objective.completions if side in SIDES]
+        prompts = len(sides) if config.layout == "padded" else 1
         tokens = train.pairs.num_tokens(["prompt"] * prompts + list(objective.completions))
         total = round(tokens / pairs * steps * config.batch_size)
         lines[0] += f", {total:,} tokens of prompts and completions ({tokens / pairs:.0f} a row)"

@@ -218,6 +218,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.training.build import (
         build_data,
         build_engine,
+        build_initial,
         build_layout,
         build_policy,
         build_reference,
@@ -270,7 +271,8 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
     with memory_for("computing the reference", half, "reference=cached", smaller):
-        reference = build_reference(config, objective, policy, digest, layout, train_pairs, heldout_pairs)
+        models = policy, digest, layout, train_pairs, heldout_pairs
+        reference, initial = build_reference(config, objective, *models), build_initial(config, objective, *models)
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
@@ -297,6 +299,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         layout=layout,
         export=exporter,
         router_loss=router_loss,
+        initial=initial,
     )
     with memory_for("training", half, "gradient_checkpointing=true"):
         trained = train_loop(train_state)

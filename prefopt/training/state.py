@@ -29,7 +29,8 @@ from prefopt.utils.distributed import rank, world_size
 class TrainState:
     """Everything one run needs.
 
-    `reference` is None where a reward model is trained, `prompts` are the held-out ones that get a sample, `export`
+    `reference` is None where a reward model is trained, `initial` is the policy that the run began with where the
+    objective needs it and the reference is another model. `prompts` are the held-out ones that get a sample, `export`
     writes the policy as it is, and what its evaluations were, into a folder. `router_loss` is None unless it is added
     to the objective's loss, and `objective_state` is what the objective carries from step to step.
     """
@@ -48,6 +49,7 @@ class TrainState:
     layout: Layout = LAYOUTS["padded"]
     export: Callable[[Path, list[dict[str, Any]]], None] | None = None
     router_loss: RouterLoss | None = None
+    initial: Reference | None = None
     objective_state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

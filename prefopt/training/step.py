@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt.data.collate import Batch
+from prefopt.data.collate import Batch, completions_of
+from prefopt.data.tokenize import TokenizedPair
 from prefopt.models.dropout import seed_pairs, without_dropout
-from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
+from prefopt.models.logprobs import Logps, autocast, autocast_weight_cache, completion_rewards
 from prefopt.models.lora import train_mode
+from prefopt.objectives import GROUP, SIDES
 from prefopt.objectives.base import (
     DIFFERENTIABLE,
+    GroupInputs,
     Objective,
     ObjectiveOutput,
     PairInputs,
@@ -89,7 +92,7 @@ def gather_step(
     objective = train_state.objective
     pairs = [pair for micro_batch in micro_batches for pair in micro_batch.pairs]
     ids = [pair.id for pair in pairs]
-    tokens = sum(len(pair.prompt) + len(getattr(pair, side)) for pair in pairs for side in objective.completions)
+    tokens = sum(len(pair.prompt) + len(c) for pair in pairs for c in completions_of(pair, objective.completions))
     if world_size() == 1:
         return scored, ids, tokens
 
@@ -111,7 +114,7 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
     """
     objective = train_state.objective
     counts = [StepCounts(*share) for share in all_gather_object(tuple(count_step(micro_batches)))]
-    total = StepCounts(sum(share.pairs for share in counts), sum(share.chosen_tokens for share in counts))
+    total = StepCounts(*map(sum, zip(*counts, strict=True)))
 
     if train_state.router_loss:
         train_state.router_loss.total = 0.0
@@ -127,6 +130,7 @@ class StepCounts(NamedTuple):
 
     pairs: int
     chosen_tokens: int
+    group_tokens: int  # of all responses of groups
 
     def denominator(self, objective: Objective) -> int:
         """What the sum of the losses is divided by."""
@@ -136,7 +140,8 @@ class StepCounts(NamedTuple):
 def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
     """The counts of these micro-batches."""
     pairs = [pair for micro_batch in micro_batches for pair in micro_batch.pairs]
-    return StepCounts(len(pairs), sum(pair.num_loss_tokens for pair in pairs))
+    group_tokens = sum(len(completion) for pair in pairs for completion in completions_of(pair, GROUP))
+    return StepCounts(len(pairs), sum(pair.num_loss_tokens for pair in pairs), group_tokens)
 
 
 def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], total: StepCounts) -> Scored:
@@ -192,7 +197,7 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
         if not micro_batch.pairs:
             zero_backward(train_state, micro_batch)
             continue
-        tensors = forward_policy(train_state, micro_batch.batch.to(engine.device))
+        tensors, _ = forward_policy(train_state, micro_batch.batch.to(engine.device))
         part = slice(start, start + len(micro_batch.pairs))
         loss = torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum()
         if train_state.router_loss:
@@ -217,7 +222,7 @@ def seed_dropout(train_state: TrainState, step: int, micro_batch: MicroBatch) ->
 
 def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:
     """Backward pass with a gradient of zero: every process takes part in the same number of collectives."""
-    tensors = forward_policy(train_state, micro_batch.batch.to(train_state.engine.device))
+    tensors, _ = forward_policy(train_state, micro_batch.batch.to(train_state.engine.device))
     loss = 0 * torch.stack([value.sum() for value in tensors.values()]).sum()
     train_state.engine.backward(loss)
 
@@ -252,25 +257,60 @@ def forward_pairs(
     `total` counts the pairs that are averaged, these among them."""
     needs = train_state.objective.needs
     batch = micro_batch.batch.to(train_state.engine.device)
-    inputs = forward_policy(train_state, batch)
+    inputs, logps = forward_policy(train_state, batch)
     if reference or "reference" in needs:
         assert train_state.reference is not None
-        inputs |= split_completions(
-            train_state, "reference_{}_logps", train_state.reference.logps(micro_batch.pairs, batch)
-        )
-    inputs |= split_completions(train_state, "{}_lengths", batch.lengths)
+        reference_logps = train_state.reference.logps(micro_batch.pairs, batch)
+        inputs |= split_completions(train_state, "reference_{}_logps", reference_logps, batch)
+    inputs |= split_completions(train_state, "{}_lengths", batch.lengths, batch)
     weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
     inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
     inputs["mean_chosen_length"] = torch.full_like(inputs["chosen_lengths"], total.chosen_tokens / total.pairs)
     if "rewards" in needs:
-        for side in train_state.objective.completions:
+        for side in SIDES:
             rewards = torch.tensor([getattr(p, f"{side}_reward") for p in micro_batch.pairs], dtype=torch.float32)
             inputs[f"{side}_rewards"] = rewards.to(batch.lengths.device, non_blocking=True)
     if "mismatched" in needs:
-        inputs |= split_completions(
-            train_state, "mismatched_{}_logratios", mismatched_logratios(train_state, micro_batch)
-        )
+        logratios = mismatched_logratios(train_state, micro_batch)
+        inputs |= split_completions(train_state, "mismatched_{}_logratios", logratios, batch)
+    if "others" in train_state.objective.completions:
+        assert logps is not None
+        inputs["group"] = group_inputs(train_state, micro_batch.pairs, batch, logps, total)
     return PairInputs(**inputs)
+
+
+def group_inputs(
+    train_state: TrainState, pairs: Sequence[TokenizedPair], batch: Batch, logps: Logps, total: StepCounts
+) -> GroupInputs:
+    """What an objective reads of B groups whose responses `batch` holds. `logps` are the policy's."""
+    needs, mask = train_state.objective.needs, batch.grid >= 0
+
+    def by_group(values: Tensor) -> Tensor:
+        """(C, ...) -> (B, n, ...)."""
+        found = values[batch.grid.clamp(min=0)]
+        return found.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 1)), 0)
+
+    rewards = torch.zeros(mask.shape)
+    for row, pair in zip(rewards, pairs, strict=True):
+        values = [pair.chosen_reward, pair.rejected_reward, *(pair.other_rewards or [])]
+        row[: len(values)] = torch.tensor(values, dtype=torch.float32)
+    found: dict[str, Any] = {
+        "mask": mask,
+        "lengths": by_group(batch.lengths),
+        "rewards": rewards.to(batch.lengths.device, non_blocking=True),
+        "policy_logps": by_group(logps.sums),
+        "mean_tokens": batch.lengths.new_tensor(total.group_tokens / total.pairs),
+    }
+    models = {"reference": train_state.reference, "initial": train_state.initial or train_state.reference}
+    for name, model in models.items():
+        if name in needs:
+            assert model is not None
+            found[f"{name}_logps"] = by_group(model.logps(pairs, batch))
+            if "tokens" in needs:
+                found[f"{name}_tokens"] = by_group(model.token_logps(pairs, batch))
+    if "tokens" in needs:
+        found["policy_tokens"] = by_group(logps.tokens)
+    return GroupInputs(**found)
 
 
 @torch.no_grad()
@@ -290,24 +330,25 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
     return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
 
 
-def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:
+def forward_policy(train_state: TrainState, batch: Batch) -> tuple[dict[str, Any], Logps | None]:
     """What the policy computes, `(B,)`, by the names in `PairInputs`: log-probs and what else the objective needs of
-    them, or the reward model's rewards. All that carries gradient is among it."""
+    them, or the reward model's rewards. All that carries gradient is among it, for all objectives but those on groups,
+    which read the log-probs themselves, of all completions."""
     if train_state.objective.model_kind == "reward_model":
         with autocast(train_state.engine.device, train_state.config.precision):
-            return split_completions(
-                train_state, "policy_{}_rewards", completion_rewards(train_state.engine.policy, batch)
-            )
+            rewards = completion_rewards(train_state.engine.policy, batch)
+            return split_completions(train_state, "policy_{}_rewards", rewards, batch), None
     needs = train_state.objective.needs
     logps = train_state.score(train_state.engine.policy, batch, "entropies" in needs, "on_policy" in needs)
-    tensors = split_completions(train_state, "policy_{}_logps", logps.sums)
+    tensors = split_completions(train_state, "policy_{}_logps", logps.sums, batch)
     for name, values in (("{}_entropies", logps.entropies), ("{}_on_policy", logps.on_policy)):
         if values is not None:
-            tensors |= split_completions(train_state, name, values)
-    return tensors
+            tensors |= split_completions(train_state, name, values, batch)
+    return tensors, logps
 
 
-def split_completions(train_state: TrainState, name: str, values: Tensor) -> dict[str, Any]:
-    """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected."""
-    sides = train_state.objective.completions
-    return {name.format(side): part for side, part in zip(sides, values.chunk(len(sides)), strict=True)}
+def split_completions(train_state: TrainState, name: str, values: Tensor, batch: Batch) -> dict[str, Any]:
+    """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected. What a group
+    has besides is left out."""
+    sides = [side for side in train_state.objective.completions if side in SIDES]
+    return {name.format(side): part for side, part in zip(sides, values.split(len(batch.grid)), strict=False)}

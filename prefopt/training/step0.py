@@ -6,6 +6,7 @@ import torch
 
 from prefopt.errors import UserError
 from prefopt.models.reference import rounding
+from prefopt.objectives import SIDES
 from prefopt.objectives.base import PairInputs
 from prefopt.training.state import TrainState
 
@@ -27,7 +28,8 @@ def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: flo
     if train_state.config.reference_model:
         return ""  # another model than the policy
     agreed, exact = [], True
-    sides = [(part, side) for part in inputs for side in train_state.objective.completions if part.has_reference]
+    read = [side for side in train_state.objective.completions if side in SIDES]
+    sides = [(part, side) for part in inputs for side in read if part.has_reference]
     if sides:
         logratios = torch.cat([getattr(part, f"{side}_logratios") for part, side in sides]).abs()
         lengths = torch.cat([getattr(part, f"{side}_lengths") for part, side in sides])

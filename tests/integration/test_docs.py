@@ -23,6 +23,7 @@ from prefopt.evaluation.config import (
     HarnessConfig,
     JudgeCheckConfig,
     MtbenchConfig,
+    RankConfig,
     RewardBenchConfig,
 )
 from prefopt.generation.config import ChatConfig, SampleConfig
@@ -57,6 +58,7 @@ SCHEMAS: dict[str, type] = {
     "chat": ChatConfig,
     "sample": SampleConfig,
     "score": ScoreConfig,
+    "rank": RankConfig,
     "report": ReportConfig,
     "papers": PapersConfig,
     "runs": RunsConfig,

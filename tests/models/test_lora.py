@@ -112,7 +112,7 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
     accumulate_gradients(train_state, 2, micro_batches)  # as it is evaluated: no dropout
     with train_mode(train_state.engine.policy):
         accumulate_gradients(train_state, 3, micro_batches)
-    logps = [tensors["policy_chosen_logps"].detach() for tensors in seen]
+    logps = [tensors["policy_chosen_logps"].detach() for tensors, _ in seen]
     first, second, still, _, other, _ = (logps[i : i + n] for i in range(0, 6 * n, n))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for drawn in (still, other):

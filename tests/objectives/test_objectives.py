@@ -75,7 +75,8 @@ VARIANTS = {
     "sppo-soft": SPPO(0.1, labels="soft"),
     "arpo-dpo": ARPO(DPO(0.1)),
 } | {f"gpo-{function}": GPO(0.1, function) for function in FUNCTIONS}
-OBJECTIVES = {name: objective for name, (objective, _) in DEFAULTS.items()} | VARIANTS
+# Those on groups: test_groupwise.py.
+OBJECTIVES = {name: o for name, (o, _) in DEFAULTS.items() if "others" not in o.completions} | VARIANTS
 every = pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in OBJECTIVES.items()])
 pairwise = pytest.mark.parametrize(
     "objective", [pytest.param(o, id=name) for name, o in OBJECTIVES.items() if isinstance(o, Pairwise)]
@@ -378,7 +379,8 @@ def test_the_groups_answer_what_they_ask():
     assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
     assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
     assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
-    assert members["Online"] == {"mappo", "sppo"}
+    assert members["On all responses to a prompt"] == {"grpo", "rloo"}
+    assert members["Online"] == {"mappo", "sppo", "grpo", "rloo"}
     assert members["Not of preferences"] == {"sft", "reward"}
     alone = members["DPO and its relatives"]
     assert {"dpo", "dpop", "apo_zero", "mmpo"} <= alone

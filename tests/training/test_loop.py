@@ -27,6 +27,7 @@ from prefopt.objectives.kto import KTO
 from prefopt.objectives.madpo import MADPO
 from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.mmpo import MMPO
+from prefopt.objectives.rloo import RLOO
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -105,6 +106,7 @@ INDEPENDENT = dict(KINDS.values()) | {
     "mmpo-step": MMPO(0.1, normalization="step", auxiliary_weight=0.5),
     "mmpo-step-entropy": MMPO(0.1, normalization="step", auxiliary_weight=0.5, entropy_bonus=True),
     "mappo-beta_dpo": MaPPO(BetaDPO(0.1)),
+    "rloo": RLOO(epsilon=0.99),  # so that one large step does not clip every response
     "beta_dpo-nll": BetaDPO(0.1, nll_weight=0.3, nll_per="chosen_token"),
     "cpo-chosen_token": CPO(0.1, nll_weight=1.0, nll_per="chosen_token"),
 }

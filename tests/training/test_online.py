@@ -273,6 +273,59 @@ def test_wherever_it_is_stopped_it_ends_with_the_same_weights(tiny, whole, tmp_p
     assert sorted(drawn) == sorted(PROMPTS)
 
 
+GROUPS = ["dataset.format.pairing=group", "stages=2"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "sft"])
+def test_groups_are_trained_in_stages_and_go_on_where_they_were(name, tiny, tmp_path, monkeypatch):
+    """Stopped in the training of the second stage, whose reference is not the policy that has drawn its responses."""
+    changes = [*GROUPS, f"objective={name}"]
+    run_pending(config(tiny, tmp_path / "whole", *changes))
+    loop = importlib.import_module("prefopt.training.loop")
+    train, calls = loop.train_step, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_pending(config(tiny, tmp_path / "parts", *changes))
+    run_pending(config(tiny, tmp_path / "parts", *changes))
+    _, told = record(tmp_path / "whole")
+    _, again = record(tmp_path / "parts")
+    assert again["evaluations"] == told["evaluations"]
+    assert [s["final_weights"] for s in again["stages"]] == [s["final_weights"] for s in told["stages"]]
+    assert len({told["initial_weights"], *(s["final_weights"] for s in told["stages"])}) == 3
+    for stage in told["stages"]:
+        counts = stage["data"]["train"]
+        assert (counts["items"], counts["kind"], counts["dropped"]) == (6, "groups", {})
+
+
+def test_raft_is_fine_tuning_on_the_best_of_k(tiny, tmp_path):
+    """A stage with objective=sft against prefopt.train on rows of the best response and another text."""
+    from prefopt.training.setup import prepare_run, run
+
+    raft = config(tiny, tmp_path / "raft", "dataset.format.pairing=group", "stages=1", "objective=sft")
+    run_pending(raft)
+    folder, told = record(tmp_path / "raft")
+    rows = []
+    for _, row in read_rows(str(folder / "stage_1" / "scored.jsonl.gz")):
+        best = max(range(3), key=lambda i: row["rewards"][i])
+        kept = {"responses": [row["responses"][best], "Another."], "finished": [row["finished"][best], True]}
+        rows.append({"prompt": row["prompt"], "rewards": [1.0, 0.0]} | kept)
+    write_rows(tmp_path / "best.jsonl", rows)
+    plain = stage_config(raft, tmp_path / "sft", None)
+    pairs = {**plain.dataset.format, "pairing": "best_worst"}
+    dataset = replace(plain.dataset, train=str(tmp_path / "best.jsonl"), heldout=None, format=pairs)
+    run(prepare_run(replace(plain, dataset=dataset, runs_dir=str(tmp_path / "sft"))))
+    (file,) = (tmp_path / "sft").glob("*/record.json")
+    assert json.loads(file.read_text())["final_weights"] == told["final_weights"]
+
+
 def interrupted(tiny: Path, runs: Path, monkeypatch, stage: int = 2) -> Path:
     """The folder of an online run that was stopped before the training of this stage."""
     setup = importlib.import_module("prefopt.training.setup")
@@ -419,7 +472,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
     [
         (["launcher=slurm", "launcher.gpus=2"], "2 processes, and engine=single trains in one: add engine=zero2"),
         (["launcher=slurm", "launcher.gpus=0", "precision=auto"], "precision=auto asks the machine that trains"),
-        (["objective=dpo,sft"], "objective=sft: objective sft does not train a policy on pairs"),
+        (["objective=dpo,sft"], "objective=sft: objective sft reads no pairs"),
         (["stages=3,100"], "stages=100: 12 different prompts do not suffice"),
     ],
 )
@@ -455,7 +508,10 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
         (["model.adapter=adapter"], r"model\.adapter: the initial policy is the reference of every stage"),
         (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is the reference"),
-        (["objective=sft"], "does not train a policy on pairs"),
+        (["objective=sft"], "objective sft reads no pairs.*dataset.format.pairing=group"),
+        (["objective=grpo"], "objective grpo reads no pairs.*dataset.format.pairing=group"),
+        (["dataset.format.pairing=group"], "compares two responses: set dataset.format.pairing=best_worst"),
+        (["objective=reward"], "objective reward does not train a policy"),
         (["stages=100"], "12 different prompts do not suffice for stages=100"),
     ],
 )

@@ -118,7 +118,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def _needs(objective: Objective) -> str:
     # The loop makes the others, no user provides them.
-    return ", ".join(sorted(objective.needs - {"noise", "mismatched", "on_policy"})) or "–"
+    return ", ".join(sorted(objective.needs - {"noise", "mismatched", "on_policy", "prefixes"})) or "–"
 
 
 def _defaults(node: DictConfig) -> str:

@@ -228,7 +228,15 @@ def build_reference(
         parts.append(MismatchedOfRun(train_pairs, config.seed, config.total_steps, config.batch_size))
     pairs: Any = ConcatDataset(parts)
     return prefopt.models.reference.cached(
-        model, digest, pairs, layout, config.micro_batch_tokens, score, samples, config.logger.progress
+        model,
+        digest,
+        pairs,
+        layout,
+        config.micro_batch_tokens,
+        score,
+        samples,
+        config.logger.progress,
+        "prefixes" in objective.needs,
     )
 
 

@@ -25,7 +25,7 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.models import packed_attention
 from prefopt.models.frozen import freeze
 from prefopt.models.load import finalize, fit_tokenizer
-from prefopt.models.logprobs import LogprobComputer, autocast_weight_cache
+from prefopt.models.logprobs import LogprobComputer, Logps, autocast_weight_cache
 from prefopt.models.lora import add_adapter, checkpoint_activations, freeze_unreached, train_mode
 from prefopt.models.reference import AdapterOff, Reference, Resident
 from prefopt.objectives.base import Objective
@@ -224,8 +224,9 @@ class Shapes:
 class Cached(Reference):
     """Log-probs from the cache, which have shapes alone."""
 
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Any) -> Tensor:
-        return torch.zeros_like(batch.lengths)
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Any, prefixes: bool = False) -> Logps:
+        zeros = torch.zeros_like(batch.lengths)
+        return Logps(zeros, batch.lengths, prefixes=zeros if prefixes else None)
 
     def model(self) -> Any:
         raise NotImplementedError

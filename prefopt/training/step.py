@@ -255,9 +255,9 @@ def forward_pairs(
     inputs = forward_policy(train_state, batch)
     if reference or "reference" in needs:
         assert train_state.reference is not None
-        inputs |= split_completions(
-            train_state, "reference_{}_logps", train_state.reference.logps(micro_batch.pairs, batch)
-        )
+        logps = train_state.reference.logps(micro_batch.pairs, batch, "prefixes" in needs)
+        inputs |= split_completions(train_state, "reference_{}_logps", logps.sums)
+        inputs |= split_completions(train_state, "reference_{}_prefix_logps", logps.prefixes)
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths)
     weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
     inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
@@ -284,7 +284,7 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
         batch = batch.to(train_state.engine.device)
         with without_dropout(train_state.engine.policy):
             policy = train_state.score(train_state.engine.policy, batch).sums
-        parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
+        parts.append((policy - train_state.reference.logps(pairs, batch).sums).view(2, -1))
         order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
     places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
     return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
@@ -299,15 +299,20 @@ def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:
                 train_state, "policy_{}_rewards", completion_rewards(train_state.engine.policy, batch)
             )
     needs = train_state.objective.needs
-    logps = train_state.score(train_state.engine.policy, batch, "entropies" in needs, "on_policy" in needs)
-    tensors = split_completions(train_state, "policy_{}_logps", logps.sums)
-    for name, values in (("{}_entropies", logps.entropies), ("{}_on_policy", logps.on_policy)):
-        if values is not None:
-            tensors |= split_completions(train_state, name, values)
-    return tensors
+    further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs
+    logps = train_state.score(train_state.engine.policy, batch, *further)
+    return (
+        split_completions(train_state, "policy_{}_logps", logps.sums)
+        | split_completions(train_state, "{}_entropies", logps.entropies)
+        | split_completions(train_state, "{}_on_policy", logps.on_policy)
+        | split_completions(train_state, "policy_{}_prefix_logps", logps.prefixes)
+    )
 
 
-def split_completions(train_state: TrainState, name: str, values: Tensor) -> dict[str, Any]:
-    """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected."""
+def split_completions(train_state: TrainState, name: str, values: Tensor | None) -> dict[str, Any]:
+    """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected. None gives
+    none."""
+    if values is None:
+        return {}
     sides = train_state.objective.completions
     return {name.format(side): part for side, part in zip(sides, values.chunk(len(sides)), strict=True)}

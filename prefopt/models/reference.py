@@ -1,10 +1,10 @@
-"""The reference: the policy as it was before the first step, in one of three forms.
+"""The reference: the policy as it was before the first step, in one of these forms.
 
 * `Cached` (the default): log-probs of the run's pairs, on disk. The policy computes them before it is trained. Every
   objective, beta, seed and learning rate with the same weights and tokens shares them. In the packed layout the
   log-probs of a pair do not depend on the pairs beside it (on a CPU not by one bit; not measured on a GPU), so they are
   exactly those that the policy computes before its first step.
-* `Resident`: a frozen copy of the policy, which scores every batch.
+* `Resident`: a frozen copy of the policy, which scores every batch. As `Following` it moves towards the policy.
 * `AdapterOff`: the policy with its adapter switched off, which scores every batch, without a copy in memory.
 """
 
@@ -58,6 +58,18 @@ class Reference(ABC):
         """Log-probs, and `prefixes` if requested, of the B `pairs`, on the batch's device: `(2B,)`, first the chosen
         completions, then the rejected ones. `batch` holds the same pairs."""
 
+    def follow(self, policy: PreTrainedModel, done: int) -> bool:
+        """Move towards `policy` after `done` optimizer steps, and say whether it has moved. Only `Following` does."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of it, by name."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        assert not state
+
     @abstractmethod
     def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
         """The model, for texts that do not exist before the run (samples)."""
@@ -79,6 +91,39 @@ class Resident(Reference):
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         yield self.frozen
+
+
+@dataclass
+class Following(Resident):
+    """TR-DPO's reference (Gorbatovski et al. 2024, arXiv 2404.09656): after every `every` optimizer steps
+    theta_ref <- alpha theta + (1 - alpha) theta_ref, a hard update at alpha 1 and a soft one below.
+
+    Its weights are float32, whatever the precision: in bfloat16 a small move would be rounded away. All weights are
+    trained, so policy and reference have the same ones, in the same order.
+    """
+
+    every: int
+    alpha: float
+
+    @classmethod
+    def starting_at(cls, policy: PreTrainedModel, score: LogprobComputer, every: int, alpha: float) -> "Following":
+        return cls(freeze(copy.deepcopy(policy), "float32"), score, every, alpha)
+
+    @torch.no_grad()
+    def follow(self, policy: PreTrainedModel, done: int) -> bool:
+        if done % self.every:
+            return False
+        for mine, theirs in zip(self.frozen.parameters(), policy.parameters(), strict=True):
+            mine.mul_(1 - self.alpha).add_(theirs, alpha=self.alpha)
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.frozen.named_parameters())
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, weight in self.frozen.named_parameters():
+            weight.copy_(state[name])
 
 
 @dataclass

@@ -14,9 +14,11 @@ from prefopt.config.schema import (
     EvaluationSamplingConfig,
     LoggerConfig,
     ModelConfig,
+    MultiReferenceConfig,
     Node,
     OptimizerConfig,
     PeftConfig,
+    ReferenceSyncConfig,
     Rules,
     SamplingConfig,
 )
@@ -71,6 +73,8 @@ class TrainConfig(Node):
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
     reference_model: str | None = None
+    multi_reference: MultiReferenceConfig = field(default_factory=MultiReferenceConfig)
+    reference_sync: ReferenceSyncConfig = field(default_factory=ReferenceSyncConfig)
     patience: int | None = None
     squeeze_alarm: float | None = None
     nonfinite: str = MISSING
@@ -206,6 +210,24 @@ def train_problems(config: TrainConfig) -> list[str]:
         problems.append(
             "reference=adapter_off is the policy without its adapter, and reference_model is another model: leave one "
             "of them out"
+        )
+    if config.reference_sync.every:
+        if config.reference != "resident":
+            problems.append(
+                f"reference_sync moves the reference, and reference={config.reference} is the initial policy for the "
+                "whole run: add reference=resident"
+            )
+        if adapter:
+            problems.append(
+                "reference_sync moves the reference's weights towards the policy's, and below an adapter these do not "
+                "change: set peft=none"
+            )
+        if config.reference_model:
+            problems.append("reference_sync and reference_model do not go together: the reference begins as the policy")
+    if config.multi_reference.models and config.reference != "cached":
+        problems.append(
+            f"multi_reference.models are scored once, one after the other, and reference={config.reference} scores "
+            "every batch: leave reference=cached"
         )
     if config.reference == "adapter_off" and not adapter:
         problems.append(

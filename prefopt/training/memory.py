@@ -27,7 +27,7 @@ from prefopt.models.frozen import freeze
 from prefopt.models.load import finalize, fit_tokenizer
 from prefopt.models.logprobs import LogprobComputer, Logps, autocast_weight_cache
 from prefopt.models.lora import add_adapter, checkpoint_activations, freeze_unreached, train_mode
-from prefopt.models.reference import AdapterOff, Reference, Resident
+from prefopt.models.reference import AdapterOff, Following, Reference, Resident
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -76,7 +76,10 @@ class TracedStep:
             freeze(policy, config.precision)
         reference: Reference = Cached()
         score = LogprobComputer(config.precision, config.logits == "tiled")
-        if config.reference == "resident" and objective.model_kind == "policy":
+        sync = config.reference_sync
+        if sync.every:
+            reference = Following.starting_at(policy, score, sync.every, sync.alpha)
+        elif config.reference == "resident" and objective.model_kind == "policy":
             reference = Resident.copy_of(policy, score)
         elif config.reference == "adapter_off":
             reference = AdapterOff(policy, score)

@@ -4,17 +4,27 @@ import pytest
 from omegaconf import OmegaConf
 
 from prefopt.config.parse import parse
-from prefopt.config.schema import EngineConfig, OptimizerConfig, PeftConfig, SamplingConfig, WandbConfig
+from prefopt.config.schema import (
+    EngineConfig,
+    MultiReferenceConfig,
+    OptimizerConfig,
+    PeftConfig,
+    ReferenceSyncConfig,
+    SamplingConfig,
+    WandbConfig,
+)
 from prefopt.errors import UserError
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.sft import SFT
-from prefopt.training.config import OnlineConfig, TrainConfig
+from prefopt.training.config import OnlineConfig, TrainConfig, train_problems
 
 GOOD = {
     OptimizerConfig: {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0},
     PeftConfig: {"target_modules": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "quantize": False},
     EngineConfig: {"name": "single", "offload_optimizer": False, "hang_s": 60.0},
     WandbConfig: {"project": "p", "mode": "offline"},
+    MultiReferenceConfig: {"models": ["a"]},
+    ReferenceSyncConfig: {"every": 512},
     SamplingConfig: {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "batch_size": 4},
 }
 BAD = [
@@ -32,6 +42,13 @@ BAD = [
     (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
     (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),
     (WandbConfig, {"mode": "disabled"}, "mode must be offline or online, is 'disabled'"),
+    (MultiReferenceConfig, {"mean": "arithmetic"}, "mean must be harmonic or geometric"),
+    (MultiReferenceConfig, {"clip": 1.0}, "clip must be in"),
+    (MultiReferenceConfig, {"weights": [1.0]}, "weights must be 2"),
+    (MultiReferenceConfig, {"weights": [1.0, 0.5]}, "weights must add up to 1, add up to 1.5"),
+    (MultiReferenceConfig, {"weights": [1.3, -0.3]}, "weights must not be negative where the mean is harmonic"),
+    (ReferenceSyncConfig, {"every": 0}, "every must be at least 1 step"),
+    (ReferenceSyncConfig, {"alpha": 0.0}, "alpha must be above 0"),
     (SamplingConfig, {"temperature": -1.0}, "temperature must not be negative"),
     (SamplingConfig, {"top_p": 0.0}, "top_p must be above 0"),
     (SamplingConfig, {"top_p": 1.1}, "top_p must be above 0"),
@@ -114,6 +131,22 @@ def test_a_run_refuses_a_bad_value(key, value):
     assert parse(OmegaConf.create(TRAIN), TrainConfig).total_steps == 4
     with pytest.raises(UserError, match=f"^{key} must "):
         parse(OmegaConf.create(TRAIN | {key: value}), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "cached"}, "reference_sync moves the reference, and reference=cached"),
+        ({"reference_model": "m"}, "reference_sync and reference_model do not go together"),
+        ({"peft": GOOD[PeftConfig]}, "below an adapter these do not change"),
+    ],
+)
+def test_a_reference_that_moves_is_a_whole_one_in_memory(changes, message):
+    good = TRAIN | {"reference": "resident", "reference_sync": {"every": 2}}
+    good["peft"] = GOOD[PeftConfig] | {"target_modules": []}
+    assert train_problems(parse(OmegaConf.create(good), TrainConfig)) == []
+    (problem,) = train_problems(parse(OmegaConf.create(good | changes), TrainConfig))
+    assert message in problem
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from prefopt.errors import UserError
 from prefopt.models import reference
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, Resident, cached, pair_key
+from prefopt.models.reference import AdapterOff, Cached, Following, LoadedOnce, Resident, cached, pair_key
 from prefopt.utils import tensor_store
 from prefopt.utils.files import atomic_write
 from tests.helpers.harm import HARMS
@@ -84,6 +84,25 @@ def test_every_form_gives_the_same_bits():
         with AdapterOff(model, SCORE).model() as off:
             assert torch.allclose(SCORE(off, batch).sums, expected.sums, atol=1e-5)
         assert not torch.allclose(SCORE(model, batch).sums, expected.sums, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_a_reference_follows_the_policy_as_trls_does(alpha):
+    """TRL's own update of TR-DPO, every second step."""
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    model, theirs = policy(), policy()
+    reference = Following.starting_at(model, SCORE, 2, alpha)
+    for done in range(1, 7):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+        assert reference.follow(model, done) == (done % 2 == 0)
+        if done % 2 == 0:
+            SyncRefModelCallback._sync_target_model(model, theirs, alpha)
+        for ours, expected in zip(reference.frozen.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(ours, expected)
+    assert all(map(torch.equal, reference.frozen.parameters(), model.parameters())) == (alpha == 1)
 
 
 def test_the_model_for_samples_is_loaded_once_and_when_it_is_asked_for():

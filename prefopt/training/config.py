@@ -145,6 +145,7 @@ class OnlineConfig(TrainConfig):
     stage_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     backend: str = MISSING
     stage_reference: str = MISSING
+    stage_momentum: float = MISSING
 
     def rules(self) -> Rules:
         yield from super().rules()
@@ -154,9 +155,10 @@ class OnlineConfig(TrainConfig):
             "samples_per_prompt must be at least 2: a pair is the best and the worst of them",
         )
         yield (
-            self.stage_reference in ("initial", "previous"),
-            f"stage_reference must be initial or previous, is {self.stage_reference!r}",
+            self.stage_reference in ("initial", "previous", "accelerated"),
+            f"stage_reference must be initial, previous or accelerated, is {self.stage_reference!r}",
         )
+        yield 0 < self.stage_momentum < 1, f"stage_momentum must be between 0 and 1, is {self.stage_momentum}"
 
 
 def check(config: TrainConfig) -> None:
@@ -173,11 +175,23 @@ def check_online(config: OnlineConfig) -> None:
     problems = sampler_problems(config.samples_per_prompt, config.backend)
     if config.stage_reference == "initial" and config.reference == "adapter_off" and config.stages > 1:
         problems.append("reference=adapter_off is the policy of the stage before: set stage_reference=previous")
-    if config.stage_reference == "initial" and config.reference_model is None and config.stages > 1:
+    if config.stage_reference == "accelerated":
+        taken = {"reference_model": config.reference_model, "multi_reference.models": config.multi_reference.models}
+        problems += [
+            f"{key}: stage_reference=accelerated makes the references of a stage; leave it out"
+            for key, value in taken.items()
+            if value
+        ]
+        if config.reference != "cached":
+            problems.append(
+                f"stage_reference=accelerated scores two references, once: reference={config.reference} "
+                "scores every batch; leave reference=cached"
+            )
+    if config.stage_reference != "previous" and config.reference_model is None and config.stages > 1:
         made_here = {"model.adapter": config.model.adapter, "model.resize_embeddings": config.model.resize_embeddings}
         problems += [
-            f"{key}: the initial policy is the reference of every stage, and is in no folder from which a later stage "
-            "could load it. Start from one (the policy/ of a run with merge_adapter=true), or set "
+            f"{key}: the initial policy is a reference of later stages, and is in no folder from which these could "
+            "load it. Start from one (the policy/ of a run with merge_adapter=true), or set "
             "stage_reference=previous"
             for key, value in made_here.items()
             if value

@@ -112,15 +112,21 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
         raise UserError(
             f"objective {objective.name} reads no reference, which reference_sync would move: leave it out."
         )
-    if config.multi_reference.models and ("reference" not in objective.needs or "prefixes" in objective.needs):
-        reads = "the parts of completions" if "reference" in objective.needs else "no reference"
-        raise UserError(
-            f"objective {objective.name} reads {reads}, and multi_reference.models makes a virtual reference of whole "
-            "completions: leave it out, or take an objective such as dpo."
-        )
+    if config.multi_reference.models:
+        check_multi_reference(objective, "multi_reference.models")
     if lacking := missing(config.model, config.dataset, oracle.model if oracle else None):
         raise MissingAssetError("\n".join(lacking))
     return objective, schedule, oracle
+
+
+def check_multi_reference(objective: "Objective", key: str) -> None:
+    """Raise UserError where the objective cannot be given several references, which `key` asks for."""
+    if "reference" not in objective.needs or "prefixes" in objective.needs:
+        reads = "the parts of completions" if "reference" in objective.needs else "no reference"
+        raise UserError(
+            f"objective {objective.name} reads {reads}, and {key} makes a virtual reference of whole completions: "
+            "leave it out, or take an objective such as dpo."
+        )
 
 
 def check_peft(config: PeftConfig, objective: "Objective") -> None:

@@ -92,6 +92,7 @@ ONLINE = TRAIN | {
     "stage_sampling": GOOD[SamplingConfig],
     "backend": "transformers",
     "stage_reference": "initial",
+    "stage_momentum": 0.3,
 }
 
 

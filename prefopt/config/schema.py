@@ -198,6 +198,41 @@ class PeftConfig(Node):
 
 
 @dataclass
+class MultiReferenceConfig(Node):
+    """References beside the first one, and how they become a single one (`prefopt.models.multi_reference`)."""
+
+    models: list[str] = field(default_factory=list)
+    mean: str = "harmonic"
+    weights: list[float] | None = None
+    clip: float | None = 0.1
+
+    def rules(self) -> Rules:
+        yield self.mean in ("harmonic", "geometric"), f"mean must be harmonic or geometric, is {self.mean!r}"
+        yield self.clip is None or 0 <= self.clip < 1, f"clip must be in [0, 1), or null for none, is {self.clip}"
+        if self.weights is not None:
+            n = len(self.models) + 1
+            yield len(self.weights) == n, f"weights must be {n}, of the first reference and of each in models"
+            yield abs(sum(self.weights) - 1) < 1e-6, f"weights must add up to 1, add up to {sum(self.weights):g}"
+            positive = all(weight >= 0 for weight in self.weights)
+            yield self.mean == "geometric" or positive, "weights must not be negative where the mean is harmonic"
+
+
+@dataclass
+class ReferenceSyncConfig(Node):
+    """How a resident reference follows the policy (`prefopt.models.reference.Following`)."""
+
+    every: int | None = None
+    alpha: float = 1.0
+
+    def rules(self) -> Rules:
+        yield (
+            self.every is None or self.every >= 1,
+            f"every must be at least 1 step, or null for never, is {self.every}",
+        )
+        yield 0 < self.alpha <= 1, f"alpha must be above 0 and at most 1, is {self.alpha}"
+
+
+@dataclass
 class EngineConfig(Node):
     name: str = MISSING
     offload_optimizer: bool = MISSING

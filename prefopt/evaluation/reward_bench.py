@@ -67,7 +67,8 @@ def scores_of(objective: "Objective") -> Any:
     from prefopt.objectives.plug_in import PlugIn
 
     base = objective.base if isinstance(objective, PlugIn) else objective
-    return base if isinstance(base, Pairwise) and base.scope == "pair" else None
+    alone = isinstance(base, Pairwise) and base.scope == "pair" and "prefixes" not in base.needs
+    return base if alone else None
 
 
 def subjects(config: RewardBenchConfig) -> list[Subject]:

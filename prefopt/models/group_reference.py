@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from prefopt.data.collate import Batch, Layout, completions_of, groups_of
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
-from prefopt.models.logprobs import LogprobComputer
+from prefopt.models.logprobs import LogprobComputer, Logps
 from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, cache_folder, rounding
 from prefopt.objectives import GROUP
 from prefopt.utils import tensor_store
@@ -36,12 +36,11 @@ class CachedGroups(Cached):
 
     tokens: bool = False
 
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        return _sums(self._rows(pairs)).to(batch.lengths.device, non_blocking=True)
-
-    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        assert self.tokens
-        return self._rows(pairs)[:, : batch.longest].to(batch.lengths.device, non_blocking=True)
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch, prefixes: bool = False) -> Logps:
+        """Without `prefixes`: they are a pair's."""
+        rows, device = self._rows(pairs), batch.lengths.device
+        tokens = rows[:, : batch.longest].to(device, non_blocking=True) if self.tokens else None
+        return Logps(_sums(rows).to(device, non_blocking=True), batch.lengths, tokens)
 
     def _rows(self, pairs: Sequence[TokenizedPair]) -> Tensor:
         """(C, width), in the order of a batch's completions."""
@@ -70,6 +69,7 @@ def cached_groups(
             logps = score(model, layout.collate(part, GROUP).to(model.device))
         if not tokens:
             return logps.sums[:, None].cpu()
+        assert logps.tokens is not None
         return pad(logps.tokens, (0, width - logps.tokens.shape[1])).cpu()
 
     with known.locked("reference"):

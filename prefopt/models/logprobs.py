@@ -30,13 +30,17 @@ class Logps:
 
     `on_policy`, if requested, is the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, without gradient (WPO's
     alignment, arXiv 2406.11827).
+
+    `prefixes`, if requested, are the log-probs of the first m tokens alone, where m is the length of the shorter
+    completion of the pair (LD-DPO's public length, arXiv 2409.06411).
     """
 
     sums: Tensor
     lengths: Tensor
-    tokens: Tensor
+    tokens: Tensor | None = None
     entropies: Tensor | None = None
     on_policy: Tensor | None = None
+    prefixes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,16 @@ class LogprobComputer:
     precision: str
     tiled: bool = True
 
-    def __call__(self, model: PreTrainedModel, batch: Batch, entropies: bool = False, on_policy: bool = False) -> Logps:
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        entropies: bool = False,
+        on_policy: bool = False,
+        prefixes: bool = False,
+    ) -> Logps:
         with autocast(model.device, self.precision):
-            return completion_logps(model, batch, entropies, self.tiled, on_policy)
+            return completion_logps(model, batch, entropies, self.tiled, on_policy, prefixes)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -69,9 +80,15 @@ def autocast_weight_cache() -> Iterator[None]:
 
 
 def completion_logps(
-    model: PreTrainedModel, batch: Batch, entropies: bool = False, tiled: bool = True, on_policy: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    entropies: bool = False,
+    tiled: bool = True,
+    on_policy: bool = False,
+    prefixes: bool = False,
 ) -> Logps:
-    """Log-probs, and entropies and `on_policy` if requested, of every completion of the batch.
+    """Log-probs, and entropies, `on_policy` and `prefixes` if requested, of every completion of the batch. For
+    `prefixes` it holds pairs: the chosen completions, then the rejected ones.
 
     `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.models.chunked_logprobs`). A head that is not a
     plain linear layer (one with an adapter, for example) is computed as a whole nevertheless.
@@ -98,7 +115,15 @@ def completion_logps(
     alignment = None
     if log_squares is not None:
         alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
-    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment)
+    prefix_logps = _prefix_sums(token_logps, batch) if prefixes else None
+    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment, prefix_logps)
+
+
+def _prefix_sums(token_logps: Tensor, batch: Batch) -> Tensor:
+    """(C,) from (C, longest): the sum over as many tokens as the shorter completion of the pair has."""
+    shorter = batch.lengths.view(2, -1).amin(0).repeat(2)
+    places = torch.arange(batch.longest, device=token_logps.device)
+    return _sum(token_logps * (places < shorter[:, None]))
 
 
 def completion_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:

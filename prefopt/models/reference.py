@@ -1,10 +1,10 @@
-"""The reference: the policy as it was before the first step, in one of three forms.
+"""The reference: the policy as it was before the first step, in one of these forms.
 
 * `Cached` (the default): log-probs of the run's pairs, on disk. The policy computes them before it is trained. Every
   objective, beta, seed and learning rate with the same weights and tokens shares them. In the packed layout the
   log-probs of a pair do not depend on the pairs beside it (on a CPU not by one bit; not measured on a GPU), so they are
   exactly those that the policy computes before its first step.
-* `Resident`: a frozen copy of the policy, which scores every batch.
+* `Resident`: a frozen copy of the policy, which scores every batch. As `Following` it moves towards the policy.
 * `AdapterOff`: the policy with its adapter switched off, which scores every batch, without a copy in memory.
 """
 
@@ -27,7 +27,7 @@ from prefopt.errors import UserError
 from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.fingerprint import loaded_model
 from prefopt.models.frozen import freeze
-from prefopt.models.logprobs import LogprobComputer
+from prefopt.models.logprobs import LogprobComputer, Logps
 from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar
@@ -54,13 +54,23 @@ class Reference(ABC):
     """The initial policy: its log-probs, and the model."""
 
     @abstractmethod
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        """Log-probs `(2B,)` float32, in nats, on the batch's device: first the chosen completions of the B `pairs`,
-        then the rejected ones. `batch` holds the same pairs. Of groups `(C,)`, as `batch` holds their responses."""
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch, prefixes: bool = False) -> Logps:
+        """Log-probs, and `prefixes` if requested, of the B `pairs`, on the batch's device: `(2B,)`, first the chosen
+        completions, then the rejected ones. `batch` holds the same pairs. Of groups `(C,)`, as `batch` holds their
+        responses. `tokens` is there where the model computes them now, and in the cache of an objective that needs
+        them."""
 
-    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        """Of the tokens of the same completions, `(C, longest)`: 0 behind an end."""
-        raise NotImplementedError(f"{type(self).__name__} has sums alone")
+    def follow(self, policy: PreTrainedModel, done: int) -> bool:
+        """Move towards `policy` after `done` optimizer steps, and say whether it has moved. Only `Following` does."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of it, by name."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        assert not state
 
     @abstractmethod
     def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
@@ -77,16 +87,45 @@ class Resident(Reference):
         return cls(freeze(copy.deepcopy(policy), score.precision), score)
 
     @torch.no_grad()
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        return self.score(self.frozen, batch).sums
-
-    @torch.no_grad()
-    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        return self.score(self.frozen, batch).tokens
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch, prefixes: bool = False) -> Logps:
+        return self.score(self.frozen, batch, prefixes=prefixes)
 
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         yield self.frozen
+
+
+@dataclass
+class Following(Resident):
+    """TR-DPO's reference (Gorbatovski et al. 2024, arXiv 2404.09656): after every `every` optimizer steps
+    theta_ref <- alpha theta + (1 - alpha) theta_ref, a hard update at alpha 1 and a soft one below.
+
+    Its weights are float32, whatever the precision: in bfloat16 a small move would be rounded away. All weights are
+    trained, so policy and reference have the same ones, in the same order.
+    """
+
+    every: int
+    alpha: float
+
+    @classmethod
+    def starting_at(cls, policy: PreTrainedModel, score: LogprobComputer, every: int, alpha: float) -> "Following":
+        return cls(freeze(copy.deepcopy(policy), "float32"), score, every, alpha)
+
+    @torch.no_grad()
+    def follow(self, policy: PreTrainedModel, done: int) -> bool:
+        if done % self.every:
+            return False
+        for mine, theirs in zip(self.frozen.parameters(), policy.parameters(), strict=True):
+            mine.mul_(1 - self.alpha).add_(theirs, alpha=self.alpha)
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.frozen.named_parameters())
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, weight in self.frozen.named_parameters():
+            weight.copy_(state[name])
 
 
 @dataclass
@@ -95,14 +134,9 @@ class AdapterOff(Reference):
     score: LogprobComputer
 
     @torch.no_grad()
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch, prefixes: bool = False) -> Logps:
         with self.model() as model:
-            return self.score(model, batch).sums
-
-    @torch.no_grad()
-    def token_logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        with self.model() as model:
-            return self.score(model, batch).tokens
+            return self.score(model, batch, prefixes=prefixes)
 
     @contextlib.contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
@@ -116,14 +150,19 @@ class AdapterOff(Reference):
 @dataclass
 class Cached(Reference):
     """`samples` gives the model, for samples. `known` maps the key of a pair to four numbers: the log-probs of its
-    chosen and its rejected completion, and the lengths of these in tokens."""
+    chosen and its rejected completion, and the lengths of these in tokens. Where the objective needs prefixes, their
+    log-probs are two more numbers."""
 
     samples: "AdapterOff | LoadedOnce"
     known: TensorCache = field(default_factory=TensorCache)
 
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch) -> Tensor:
-        sums = self.known.get([pair_key(p) for p in pairs])[:, :2]
-        return sums.T.flatten().to(batch.lengths.device, non_blocking=True)
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Batch, prefixes: bool = False) -> Logps:
+        known = self.known.get([pair_key(p) for p in pairs])
+
+        def sides(start: int) -> Tensor:
+            return known[:, start : start + 2].T.flatten().to(batch.lengths.device, non_blocking=True)
+
+        return Logps(sides(0), batch.lengths, prefixes=sides(4) if prefixes else None)
 
     def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
         return self.samples.model()
@@ -155,25 +194,27 @@ def cached(
     score: LogprobComputer,
     samples: AdapterOff | LoadedOnce,
     show: bool = True,
+    prefixes: bool = False,
 ) -> Cached:
     """The reference with the log-probs of `pairs` by `policy`, whose weights have the digest `weights`. They are read
     from the user's cache; the missing ones are computed by all processes of the run, micro-batch by micro-batch, and
-    added. Meanwhile, other runs that need the same cache wait.
+    added. Meanwhile, other runs that need the same cache wait. With `prefixes` it is another cache, which holds these
+    too.
 
     Raises UserError for a damaged file of the cache, and for a cached pair whose log-probs the policy does not confirm.
     """
-    known = TensorCache(cache_folder(policy, weights, layout, score), 4)
+    known = TensorCache(cache_folder(policy, weights, layout, score, prefixes), 6 if prefixes else 4)
     # Indices into `pairs`, because all pairs at once may not fit into memory.
     wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
     with known.locked("reference"):
         present = [i for key, i in wanted.items() if key in known]
-        _spot_check(known, [pairs[i] for i in present[:SPOT_CHECKS]], policy, layout, score)
+        _spot_check(known, [pairs[i] for i in present[:SPOT_CHECKS]], policy, layout, score, prefixes)
 
         missing = [i for key, i in wanted.items() if key not in known]
         with Bar("reference", len(missing), show and bool(missing)) as bar:
 
             def compute(part: list[TokenizedPair]) -> Tensor:
-                values = _compute(policy, layout, score, part)
+                values = _compute(policy, layout, score, part, prefixes)
                 bar.advance(by=len(part))
                 return values
 
@@ -187,9 +228,11 @@ def cached(
     return Cached(samples, known)
 
 
-def cache_folder(policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer) -> Path:
-    """The folder of these log-probs. Its name is a digest of everything besides the tokens that decides a log-prob."""
-    decides = [*loaded_model(policy, weights), layout.name, score.precision]
+def cache_folder(
+    policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer, prefixes: bool = False
+) -> Path:
+    """The folder of these log-probs. Its name is a digest of everything besides the tokens that decides its rows."""
+    decides = [*loaded_model(policy, weights), layout.name, score.precision, prefixes]
     key = fingerprint(decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate)
     return cache_dir() / "reference" / key[:24]
 
@@ -200,21 +243,30 @@ def pair_key(pair: TokenizedPair) -> bytes:
 
 
 @torch.no_grad()
-def _compute(policy: PreTrainedModel, layout: Layout, score: LogprobComputer, pairs: Sequence[TokenizedPair]) -> Tensor:
-    """(B, 4) float32 on the CPU: log-probs of chosen and rejected, lengths of chosen and rejected."""
+def _compute(
+    policy: PreTrainedModel, layout: Layout, score: LogprobComputer, pairs: Sequence[TokenizedPair], prefixes: bool
+) -> Tensor:
+    """(B, 4) float32 on the CPU: log-probs of chosen and rejected, lengths of chosen and rejected. With `prefixes`
+    (B, 6): the log-probs of theirs follow."""
     batch = layout.collate(pairs, SIDES).to(policy.device)
-    sums = score(policy, batch).sums.view(2, -1).T.cpu()
-    return torch.cat([sums, torch.tensor([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs])], 1)
+    logps = score(policy, batch, prefixes=prefixes)
+    parts = [logps.sums, logps.lengths, *([] if logps.prefixes is None else [logps.prefixes])]
+    return torch.cat([part.view(2, -1).T.cpu() for part in parts], 1)
 
 
 def _spot_check(
-    known: TensorCache, pairs: Sequence[TokenizedPair], policy: PreTrainedModel, layout: Layout, score: LogprobComputer
+    known: TensorCache,
+    pairs: Sequence[TokenizedPair],
+    policy: PreTrainedModel,
+    layout: Layout,
+    score: LogprobComputer,
+    prefixes: bool,
 ) -> None:
     """Raises UserError if the cached log-probs of `pairs` differ from the policy's by more than rounding."""
     for pair in pairs:
-        (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair])
-        wrong, lengths = (computed - written).abs(), computed[2:]
-        if not (wrong[:2] <= rounding(score.precision, lengths)).all() or wrong[2:].any():
+        (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair], prefixes)
+        wrong, lengths = (computed - written).abs(), computed[2:4]
+        if not (wrong[:2] <= rounding(score.precision, lengths)).all() or wrong[2:4].any():
             raise UserError(
                 f"the reference log-probs of pair {pair.id} in {known.folder} are off by {wrong[:2].max():.3g} nats "
                 "from what the model says. They were damaged, or come from a machine that computes differently. Remove "

@@ -122,7 +122,8 @@ def rows() -> list[tuple[str, ...]]:
 
 def _needs(objective: Objective) -> str:
     # The loop makes the others, no user provides them.
-    return ", ".join(sorted(objective.needs - {"noise", "mismatched", "on_policy", "initial", "tokens"})) or "–"
+    made = {"noise", "mismatched", "on_policy", "prefixes", "initial", "tokens"}
+    return ", ".join(sorted(objective.needs - made)) or "–"
 
 
 def _defaults(node: DictConfig) -> str:

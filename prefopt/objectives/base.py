@@ -23,7 +23,7 @@ from torch.nn.functional import relu
 from prefopt.errors import UserError
 from prefopt.objectives import GROUP, SIDES
 
-Need = Literal["reference", "rewards", "entropies", "on_policy", "noise", "mismatched", "initial", "tokens"]
+Need = Literal["reference", "rewards", "entropies", "on_policy", "prefixes", "noise", "mismatched", "initial", "tokens"]
 Scope = Literal["pair", "micro_batch", "step"]
 Purpose = Literal["noisy_labels", "online"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
@@ -33,6 +33,8 @@ _ABSENT: Any = None
 DIFFERENTIABLE = (
     "policy_chosen_logps",
     "policy_rejected_logps",
+    "policy_chosen_prefix_logps",
+    "policy_rejected_prefix_logps",
     "chosen_entropies",
     "rejected_entropies",
     "policy_chosen_rewards",
@@ -109,6 +111,8 @@ class PairInputs:
       that of the sequence entropy.
     * `*_on_policy` (`on_policy`): mean over the completion's tokens of log pi(token) - log sum_v pi(v)^2, in nats: how
       much it looks like a sample of the policy. It carries no gradient.
+    * `policy_*_prefix_logps`, and with `reference` also `reference_*_prefix_logps` (`prefixes`): as the log-probs, but
+      over the completion's first m tokens, where m is the length of the pair's shorter completion.
     * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
       pair of the step. They carry no gradient, and cost a forward pass of both models.
 
@@ -127,6 +131,10 @@ class PairInputs:
     mean_chosen_length: Tensor = _ABSENT
     reference_chosen_logps: Tensor = _ABSENT
     reference_rejected_logps: Tensor = _ABSENT
+    policy_chosen_prefix_logps: Tensor = _ABSENT
+    policy_rejected_prefix_logps: Tensor = _ABSENT
+    reference_chosen_prefix_logps: Tensor = _ABSENT
+    reference_rejected_prefix_logps: Tensor = _ABSENT
     chosen_rewards: Tensor = _ABSENT
     rejected_rewards: Tensor = _ABSENT
     chosen_entropies: Tensor = _ABSENT

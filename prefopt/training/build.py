@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import prefopt.models.reference
-from prefopt.config.schema import ModelConfig
+from prefopt.config.schema import ModelConfig, ReferenceSyncConfig
 from prefopt.data import cache
 from prefopt.data.collate import Layout
 from prefopt.data.fields import content_id
@@ -31,8 +31,9 @@ from prefopt.models.lora import (
     freeze_unreached,
     leaf_name,
 )
+from prefopt.models.multi_reference import MultiReference
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, Reference, Resident
+from prefopt.models.reference import AdapterOff, Cached, Following, LoadedOnce, Reference, Resident
 from prefopt.models.router import RouterLoss, balancing_loss, has_experts
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import Objective
@@ -57,6 +58,8 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
     load.check_decoder(config.model)
     if other := reference_model(config):
         load.check_model(other, "reference_model")
+    for other in further_references(config):
+        load.check_model(other, "multi_reference.models")
     tokenizer = load.load_tokenizer(config.model)
     with main_process_first():
         data = cache.prepare_dataset(
@@ -220,11 +223,9 @@ def build_reference(
     if config.reference_model:
         model = load_initial(config, layout)
         digest = load.weights_digest(model)
-        if model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
-            raise UserError(
-                f"reference_model={config.reference_model} has another vocabulary than the policy: give a model of the "
-                "same family."
-            )
+        check_same_vocabulary(f"reference_model={config.reference_model}", model, policy)
+    if config.reference_sync.every:
+        return Following.starting_at(policy, score, config.reference_sync.every, config.reference_sync.alpha)
     if config.reference == "resident":
         return Resident.copy_of(policy, score) if model is policy else Resident(model, score)
     if config.reference == "adapter_off":
@@ -235,24 +236,54 @@ def build_reference(
         samples = AdapterOff(policy, score)  # the adapter is put on after this
     if "rejected" not in objective.completions:
         return Cached(samples)  # such an objective compares no pairs: the reference scores samples only
+
+    pairs = reference_pairs(config, objective, train_pairs, heldout_pairs)
+    show, prefixes = config.logger.progress, "prefixes" in objective.needs
+
+    def cached(model: PreTrainedModel, digest: str) -> Cached:
+        tokens = config.micro_batch_tokens
+        if "others" in objective.completions:
+            each = "tokens" in objective.needs
+            return cached_groups(model, digest, pairs, layout, tokens, score, samples, each, show)
+        return prefopt.models.reference.cached(model, digest, pairs, layout, tokens, score, samples, show, prefixes)
+
+    members = [cached(model, digest)]
+    for other in further_references(config):
+        log.info(f"  reference {other.name}")
+        model = load_frozen(config, other, layout)
+        check_same_vocabulary(f"multi_reference.models: {other.path}", model, policy)
+        members.append(cached(model, load.weights_digest(model)))
+    return MultiReference(members, config.multi_reference) if len(members) > 1 else members[0]
+
+
+def reference_pairs(
+    config: TrainConfig,
+    objective: Objective,
+    train_pairs: Sequence[TokenizedPair],
+    heldout_pairs: Sequence[TokenizedPair],
+) -> Any:
+    """The pairs that a run asks its reference for, as a sequence that reads them one by one from the disk: all of them
+    may be more than the memory holds."""
     indices: Sequence[int] = []
     # Otherwise for evaluations only.
     if "reference" in objective.needs or ("initial" in objective.needs and not config.reference_model):
         indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
-    # Read one by one from the disk: all of them may be more than the memory holds.
     parts: list[Any] = [heldout_pairs, Subset(train_pairs, indices)]  # type: ignore[arg-type]  # any sequence will do
     if "mismatched" in objective.needs:
         parts.append([pair.mismatched for pair in with_mismatched(heldout_pairs)])
         parts.append(MismatchedOfRun(train_pairs, config.seed, config.total_steps, config.batch_size))
-    pairs: Any = ConcatDataset(parts)
-    if "others" in objective.completions:
-        tokens = "tokens" in objective.needs
-        return cached_groups(
-            model, digest, pairs, layout, config.micro_batch_tokens, score, samples, tokens, config.logger.progress
-        )
-    return prefopt.models.reference.cached(
-        model, digest, pairs, layout, config.micro_batch_tokens, score, samples, config.logger.progress
-    )
+    return ConcatDataset(parts)
+
+
+def check_same_vocabulary(key: str, model: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Raise UserError where a reference, which the user named by `key`, has another vocabulary than the policy."""
+    if model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
+        raise UserError(f"{key} has another vocabulary than the policy: give a model of the same family.")
+
+
+def further_references(config: TrainConfig) -> list[ModelConfig]:
+    """The models of `multi_reference`."""
+    return [ModelConfig(path, path, None) for path in config.multi_reference.models]
 
 
 def build_initial(
@@ -264,11 +295,11 @@ def build_initial(
     train_pairs: Sequence[TokenizedPair],
     heldout_pairs: Sequence[TokenizedPair],
 ) -> Reference | None:
-    """The policy as it is, beside a reference that is another model, where the objective needs both. `policy` has not
-    been trained yet, and `digest` is that of its weights."""
-    if "initial" not in objective.needs or not config.reference_model:
+    """The policy as it is, beside a reference that is another model or moves, where the objective needs both. `policy`
+    has not been trained yet, and `digest` is that of its weights."""
+    if "initial" not in objective.needs or not (config.reference_model or config.reference_sync.every):
         return None
-    own = replace(config, reference_model=None)
+    own = replace(config, reference_model=None, reference_sync=ReferenceSyncConfig())
     return build_reference(own, objective, policy, digest, layout, train_pairs, heldout_pairs)
 
 
@@ -279,7 +310,11 @@ def reference_model(config: TrainConfig) -> ModelConfig | None:
 
 def load_initial(config: TrainConfig, layout: Layout) -> PreTrainedModel:
     """Load the reference's model, frozen: `reference_model`, or the policy as it is before its first step."""
-    other = reference_model(config)
+    return load_frozen(config, reference_model(config), layout)
+
+
+def load_frozen(config: TrainConfig, other: ModelConfig | None, layout: Layout) -> PreTrainedModel:
+    """Load `other`, or the policy as it is before its first step, frozen, as `layout` wants it."""
     if config.peft.quantize and not other:
         model = load.load_model(config.model, config.device, config.precision)
     else:

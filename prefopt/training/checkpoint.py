@@ -132,11 +132,13 @@ def run_bytes(config: TrainConfig, engine: Engine) -> int:
 
 
 def checkpoint_bytes(config: TrainConfig, engine: Engine) -> int:
-    """The size of a checkpoint: trained weights, their moments, and with `patience` the best weights too."""
+    """The size of a checkpoint: trained weights, their moments, with `patience` the best weights too, and a reference
+    that moves."""
     trained = sum(p.numel() for p in engine.parameters.values())
     moment = 1 if config.optimizer.eight_bit else FLOAT32_BYTES
     best = 0 if config.patience is None else FLOAT32_BYTES
-    return trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment + best)
+    reference = FLOAT32_BYTES if config.reference_sync.every else 0
+    return trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment + best + reference)
 
 
 def state_bytes(config: TrainConfig, engine: Engine) -> int:

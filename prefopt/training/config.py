@@ -14,9 +14,11 @@ from prefopt.config.schema import (
     EvaluationSamplingConfig,
     LoggerConfig,
     ModelConfig,
+    MultiReferenceConfig,
     Node,
     OptimizerConfig,
     PeftConfig,
+    ReferenceSyncConfig,
     Rules,
     SamplingConfig,
     ServerConfig,
@@ -72,6 +74,8 @@ class TrainConfig(Node):
     max_completion_tokens: int = MISSING
     heldout_pairs: int | None = None
     reference_model: str | None = None
+    multi_reference: MultiReferenceConfig = field(default_factory=MultiReferenceConfig)
+    reference_sync: ReferenceSyncConfig = field(default_factory=ReferenceSyncConfig)
     patience: int | None = None
     squeeze_alarm: float | None = None
     nonfinite: str = MISSING
@@ -143,6 +147,7 @@ class OnlineConfig(TrainConfig):
     backend: str = MISSING
     server: ServerConfig = field(default_factory=ServerConfig)
     stage_reference: str = MISSING
+    stage_momentum: float = MISSING
 
     def rules(self) -> Rules:
         yield from super().rules()
@@ -152,9 +157,10 @@ class OnlineConfig(TrainConfig):
             "samples_per_prompt must be at least 2: a pair is the best and the worst of them",
         )
         yield (
-            self.stage_reference in ("initial", "previous"),
-            f"stage_reference must be initial or previous, is {self.stage_reference!r}",
+            self.stage_reference in ("initial", "previous", "accelerated"),
+            f"stage_reference must be initial, previous or accelerated, is {self.stage_reference!r}",
         )
+        yield 0 < self.stage_momentum < 1, f"stage_momentum must be between 0 and 1, is {self.stage_momentum}"
 
 
 def check(config: TrainConfig) -> None:
@@ -171,11 +177,23 @@ def check_online(config: OnlineConfig) -> None:
     problems = sampler_problems(config.samples_per_prompt, config.backend)
     if config.stage_reference == "initial" and config.reference == "adapter_off" and config.stages > 1:
         problems.append("reference=adapter_off is the policy of the stage before: set stage_reference=previous")
-    if config.stage_reference == "initial" and config.reference_model is None and config.stages > 1:
+    if config.stage_reference == "accelerated":
+        taken = {"reference_model": config.reference_model, "multi_reference.models": config.multi_reference.models}
+        problems += [
+            f"{key}: stage_reference=accelerated makes the references of a stage; leave it out"
+            for key, value in taken.items()
+            if value
+        ]
+        if config.reference != "cached":
+            problems.append(
+                f"stage_reference=accelerated scores two references, once: reference={config.reference} "
+                "scores every batch; leave reference=cached"
+            )
+    if config.stage_reference != "previous" and config.reference_model is None and config.stages > 1:
         made_here = {"model.adapter": config.model.adapter, "model.resize_embeddings": config.model.resize_embeddings}
         problems += [
-            f"{key}: the initial policy is the reference of every stage, and is in no folder from which a later stage "
-            "could load it. Start from one (the policy/ of a run with merge_adapter=true), or set "
+            f"{key}: the initial policy is a reference of later stages, and is in no folder from which these could "
+            "load it. Start from one (the policy/ of a run with merge_adapter=true), or set "
             "stage_reference=previous"
             for key, value in made_here.items()
             if value
@@ -208,6 +226,24 @@ def train_problems(config: TrainConfig) -> list[str]:
         problems.append(
             "reference=adapter_off is the policy without its adapter, and reference_model is another model: leave one "
             "of them out"
+        )
+    if config.reference_sync.every:
+        if config.reference != "resident":
+            problems.append(
+                f"reference_sync moves the reference, and reference={config.reference} is the initial policy for the "
+                "whole run: add reference=resident"
+            )
+        if adapter:
+            problems.append(
+                "reference_sync moves the reference's weights towards the policy's, and below an adapter these do not "
+                "change: set peft=none"
+            )
+        if config.reference_model:
+            problems.append("reference_sync and reference_model do not go together: the reference begins as the policy")
+    if config.multi_reference.models and config.reference != "cached":
+        problems.append(
+            f"multi_reference.models are scored once, one after the other, and reference={config.reference} scores "
+            "every batch: leave reference=cached"
         )
     if config.reference == "adapter_off" and not adapter:
         problems.append(

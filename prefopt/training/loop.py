@@ -45,7 +45,8 @@ def train_loop(train_state: TrainState) -> Trained:
     """Train from the last checkpoint, or from the start, to the end.
 
     Order of pairs, learning rate and dropout are functions of the step. So a checkpoint of weights, moments, the
-    objective's state and the step is complete: a resumed run is bit for bit the run that was never interrupted.
+    objective's state, a reference that moves, and the step is complete: a resumed run is bit for bit the run that was
+    never interrupted.
 
     Raises:
         Interrupted: stopped by a signal, after a checkpoint.
@@ -71,6 +72,8 @@ def train_loop(train_state: TrainState) -> Trained:
                 metrics = train_step(train_state, step, micro_batches)
                 heartbeat()
                 done = step + 1
+                if train_state.reference:
+                    train_state.reference.follow(train_state.engine.policy, done)
                 logger.log("train", done, metrics)
                 pace.step(done, metrics)
 
@@ -136,6 +139,8 @@ def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any
     check_agreement("go on from different checkpoints", {SUMS: (checkpoint / SUMS).read_text()})
     train_state.engine.load_state(tensors)
     train_state.objective_state = tensors["objective"]
+    if train_state.reference:
+        train_state.reference.load_state(tensors["reference"])
     log.info(f"  going on from step {meta['step']} of {config.total_steps} ({checkpoint})")
     if config.patience is None:
         return meta["step"], EarlyStopping(), meta["metrics"]
@@ -153,6 +158,8 @@ def checkpoint_damage(run: Run, checkpoint: Path) -> str | None:
 def save(train_state: TrainState, early_stopping: "EarlyStopping", logger: Loggers, done: int) -> None:
     """Write a checkpoint after `done` steps. All processes gather the tensors, the main one writes them."""
     tensors = train_state.engine.state() | {"objective": train_state.objective_state} | early_stopping.state()
+    if train_state.reference:
+        tensors["reference"] = train_state.reference.state()
     meta = {"metrics": logger.vouch(), **early_stopping.meta()}
     write = partial(save_checkpoint, train_state.run.checkpoints, done, tensors, meta)
     on_main_process(write)

@@ -25,9 +25,9 @@ from prefopt.data.tokenize import TokenizedPair
 from prefopt.models import packed_attention
 from prefopt.models.frozen import freeze
 from prefopt.models.load import finalize, fit_tokenizer
-from prefopt.models.logprobs import LogprobComputer, autocast_weight_cache
+from prefopt.models.logprobs import LogprobComputer, Logps, autocast_weight_cache
 from prefopt.models.lora import add_adapter, checkpoint_activations, freeze_unreached, train_mode
-from prefopt.models.reference import AdapterOff, Reference, Resident
+from prefopt.models.reference import AdapterOff, Following, Reference, Resident
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -76,7 +76,10 @@ class TracedStep:
             freeze(policy, config.precision)
         reference: Reference = Cached()
         score = LogprobComputer(config.precision, config.logits == "tiled")
-        if config.reference == "resident" and objective.model_kind == "policy":
+        sync = config.reference_sync
+        if sync.every:
+            reference = Following.starting_at(policy, score, sync.every, sync.alpha)
+        elif config.reference == "resident" and objective.model_kind == "policy":
             reference = Resident.copy_of(policy, score)
         elif config.reference == "adapter_off":
             reference = AdapterOff(policy, score)
@@ -224,8 +227,9 @@ class Shapes:
 class Cached(Reference):
     """Log-probs from the cache, which have shapes alone."""
 
-    def logps(self, pairs: Sequence[TokenizedPair], batch: Any) -> Tensor:
-        return torch.zeros_like(batch.lengths)
+    def logps(self, pairs: Sequence[TokenizedPair], batch: Any, prefixes: bool = False) -> Logps:
+        zeros = torch.zeros_like(batch.lengths)
+        return Logps(zeros, batch.lengths, prefixes=zeros if prefixes else None)
 
     def model(self) -> Any:
         raise NotImplementedError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config.parse import build
-from prefopt.config.schema import ModelConfig
+from prefopt.config.schema import ModelConfig, MultiReferenceConfig
 from prefopt.data.fields import content_id
 from prefopt.data.formats import Format
 from prefopt.data.items import Message, Pair
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARTIAL = "samples.partial"  # in a stage's folder, while it samples
+EXTRAPOLATED = "extrapolated"  # in a stage's folder: the policy that it begins from, with momentum
 
 
 def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Message]]]:
@@ -54,14 +55,22 @@ def split_prompts(prompts: Sequence[list[Message]], n: int) -> list[list[list[Me
     return [ordered[len(ordered) * i // n : len(ordered) * (i + 1) // n] for i in range(n)]
 
 
-def stage_config(config: OnlineConfig, folder: Path, policy: Path | None) -> TrainConfig:
-    """The training config of the stage in `folder`. `policy` is that of the stage before, None in the first stage."""
+def stage_config(config: OnlineConfig, folder: Path, policy: Path | None, before: Path | None = None) -> TrainConfig:
+    """The training config of the stage in `folder`. `policy` is that of the stage before, None in the first stage, and
+    `before` that of the stage before that one, None also in the second."""
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     values["dataset"] = dataclasses.replace(config.dataset, train=str(folder / "scored.jsonl.gz"))
     values["runs_dir"] = str(folder)
     values["push_to_hub"] = None  # the last policy alone is put there
     values["merge_adapter"] = True  # the next stage puts its adapter on a whole model, and on no other adapter
-    if policy:
+    if policy and config.stage_reference == "accelerated":
+        earlier = str(before) if before else initial_model(config.model)
+        values["model"] = config.model.exported(str(folder / EXTRAPOLATED))
+        values["reference_model"] = str(policy)
+        # log p = (1 + m) lp - m lp_before; see `prefopt.training.momentum`.
+        weights = [1 + config.stage_momentum, -config.stage_momentum]
+        values["multi_reference"] = MultiReferenceConfig([earlier], "geometric", weights, clip=None)
+    elif policy:
         values["model"] = config.model.exported(str(policy))
         if config.stage_reference == "initial":
             values["reference_model"] = config.reference_model or initial_model(config.model)
@@ -150,18 +159,21 @@ def run_stage(
     prompts: list[list[Message]],
     folder: Path,
     policy: Path | None,
+    before: Path | None,
     files: StageFiles,
     facts: dict[str, str],
 ) -> "Run":
     """Sample, score and train, as far as that is not done yet. Returns the finished run. A collective.
 
-    `policy` is the one that the stage begins from (None: the initial one), and `facts` go into the run's record. Files
-    of the stage that are damaged are made anew. Raises UserError for a damaged policy.
+    `policy` and `before` are as of `stage_config`, and `facts` go into the run's record. Files of the stage that are
+    damaged are made anew. Raises UserError for a damaged policy.
     """
     from prefopt.training.setup import prepare_run, run
 
     start_watchdog(config.engine.hang_s)
-    training = stage_config(config, folder, policy)
+    training = stage_config(config, folder, policy, before)
+    if training.multi_reference.models and config.stage_reference == "accelerated":
+        on_main_process(functools.partial(make_start, config, training, folder, files))
     samples, scored = folder / "samples.jsonl.gz", folder / "scored.jsonl.gz"
     if not broadcast(is_main_process() and files.are_whole(scored)):
         if not broadcast(is_main_process() and files.are_whole(samples)):
@@ -176,6 +188,18 @@ def run_stage(
     on_main_process(functools.partial(files.record_policy, planned.run.policy_folder))
     planned.run.reload()  # the main process alone has written what it ended with
     return planned.run
+
+
+def make_start(config: OnlineConfig, training: TrainConfig, folder: Path, files: StageFiles) -> None:
+    """Write the extrapolated policy that the stage in `folder` begins from, unless it was and has been sampled from."""
+    from prefopt.training.momentum import write_extrapolated
+
+    target = folder / EXTRAPOLATED
+    if not (target.is_dir() and files.are_whole(folder / "samples.jsonl.gz")):
+        assert training.reference_model
+        latest, (earlier,) = training.reference_model, training.multi_reference.models
+        models = config.model.exported(latest), ModelConfig(earlier, earlier)
+        write_extrapolated(*models, config.stage_momentum, target)
 
 
 def sample_responses(
@@ -248,13 +272,15 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     """
     from prefopt.generation.responses import read_prompts
     from prefopt.objectives.base import Objective
-    from prefopt.training.setup import build_components
+    from prefopt.training.setup import build_components, check_multi_reference
 
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
     scorer = build(config.scorer, RewardScorer, "scorer")
     if objective.model_kind == "reward_model":
         raise UserError(f"objective {objective.name} does not train a policy; take one that does, such as dpo.")
+    if config.stage_reference == "accelerated":
+        check_multi_reference(objective, "stage_reference=accelerated")
     check_push(config.push_to_hub)
     # What a stage would refuse later is refused now, before anything is sampled.
     build_components(stage_config(config, Path(config.runs_dir), None))
@@ -312,11 +338,12 @@ def run_stages(
     began = time.monotonic()
     evaluations: list[dict[str, Any]] = []
     steps = 0
+    before: Path | None = None
     policy: Path | None = None
     for n, prompts in enumerate(stage_prompts, start=1):
         folder = run.folder / f"stage_{n}"
-        stage_run = run_stage(config, objective, scorer, prompts, folder, policy, StageFiles(run), facts)
-        policy, record = stage_run.policy_folder, stage_run.record
+        stage_run = run_stage(config, objective, scorer, prompts, folder, policy, before, StageFiles(run), facts)
+        before, policy, record = policy, stage_run.policy_folder, stage_run.record
         # The first evaluation of a later stage is the last one of the stage before.
         stage_evaluations = record["evaluations"][1:] if evaluations else record["evaluations"]
         evaluations += [row | {"step": row["step"] + steps, "stage": n} for row in stage_evaluations]

@@ -108,9 +108,27 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
         raise UserError(
             f"objective {objective.name} trains a reward model, which has no reference_model: leave it out."
         )
+    if config.reference_sync.every and "reference" not in objective.needs:
+        raise UserError(
+            f"objective {objective.name} reads no reference, which reference_sync would move: leave it out."
+        )
+    if config.multi_reference.models:
+        check_multi_reference(objective, "multi_reference.models")
     if lacking := missing(config.model, config.dataset, oracle.model if oracle else None):
         raise MissingAssetError("\n".join(lacking))
     return objective, schedule, oracle
+
+
+def check_multi_reference(objective: "Objective", key: str) -> None:
+    """Raise UserError where the objective cannot be given several references, which `key` asks for."""
+    if "reference" not in objective.needs or "prefixes" in objective.needs:
+        reads = "the parts of completions" if "reference" in objective.needs else "no reference"
+        raise UserError(
+            f"objective {objective.name} reads {reads}, and {key} makes a virtual reference of whole completions: "
+            "leave it out, or take an objective such as dpo."
+        )
+    if "others" in objective.completions:
+        raise UserError(f"objective {objective.name} reads groups, and {key} makes a virtual reference of pairs.")
 
 
 def check_peft(config: PeftConfig, objective: "Objective") -> None:
@@ -144,11 +162,13 @@ def prepare_run(config: TrainConfig, root: Path | None = None) -> RunPlan:
 def model_parts(config: TrainConfig, oracle: "RewardScorer | None" = None) -> dict[str, str]:
     """Digests of the files of every model that a run reads, by their names in messages."""
     from prefopt.models.fingerprint import model_files
-    from prefopt.training.build import reference_model
+    from prefopt.training.build import further_references, reference_model
 
     parts = {f"its {part}": value for part, value in model_files(config.model).items()}
     if other := reference_model(config):
         parts |= {f"the {part} of reference_model": value for part, value in model_files(other).items()}
+    for other in further_references(config):
+        parts |= {f"the {part} of reference {other.name}": value for part, value in model_files(other).items()}
     if oracle:
         parts |= {f"the {part} of dataset.oracle": value for part, value in oracle.model_files().items()}
     return parts

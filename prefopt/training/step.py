@@ -260,8 +260,9 @@ def forward_pairs(
     inputs, logps = forward_policy(train_state, batch)
     if reference or "reference" in needs:
         assert train_state.reference is not None
-        reference_logps = train_state.reference.logps(micro_batch.pairs, batch)
-        inputs |= split_completions(train_state, "reference_{}_logps", reference_logps, batch)
+        found = train_state.reference.logps(micro_batch.pairs, batch, "prefixes" in needs)
+        inputs |= split_completions(train_state, "reference_{}_logps", found.sums, batch)
+        inputs |= split_completions(train_state, "reference_{}_prefix_logps", found.prefixes, batch)
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths, batch)
     weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
     inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
@@ -305,10 +306,13 @@ def group_inputs(
     for name, model in models.items():
         if name in needs:
             assert model is not None
-            found[f"{name}_logps"] = by_group(model.logps(pairs, batch))
+            scored = model.logps(pairs, batch)
+            found[f"{name}_logps"] = by_group(scored.sums)
             if "tokens" in needs:
-                found[f"{name}_tokens"] = by_group(model.token_logps(pairs, batch))
+                assert scored.tokens is not None
+                found[f"{name}_tokens"] = by_group(scored.tokens)
     if "tokens" in needs:
+        assert logps.tokens is not None
         found["policy_tokens"] = by_group(logps.tokens)
     return GroupInputs(**found)
 
@@ -324,7 +328,7 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
         batch = batch.to(train_state.engine.device)
         with without_dropout(train_state.engine.policy):
             policy = train_state.score(train_state.engine.policy, batch).sums
-        parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
+        parts.append((policy - train_state.reference.logps(pairs, batch).sums).view(2, -1))
         order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
     places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
     return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
@@ -339,16 +343,21 @@ def forward_policy(train_state: TrainState, batch: Batch) -> tuple[dict[str, Any
             rewards = completion_rewards(train_state.engine.policy, batch)
             return split_completions(train_state, "policy_{}_rewards", rewards, batch), None
     needs = train_state.objective.needs
-    logps = train_state.score(train_state.engine.policy, batch, "entropies" in needs, "on_policy" in needs)
-    tensors = split_completions(train_state, "policy_{}_logps", logps.sums, batch)
-    for name, values in (("{}_entropies", logps.entropies), ("{}_on_policy", logps.on_policy)):
-        if values is not None:
-            tensors |= split_completions(train_state, name, values, batch)
+    further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs
+    logps = train_state.score(train_state.engine.policy, batch, *further)
+    tensors = (
+        split_completions(train_state, "policy_{}_logps", logps.sums, batch)
+        | split_completions(train_state, "{}_entropies", logps.entropies, batch)
+        | split_completions(train_state, "{}_on_policy", logps.on_policy, batch)
+        | split_completions(train_state, "policy_{}_prefix_logps", logps.prefixes, batch)
+    )
     return tensors, logps
 
 
-def split_completions(train_state: TrainState, name: str, values: Tensor, batch: Batch) -> dict[str, Any]:
+def split_completions(train_state: TrainState, name: str, values: Tensor | None, batch: Batch) -> dict[str, Any]:
     """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected. What a group
-    has besides is left out."""
+    has besides is left out. None gives none."""
+    if values is None:
+        return {}
     sides = [side for side in train_state.objective.completions if side in SIDES]
     return {name.format(side): part for side, part in zip(sides, values.split(len(batch.grid)), strict=False)}

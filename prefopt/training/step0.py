@@ -25,7 +25,7 @@ def check_step0(train_state: TrainState, inputs: Sequence[PairInputs], loss: flo
     A reference scored in other micro-batches than the policy may differ by rounding, in bfloat16 or on hardware whose
     products depend on the batch. Returns what agreed, in words. Raises UserError for larger differences.
     """
-    if train_state.config.reference_model:
+    if train_state.config.reference_model or train_state.config.multi_reference.models:
         return ""  # another model than the policy
     agreed, exact = [], True
     read = [side for side in train_state.objective.completions if side in SIDES]

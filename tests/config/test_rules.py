@@ -4,11 +4,20 @@ import pytest
 from omegaconf import OmegaConf
 
 from prefopt.config.parse import parse
-from prefopt.config.schema import EngineConfig, OptimizerConfig, PeftConfig, SamplingConfig, ServerConfig, WandbConfig
+from prefopt.config.schema import (
+    EngineConfig,
+    MultiReferenceConfig,
+    OptimizerConfig,
+    PeftConfig,
+    ReferenceSyncConfig,
+    SamplingConfig,
+    ServerConfig,
+    WandbConfig,
+)
 from prefopt.errors import UserError
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.sft import SFT
-from prefopt.training.config import OnlineConfig, TrainConfig
+from prefopt.training.config import OnlineConfig, TrainConfig, train_problems
 
 GOOD = {
     OptimizerConfig: {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0},
@@ -16,6 +25,8 @@ GOOD = {
     EngineConfig: {"name": "single", "offload_optimizer": False, "hang_s": 60.0},
     WandbConfig: {"project": "p", "mode": "offline"},
     ServerConfig: {"command": "vllm serve {model} --port {port}", "url": "http://here:{port}/v1", "timeout": 60.0},
+    MultiReferenceConfig: {"models": ["a"]},
+    ReferenceSyncConfig: {"every": 512},
     SamplingConfig: {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "batch_size": 4},
 }
 BAD = [
@@ -33,6 +44,13 @@ BAD = [
     (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
     (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),
     (WandbConfig, {"mode": "disabled"}, "mode must be offline or online, is 'disabled'"),
+    (MultiReferenceConfig, {"mean": "arithmetic"}, "mean must be harmonic or geometric"),
+    (MultiReferenceConfig, {"clip": 1.0}, "clip must be in"),
+    (MultiReferenceConfig, {"weights": [1.0]}, "weights must be 2"),
+    (MultiReferenceConfig, {"weights": [1.0, 0.5]}, "weights must add up to 1, add up to 1.5"),
+    (MultiReferenceConfig, {"weights": [1.3, -0.3]}, "weights must not be negative where the mean is harmonic"),
+    (ReferenceSyncConfig, {"every": 0}, "every must be at least 1 step"),
+    (ReferenceSyncConfig, {"alpha": 0.0}, "alpha must be above 0"),
     (SamplingConfig, {"temperature": -1.0}, "temperature must not be negative"),
     (SamplingConfig, {"top_p": 0.0}, "top_p must be above 0"),
     (SamplingConfig, {"top_p": 1.1}, "top_p must be above 0"),
@@ -81,6 +99,7 @@ ONLINE = TRAIN | {
     "backend": "transformers",
     "server": GOOD[ServerConfig],
     "stage_reference": "initial",
+    "stage_momentum": 0.3,
 }
 
 
@@ -120,6 +139,22 @@ def test_a_run_refuses_a_bad_value(key, value):
     assert parse(OmegaConf.create(TRAIN), TrainConfig).total_steps == 4
     with pytest.raises(UserError, match=f"^{key} must "):
         parse(OmegaConf.create(TRAIN | {key: value}), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "cached"}, "reference_sync moves the reference, and reference=cached"),
+        ({"reference_model": "m"}, "reference_sync and reference_model do not go together"),
+        ({"peft": GOOD[PeftConfig]}, "below an adapter these do not change"),
+    ],
+)
+def test_a_reference_that_moves_is_a_whole_one_in_memory(changes, message):
+    good = TRAIN | {"reference": "resident", "reference_sync": {"every": 2}}
+    good["peft"] = GOOD[PeftConfig] | {"target_modules": []}
+    assert train_problems(parse(OmegaConf.create(good), TrainConfig)) == []
+    (problem,) = train_problems(parse(OmegaConf.create(good | changes), TrainConfig))
+    assert message in problem
 
 
 @pytest.mark.parametrize(

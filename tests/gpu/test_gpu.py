@@ -168,7 +168,7 @@ def test_references_agree(tmp_path, monkeypatch):
             state = state_of(model_of(MODELS["llama"]), tmp_path, precision, reference=form)
             (micro_batch,) = state.micro_batches(state.train_pairs[:2])
             batch = micro_batch.batch.to(state.engine.device)
-            found = state.reference.logps(micro_batch.pairs, batch).cpu()  # type: ignore[union-attr]
+            found = state.reference.logps(micro_batch.pairs, batch).sums.cpu()  # type: ignore[union-attr]
             untouched = model_of(MODELS["llama"], "cpu")
             enable_packed_attention(untouched)
             with torch.no_grad():

@@ -48,6 +48,16 @@ def test_five_tokens_by_hand():
     assert result.lengths.tolist() == [3, 1]
 
 
+def test_a_prefix_is_as_long_as_the_pairs_shorter_completion():
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    log = table.log_softmax(-1)
+    groups = [Group([3, 1], [[4, 0, 2], [2]]), Group([1], [[2], [0, 2]]), Group([1], [[0, 2], [4, 2]])]
+    result = completion_logps(LookupModel(table), padded(groups), prefixes=True)  # type: ignore[arg-type]
+    first = [log[1, 4], log[1, 2], log[1, 0] + log[0, 2], log[1, 2], log[1, 0], log[1, 4] + log[4, 2]]
+    assert result.prefixes.tolist() == pytest.approx([value.item() for value in first])
+    assert completion_logps(LookupModel(table), padded(groups)).prefixes is None  # type: ignore[arg-type]
+
+
 def test_padding_and_neighbours_change_nothing():
     model = tiny_model(50).double()
     rows = [Group([1, 2, 3], [[4, 5, 2]]), Group([7], [[8, 9, 10, 11, 2]]), Group([1, 2, 3, 4, 5, 6], [[2]])]

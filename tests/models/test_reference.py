@@ -12,7 +12,7 @@ from prefopt.errors import UserError
 from prefopt.models import reference
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, Resident, cached, pair_key
+from prefopt.models.reference import AdapterOff, Cached, Following, LoadedOnce, Resident, cached, pair_key
 from prefopt.utils import tensor_store
 from prefopt.utils.files import atomic_write
 from tests.helpers.harm import HARMS
@@ -39,9 +39,9 @@ def policy(seed: int = 0):
 SAMPLES = LoadedOnce(policy, "cpu")
 
 
-def make(wanted: list[TokenizedPair], model=None, weights: str = "w") -> Cached:
+def make(wanted: list[TokenizedPair], model=None, weights: str = "w", prefixes: bool = False) -> Cached:
     model = model or policy()
-    return cached(model, weights, wanted, PACKED, 100, SCORE, SAMPLES, show=False)
+    return cached(model, weights, wanted, PACKED, 100, SCORE, SAMPLES, False, prefixes)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,9 @@ def computed(monkeypatch) -> list[str]:
     ids: list[str] = []
     compute = reference._compute
     monkeypatch.setattr(
-        reference, "_compute", lambda p, l, s, part: (ids.extend(x.id for x in part), compute(p, l, s, part))[1]
+        reference,
+        "_compute",
+        lambda p, l, s, part, *more: (ids.extend(x.id for x in part), compute(p, l, s, part, *more))[1],
     )
     return ids
 
@@ -65,15 +67,42 @@ def test_every_form_gives_the_same_bits():
     model = policy()
     wanted = pairs(20)
     batch = PACKED.collate(wanted[3:7])
-    expected = Resident.copy_of(model, SCORE).logps(wanted[3:7], batch)
-    assert torch.equal(make(wanted, model).logps(wanted[3:7], batch), expected)
+    expected = Resident.copy_of(model, SCORE).logps(wanted[3:7], batch, prefixes=True)
+    for found in (
+        make(wanted, model).logps(wanted[3:7], batch),
+        make(wanted, model, prefixes=True).logps(wanted[3:7], batch, prefixes=True),
+    ):
+        assert torch.equal(found.sums, expected.sums)
+    assert torch.equal(found.prefixes, expected.prefixes)
+    assert not torch.equal(found.prefixes, found.sums)
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     with torch.no_grad():
-        assert not torch.allclose(SCORE(model, batch).sums, expected, atol=1e-3)
-        assert torch.allclose(AdapterOff(model, SCORE).logps(wanted[3:7], batch), expected, atol=1e-5)
+        assert not torch.allclose(SCORE(model, batch).sums, expected.sums, atol=1e-3)
+        off = AdapterOff(model, SCORE).logps(wanted[3:7], batch, prefixes=True)
+        assert torch.allclose(off.sums, expected.sums, atol=1e-5)
+        assert torch.allclose(off.prefixes, expected.prefixes, atol=1e-5)
         with AdapterOff(model, SCORE).model() as off:
-            assert torch.allclose(SCORE(off, batch).sums, expected, atol=1e-5)
-        assert not torch.allclose(SCORE(model, batch).sums, expected, atol=1e-3)
+            assert torch.allclose(SCORE(off, batch).sums, expected.sums, atol=1e-5)
+        assert not torch.allclose(SCORE(model, batch).sums, expected.sums, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_a_reference_follows_the_policy_as_trls_does(alpha):
+    """TRL's own update of TR-DPO, every second step."""
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    model, theirs = policy(), policy()
+    reference = Following.starting_at(model, SCORE, 2, alpha)
+    for done in range(1, 7):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+        assert reference.follow(model, done) == (done % 2 == 0)
+        if done % 2 == 0:
+            SyncRefModelCallback._sync_target_model(model, theirs, alpha)
+        for ours, expected in zip(reference.frozen.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(ours, expected)
+    assert all(map(torch.equal, reference.frozen.parameters(), model.parameters())) == (alpha == 1)
 
 
 def test_the_model_for_samples_is_loaded_once_and_when_it_is_asked_for():
@@ -95,7 +124,7 @@ def test_only_what_is_missing_is_computed(computed):
     assert set(map(int, spot)) <= set(range(5, 10))
     assert sorted(map(int, computed[reference.SPOT_CHECKS :])) == [10, 11, 12]
     batch = PACKED.collate(pairs(8, start=5))
-    assert torch.equal(found.logps(pairs(8, start=5), batch), Resident(policy(), SCORE).logps([], batch))
+    assert torch.equal(found.logps(pairs(8, start=5), batch).sums, Resident(policy(), SCORE).logps([], batch).sums)
 
 
 def test_the_key_is_the_tokens_and_nothing_else():
@@ -110,13 +139,14 @@ def test_the_key_is_the_tokens_and_nothing_else():
     assert len({pair_key(p) for p in [pair, *others]}) == 5
 
 
-def test_other_weights_precision_and_layout_have_files_of_their_own(cache):
+def test_other_weights_precision_layout_and_contents_have_files_of_their_own(cache):
     wanted = pairs(3)
     make(wanted)
     make(wanted, policy(1), "other")
     cached(policy(), "w", wanted, PACKED, 100, LogprobComputer("bfloat16"), SAMPLES, show=False)
     cached(tiny_model(50).eval(), "w", wanted, LAYOUTS["padded"], 100, SCORE, SAMPLES, show=False)
-    assert len(list(cache.iterdir())) == 4
+    make(wanted, prefixes=True)
+    assert len(list(cache.iterdir())) == 5
 
 
 def test_values_that_the_model_does_not_give_are_refused():
@@ -166,7 +196,7 @@ def _job(done, start):
     start.wait()
     calls = []
     compute = reference._compute
-    reference._compute = lambda p, l, s, part: (calls.extend(part), compute(p, l, s, part))[1]
+    reference._compute = lambda p, l, s, part, *more: (calls.extend(part), compute(p, l, s, part, *more))[1]
     make(pairs(30))
     done.put(len(calls))
 

@@ -31,6 +31,7 @@ from prefopt.objectives.dpo_norm import DPONorm
 from prefopt.objectives.dpop import DPOP
 from prefopt.objectives.exo import EXO
 from prefopt.objectives.gpo import GPO
+from prefopt.objectives.ld_dpo import LDDPO
 from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.nca import NCA
 from prefopt.objectives.r_dpo import RDPO
@@ -84,6 +85,16 @@ def sppo_soft(p, beta):
     return (u_w - target_w) ** 2 + (u_l - target_l) ** 2
 
 
+def ld_dpo(p, beta, alpha):
+    def u(side):
+        whole, prefix = (
+            p[f"policy_{side}_{kind}"] - p[f"reference_{side}_{kind}"] for kind in ("logps", "prefix_logps")
+        )
+        return prefix + alpha * (whole - prefix)
+
+    return -math.log(sigmoid(beta * (u("chosen") - u("rejected"))))
+
+
 FORMULAS = {
     "apo_zero": (APOZero(0.3), lambda p: 1 - sigmoid(0.3 * ratios(p)[0]) + sigmoid(0.3 * ratios(p)[1])),
     "apo_down": (
@@ -105,6 +116,7 @@ FORMULAS = {
             )
         ),
     ),
+    "ld_dpo": (LDDPO(0.3, alpha=0.3), lambda p: ld_dpo(p, 0.3, 0.3)),
     "dpop": (DPOP(0.05, penalty=3.0), lambda p: dpop(p, 0.05, 3.0)),
     "r_dpo": (
         RDPO(0.3, alpha=0.2),
@@ -140,6 +152,7 @@ LIMITS = {
     "r_dpo without alpha is DPO": (RDPO(0.3, alpha=0.0), DPO(0.3), 0.0),
     "budget without penalty is DPO": (Budget(0.3, penalty=0.0), DPO(0.3), 0.0),
     "budget with a large one is DPO": (Budget(0.3, budget=1e3), DPO(0.3), 0.0),
+    "ld_dpo at alpha 1 is DPO": (LDDPO(0.3, alpha=1.0), DPO(0.3), 0.0),
     "alpha_po tends to SimPO": (AlphaPO(2.5, 0.5, alpha=1e-7), SimPO(2.5, 0.5), 1e-4),
     "alpha_dpo without alpha is SimPO": (AlphaDPO(2.5, 0.5, alpha=0.0), SimPO(2.5, 0.5), 0.0),
     "arpo at a factor of 1 is its base": (ARPO(DPO(0.3), strength=2.0, slope=1e-9), DPO(0.3), 1e-6),
@@ -381,6 +394,7 @@ def test_a_swap_of_the_sides_is_known_exactly():
         lambda: DPOP(0.1, penalty=-1.0),
         lambda: DPOP(0.0),
         lambda: RDPO(0.1, alpha=-0.1),
+        lambda: LDDPO(0.1, alpha=1.5),
         lambda: EXO(0.1, label_smoothing=0.0),
         lambda: EXO(0.1, label_smoothing=0.5),
         lambda: BCO(0.1, shift="mean"),

@@ -104,6 +104,10 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         values |= {"chosen_rewards": -draw() / scale, "rejected_rewards": -draw() / scale}
     if "entropies" in needs:
         values |= {"chosen_entropies": -draw(), "rejected_entropies": -draw()}
+    if "prefixes" in needs:  # each a share of the whole
+        for model in ("policy", *(["reference"] if "reference" in needs else [])):
+            for side in ("chosen", "rejected"):
+                values[f"{model}_{side}_prefix_logps"] = -draw() / scale * values[f"{model}_{side}_logps"]
     if "on_policy" in needs:
         values |= {"chosen_on_policy": -draw() / scale, "rejected_on_policy": draw() / scale}
     if "mismatched" in needs:
@@ -169,12 +173,12 @@ def test_finite_at_extreme_scores(objective, chosen, rejected):
     the reference is far down."""
     x = inputs(objective, scale=1.0).map(lambda t: t.detach().float())
     for side, shift in (("chosen", chosen), ("rejected", rejected)):
+        model = "policy" if shift < 0 else "reference"
         if objective.model_kind == "reward_model":
             x = moved(x, **{f"policy_{side}_rewards": shift})
-        elif shift < 0:
-            x = moved(x, **{f"policy_{side}_logps": shift})
-        elif x.has_reference:
-            x = moved(x, **{f"reference_{side}_logps": -shift})
+        else:
+            names = (f"{model}_{side}_logps", f"{model}_{side}_prefix_logps")
+            x = moved(x, **{name: -abs(shift) for name in names if name in x.tensors()})
     leaves = [getattr(x, name).requires_grad_() for name in DIFFERENTIABLE if name in x.tensors()]
     output = objective(x)
     assert output.losses.isfinite().all()
@@ -198,11 +202,13 @@ def test_needs_are_exactly_what_is_read(objective):
     needed = {"reference": "reference_", "rewards": "_rewards", "entropies": "_entropies", "noise": "noise"} | {
         "mismatched": "mismatched_",
         "on_policy": "_on_policy",
+        "prefixes": "_prefix_",
     }
     x = inputs(objective)
     assert objective(x).losses.isfinite().all()
     for need in objective.needs:
-        without = {name: None for name in x.tensors() if needed[need] in name and not name.startswith("policy")}
+        kept = ["policy_chosen_logps", "policy_rejected_logps", "policy_chosen_rewards", "policy_rejected_rewards"]
+        without = {name: None for name in x.tensors() if needed[need] in name and name not in kept}
         assert without
         with pytest.raises((TypeError, AttributeError)):
             objective(dataclasses.replace(x, **without))
@@ -232,7 +238,7 @@ def test_step0_loss_is_what_equal_policy_and_reference_give(objective):
         x = dataclasses.replace(x, policy_rejected_rewards=x.policy_chosen_rewards)
     elif x.has_reference:
         x = dataclasses.replace(
-            x, reference_chosen_logps=x.policy_chosen_logps, reference_rejected_logps=x.policy_rejected_logps
+            x, **{name: getattr(x, name.replace("reference", "policy")) for name in x.tensors() if "reference_" in name}
         )
     zeros = {name: torch.zeros(4).double() for name in x.tensors() if name.startswith("mismatched")}
     x = dataclasses.replace(x, **zeros)
@@ -293,7 +299,7 @@ SHIFT_SENSITIVE = {
 }
 SHIFT_INVARIANT = {
     *("dpo", "dpo-smoothed", "beta_dpo", "beta_dpo-reward", "ipo", "madpo", "margin_matching", "robust_dpo", "gpo"),
-    *("wpo", "simpo-sums", "r_dpo", "exo", "aot", "aot-smoothed", "aot_unpaired", "discopop"),
+    *("wpo", "ld_dpo", "simpo-sums", "r_dpo", "exo", "aot", "aot-smoothed", "aot_unpaired", "discopop"),
     *(f"gpo-{function}" for function in FUNCTIONS),
 }
 

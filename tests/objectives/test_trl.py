@@ -4,6 +4,7 @@ TRL's own loss code runs, on a stand-in for the trainer that holds nothing but i
 model that returns given logits. Gradients are compared at the logits.
 """
 
+import contextlib
 import re
 from collections import defaultdict
 from types import SimpleNamespace
@@ -36,7 +37,8 @@ class Data:
         self.lengths = torch.tensor(CHOSEN + REJECTED)[rows]
         self.ids = torch.randint(0, VOCABULARY, (2 * PAIRS, WIDTH), generator=generator)[rows]
         self.logits = torch.randn(2 * PAIRS, WIDTH, VOCABULARY, generator=generator)[rows].requires_grad_()
-        self.reference = self.sums(torch.randn(2 * PAIRS, WIDTH, VOCABULARY, generator=generator)[rows])
+        self.reference_logits = torch.randn(2 * PAIRS, WIDTH, VOCABULARY, generator=generator)[rows]
+        self.reference = self.sums(self.reference_logits)
         # Of completions under other prompts, policy and reference: their log-probs are what KTO's trainer is given too.
         self.mismatched = torch.randn(2 * PAIRS, generator=generator)[rows] - 10.0
         self.mismatched_reference = torch.randn(2 * PAIRS, generator=generator)[rows] - 11.0
@@ -60,6 +62,11 @@ class Data:
         mask = self.completion_mask[:, 1:]
         return ((self.token_logps(self.logits).detach() - self.log_sum_sq_probs()) * mask).sum(-1) / self.lengths
 
+    def prefixes(self, logits: torch.Tensor) -> torch.Tensor:
+        """(2B,): the sums over as many tokens as the pair's shorter completion has."""
+        shorter = torch.minimum(*self.lengths.chunk(2)).repeat(2)
+        return torch.stack([row[:n].sum() for row, n in zip(self.token_logps(logits), shorter, strict=True)])
+
     def sums(self, logits: torch.Tensor) -> torch.Tensor:
         return self.token_logps(logits).sum(-1)
 
@@ -80,6 +87,10 @@ def ours(objective: Objective, data: Data) -> torch.Tensor:
         values |= {"mismatched_chosen_logratios": ratios[0], "mismatched_rejected_logratios": ratios[1]}
     if "on_policy" in objective.needs:
         values |= dict(zip(("chosen_on_policy", "rejected_on_policy"), data.on_policy().chunk(2), strict=True))
+    if "prefixes" in objective.needs:
+        for model, logits in (("policy", data.logits), ("reference", data.reference_logits)):
+            prefix_names = (f"{model}_chosen_prefix_logps", f"{model}_rejected_prefix_logps")
+            values |= dict(zip(prefix_names, data.prefixes(logits).chunk(2), strict=True))
     losses = objective(PairInputs(**values)).losses
     return losses.sum() / (values["chosen_lengths"].sum() if objective.normalize_by == "chosen_token" else len(losses))
 
@@ -100,11 +111,14 @@ def arguments(trainer: str, text: str) -> Any:
 
 def trl_trainer(args: Any, **more: Any) -> Any:
     """What TRL's loss methods read from their trainer: its arguments, one device, metrics that nobody reads."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, autocast=contextlib.nullcontext
+    )
     metrics: dict[str, Any] = defaultdict(lambda: defaultdict(list))
     basics: dict[str, Any] = {
         "args": args,
-        "model": SimpleNamespace(training=True),
+        "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        "ref_model": SimpleNamespace(),
         "accelerator": accelerator,
         "aux_loss_enabled": False,
         "is_encoder_decoder": False,
@@ -113,7 +127,7 @@ def trl_trainer(args: Any, **more: Any) -> Any:
         "_tp_size": 1,
         "padding_value": 0,
         "pad_token_id": 0,
-        "ld_alpha": None,
+        "ld_alpha": getattr(args, "ld_alpha", None),
         "use_weighting": getattr(args, "use_weighting", False),
         "precompute_ref_logps": True,
         "calculate_KL": True,
@@ -140,8 +154,9 @@ def theirs(trainer: str, text: str, data: Data) -> torch.Tensor:
         "completion_mask": data.completion_mask,
     }
     if trainer == "DPO":
-        chosen, rejected = data.reference.chunk(2)
         stand_in = trl_trainer(args, loss_types=args.loss_type, loss_weights=args.loss_weights or [1.0])
+        reference = SimpleNamespace(log_probs=data.token_logps(data.reference_logits))
+        chosen, rejected = trl.DPOTrainer.compute_ref_log_probs(stand_in, lambda **_: reference, batch)
         batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return trl.DPOTrainer._compute_loss(stand_in, lambda **_: fused, batch, False)
     if trainer == "KTO":
@@ -192,7 +207,7 @@ def test_a_row_of_the_conversion_table(prefopt, trl, note):
 
 
 def test_every_row_is_read():
-    assert len(ROWS) == DOC.count("\n| `") == 29
+    assert len(ROWS) == DOC.count("\n| `") == 31
     assert {trl.partition("Trainer")[0] for _, trl, _ in ROWS} == {"DPO", "CPO", "ORPO", "KTO", "Reward"}
 
 

@@ -21,6 +21,7 @@ from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.kto import KTO
+from prefopt.objectives.ld_dpo import LDDPO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.wpo import WPO
@@ -57,7 +58,15 @@ def one_step(
     elif mode == "cached" and objective.completions == ("chosen", "rejected"):
         pairs = [*train_state.train_pairs, *(p.mismatched for p in with_mismatched(train_state.train_pairs[:7]))]
         train_state.reference = cached(
-            policy, layout, pairs, train_state.layout, 200, score, lambda: policy, show=False
+            policy,
+            layout,
+            pairs,
+            train_state.layout,
+            200,
+            score,
+            lambda: policy,
+            show=False,
+            prefixes="prefixes" in objective.needs,
         )
     with_adapter(train_state)
     if mode == "adapter_off":
@@ -80,6 +89,7 @@ OBJECTIVES = {
     "mmpo-entropy": MMPO(0.1, normalization="none", auxiliary_weight=0.5, entropy_bonus=True),
     "kto": KTO(0.5),
     "wpo": WPO(0.5, max_weight=None),
+    "ld_dpo": LDDPO(0.5, alpha=0.3),
     "sft": SFT(),
 }
 

@@ -1,6 +1,7 @@
 """The loop in process, on the tiny model: step 0, accumulation, refusal of non-finite steps."""
 
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from prefopt.data.tokenize import tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import LogprobComputer
-from prefopt.models.reference import Resident
+from prefopt.models.reference import Following, Resident
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
@@ -34,7 +35,7 @@ from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate, evaluate_pairs
-from prefopt.training.loop import EarlyStopping
+from prefopt.training.loop import EarlyStopping, resume, save
 from prefopt.training.metrics import Means, step_metrics
 from prefopt.training.optim import Cosine
 from prefopt.training.state import TrainState
@@ -93,6 +94,40 @@ def test_step_0_of_dpo_is_log_2_with_zero_margin(tmp_path):
     assert metrics["tie_rate"] == 1
     assert metrics["n"] == 8
     assert metrics["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_a_run_with_a_moving_reference_resumes_bit_for_bit(alpha, tmp_path):
+    """After 3 of 5 steps, between two updates of the reference."""
+
+    def state() -> TrainState:
+        train_state = make_train_state(DPO(0.5), tmp_path)
+        (tmp_path / "metrics.jsonl").touch()
+        train_state.run = SimpleNamespace(
+            folder=tmp_path, checkpoints=tmp_path / "checkpoints", metrics_file=tmp_path / "metrics.jsonl"
+        )
+        policy, score = train_state.engine.policy, LogprobComputer("float32")
+        train_state.reference = Following.starting_at(policy, score, 2, alpha)
+        return train_state
+
+    def advance(train_state: TrainState, steps: range) -> list[float]:
+        losses = []
+        for n in steps:
+            losses.append(step(train_state, n)["loss"])
+            train_state.reference.follow(train_state.engine.policy, n + 1)
+        return losses
+
+    whole, first, second = state(), state(), state()
+    losses = advance(whole, range(5))
+    assert losses[:3] == advance(first, range(3))
+    save(first, EarlyStopping(), SimpleNamespace(vouch=lambda: {"length": 0, "sha256": sha256().hexdigest()}), 3)
+    done, *_ = resume(second)
+    assert done == 3
+    assert advance(second, range(3, 5)) == losses[3:]
+    for of in (lambda s: s.engine.policy, lambda s: s.reference.frozen):
+        assert all(map(torch.equal, of(second).parameters(), of(whole).parameters()))
+    fixed = make_train_state(DPO(0.5), tmp_path)
+    assert [step(fixed, n)["loss"] for n in range(3)] != losses[:3]  # it does move
 
 
 # Of those with scope `pair` one of each kind: that such a loss is a function of its pair alone is tested beside them.
@@ -370,7 +405,7 @@ def test_a_loss_that_is_not_its_constant_stops_the_run():
     ones = torch.ones(2)
     reference = {"reference_chosen_logps": zero, "reference_rejected_logps": zero}
     same = [PairInputs(zero, zero, ones, ones, **reference, weights=ones)]
-    train_state = SimpleNamespace(objective=DPO(0.1), config=SimpleNamespace(precision="float32", reference_model=None))
+    train_state = SimpleNamespace(objective=DPO(0.1), config=TrainConfig(precision="float32"))
     check_step0(train_state, same, 0.693147, "before the first step")
     with pytest.raises(UserError, match=r"loss is 0\.700000; it must be 0\.693147"):
         check_step0(train_state, same, 0.7, "before the first step")

@@ -18,11 +18,14 @@ from transformers import AutoTokenizer
 import prefopt.generation.sampler
 from prefopt.config.parse import build, parse, register
 from prefopt.config.schema import ModelConfig
+from prefopt.data.collate import Group, padded
 from prefopt.data.formats import Format
 from prefopt.data.sources import read_rows, write_rows
+from prefopt.data.tokenize import encode_completion
 from prefopt.errors import Interrupted, UserError
 from prefopt.generation.responses import read_prompts
-from prefopt.models.load import load_reward_model
+from prefopt.models.load import load_model, load_reward_model, weights_digest
+from prefopt.models.logprobs import completion_logps
 from prefopt.objectives.base import Objective
 from prefopt.tracking.run import Run
 from prefopt.training.config import OnlineConfig, check_online
@@ -217,6 +220,32 @@ def test_the_reference_may_be_the_policy_before(tiny, tmp_path):
     for stage in told["stages"]:
         run = json.loads((folder / stage["run"] / "record.json").read_text())
         assert run["evaluations"][0]["chosen_logratio"] == 0
+
+
+def test_an_accelerated_stage_goes_on_beyond_the_policy_before(tiny, tmp_path):
+    """Two stages: the second draws and begins from theta_1 + m (theta_1 - theta_0), and its reference's log-probs are
+    (1 + m) lp_1 - m lp_0."""
+    run_pending(config(tiny, tmp_path, "objective=dpo", "stage_reference=accelerated", "stages=2"))
+    folder, told = record(tmp_path)
+    first, second = (folder / stage["run"] for stage in told["stages"])
+    weights = [
+        load_model(ModelConfig("m", str(path)), "cpu")
+        for path in (tiny / "model", first / "policy", folder / "stage_2" / "extrapolated")
+    ]
+    for initial, trained, start in zip(*(model.parameters() for model in weights), strict=True):
+        assert torch.allclose(start, trained + 0.3 * (trained - initial), atol=1e-6)
+    assert not torch.equal(initial, trained)
+    stage = json.loads((second / "record.json").read_text())
+    assert stage["initial_weights"] == weights_digest(weights[2])
+    assert stage["config"]["reference_model"] == str(first / "policy")
+    (pair,) = (json.loads(line) for line in (second / "heldout" / "step_0000000.jsonl").read_text().splitlines())
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    prompt = [{"role": "user", "content": "Review the bread."}]
+    sides = [encode_completion(tokenizer, prompt, text, True) for text in ("great", "bad")]
+    batch = padded([Group(sides[0][0], [completion for _, completion in sides])])
+    initial, trained, start = (completion_logps(model, batch).sums for model in weights)
+    u = start - (1.3 * trained - 0.3 * initial)
+    assert pair["margin"] == pytest.approx(0.1 * (u[0] - u[1]).item(), abs=1e-5)
 
 
 # Where a sitting is stopped: at the call after so many of a function.
@@ -500,18 +529,21 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
     [
         (["stages=0"], "stages must be at least 1"),
         (["samples_per_prompt=1"], "samples_per_prompt must be at least 2"),
-        (["stage_reference=last"], "stage_reference must be initial or previous"),
+        (["stage_reference=last"], "stage_reference must be initial, previous or accelerated"),
         (["stage_sampling.temperature=-1"], "stage_sampling.temperature must not be negative"),
         (["dataset.train=x.jsonl"], "a stage makes its own rows"),
         (["backend=llama.cpp"], "backend must be transformers or server"),
         (["server.url=http://localhost:1/v1"], r"server.command and url must both name \{port\}"),
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
-        (["model.adapter=adapter"], r"model\.adapter: the initial policy is the reference of every stage"),
-        (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is the reference"),
+        (["model.adapter=adapter"], r"model\.adapter: the initial policy is a reference of later stages"),
+        (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is a reference"),
         (["objective=sft"], "objective sft reads no pairs.*dataset.format.pairing=group"),
         (["objective=grpo"], "objective grpo reads no pairs.*dataset.format.pairing=group"),
         (["dataset.format.pairing=group"], "compares two responses: set dataset.format.pairing=best_worst"),
         (["objective=reward"], "objective reward does not train a policy"),
+        (["stage_reference=accelerated", "reference=resident"], "scores two references, once"),
+        (["stage_reference=accelerated", "reference_model=m"], "reference_model: stage_reference=accelerated makes"),
+        (["stage_reference=accelerated", "objective=simpo"], "objective simpo reads no reference"),
         (["stages=100"], "12 different prompts do not suffice for stages=100"),
     ],
 )

@@ -88,8 +88,8 @@ class GroupInputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "GroupInputs":
         """The inputs with `function` applied to every tensor."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return GroupInputs(**{name: None if value is None else function(value) for name, value in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class PairInputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairInputs":
         """The inputs with `function` applied to every tensor but the state, which stays as it is."""
-        values = {name: function(value) for name, value in self.tensors().items()}
+        values: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
         return PairInputs(**values, group=self.group and self.group.map(function), state=self.state)
 
 
@@ -216,7 +216,8 @@ def concatenate(parts: Sequence[PairInputs]) -> PairInputs:
     """The pairs of all parts, in their order, without groups. All parts must hold the same tensors and the same
     state."""
     names = parts[0].tensors()
-    return PairInputs(**{name: torch.cat([p.tensors()[name] for p in parts]) for name in names}, state=parts[0].state)
+    values: dict[str, Any] = {name: torch.cat([p.tensors()[name] for p in parts]) for name in names}
+    return PairInputs(**values, state=parts[0].state)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from prefopt.models.fingerprint import files_of, loaded_model
 from prefopt.models.frozen import freeze
 from prefopt.models.generation_config import stop_tokens, without_own_generation_config
 from prefopt.models.load import checkpoint_path, load_model, weights_digest
-from prefopt.models.logprobs import autocast
+from prefopt.models.logprobs import autocast, vocabulary_logps
 from prefopt.utils import signals
 from prefopt.utils.distributed import broadcast, is_main_process
 from prefopt.utils.plain import printable
@@ -345,9 +345,7 @@ def next_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], precision:
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
             )
         tokens = output.sequences[0].tolist()
-        places += [
-            Place(tokens[: len(ids) + k], logits[0].float().log_softmax(-1)) for k, logits in enumerate(output.logits)
-        ]
+        places += [Place(tokens[: len(ids) + k], vocabulary_logps(logits[0])) for k, logits in enumerate(output.logits)]
     return places
 
 

@@ -101,7 +101,7 @@ def completion_logps(
     if tiled and type(head) is torch.nn.Linear:
         label_logps, step_entropies, log_squares = chunked_logps(hidden, head, batch.labels, entropies, cap, on_policy)
     else:
-        logps = cap(head(hidden).float()).log_softmax(-1)
+        logps = vocabulary_logps(cap(head(hidden).float()))
         label_logps = logps.gather(-1, batch.labels[:, None])[:, 0]
         step_entropies = -(logps.exp() * logps).sum(-1) if entropies else None
         log_squares = (2 * logps.detach()).logsumexp(-1) if on_policy else None
@@ -117,6 +117,11 @@ def completion_logps(
         alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
     prefix_logps = _prefix_sums(token_logps, batch) if prefixes else None
     return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment, prefix_logps)
+
+
+def vocabulary_logps(logits: Tensor) -> Tensor:
+    """Log-probs in float32 from logits of any precision, over the last dimension."""
+    return logits.float().log_softmax(-1)
 
 
 def _prefix_sums(token_logps: Tensor, batch: Batch) -> Tensor:

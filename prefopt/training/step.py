@@ -1,5 +1,6 @@
 """One optimizer step: forward, objective, backward, in micro-batches."""
 
+import contextlib
 import logging
 import math
 import time
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from prefopt.data.collate import Batch
 from prefopt.models.dropout import seed_pairs, without_dropout
-from prefopt.models.logprobs import autocast, autocast_weight_cache, completion_rewards
+from prefopt.models.logprobs import as_forward, autocast, autocast_weight_cache, completion_rewards
 from prefopt.models.lora import train_mode
+from prefopt.models.reference import AdapterOff
 from prefopt.objectives.base import (
     DIFFERENTIABLE,
     Objective,
@@ -44,7 +46,9 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     config, engine = train_state.config, train_state.engine
     began = time.monotonic()
     where = f"step {step + 1}"
-    with train_mode(engine.policy), autocast_weight_cache(), explain_oom(train_state, where, micro_batches):
+    # Casts of weights that were gathered for a moment would stay for the whole step.
+    cache = contextlib.nullcontext() if engine.sharded else autocast_weight_cache()
+    with train_mode(engine.policy), cache, explain_oom(train_state, where, micro_batches):
         scored = accumulate_gradients(train_state, step, micro_batches)
     if config.gradient_checkpointing and (lacking := engine.without_gradient()):
         raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")
@@ -146,6 +150,7 @@ def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[Micr
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
+            reference_stand_in(train_state, micro_batch)
             zero_backward(train_state, micro_batch)
             continue
         inputs = forward_pairs(train_state, micro_batch, total)
@@ -176,6 +181,9 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
             seed_dropout(train_state, step, micro_batch)
             if micro_batch.pairs:
                 parts.append(forward_pairs(train_state, micro_batch, total))
+            elif engine.sharded:
+                stand_in(train_state, micro_batch, 1)
+                stand_in(train_state, micro_batch, lacking_mismatched(train_state, micro_batch))
         inputs = step_inputs(train_state, step, all_gather_pairs(train_state, parts))
 
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
@@ -220,6 +228,31 @@ def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:
     tensors = forward_policy(train_state, micro_batch.batch.to(train_state.engine.device))
     loss = 0 * torch.stack([value.sum() for value in tensors.values()]).sum()
     train_state.engine.backward(loss)
+
+
+def stand_in(train_state: TrainState, micro_batch: MicroBatch, passes: int) -> None:
+    """Forward passes of policy and reference whose results do not count, without gradient."""
+    batch = micro_batch.batch.to(train_state.engine.device)
+    for _ in range(passes):
+        with torch.no_grad(), without_dropout(train_state.engine.policy):
+            forward_policy(train_state, batch)
+        reference_stand_in(train_state, micro_batch)
+
+
+def lacking_mismatched(train_state: TrainState, micro_batch: MicroBatch) -> int:
+    """How many fewer micro-batches of mismatched completions this process has than another, where the processes gather
+    weights for each. A collective then."""
+    if not train_state.engine.sharded or "mismatched" not in train_state.objective.needs:
+        return 0
+    n = len(micro_batch.mismatched) if micro_batch.pairs else 0  # of a stand-in they are not scored
+    return max(all_gather_object(n)) - n
+
+
+def reference_stand_in(train_state: TrainState, micro_batch: MicroBatch) -> None:
+    """The reference's pass over a micro-batch without pairs, where it is one of all processes."""
+    reference = train_state.reference
+    if train_state.engine.sharded and "reference" in train_state.objective.needs and isinstance(reference, AdapterOff):
+        reference.logps([], micro_batch.batch.to(train_state.engine.device))
 
 
 def all_gather_pairs(train_state: TrainState, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
@@ -278,6 +311,7 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
     """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones. They measure how
     far the policy is from the reference, so an adapter's dropout is off."""
     assert train_state.reference is not None
+    lacking = lacking_mismatched(train_state, micro_batch)
     parts: list[Tensor] = []
     order: dict[int, int] = {}
     for pairs, batch, _ in micro_batch.mismatched:
@@ -286,6 +320,7 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
             policy = train_state.score(train_state.engine.policy, batch).sums
         parts.append((policy - train_state.reference.logps(pairs, batch)).view(2, -1))
         order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
+    stand_in(train_state, micro_batch, lacking)
     places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
     return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
 
@@ -295,9 +330,8 @@ def forward_policy(train_state: TrainState, batch: Batch) -> dict[str, Any]:
     them, or the reward model's rewards. All that carries gradient is among it."""
     if train_state.objective.model_kind == "reward_model":
         with autocast(train_state.engine.device, train_state.config.precision):
-            return split_completions(
-                train_state, "policy_{}_rewards", completion_rewards(train_state.engine.policy, batch)
-            )
+            rewards = as_forward(train_state.engine.policy, lambda policy: completion_rewards(policy, batch))
+            return split_completions(train_state, "policy_{}_rewards", rewards)
     needs = train_state.objective.needs
     logps = train_state.score(train_state.engine.policy, batch, "entropies" in needs, "on_policy" in needs)
     tensors = split_completions(train_state, "policy_{}_logps", logps.sums)

@@ -28,7 +28,7 @@ BAD = [
     (PeftConfig, {"alpha": 0}, "alpha must be at least 1"),
     (PeftConfig, {"dropout": 1.0}, "dropout must be in"),
     (PeftConfig, {"quantize": True, "target_modules": []}, "quantize freezes the weights"),
-    (EngineConfig, {"name": "fsdp"}, "name must be single or zero2, is 'fsdp'"),
+    (EngineConfig, {"name": "zero3"}, "name must be single, zero2 or fsdp, is 'zero3'"),
     (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
     (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),
     (WandbConfig, {"mode": "disabled"}, "mode must be offline or online, is 'disabled'"),

@@ -239,7 +239,7 @@ class EngineConfig(Node):
     hang_s: float = MISSING
 
     def rules(self) -> Rules:
-        yield self.name in ("single", "zero2"), f"name must be single or zero2, is {self.name!r}"
+        yield self.name in ("single", "zero2", "fsdp"), f"name must be single, zero2 or fsdp, is {self.name!r}"
         yield self.hang_s > 0, f"hang_s must be positive, is {self.hang_s:g}"
         yield not self.offload_optimizer or self.name == "zero2", "offload_optimizer: only engine=zero2 can"
 

@@ -116,6 +116,7 @@ def sample(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
+            synced_gpus=False,  # a process draws by itself, from weights that are gathered meanwhile
             logits_processor=LogitsProcessorList(
                 [_GumbelNoise(sampling.temperature, sampling.top_p, seeds, model.device, bar)]
             ),
@@ -194,6 +195,7 @@ def reads_padding(model: PreTrainedModel, prompt: list[int]) -> bool:
                 input_ids=torch.tensor([[prompt[0]] * padding + prompt], device=model.device),
                 attention_mask=mask,
                 generation_config=settings,
+                synced_gpus=False,
             )
         found.append(torch.stack(output.logits).float())
     tolerance = 0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3  # of the largest logit

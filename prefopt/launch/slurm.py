@@ -102,7 +102,7 @@ class Slurm(Launcher):
         if self.processes > 1 and config.engine.name == "single":
             raise UserError(
                 f"launcher.gpus={self.gpus} and launcher.nodes={self.nodes} are {self.processes} processes, and engine="
-                "single trains in one: add engine=zero2."
+                "single trains in one: add engine=fsdp or engine=zero2."
             )
 
     @property

@@ -26,8 +26,7 @@ def freeze(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     # A subclass of Embedding may compute with its weight.
     kept = {id(m.weight) for m in tables if type(m) is not nn.Embedding or not holds_exactly(m.weight)}
     for name, module in model.named_modules():
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if (is_linear and name != "score") or type(module) is nn.Embedding:
+        if is_product(name, module) or type(module) is nn.Embedding:
             weight = cast(Tensor, module.weight)
             if weight.dtype == torch.float32 and id(weight) not in kept:  # weights of 4 bits are not
                 weight.data = weight.data.to(torch.bfloat16)
@@ -35,6 +34,18 @@ def freeze(model: PreTrainedModel, precision: str) -> PreTrainedModel:
         if table.weight.dtype == torch.bfloat16:
             table.register_forward_hook(as_float32)
     return model
+
+
+def is_product(name: str, module: nn.Module) -> bool:
+    """Whether autocast rounds the weight of `module`, `name` in its model, for a product. The head of a reward model is
+    applied in float32."""
+    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and name != "score"
+
+
+def products(model: nn.Module) -> set[Tensor]:
+    """The weights that autocast rounds wherever they are used: those of `is_product` that are no embeddings, too."""
+    found = {cast(Tensor, m.weight) for name, m in model.named_modules() if is_product(name, m)}
+    return found - {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
 
 
 def holds_exactly(weight: Tensor) -> bool:

@@ -4,10 +4,10 @@ The head is applied only to the hidden states that predict a completion token, t
 become float32 before the log-sum-exp, whatever the model's precision. Policy and reference use the same function.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from prefopt.data.collate import Batch
 from prefopt.models.chunked_logprobs import LogitTransform, chunked_logps
 from prefopt.models.packed_attention import NAME as SEGMENTS
 
+T = TypeVar("T")
+AS_FORWARD = "prefopt_as_forward"  # the method by which an engine that has shared a model out computes with it
 
-@dataclass(frozen=True)
-class Logps:
+
+class Logps(NamedTuple):
     """For the completions of a batch, `(C,)` float32 each. `sums`: their log-probs in nats. `lengths`: their tokens.
 
     `tokens`: `(C, longest)`, the log-probs of their tokens, 0 behind their ends.
@@ -59,7 +61,15 @@ class LogprobComputer:
         prefixes: bool = False,
     ) -> Logps:
         with autocast(model.device, self.precision):
-            return completion_logps(model, batch, entropies, self.tiled, on_policy, prefixes)
+            return as_forward(
+                model, lambda model: completion_logps(model, batch, entropies, self.tiled, on_policy, prefixes)
+            )
+
+
+def as_forward(model: PreTrainedModel, compute: Callable[[PreTrainedModel], T]) -> T:
+    """`compute(model)`: tensors, or a tuple or dict of them. Where an engine has shared the weights out, they are
+    gathered for it as for a forward pass."""
+    return getattr(model, AS_FORWARD, lambda compute: compute(model))(compute)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -156,6 +156,11 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> None:
         cast(nn.Linear, model.score).requires_grad_(True)
 
 
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether there is an adapter in `model`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def exchange_dropout(model: PreTrainedModel) -> None:
     """Put dropout that does not depend on the micro-batches in place of the new adapter's."""
     noise, number = Noise(), 0

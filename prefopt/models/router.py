@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.data.collate import Batch
 from prefopt.errors import UserError
@@ -15,17 +15,17 @@ from prefopt.errors import UserError
 ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
-def has_experts(model: PreTrainedModel) -> bool:
-    """Whether the model's configuration names experts, as every mixture of experts in transformers does."""
-    values = vars(model.config.get_text_config())
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model's configuration names experts, as every mixture of experts in transformers does."""
+    values = vars(config.get_text_config())
     return any("experts" in name and isinstance(n, int) and n > 1 for name, n in values.items())
 
 
 def balancing_loss(model: PreTrainedModel) -> Callable[..., Tensor]:
     """`load_balancing_loss_func` of the model's module. Raises UserError for a model whose module has none."""
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if not has_experts(model) or function is None or list(inspect.signature(function).parameters) != ARGUMENTS:
-        why = "has no load-balancing loss in transformers" if has_experts(model) else "is no mixture of experts"
+    if not has_experts(model.config) or function is None or list(inspect.signature(function).parameters) != ARGUMENTS:
+        why = "has no load-balancing loss in transformers" if has_experts(model.config) else "is no mixture of experts"
         raise UserError(
             "model.router_aux_loss_coef weighs a mixture of experts' load-balancing loss, and "
             f"{model.config.model_type} {why}: set it to 0."

@@ -56,6 +56,10 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
     load.check_trainable(config.model)
     max_positions = load.check_model(config.model)
     load.check_decoder(config.model)
+    if config.engine.name == "fsdp" and has_experts(load.read_config(config.model)):
+        raise UserError(
+            f"engine=fsdp does not train a mixture of experts, as {config.model.path} is: use engine=zero2."
+        )
     if other := reference_model(config):
         load.check_model(other, "reference_model")
     for other in further_references(config):
@@ -328,7 +332,7 @@ def load_frozen(config: TrainConfig, other: ModelConfig | None, layout: Layout) 
 def build_router_loss(config: TrainConfig, policy: PreTrainedModel) -> RouterLoss | None:
     """The load-balancing loss of a mixture of experts, where model.router_aux_loss_coef asks for it; says whether."""
     coef = config.model.router_aux_loss_coef
-    if has_experts(policy):
+    if has_experts(policy.config):
         what = f"added, times model.router_aux_loss_coef={coef:g}" if coef else "none (model.router_aux_loss_coef=0)"
         log.info(f"  mixture of experts: load-balancing loss {what}")
     return RouterLoss(policy, coef) if coef else None
@@ -343,9 +347,13 @@ def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
         checkpoint_activations(policy)
     if config.engine.name == "single":
         return Engine(policy, config.optimizer)
+    if config.engine.name == "fsdp":
+        from prefopt.training.fsdp import Fsdp
+
+        return Fsdp(policy, config.optimizer, config.precision)
     from prefopt.training.zero2 import Zero2
 
-    return Zero2(policy, config.optimizer, config.engine.offload_optimizer)
+    return Zero2(policy, config.optimizer, config.engine.offload_optimizer, config.precision)
 
 
 def format_trained(config: TrainConfig, policy: PreTrainedModel) -> str:

@@ -146,9 +146,10 @@ def state_bytes(config: TrainConfig, engine: Engine) -> int:
     weights = sum(p.numel() * p.element_size() for p in engine.policy.parameters())
     trained = sum(p.numel() for p in engine.parameters.values())
     moment = 1 if config.optimizer.eight_bit else FLOAT32_BYTES
-    # ZeRO-2 shares gradients and moments out among the processes.
+    # Several processes share gradients and moments out, and with engine=fsdp the weights.
     state = trained * (FLOAT32_BYTES + ADAMW_MOMENTS * moment) // world_size()
-    return weights * (2 if config.reference == "resident" else 1) + state
+    resident = weights if config.reference == "resident" else 0
+    return (weights // world_size() if engine.sharded else weights) + resident + state
 
 
 def policy_bytes(config: TrainConfig, policy: PreTrainedModel) -> int:

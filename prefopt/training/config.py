@@ -238,6 +238,11 @@ def train_problems(config: TrainConfig) -> list[str]:
                 "reference_sync moves the reference's weights towards the policy's, and below an adapter these do not "
                 "change: set peft=none"
             )
+        if config.engine.name != "single":
+            problems.append(
+                "reference_sync reads the policy's weights, and with several processes none has them as they are "
+                "trained: leave engine=single"
+            )
         if config.reference_model:
             problems.append("reference_sync and reference_model do not go together: the reference begins as the policy")
     if config.multi_reference.models and config.reference != "cached":
@@ -250,8 +255,8 @@ def train_problems(config: TrainConfig) -> list[str]:
             "reference=adapter_off is the policy without its adapter, and there is none: add peft=lora_attention or "
             "peft=lora_attention_mlp, or leave reference=cached"
         )
-    if config.optimizer.eight_bit and config.engine.name != "single":
-        problems.append("optimizer=adamw_8bit and engine=zero2 do not go together; use optimizer=adamw")
+    if config.engine.name != "single":
+        problems += engine_problems(config)
     if quantize and config.reference == "resident":
         problems.append("peft.quantize: use reference=cached or adapter_off, which need no second copy")
     if quantize and config.model.adapter:
@@ -259,9 +264,21 @@ def train_problems(config: TrainConfig) -> list[str]:
             "peft.quantize and model.adapter do not go together: merge the adapter into a model first (merge_adapter="
             "true in the run that trains it)"
         )
-    if quantize and config.engine.name != "single":
-        problems.append("peft.quantize and engine=zero2 do not go together")
     return problems + hardware_problems(config)
+
+
+def engine_problems(config: TrainConfig) -> list[str]:
+    """What does not go with the engine for several processes."""
+    engine, problems = f"engine={config.engine.name}", []
+    if config.optimizer.eight_bit:
+        problems.append(f"optimizer=adamw_8bit and {engine} do not go together; use optimizer=adamw")
+    if config.peft.quantize:
+        problems.append(
+            f"peft.quantize and {engine} do not go together; without it the weights below the adapter are bfloat16"
+        )
+    if config.compile and config.engine.name == "fsdp":
+        problems.append(f"compile and {engine} do not go together; leave it out")
+    return problems
 
 
 def resolve(config: TrainConfig) -> None:

@@ -1,16 +1,18 @@
 """The engine: backward, clip, optimizer step and state. This one is plain PyTorch in one process."""
 
+import contextlib
+import copy
 import importlib.metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefopt.config.schema import EngineConfig, OptimizerConfig
 from prefopt.errors import UserError
 from prefopt.training.optim import adamw
-from prefopt.utils.distributed import world_size
+from prefopt.utils.distributed import is_main_process, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +25,7 @@ def check_engine(config: EngineConfig) -> None:
     if config.name == "single" and world_size() > 1:
         raise UserError(
             f"this was started as {world_size()} processes (WORLD_SIZE), and engine=single trains in one: add "
-            "engine=zero2, or start one."
+            "engine=fsdp or engine=zero2, or start one."
         )
     if config.name == "zero2":
         try:
@@ -42,6 +44,8 @@ class Engine:
 
     Gradients add up over `backward` calls until `step`. Nothing is averaged: the caller divides its losses.
     """
+
+    sharded = False  # whether a forward pass of the policy is a collective
 
     def __init__(self, policy: "PreTrainedModel", config: OptimizerConfig):
         self.policy = policy
@@ -77,8 +81,21 @@ class Engine:
         """Clear the gradients without a step."""
         self.optimizer.zero_grad()
 
+    def unsharded(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, each process has all weights of the policy, to compute with them alone and without gradient."""
+        return contextlib.nullcontext()
+
+    def gathered(self) -> contextlib.AbstractContextManager["PreTrainedModel"]:
+        """The policy with its weights as they are trained, for an export by the main process."""
+        return contextlib.nullcontext(self.policy)
+
+    def local(self) -> dict[str, Tensor]:
+        """What this process holds of the trained weights."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """{"weights", "moments"}: named tensors, which `load_state` restores bit for bit."""
+        """{"weights", "moments"}: named tensors, which `load_state` restores bit for bit. They are whole, whatever the
+        engine, in the main process; of several processes the others get none."""
         moments = {
             # In bitsandbytes the step is an int, and parameters share quantization maps. A safetensors file cannot hold
             # one tensor under two names, so the maps are cloned.
@@ -89,7 +106,8 @@ class Engine:
         return {"weights": {name: p.detach() for name, p in self.parameters.items()}, "moments": moments}
 
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Restore what `state` returned. Raises KeyError unless the names are those of the trainable parameters."""
+        """Restore what `state` returned, by what the main process has of it. Raises KeyError unless the names are those
+        of the trainable parameters."""
         weights, moments = state["weights"], state["moments"]
         self.check_names(weights)
         with torch.no_grad():
@@ -107,3 +125,28 @@ class Engine:
         """Raise KeyError unless `weights` has exactly the names of the trainable parameters."""
         if weights.keys() != self.parameters.keys():
             raise KeyError(f"parameters differ: {sorted(weights.keys() ^ self.parameters.keys())[:5]}")
+
+
+def without_weights(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy of `model` on the CPU, whose parameters have shapes alone."""
+    memo: dict[int, Any] = {id(b): b.detach().cpu().clone() for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def with_weights(shell: "PreTrainedModel", weights: dict[str, Tensor]) -> "PreTrainedModel":
+    """A copy of `without_weights` that has these weights; the others stay shapes."""
+    parameters = {name: p for name, p in shell.named_parameters() if name in weights}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(weights[name].detach(), p.requires_grad) for name, p in parameters.items()
+    }
+    return copy.deepcopy(shell, memo)
+
+
+def in_main(value: Tensor) -> Tensor | None:
+    """`value` on the CPU in the main process, None elsewhere."""
+    return value.detach().cpu() if is_main_process() else None
+
+
+def present(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -48,10 +48,11 @@ def evaluate(train_state: TrainState, step: int) -> dict[str, Any]:
     """
     config = train_state.config
     metrics: dict[str, Any] = {}
-    if train_state.heldout_pairs:
-        metrics |= evaluate_pairs(train_state, step, train_state.heldout_pairs)
-    if train_state.prompts:
-        metrics |= sample_metrics(train_state, step)
+    with train_state.engine.unsharded():
+        if train_state.heldout_pairs:
+            metrics |= evaluate_pairs(train_state, step, train_state.heldout_pairs)
+        if train_state.prompts:
+            metrics |= sample_metrics(train_state, step)
 
     log.info(f"  step {step}/{config.total_steps}: {format_evaluation(metrics)}")
     if step == config.total_steps:

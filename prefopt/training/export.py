@@ -32,19 +32,18 @@ from prefopt.utils.files import resolve_path, write_plain_json
 
 @dataclass
 class PolicyExporter:
-    """Writes the policy with its tokenizer and model card.
+    """Writes a policy of this `config` with its tokenizer and model card.
 
     With LoRA the adapter alone is written: the last policy is whole with `merge_adapter`, and every policy is where one
     adapter on the model does not make it (`is_one_adapter`). `card`: the card's text, of the evaluations so far.
     """
 
     config: TrainConfig
-    policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     card: Callable[[list[dict[str, Any]]], str]
 
-    def check(self) -> None:
-        """Export the policy before it is trained, by the same code, with tensors that have a shape and no values.
+    def check(self, policy: PreTrainedModel) -> None:
+        """Export `policy` before it is trained, by the same code, with tensors that have a shape and no values.
 
         The configuration, the tokenizer and the adapter's configuration are written into a folder that is removed
         again, and read from it. The names and shapes of the weights are collected instead of being written, and loaded
@@ -54,7 +53,7 @@ class PolicyExporter:
         """
         try:
             with tempfile.TemporaryDirectory() as name:
-                self._check(Path(name))
+                self._check(policy, Path(name))
         except (UserError, OSError):  # a disk says nothing of the model
             raise
         except Exception as error:  # what code of an architecture, of peft or of transformers raises
@@ -65,11 +64,9 @@ class PolicyExporter:
                 f"model.path={self.config.model.path} as it is before the first step. Take another model.{adapter}"
             ) from error
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, policy: PreTrainedModel, folder: Path) -> None:
         # Weights of 4 bits are exported as the whole weights, loaded again.
-        policy = (
-            load.load_model(self.config.model, "meta") if self.config.peft.quantize else without_values(self.policy)
-        )
+        policy = load.load_model(self.config.model, "meta") if self.config.peft.quantize else without_values(policy)
         with collect_weights() as files:
             if self.config.peft.target_modules:
                 add_adapter(policy, self.config.peft, self.config.seed)
@@ -79,31 +76,31 @@ class PolicyExporter:
             checkpoint.export(policy, self.tokenizer, folder / "policy")
         check_loads(policy, folder / "policy", {name: t for file in files.values() for name, t in file.items()})
 
-    def __call__(self, target: Path, evaluations: list[dict[str, Any]]) -> None:
-        """Write the policy as it is in training into `target`."""
-        if checkpoint.is_one_adapter(self.config, self.policy):
-            self._write_adapter(self.policy, target, self.card(evaluations))
+    def __call__(self, policy: PreTrainedModel, target: Path, evaluations: list[dict[str, Any]]) -> None:
+        """Write `policy` as it is in training into `target`."""
+        if checkpoint.is_one_adapter(self.config, policy):
+            self._write_adapter(policy, target, self.card(evaluations))
         else:
-            self._write(self._whole(), target, evaluations)
+            self._write(self._whole(policy), target, evaluations)
 
-    def final(self, target: Path, evaluations: list[dict[str, Any]]) -> str | None:
-        """Write the policy, which is not trained any more, into `target`. Returns the digest of its whole weights; of
-        an adapter, None."""
-        if checkpoint.is_one_adapter(self.config, self.policy) and not self.config.merge_adapter:
-            self(target, evaluations)
+    def final(self, policy: PreTrainedModel, target: Path, evaluations: list[dict[str, Any]]) -> str | None:
+        """Write `policy`, which is not trained any more, into `target`. Returns the digest of its whole weights; of an
+        adapter, None."""
+        if checkpoint.is_one_adapter(self.config, policy) and not self.config.merge_adapter:
+            self(policy, target, evaluations)
             return None
-        return self._write(self._whole(), target, evaluations)
+        return self._write(self._whole(policy), target, evaluations)
 
-    def _whole(self) -> PreTrainedModel:
-        return self._merged_copy() if self.config.peft.target_modules else self.policy
+    def _whole(self, policy: PreTrainedModel) -> PreTrainedModel:
+        return self._merged_copy(policy) if self.config.peft.target_modules else policy
 
-    def _merged_copy(self) -> PreTrainedModel:
+    def _merged_copy(self, policy: PreTrainedModel) -> PreTrainedModel:
         """The initial weights, loaded again on the CPU, with the adapter merged. Those below it in training may have 4
         bits, or 16, and would round it."""
-        load_again = load.load_reward_model if hasattr(self.policy, "score") else load.load_model
+        load_again = load.load_reward_model if hasattr(policy, "score") else load.load_model
         merged = load_again(self.config.model, "cpu")
         with tempfile.TemporaryDirectory() as aside:
-            save_adapter(self.policy, Path(aside))
+            save_adapter(policy, Path(aside))
             merge_adapter(merged, aside)
         return merged
 

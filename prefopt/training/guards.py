@@ -12,7 +12,7 @@ from prefopt.errors import OutOfMemory, UserError
 from prefopt.tracking.metrics import read_metrics
 from prefopt.training.checkpoint import complete_checkpoints, not_finite
 from prefopt.training.state import MicroBatch, TrainState
-from prefopt.utils.distributed import is_main_process
+from prefopt.utils.distributed import all_gather_object, is_main_process
 from prefopt.utils.files import cache_dir, write_json
 from prefopt.utils.memory import is_out_of_memory
 from prefopt.utils.os_errors import explain, from_text
@@ -32,7 +32,8 @@ def handle_nonfinite_step(
     """
     config, run = train_state.config, train_state.run
     file = run.folder / "nonfinite" / f"step_{step + 1:07d}.json"
-    weights = not_finite({name: p.detach() for name, p in train_state.engine.parameters.items()})
+    found = all_gather_object(not_finite(train_state.engine.local()))
+    weights = list(dict.fromkeys(name for names in found for name in names))
     if is_main_process():
         before = [row for row in read_metrics(run.metrics_file) if row["step"] <= step]
         # JSON has no NaN and no infinity.
@@ -79,7 +80,7 @@ def explain_oom(train_state: TrainState, where: str, micro_batches: Sequence[Mic
                 f"Give {' or '.join(remedies)}: a step stays one of {config.batch_size} pairs, and the run the same, "
                 "which goes on from its last checkpoint. "
                 if remedies
-                else "It is one pair already: use peft=lora_attention, engine=zero2 on more GPUs, or a smaller model. "
+                else "It is one pair already: use peft=lora_attention, engine=fsdp on more GPUs, or a smaller model. "
             )
             + f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prefopt.errors import Interrupted, UserError
 from prefopt.tracking.metrics import metrics_damage, read_metrics
@@ -29,7 +30,7 @@ from prefopt.utils.memory import memory_for
 log = logging.getLogger(__name__)
 
 # What helps where memory is short.
-LESS_STATE = "train fewer weights (peft=lora_attention), or engine=zero2 on more GPUs"
+LESS_STATE = "train fewer weights (peft=lora_attention), or engine=fsdp on more GPUs"
 RESUMES = "the same command goes on from the last checkpoint"
 
 
@@ -90,8 +91,9 @@ def train_loop(train_state: TrainState) -> Trained:
                 # Before the checkpoint: a run that resumes from it does not come by this step again.
                 if done in exports and not last and train_state.export:
                     folder = run.folder / "policies" / f"step_{done:07d}"
-                    with memory_for(f"writing the policy after step {done}", RESUMES):
-                        on_main_process(partial(export_policy, train_state, folder, done))
+                    writing = memory_for(f"writing the policy after step {done}", RESUMES)
+                    with writing, train_state.engine.gathered() as policy:
+                        on_main_process(partial(export_policy, train_state, policy, folder, done))
                 # After the last step too: should the disk fill up under the policy, no step is repeated.
                 if interrupted or last or done % config.save_every == 0:
                     with memory_for(f"saving step {done}", RESUMES):
@@ -117,10 +119,10 @@ def heldout_rows(run: Run, last: int) -> list[dict[str, Any]]:
     return [row for row in read_metrics(run.metrics_file) if row["split"] == "heldout" and row["step"] <= last]
 
 
-def export_policy(train_state: TrainState, folder: Path, done: int) -> None:
-    """Write the policy after `done` steps into `folder`."""
+def export_policy(train_state: TrainState, policy: PreTrainedModel, folder: Path, done: int) -> None:
+    """Write the `policy` after `done` steps into `folder`."""
     assert train_state.export
-    train_state.export(folder, heldout_rows(train_state.run, done))
+    train_state.export(policy, folder, heldout_rows(train_state.run, done))
 
 
 def resume(train_state: TrainState) -> tuple[int, "EarlyStopping", dict[str, Any] | None]:
@@ -156,7 +158,7 @@ def checkpoint_damage(run: Run, checkpoint: Path) -> str | None:
 
 
 def save(train_state: TrainState, early_stopping: "EarlyStopping", logger: Loggers, done: int) -> None:
-    """Write a checkpoint after `done` steps. All processes gather the tensors, the main one writes them."""
+    """Write a checkpoint after `done` steps. All processes gather the tensors, the main one has and writes them."""
     tensors = train_state.engine.state() | {"objective": train_state.objective_state} | early_stopping.state()
     if train_state.reference:
         tensors["reference"] = train_state.reference.state()
@@ -199,7 +201,7 @@ class EarlyStopping:
 
     def restore(self, train_state: TrainState) -> None:
         """Give the policy its best weights back."""
-        if self.evaluations_since and self.weights:
+        if broadcast(bool(self.evaluations_since and self.weights)):  # the main process alone has the weights
             log.info(f"  patience: the held-out loss was lowest after step {self.step}, {self.loss:.4f}; back to it")
             train_state.engine.load_state({"weights": self.weights, "moments": {}})
 

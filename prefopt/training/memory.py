@@ -2,14 +2,14 @@
 
 The forward and backward pass of a micro-batch (the job's model, adapter, layout, log-probs and objective, by the code
 that trains) is run on tensors that have a shape and no values, and the bytes that they would take are counted. It
-allocates nothing, and takes a second for a model of any size. The rest is arithmetic: AdamW's moments, and what ZeRO-2
-shares out.
+allocates nothing, and takes a second for a model of any size. The rest is arithmetic: AdamW's moments, and what the
+engines for several processes share out.
 """
 
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from prefopt.data.collate import LAYOUTS
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.models import packed_attention
-from prefopt.models.frozen import freeze
+from prefopt.models.frozen import freeze, products
 from prefopt.models.load import finalize, fit_tokenizer
 from prefopt.models.logprobs import LogprobComputer, Logps, autocast_weight_cache
 from prefopt.models.lora import add_adapter, checkpoint_activations, freeze_unreached, train_mode
@@ -47,14 +47,17 @@ class StepMemory:
     """What one process holds at the fullest moment of a micro-batch, in bytes. All gradients are there already, as they
     are from a step's second micro-batch on, and so are the moments."""
 
-    weights: int  # the policy's, and those of a resident reference
+    weights: int  # the policy's, with those that are gathered for a while, and those of a resident reference
     gradients: int
     optimizer: int  # the moments, and ZeRO-2's own copy of the weights
     activations: int  # all else: activations, logits, copies of weights in bfloat16
+    # Outside of the steps: weights and moments while all weights are whole, as the model is loaded or evaluated.
+    whole: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """The most that is held at any time."""
+        return max(self.weights + self.gradients + self.optimizer + self.activations, self.whole)
 
 
 class TracedStep:
@@ -84,8 +87,13 @@ class TracedStep:
         elif config.reference == "adapter_off":
             reference = AdapterOff(policy, score)
         freeze_unreached(policy)
+        self.loaded = weight_bytes(policy, config.peft.quantize)
         if config.peft.target_modules:
             add_adapter(policy, config.peft, config.seed)
+        # What an engine for several processes holds in bfloat16 while it computes, and trains in float32.
+        self.rounded: Set[Tensor] = set()
+        if config.precision == "bfloat16" and config.engine.name != "single" and not config.peft.target_modules:
+            self.rounded = {p for p in products(policy) if p.requires_grad}
         if config.gradient_checkpointing:
             checkpoint_activations(policy)
         self.state = TrainState(
@@ -110,16 +118,52 @@ class TracedStep:
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         gradients = FLOAT32_BYTES * trained
         optimizer = ADAMW_MOMENTS * trained * (1 if config.optimizer.eight_bit else FLOAT32_BYTES)
+        weights = sum(weight_bytes(model, config.peft.quantize) for model in models)
+        if config.engine.name == "fsdp":
+            resident = weights - weight_bytes(policy, False)
+            shards, gathered, of_gathered, whole = self.shared_out()
+            optimizer //= self.processes
+            return StepMemory(
+                weights=shards + gathered + resident,
+                gradients=gradients // self.processes + of_gathered,
+                optimizer=optimizer,
+                activations=self.activations(pairs),
+                whole=resident + max(self.loaded, shards + whole + optimizer),
+            )
         if config.engine.name == "zero2":
+            weights -= 2 * sum(p.numel() for p in self.rounded)  # their masters are in the optimizer's state
             gradients = gradients // self.processes + FLOAT32_BYTES * BUCKET
             optimizer = (optimizer + FLOAT32_BYTES * trained) // self.processes  # with its copy of the weights
             if config.engine.offload_optimizer:
                 optimizer = 0
-        return StepMemory(
-            weights=sum(weight_bytes(model, config.peft.quantize) for model in models),
-            gradients=gradients,
-            optimizer=optimizer,
-            activations=self.activations(pairs),
+        return StepMemory(weights, gradients, optimizer, self.activations(pairs), self.loaded)
+
+    def shared_out(self) -> tuple[int, int, int, int]:
+        """What a process has of the policy with engine=fsdp, in bytes: its shards; the weights that are gathered at a
+        time, and their gradients before they are summed up; all weights, as they are gathered."""
+        from prefopt.training.fsdp import parts_of
+
+        policy = self.state.engine.policy
+        *parts, (_, own, dtype) = parts_of(policy, self.config.precision)
+
+        def held(parameters: Sequence[Tensor], dtype: torch.dtype | None) -> int:
+            return sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
+
+        def trained(parameters: Sequence[Tensor]) -> list[Tensor]:
+            return [p for p in parameters if p.requires_grad]
+
+        vectors = held([p for p in policy.parameters() if p.ndim < 2], None)
+        shards = vectors + (held(list(policy.parameters()), None) - vectors) // self.processes
+        # The part that computes, and the next one, which is on its way; the rest of the model stays.
+        largest = sorted((held(*part[1:]) for part in parts), reverse=True)[:2]
+        # Gradients are copied in float32 to be summed up.
+        waiting = [held(trained(p), d) + FLOAT32_BYTES * sum(x.numel() for x in trained(p)) for _, p, d in parts]
+        of_gathered = held(trained(own), dtype) + max(waiting, default=0)
+        return (
+            shards,
+            held(own, dtype) + sum(largest),
+            of_gathered,
+            sum(held(p, d) for _, p, d in [*parts, (0, own, dtype)]),
         )
 
     def activations(self, pairs: Sequence[TokenizedPair]) -> int:
@@ -145,11 +189,11 @@ class TracedStep:
         (micro_batch,) = state.collate([list(pairs)])
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
-            policy, *frozen = [with_fakes(model) for model in models]
+            policy, *frozen = [with_fakes(model, self.rounded) for model in models]
             for p in policy.parameters():
-                if p.requires_grad and config.engine.name != "zero2":
+                if p.requires_grad and config.engine.name == "single":
                     p.grad = torch.zeros_like(p)
-                elif p.requires_grad:  # they leave for the bucket at once
+                elif p.requires_grad:  # they leave for the bucket, or are counted with what is gathered
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         reference = state.reference
         if isinstance(reference, Resident):
@@ -205,11 +249,12 @@ def first_layers(model: PreTrainedModel, n: int) -> Iterator[None]:
         decoder.layers = layers
 
 
-def with_fakes(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with new tensors of the same shapes, on the CPU."""
+def with_fakes(model: PreTrainedModel, rounded: Set[Tensor]) -> PreTrainedModel:
+    """A copy of `model` with new tensors of the same shapes, on the CPU; the parameters in `rounded` are bfloat16."""
     memo: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        dtype = torch.bfloat16 if p in rounded else p.dtype
+        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
     return copy.deepcopy(model, memo)
 
 

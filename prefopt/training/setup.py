@@ -274,9 +274,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     if plan.origin:
         plan.origin.check_model(loaded)
     of_adapter = is_one_adapter(config, policy)
-    exporter = PolicyExporter(config, policy, tokenizer, lambda rows: model_card(run.record, of_adapter, rows))
+    exporter = PolicyExporter(config, tokenizer, lambda rows: model_card(run.record, of_adapter, rows))
     if is_main_process():
-        exporter.check()
+        exporter.check(policy)
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
     with memory_for("checking the layout on a few pairs", half, smaller):
         layout = build_layout(config, policy, digest, train_pairs)
@@ -295,7 +295,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         reference, initial = build_reference(config, objective, *models), build_initial(config, objective, *models)
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
-    with memory_for("making the optimizer", "peft=lora_attention, or engine=zero2 on more GPUs"):
+    with memory_for("making the optimizer", "peft=lora_attention, or engine=fsdp on more GPUs"):
         engine = build_engine(config, policy)
     log_wrapped(log, memory_line(config, engine))
     router_loss = build_router_loss(config, policy)
@@ -324,9 +324,10 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     with memory_for("training", half, "gradient_checkpointing=true"):
         trained = train_loop(train_state)
 
+    writing = memory_for("writing the policy", "the same command, which goes on from the last step")
+    with writing, engine.gathered() as whole:
+        final_weights = exporter.final(whole, run.policy_folder, trained.evaluations) if is_main_process() else None
     if is_main_process():
-        with memory_for("writing the policy", "the same command, which goes on from the last step"):
-            final_weights = exporter.final(run.policy_folder, trained.evaluations)
         run.finish(
             evaluations=trained.evaluations,
             metrics=trained.metrics,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.collate import LAYOUTS, Batch, Layout
 from prefopt.data.items import Message
@@ -30,8 +30,8 @@ class TrainState:
     """Everything one run needs.
 
     `reference` is None where a reward model is trained, `initial` is the policy that the run began with where the
-    objective needs it and the reference is another model. `prompts` are the held-out ones that get a sample, `export`
-    writes the policy as it is, and what its evaluations were, into a folder. `router_loss` is None unless it is added
+    objective needs it and the reference is another one. `prompts` are the held-out ones that get a sample, `export`
+    writes a policy, and what its evaluations were, into a folder. `router_loss` is None unless it is added
     to the objective's loss, and `objective_state` is what the objective carries from step to step.
     """
 
@@ -47,7 +47,7 @@ class TrainState:
     prompts: list[list[Message]]
     oracle: RewardScorer | None
     layout: Layout = LAYOUTS["padded"]
-    export: Callable[[Path, list[dict[str, Any]]], None] | None = None
+    export: Callable[[PreTrainedModel, Path, list[dict[str, Any]]], None] | None = None
     router_loss: RouterLoss | None = None
     initial: Reference | None = None
     objective_state: dict[str, Tensor] = field(init=False)

@@ -1,5 +1,6 @@
 """One optimizer step: forward, objective, backward, in micro-batches."""
 
+import contextlib
 import logging
 import math
 import time
@@ -14,8 +15,9 @@ from torch import Tensor
 from prefopt.data.collate import Batch, completions_of
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.models.dropout import seed_pairs, without_dropout
-from prefopt.models.logprobs import Logps, autocast, autocast_weight_cache, completion_rewards
+from prefopt.models.logprobs import Logps, as_forward, autocast, autocast_weight_cache, completion_rewards
 from prefopt.models.lora import train_mode
+from prefopt.models.reference import AdapterOff
 from prefopt.objectives import GROUP, SIDES
 from prefopt.objectives.base import (
     DIFFERENTIABLE,
@@ -47,7 +49,9 @@ def train_step(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     config, engine = train_state.config, train_state.engine
     began = time.monotonic()
     where = f"step {step + 1}"
-    with train_mode(engine.policy), autocast_weight_cache(), explain_oom(train_state, where, micro_batches):
+    # Casts of weights that were gathered for a moment would stay for the whole step.
+    cache = contextlib.nullcontext() if engine.sharded else autocast_weight_cache()
+    with train_mode(engine.policy), cache, explain_oom(train_state, where, micro_batches):
         scored = accumulate_gradients(train_state, step, micro_batches)
     if config.gradient_checkpointing and (lacking := engine.without_gradient()):
         raise RuntimeError(f"gradient_checkpointing: {len(lacking)} trainable tensors got no gradient: {lacking[:3]}")
@@ -151,6 +155,7 @@ def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[Micr
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
+            reference_stand_in(train_state, micro_batch)
             zero_backward(train_state, micro_batch)
             continue
         inputs = forward_pairs(train_state, micro_batch, total)
@@ -181,6 +186,9 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
             seed_dropout(train_state, step, micro_batch)
             if micro_batch.pairs:
                 parts.append(forward_pairs(train_state, micro_batch, total))
+            elif engine.sharded:
+                stand_in(train_state, micro_batch, 1)
+                stand_in(train_state, micro_batch, lacking_mismatched(train_state, micro_batch))
         inputs = step_inputs(train_state, step, all_gather_pairs(train_state, parts))
 
     leaves = {name: getattr(inputs, name).requires_grad_() for name in inputs.tensors() if name in DIFFERENTIABLE}
@@ -227,6 +235,41 @@ def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:
     train_state.engine.backward(loss)
 
 
+def stand_in(train_state: TrainState, micro_batch: MicroBatch, passes: int) -> None:
+    """Forward passes of policy and reference whose results do not count, without gradient."""
+    batch = micro_batch.batch.to(train_state.engine.device)
+    for _ in range(passes):
+        with torch.no_grad(), without_dropout(train_state.engine.policy):
+            forward_policy(train_state, batch)
+        reference_stand_in(train_state, micro_batch)
+
+
+def lacking_mismatched(train_state: TrainState, micro_batch: MicroBatch) -> int:
+    """How many fewer micro-batches of mismatched completions this process has than another, where the processes gather
+    weights for each. A collective then."""
+    if not train_state.engine.sharded or "mismatched" not in train_state.objective.needs:
+        return 0
+    n = len(micro_batch.mismatched) if micro_batch.pairs else 0  # of a stand-in they are not scored
+    return max(all_gather_object(n)) - n
+
+
+def reference_stand_in(train_state: TrainState, micro_batch: MicroBatch) -> None:
+    """The references' passes over a micro-batch without pairs, where they are passes of all processes."""
+    if not train_state.engine.sharded:
+        return
+    asked = [train_state.reference] if reads_reference(train_state) else []
+    for reference in [*asked, train_state.initial]:
+        if isinstance(reference, AdapterOff):
+            reference.logps([], micro_batch.batch.to(train_state.engine.device))
+
+
+def reads_reference(train_state: TrainState) -> bool:
+    """Whether the objective asks for `train_state.reference`, which is also the initial policy unless that is kept
+    beside it."""
+    needs = train_state.objective.needs
+    return "reference" in needs or ("initial" in needs and train_state.initial is None)
+
+
 def all_gather_pairs(train_state: TrainState, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
     """The scored pairs of all processes, in the order of a single process: `TrainState.step_micro_batches` deals pair i
     to process i modulo n."""
@@ -258,7 +301,8 @@ def forward_pairs(
     needs = train_state.objective.needs
     batch = micro_batch.batch.to(train_state.engine.device)
     inputs, logps = forward_policy(train_state, batch)
-    if reference or "reference" in needs:
+    found = None
+    if reference or reads_reference(train_state):
         assert train_state.reference is not None
         found = train_state.reference.logps(micro_batch.pairs, batch, "prefixes" in needs)
         inputs |= split_completions(train_state, "reference_{}_logps", found.sums, batch)
@@ -276,14 +320,20 @@ def forward_pairs(
         inputs |= split_completions(train_state, "mismatched_{}_logratios", logratios, batch)
     if "others" in train_state.objective.completions:
         assert logps is not None
-        inputs["group"] = group_inputs(train_state, micro_batch.pairs, batch, logps, total)
+        inputs["group"] = group_inputs(train_state, micro_batch.pairs, batch, logps, found, total)
     return PairInputs(**inputs)
 
 
 def group_inputs(
-    train_state: TrainState, pairs: Sequence[TokenizedPair], batch: Batch, logps: Logps, total: StepCounts
+    train_state: TrainState,
+    pairs: Sequence[TokenizedPair],
+    batch: Batch,
+    logps: Logps,
+    reference: Logps | None,
+    total: StepCounts,
 ) -> GroupInputs:
-    """What an objective reads of B groups whose responses `batch` holds. `logps` are the policy's."""
+    """What an objective reads of B groups whose responses `batch` holds. `logps` are the policy's, `reference` the
+    reference's where they were asked for."""
     needs, mask = train_state.objective.needs, batch.grid >= 0
 
     def by_group(values: Tensor) -> Tensor:
@@ -302,11 +352,10 @@ def group_inputs(
         "policy_logps": by_group(logps.sums),
         "mean_tokens": batch.lengths.new_tensor(total.group_tokens / total.pairs),
     }
-    models = {"reference": train_state.reference, "initial": train_state.initial or train_state.reference}
-    for name, model in models.items():
+    initial = train_state.initial.logps(pairs, batch) if train_state.initial else reference
+    for name, scored in (("reference", reference), ("initial", initial)):
         if name in needs:
-            assert model is not None
-            scored = model.logps(pairs, batch)
+            assert scored is not None
             found[f"{name}_logps"] = by_group(scored.sums)
             if "tokens" in needs:
                 assert scored.tokens is not None
@@ -322,6 +371,7 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
     """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones. They measure how
     far the policy is from the reference, so an adapter's dropout is off."""
     assert train_state.reference is not None
+    lacking = lacking_mismatched(train_state, micro_batch)
     parts: list[Tensor] = []
     order: dict[int, int] = {}
     for pairs, batch, _ in micro_batch.mismatched:
@@ -330,6 +380,7 @@ def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Te
             policy = train_state.score(train_state.engine.policy, batch).sums
         parts.append((policy - train_state.reference.logps(pairs, batch).sums).view(2, -1))
         order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
+    stand_in(train_state, micro_batch, lacking)
     places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
     return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
 
@@ -340,7 +391,7 @@ def forward_policy(train_state: TrainState, batch: Batch) -> tuple[dict[str, Any
     which read the log-probs themselves, of all completions."""
     if train_state.objective.model_kind == "reward_model":
         with autocast(train_state.engine.device, train_state.config.precision):
-            rewards = completion_rewards(train_state.engine.policy, batch)
+            rewards = as_forward(train_state.engine.policy, lambda policy: completion_rewards(policy, batch))
             return split_completions(train_state, "policy_{}_rewards", rewards, batch), None
     needs = train_state.objective.needs
     further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs

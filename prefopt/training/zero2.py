@@ -2,25 +2,30 @@
 
     torchrun --nproc-per-node=8 -m prefopt.train engine=zero2 objective=dpo
 
-Every process holds all weights, in float32, and computes its share of each step's pairs. Some of DeepSpeed's defaults
+Every process holds all weights and computes its share of each step's pairs. With precision=bfloat16 the weights of
+linear layers are held in bfloat16, to which autocast would round them, and their float32 masters are in the partitions
+of the optimizer's state; an adapter stays in float32. Some of DeepSpeed's defaults
 are switched off: the caller owns the denominator, gradients add up in float32 until `step`, no loss is scaled, and
 communication does not overlap with computation (older versions computed wrong gradients then). Checkpoints hold the
 whole state, not shards, so a run can resume with another number of processes.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from prefopt.config.schema import OptimizerConfig
-from prefopt.training.engine import Engine
+from prefopt.models.frozen import products
+from prefopt.models.lora import has_adapter
+from prefopt.training.engine import Engine, in_main, present, with_weights, without_weights
 from prefopt.training.optim import adamw
-from prefopt.utils.distributed import world_size
+from prefopt.utils.distributed import broadcast, is_main_process, world_size
 
 
 class _Pass(nn.Module):
@@ -41,20 +46,26 @@ class _Pass(nn.Module):
 class Zero2(Engine):
     """An `Engine` over several processes. Its methods are collective: all processes must call them equally often."""
 
-    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool):
+    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, offload: bool, precision: str):
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it; a process without torchrun has none
         import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
 
         # DeepSpeed calls a deprecated function, and every process would print the warning.
         warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
         self.policy = policy
         self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        optimizer = adamw(policy, config)
+        masters = {}
+        if precision == "bfloat16" and not has_adapter(policy):
+            masters = round_products(policy, optimizer)
+        self._shell = without_weights(policy) if masters else None
         self._reached: set[str] = set()
         for name, p in self.parameters.items():
             p.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
         self.deepspeed, *_ = deepspeed.initialize(
             model=_Pass(self.parameters.values()),
-            optimizer=adamw(policy, config),
+            optimizer=optimizer,
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # required, and not used: the loop makes the micro-batches
@@ -71,6 +82,8 @@ class Zero2(Engine):
             },
         )
         self.zero: Any = self.deepspeed.optimizer
+        for p, master in masters.items():
+            safe_set_full_fp32_param(p, master.to(self.device))
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over processes. Here the losses of all processes add up to the step's loss.
@@ -107,32 +120,42 @@ class Zero2(Engine):
             self.zero.all_grad_tensors = dict.fromkeys(self.zero.all_grad_tensors)
         self._reached.clear()
 
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[PreTrainedModel]:
+        if self._shell is None:
+            yield self.policy
+            return
+        weights = dict(self.policy.named_parameters()) | self.state()["weights"]
+        yield with_weights(self._shell, weights)
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        weights = {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
-        moments = {}
+        weights = {name: in_main(safe_get_full_fp32_param(p)) for name, p in self.parameters.items()}
+        moments: dict[str, Tensor | None] = {}
         if self.zero.optimizer.state:  # empty before the first step
             self._link()
             step = next(iter(self.zero.optimizer.state.values()))["step"]
             for name, p in self.parameters.items():
-                moments[f"{name}/step"] = step.clone()
+                moments[f"{name}/step"] = in_main(step.clone())
                 for key in ("exp_avg", "exp_avg_sq"):
-                    moments[f"{name}/{key}"] = safe_get_full_optimizer_state(p, key)
-        return {"weights": weights, "moments": moments}
+                    moments[f"{name}/{key}"] = in_main(safe_get_full_optimizer_state(p, key))
+        return {"weights": present(weights), "moments": present(moments)}
 
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         weights, moments = state["weights"], state["moments"]
-        self.check_names(weights)
+        if is_main_process():
+            self.check_names(weights)
         for name, p in self.parameters.items():
+            value = self._from_main(weights.get(name), p.shape)
             with torch.no_grad():
-                p.copy_(weights[name])
-            safe_set_full_fp32_param(p, weights[name].to(self.device))
-        if not moments:
+                p.copy_(value)
+            safe_set_full_fp32_param(p, value)
+        if not broadcast(bool(moments)):
             return
-        step = moments[f"{next(iter(self.parameters))}/step"]
+        step = self._from_main(moments.get(f"{next(iter(self.parameters))}/step"), torch.Size())
         for partition in self.zero.single_partition_of_fp32_groups:
             state_ = self.zero.optimizer.state[partition]
             state_["step"] = step.clone().to(partition.device)
@@ -140,10 +163,38 @@ class Zero2(Engine):
         self._link()
         for name, p in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(p, moments[f"{name}/{key}"].to(self.device), key)
+                safe_set_full_optimizer_state(p, self._from_main(moments.get(f"{name}/{key}"), p.shape), key)
+
+    def _from_main(self, value: Tensor | None, shape: torch.Size) -> Tensor:
+        """The main process's `value`, which has this shape, on the device of each process."""
+        found = torch.empty(shape, device=self.device) if value is None else value.to(self.device)
+        distributed.broadcast(found, 0)
+        return found
 
     def _link(self) -> None:
         """Link each parameter to its moments again. DeepSpeed does it once, within the first step, when the second
         parameter group has no moments yet."""
         self.zero._hp_optimizer_states_linked = False
         self.zero._lazy_init_hp_params_optimizer_state()
+
+
+def round_products(policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
+    """Round `models.frozen.products` to bfloat16, in place, with parameter groups of their own in `optimizer`. Returns
+    their values before, on the CPU.
+
+    DeepSpeed adds gradients up in the type of the first group: that is one of float32.
+    """
+    rounded = products(policy)
+    groups: list[dict[str, Any]] = []
+    for low in (False, True):
+        for group in optimizer.param_groups:
+            params = [p for p in group["params"] if (p in rounded) == low]
+            groups += [{**group, "params": params}] if params else []
+    if not any(p in rounded for p in groups[-1]["params"]) or groups[0]["params"][0] in rounded:
+        return {}  # of one type alone
+    optimizer.param_groups[:] = groups
+    masters = {}
+    for p in (p for group in groups for p in group["params"] if p in rounded):
+        masters[p] = p.data.cpu().clone()
+        p.data = p.data.to(torch.bfloat16)
+    return masters

@@ -40,7 +40,7 @@ BAD = [
     (PeftConfig, {"alpha": 0}, "alpha must be at least 1"),
     (PeftConfig, {"dropout": 1.0}, "dropout must be in"),
     (PeftConfig, {"quantize": True, "target_modules": []}, "quantize freezes the weights"),
-    (EngineConfig, {"name": "fsdp"}, "name must be single or zero2, is 'fsdp'"),
+    (EngineConfig, {"name": "zero3"}, "name must be single, zero2 or fsdp, is 'zero3'"),
     (EngineConfig, {"hang_s": 0.0}, "hang_s must be positive"),
     (EngineConfig, {"offload_optimizer": True}, "offload_optimizer: only engine=zero2 can"),
     (WandbConfig, {"mode": "disabled"}, "mode must be offline or online, is 'disabled'"),
@@ -146,6 +146,7 @@ def test_a_run_refuses_a_bad_value(key, value):
     [
         ({"reference": "cached"}, "reference_sync moves the reference, and reference=cached"),
         ({"reference_model": "m"}, "reference_sync and reference_model do not go together"),
+        ({"engine": GOOD[EngineConfig] | {"name": "fsdp"}}, "leave engine=single"),
         ({"peft": GOOD[PeftConfig]}, "below an adapter these do not change"),
     ],
 )

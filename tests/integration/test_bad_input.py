@@ -378,7 +378,7 @@ TABLE = [
     model("no such layers", lambda folder: None, "none with the name nope in llama. All layers",
           given="peft.target_modules=[nope]", loads=True),
     # The environment
-    config("two processes", "", "WORLD_SIZE", "engine=single trains in one: add engine=zero2", env={"WORLD_SIZE": "2"}),
+    config("two processes", "", "WORLD_SIZE", "engine=single trains in one: add engine=fsdp", env={"WORLD_SIZE": "2"}),
     config("many processes", "", "WORLD_SIZE must be a number, is 'many': unset it", env={"WORLD_SIZE": "many"}),
     config("a cache in a file", "", "PREFOPT_CACHE=train.jsonl", "is a file", env={"PREFOPT_CACHE": "train.jsonl"}),
     # prefopt.sample

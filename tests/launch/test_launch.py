@@ -378,7 +378,7 @@ def test_a_sweep_has_one_launcher(overrides, tmp_path):
     ("changes", "message"),
     [
         (["launcher=slurm", "precision=auto"], "precision=auto asks the machine that trains"),
-        (["launcher=slurm", "launcher.nodes=2"], "single trains in one: add engine=zero2"),
+        (["launcher=slurm", "launcher.nodes=2"], "single trains in one: add engine=fsdp"),
         (["objective.beta=-1"], "objective.beta must be positive, got -1.0"),
     ],
 )

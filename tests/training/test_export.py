@@ -70,7 +70,7 @@ def all_layers(model) -> list[str]:
 def exporter(policy, model: ModelConfig, targets: list[str], merge: bool = True) -> PolicyExporter:
     config = TrainConfig(model=model, peft=PeftConfig(targets, 2, 2, 0.0, False), seed=0)
     config.merge_adapter = merge
-    return PolicyExporter(config, policy, tiny_tokenizer(), lambda rows: f"{len(rows)} evaluations")
+    return PolicyExporter(config, tiny_tokenizer(), lambda rows: f"{len(rows)} evaluations")
 
 
 @pytest.mark.parametrize("kind", ["full", "full-untied", "lora", "untied-lora", "reward", "reward-lora"])
@@ -83,7 +83,7 @@ def test_what_passes_the_check_is_exported_as_it_is(name, kind, tmp_path):
     targets = all_layers(policy) if kind.endswith("lora") else []
     export = exporter(policy, model, targets)
     before = {name: p.clone() for name, p in policy.named_parameters()}
-    export.check()
+    export.check(policy)
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())  # and by the same names
 
     if targets:
@@ -100,8 +100,8 @@ def test_what_passes_the_check_is_exported_as_it_is(name, kind, tmp_path):
         return model.score(hidden) if reward else model.get_output_embeddings()(hidden)
 
     expected = outputs(policy).detach()
-    export(tmp_path / "during", [{}])
-    export.final(tmp_path / "final", [{}, {}])
+    export(policy, tmp_path / "during", [{}])
+    export.final(policy, tmp_path / "final", [{}, {}])
     alone = bool(targets) and not reward
     assert (tmp_path / "during" / "adapter_config.json").is_file() == alone
     if alone:
@@ -158,11 +158,11 @@ def test_weights_that_would_not_be_read_again_are_refused_before_the_first_step(
     policy = load_model(model, "cpu")
     policy.lm_head.weight = policy.model.embed_tokens.weight  # tied, and its configuration does not say so
     with pytest.raises(UserError, match=r"could not be exported after its training: .*lm_head"):
-        exporter(policy, model, []).check()
+        exporter(policy, model, []).check(policy)
     policy = load_model(model, "cpu")
     policy.model.layers[0].mlp.gate = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"1?\d weights would not be read again \(model.layers.0.mlp.gate"):
-        exporter(policy, model, []).check()
+        exporter(policy, model, []).check(policy)
 
 
 def test_a_generation_config_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
@@ -170,7 +170,7 @@ def test_a_generation_config_that_cannot_be_written_is_found_before_the_first_st
     policy = load_model(model, "cpu")
     policy.generation_config.max_new_tokens = -1
     with pytest.raises(UserError, match="could not be exported"):
-        exporter(policy, model, []).check()
+        exporter(policy, model, []).check(policy)
 
 
 def test_nothing_is_written_while_weights_are_collected(tmp_path):
@@ -192,9 +192,9 @@ def test_weights_in_bfloat16_are_the_trained_ones_rounded(kind, tmp_path):
     export.config.export_dtype = "bfloat16"
     if kind == "lora":
         add_adapter(policy, export.config.peft, 0)
-    export(tmp_path / "during", [])
+    export(policy, tmp_path / "during", [])
     assert all(p.dtype == torch.float32 for p in policy.parameters())  # it is trained on
-    digest = export.final(tmp_path / "final", [])
+    digest = export.final(policy, tmp_path / "final", [])
     auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     loaded = auto.from_pretrained(tmp_path / "final")  # as users load it: in the type of its configuration
     assert loaded.dtype == torch.bfloat16

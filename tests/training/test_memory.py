@@ -65,13 +65,21 @@ def test_weights_gradients_and_moments_are_arithmetic(base, tiny_folder):
     small = dataclasses.replace(base.optimizer, eight_bit=True)
     assert found(optimizer=small).optimizer == 2 * n
     shared = found(4, engine=dataclasses.replace(base.engine, name="zero2"))
-    assert (shared.weights, shared.gradients, shared.optimizer) == (4 * n, n + 4 * BUCKET, 3 * n)
+    low = sum(m.weight.numel() for m in loaded.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    assert (shared.weights, shared.gradients, shared.optimizer) == (4 * n - 2 * low, n + 4 * BUCKET, 3 * n)
 
     lora = found(**LORA)
     vectors = sum(p.numel() for p in loaded.parameters() if p.ndim == 1)
     adapter = 2 * 4 * (32 + 32 + 32 + 64)
     assert lora.weights == 2 * n + 2 * vectors + 4 * adapter
     assert (lora.gradients, lora.optimizer) == (4 * adapter, 8 * adapter)
+
+    # Two layers that are alike, and the embeddings, which are the head too: they are gathered in float32.
+    parts = found(4, engine=dataclasses.replace(base.engine, name="fsdp"))
+    shards, table = vectors * 4 + (n - vectors), 4 * (n - vectors - low)
+    assert (parts.weights, parts.optimizer) == (shards + table + 2 * low, 2 * n)
+    assert parts.gradients == n + table + (2 + 4) * low // 2
+    assert parts.whole == max(4 * n, shards + table + 2 * low + 2 * n)
     assert found(reference="resident").weights == full.weights + 2 * n + 2 * vectors
 
 

@@ -499,7 +499,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["launcher=slurm", "launcher.gpus=2"], "2 processes, and engine=single trains in one: add engine=zero2"),
+        (["launcher=slurm", "launcher.gpus=2"], "2 processes, and engine=single trains in one: add engine=fsdp"),
         (["launcher=slurm", "launcher.gpus=0", "precision=auto"], "precision=auto asks the machine that trains"),
         (["objective=dpo,sft"], "objective=sft: objective sft reads no pairs"),
         (["stages=3,100"], "stages=100: 12 different prompts do not suffice"),

@@ -169,7 +169,7 @@ def test_a_process_that_raises_ends_the_job_and_is_heard(overrides, tmp_path):
 def test_several_processes_need_an_engine_for_them(overrides, tmp_path):
     process = run_program(*overrides(tmp_path / "runs"), env={"WORLD_SIZE": "2", "RANK": "0"})
     assert process.returncode == 2
-    assert "add engine=zero2" in process.stderr
+    assert "add engine=fsdp" in process.stderr
     process = run_program("-m", *overrides(tmp_path / "runs"), "engine=zero2", env={"WORLD_SIZE": "2", "RANK": "0"})
     assert process.returncode == 2
     assert "a sweep is started once" in process.stderr

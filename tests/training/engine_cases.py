@@ -1,0 +1,154 @@
+"""What goes with which engine: runs of the program in two processes against one process of the plain engine."""
+
+import contextlib
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefopt.errors import Interrupted
+from prefopt.training.config import check, resolve
+from prefopt.training.setup import prepare_run, run
+from prefopt.utils import signals
+from tests.helpers.tiny import SAMPLED, records, save_tiny, tiny_overrides, write_pairs
+from tests.launch.test_estimate import config as composed
+from tests.training.ranks_cases import in_processes
+
+STEPS = [
+    "steps=4",
+    "batch_size=7",
+    "eval_every=2",
+    "save_every=2",
+    "engine.hang_s=400",
+    "optimizer.eps=1e-3",
+    "optimizer.lr=2e-3",
+]
+LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0.1", "merge_adapter=true"]
+TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("tiny")
+    os.environ["PREFOPT_CACHE"] = str(place / "cache")
+    save_tiny(place / "model")
+    write_pairs(place / "train.jsonl", 12)
+    write_pairs(place / "heldout.jsonl", 6, start=100)
+    return place
+
+
+def train(n: int, folder: Path, runs: Path, options: list[str], stop: bool = False) -> None:
+    """The run of `options` in `n` processes. `stop`: it is asked to stop in its first step."""
+    arguments = [*tiny_overrides(folder / "model", folder, runs), *STEPS, *options]
+    in_processes(n, functools.partial(_train, arguments, stop), runs.with_suffix(".meet"))
+
+
+def _train(arguments: list[str], stop: bool) -> None:
+    torch.set_num_threads(1)
+    signals.install_handlers = lambda: None
+    signals.stop_requested = lambda: stop
+    config = composed(*arguments)
+    check(config)
+    resolve(config)
+    with contextlib.suppress(Interrupted):
+        run(prepare_run(config))
+
+
+def result(runs: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    (record,) = records(runs)
+    assert record["status"] == "finished", record["error"]
+    place = runs / record["name"]
+    rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    return rows, load_file(place / "policy" / "model.safetensors")
+
+
+def assert_same(found, expected) -> None:
+    """With bfloat16, too: what is rounded is the same, and sums are of float32."""
+    (rows, weights), (expected_rows, expected_weights) = found, expected
+    assert len(rows) == len(expected_rows)
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row.keys() == expected_row.keys()
+        for key in row.keys() - TIMING - {"split", "reliability"}:
+            assert row[key] == pytest.approx(expected_row[key], abs=2e-4, rel=1e-4), (row["step"], key)
+    assert weights.keys() == expected_weights.keys()
+    for name, value in weights.items():
+        assert torch.allclose(value, expected_weights[name], atol=1e-5, rtol=0), name
+
+
+FEATURES = {
+    "full": [],
+    "samples": [*SAMPLED, "sampling.batch_size=2"],
+    "step": ["objective=beta_dpo", "objective.nll_weight=0.1", "objective.nll_per=chosen_token"],
+    "micro_batch": ["objective=mmpo", "objective.auxiliary_weight=0.5", "objective.micro_batch_size=2", "batch_size=6"],
+    "mismatched": ["objective=kto"],
+    "mismatched-off": ["objective=kto", "reference=adapter_off", *LORA],
+    "resident": ["reference=resident"],
+    "checkpointing": ["gradient_checkpointing=true"],
+    "padded": ["layout=padded", "logits=dense"],
+    "prefix_shared": ["layout=prefix_shared"],
+    "reward_model": ["objective=reward"],
+    "sft": ["objective=sft", "patience=1", "optimizer.lr=0.02"],
+    "exports": ["exports=2"],
+    "lora": LORA,
+    "lora-off": [*LORA, "reference=adapter_off", *SAMPLED, "gradient_checkpointing=true"],
+    "lora-step": [*LORA, "reference=adapter_off", "objective=beta_dpo"],
+    "lora-reward": [*LORA, "objective=reward"],
+    "bf16": ["precision=bfloat16"],
+    "bf16-lora": [*LORA, "precision=bfloat16", "reference=adapter_off"],
+}
+
+
+PLAIN: dict[str, Any] = {}  # what the plain engine has found, by feature
+
+
+@pytest.fixture
+def plain(folder, tmp_path_factory):
+    """plain(feature) -> the result of the plain engine."""
+
+    def found(feature: str):
+        if feature not in PLAIN:
+            runs = tmp_path_factory.mktemp(feature) / "runs"
+            train(1, folder, runs, FEATURES[feature])
+            PLAIN[feature] = result(runs)
+        return PLAIN[feature]
+
+    return found
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_two_processes_train_as_one(engine, feature, plain, folder, tmp_path):
+    train(2, folder, tmp_path / "runs", [f"engine={engine}", *FEATURES[feature]])
+    found, expected = result(tmp_path / "runs"), plain(feature)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "engines", [("single", "fsdp"), ("fsdp", "single"), ("zero2", "fsdp"), ("fsdp", "zero2")], ids="-".join
+)
+def test_a_run_goes_on_with_another_engine(engines, lora, plain, folder, tmp_path):
+    for engine, stop in zip(engines, (True, False), strict=True):
+        options = [f"engine={engine}", *lora]
+        train(1 if engine == "single" else 2, folder, tmp_path / "runs", options, stop)
+    assert_same(result(tmp_path / "runs"), plain("lora" if lora else "full"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+def test_bfloat16_with_float32_masters_has_the_loss_curve_of_float32(engine, folder, tmp_path):
+    """Over 200 steps, from a loss of log 2 to one near 0."""
+    long = ["steps=200", "eval_every=200", "save_every=200", "optimizer.lr=5e-4", "optimizer.eps=1e-8"]
+    train(1, folder, tmp_path / "float32", long)
+    train(2, folder, tmp_path / "bfloat16", [*long, f"engine={engine}", "precision=bfloat16"])
+    expected, found = (
+        torch.tensor([row["loss"] for row in result(tmp_path / name)[0] if row["split"] == "train"])
+        for name in ("float32", "bfloat16")
+    )
+    assert len(expected) == 200
+    assert expected[-20:].mean() < 0.2
+    assert (found - expected).abs().max() < 0.05

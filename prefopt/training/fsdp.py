@@ -11,7 +11,6 @@ weights for as long as it takes.
 
 import contextlib
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -117,7 +116,7 @@ def parts_of(policy: PreTrainedModel, precision: str) -> list[tuple[nn.Module, l
     and in which type they are gathered (None: in their own). The last one is `policy`, for what is left: it stays
     gathered from the forward to the end of the backward pass."""
     parts: list[nn.Module] = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
-    embeddings, head = cast(nn.Module, policy.get_input_embeddings()), policy.get_output_embeddings()
+    embeddings, head = policy.get_input_embeddings(), policy.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:  # else they are gathered for the head, too
         parts.append(embeddings)
     taken, found = set[nn.Parameter](), []

@@ -80,6 +80,15 @@ def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None
     return Path(baseline).name, ModelConfig(baseline, baseline, None)
 
 
+def check_source(model: ModelConfig, key: str) -> None:
+    """Raise UserError for a model that cannot be found, or has no tokenizer with a chat template. Reads no weights.
+    `key`: what the user calls it."""
+    from prefopt.models.load import check_model, load_tokenizer
+
+    check_model(model, key)
+    load_tokenizer(model)
+
+
 @dataclass(frozen=True)
 class OutputsFile:
     """A model of which there are its answers alone, in a file. It stands where a `Checkpoint` does."""

@@ -28,6 +28,7 @@ from prefopt.evaluation.answers import (
     as_outputs,
     baseline_of,
     check_source,
+    format_unfinished,
     load_answers,
     read_outputs_file,
 )
@@ -68,7 +69,8 @@ def format_results(record: dict[str, Any]) -> Table:
     for name, weight in figures.get("glm", {}).items():
         table.add_row(f"  weight of {name}", f"{weight:.4f}")
 
-    lengths, unfinished = figures["mean_length"], record["unfinished"]
+    lengths = figures["mean_length"]
+    unfinished = {side: format_unfinished(n) for side, n in record["unfinished"].items()}
     table.add_row("mean length, characters", f"{lengths['model']:.0f} against {lengths['baseline']:.0f}")
     table.add_row("answers cut off", f"{unfinished['model']} against {unfinished['baseline']}")
     table.add_row("questions", f"{figures['n']}, of which {figures['equal_outputs']} with equal answers")
@@ -176,7 +178,7 @@ class AlpacaResult:
             "judge": self.judge.describe(),
             "figures": figures,
             "why_not_length_controlled": _why_not_length_controlled(questions, figures),
-            "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
+            "unfinished": {"model": ours.unfinished, "baseline": theirs.unfinished},
             "settings": self.settings,
         }
 

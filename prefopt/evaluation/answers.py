@@ -28,6 +28,15 @@ class Answers:
     finished: list[bool]  # False where the token limit cut the answer off
     weights: str | None  # the digest of the model's weights; None: the answers come from a file
 
+    @property
+    def unfinished(self) -> int | None:
+        """How many the token limit cut off; None where a file does not tell."""
+        return None if self.weights is None else self.finished.count(False)
+
+
+def format_unfinished(n: int | None) -> str:
+    return "not known" if n is None else str(n)
+
 
 def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
     """Sample one answer per question. Answers of the same weights and settings come from the user's cache."""

@@ -22,7 +22,7 @@ from prefopt.config.schema import ModelConfig
 from prefopt.data.items import Message
 from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
-from prefopt.evaluation.answers import baseline_of, check_source, draw
+from prefopt.evaluation.answers import baseline_of, check_source, draw, format_unfinished
 from prefopt.evaluation.arena_figures import GAMES, read_verdict, summarize
 from prefopt.evaluation.benchmark_files import ARENA_HARD, ArenaHard
 from prefopt.evaluation.config import ArenaConfig, check_arena
@@ -192,7 +192,8 @@ def format_results(record: dict[str, Any]) -> Table:
     table.add_row("mean length, characters", f"{model['length']:.0f} against {baseline['length']:.0f}")
     marks = "; ".join(f"{name} {model[name]:.1f} against {baseline[name]:.1f}" for name in MARKDOWN)
     table.add_row("markdown in an answer", marks)
-    table.add_row("answers cut off", f"{record['unfinished']['model']} against {record['unfinished']['baseline']}")
+    ours, theirs = (format_unfinished(record["unfinished"][side]) for side in ("model", "baseline"))
+    table.add_row("answers cut off", f"{ours} against {theirs}")
     if checked := record["judge_check"]:
         agreement = f"{100 * checked['agreement']:.1f} % the same winner, {checked['n']} games"
         table.add_row("the judge beside the published one", agreement)
@@ -328,6 +329,7 @@ class ArenaResult(TextJudgedResult):
         both = {uid: (of_game[uid, 1].value, of_game[uid, 2].value) for uid in self.uids}
         version, baseline = self.benchmark.version, self.baseline
         sides = {"model": ours, "baseline": theirs}
+        drawn = {"model": weights, "baseline": their_weights}
         return rows, {
             "model": self.model_name,
             "weights": weights,
@@ -337,7 +339,10 @@ class ArenaResult(TextJudgedResult):
             "figures": summarize(both, version.quantiles, version.drops_rows) | counted(verdicts),
             "judge_check": self.judge.checked("verdicts"),
             "style": {side: style([given[uid].text for uid in self.uids]) for side, given in sides.items()},
-            "unfinished": {side: sum(not given[uid].finished for uid in self.uids) for side, given in sides.items()},
+            "unfinished": {
+                side: None if drawn[side] is None else sum(not given[uid].finished for uid in self.uids)
+                for side, given in sides.items()
+            },
         }
 
 

@@ -240,8 +240,8 @@ class LanguageModelJudge(Judge):
             raise UserError(f"judge {self.name} needs the package {package}: pip install -e '.[evaluation]'")
         if self.key and not os.environ.get(self.key):
             raise UserError(
-                f"judge {self.name} needs a key in the environment variable {self.key}. Set it, or take a judge that "
-                "needs none: judge=reward_model, or judge=local judge.base_url=URL"
+                f"judge {self.model_name} needs a key in the environment variable {self.key}. Set it, or take a judge "
+                "that needs none, such as judge=local judge.base_url=URL"
             )
         self._check_environment()
 

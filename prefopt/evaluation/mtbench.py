@@ -22,7 +22,7 @@ from prefopt.data.items import Message
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap
-from prefopt.evaluation.answers import draw
+from prefopt.evaluation.answers import draw, format_unfinished
 from prefopt.evaluation.benchmark_files import MT_BENCH_PROMPTS, MT_BENCH_QUESTIONS, MT_BENCH_REFERENCES
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
 from prefopt.evaluation.judged import TextJudgedResult, counted, sampling_of, settings_of, subjects
@@ -237,7 +237,7 @@ def format_results(record: dict[str, Any]) -> Table:
         table.add_row(f"  {name}", "–" if value is None else f"{value:.2f}")
     table.add_row("ratings", f"{figures['judgments']}, of which {figures['missing']} are missing")
     table.add_row("judge asked again", str(figures["asked_again"]))
-    table.add_row("answers cut off", str(record["unfinished"]))
+    table.add_row("answers cut off", format_unfinished(record["unfinished"]))
     if checked := record["judge_check"]:
         table.add_row("the judge beside the published one", f"{checked['difference']:+.2f}, {checked['n']} ratings")
     return table
@@ -301,7 +301,7 @@ class MtbenchResult(TextJudgedResult):
             "metric": metric_name(self.judge.title, self.config.references),
             "figures": summarize(ratings, categories) | counted(verdicts),
             "judge_check": self.judge.checked("ratings"),
-            "unfinished": sum(answer.finished.count(False) for answer in answers.values()),
+            "unfinished": None if weights is None else sum(a.finished.count(False) for a in answers.values()),
         }
 
 

@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from prefopt.config.parse import build
+from omegaconf import MISSING, OmegaConf
+
+from prefopt.config.parse import build, keys_without_field, parse
 from prefopt.data.items import Message
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.clients import Calls, vendor_client
@@ -39,7 +41,6 @@ T = TypeVar("T")
 PASSES = 3  # over the conversations without a verdict
 MOST_MISSING = 0.01  # of the verdicts; with more of them missing there is no result
 LEAST_TOKENS = 2048  # of a reply: shorter ones end before their verdict
-HOW = ("temperature", "max_tokens", "parallel")  # the keys of `judge` that say how it is asked
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ class TextJudge:
                 pending = [talk for talk in talks if talk.value is None]
                 to_ask = self._unknown([talk.messages for talk in pending], file.replies)
                 if to_ask:
-                    what = f"{self.title}: {len(to_ask)} calls for {len(prompts)} prompts (the others are known)"
+                    what = (
+                        f"{self.title}: {len(to_ask)} calls for {len(prompts)} prompts (the others are known or equal)"
+                    )
                     budget.announce(what, self._estimate(to_ask, form.tokens, path))
                     self._ask(list(to_ask.values()), file, calls)
                 for talk in pending:
@@ -285,17 +288,29 @@ class _Talk(Generic[T]):
         return len(self.replies) < PASSES and judge.key(self.messages) not in file.replies
 
 
+@dataclass
+class How:
+    """The keys of `judge` that say how it is asked."""
+
+    temperature: float = MISSING
+    max_tokens: int = MISSING
+    parallel: int = MISSING
+
+
 def build_text_judge(node: Any, max_tokens: int | None = None) -> TextJudge:
-    """The judge that a program's `judge` describes: a choice of conf/judge, and the keys HOW. `max_tokens` stands for a
-    null there. Raises UserError for one that writes no text, and what `LanguageModelJudge.check` does."""
+    """The judge that a program's `judge` describes: a choice of conf/judge, and the keys of `How`. `max_tokens` stands
+    for a null there. Raises UserError for one that writes no text, and what `LanguageModelJudge.check` does."""
     values = dict(node or {})
-    how = {key: values.pop(key) for key in HOW if key in values}
-    if how.get("max_tokens") is None:
-        how["max_tokens"] = max_tokens
     if "_target_" not in values:
         raise UserError("judge is null: give a judge of conf/judge that writes texts, such as judge=gpt4")
+    given = {f.name: values.pop(f.name) for f in fields(How) if f.name in values}
+    if "timeout" in keys_without_field(values):  # the programs set it for every judge
+        del values["timeout"]
     server = build(values, Judge, "judge")
     if not isinstance(server, LanguageModelJudge):
         raise UserError(f"judge: {server.title} writes no text. Give a language model, such as judge=gpt4")
+    if given.get("max_tokens") is None:
+        given["max_tokens"] = max_tokens
+    how = parse(OmegaConf.create(given), How, "judge.")
     server.check()
-    return TextJudge(server, **how)
+    return TextJudge(server, **vars(how))

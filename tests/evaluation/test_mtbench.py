@@ -95,6 +95,7 @@ def test_published_judgments_give_the_published_score(model, tmp_path, capsys, m
         assert figures[key] == pytest.approx(np.mean([row["score"] for row in rows if row["turn"] == turn]))
     assert figures["interval"][0] < figures["score"] < figures["interval"][1]
     assert record["metric"] == "mt_bench (gpt-4-0613, gpt-4 references)"
+    assert record["unfinished"] is None  # a file does not tell
     assert (figures["n"], figures["judgments"], figures["missing"], figures["asked_again"]) == (80, 160, 0, 0)
     assert (server.calls, len(server.asked)) == (160, 160)
     (judgments,) = (tmp_path / "out").glob("*/judgments.jsonl")
@@ -487,7 +488,7 @@ def test_claude_is_asked_in_its_own_way(tmp_path, monkeypatch):
     [
         (None, "judge is null"),
         ({"_target_": "prefopt.evaluation.judges.RewardJudge",
-          "scorer": {"_target_": "prefopt.rewards.scorers.Vader"}}, "writes no text"),
+          "scorer": {"_target_": "prefopt.rewards.scorers.Vader"}, "timeout": 5}, "writes no text"),
     ],
 )  # fmt: skip
 def test_a_judge_that_writes_no_text_is_refused(judge, words):
@@ -508,6 +509,15 @@ def test_settings_that_lose_verdicts_are_refused(how, words):
     server = TextServer(lambda messages, n: "[[5]]")
     with pytest.raises(UserError, match=words):
         judge_at(server, **how)
+
+
+def test_settings_of_another_type_are_refused():
+    config = small_config(TextServer(lambda messages, n: "[[5]]"))
+    for key, value in (("temperature", "hot"), ("max_tokens", "many"), ("parallel", 1.5)):
+        with pytest.raises(UserError, match=f"judge\\.{key}.*{value}"):
+            build_text_judge(config.judge | {key: value})
+    with pytest.raises(UserError, match=r"judge\.max_tokens.* null|judge\.max_tokens.*None"):
+        build_text_judge(config.judge | {"max_tokens": None})
 
 
 def test_a_bad_configuration_is_refused_with_all_that_is_wrong():

@@ -78,8 +78,8 @@ def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None
     if baseline == "initial":
         if run is None:
             raise UserError(
-                "baseline=initial is the model that a run began from. Name another: gpt4_turbo, a run's folder, a "
-                "model, or a FILE of outputs"
+                "baseline=initial is the model that a run began from. Name another: a run's folder, a model, or a FILE "
+                "of answers"
             )
         model = initial_model(run)
         return f"{model.name}-initial", model

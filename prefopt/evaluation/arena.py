@@ -117,10 +117,10 @@ def _answer_text(row: dict[str, Any]) -> str | None:
     """None where there is no answer to one turn."""
     try:
         if "messages" in row:
-            *asked, last = row["messages"]
-            content = last["content"]
+            roles = [message["role"] for message in row["messages"]]  # a system message may lead
+            content = row["messages"][-1]["content"]
             text = content["answer"] if isinstance(content, dict) else content
-            is_answer = len(asked) == 1 and last["role"] == "assistant"
+            is_answer = roles[-1] == "assistant" and roles.count("assistant") == 1
         else:
             (turn,) = row["choices"][0]["turns"]
             text, is_answer = turn["content"] if isinstance(turn, dict) else turn, True

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from prefopt.config.schema import SamplingConfig
 from prefopt.data.items import Message
+from prefopt.data.readers import READABLE, SUFFIXES
 from prefopt.data.sources import digest, read_rows, write_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.answers import OutputsFile, check_source
@@ -20,7 +21,7 @@ from prefopt.generation.responses import GENERATION_PACKAGES
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import Checkpoint, exported_policies
 from prefopt.tracking.provenance import version
-from prefopt.utils.files import atomic_write, safe_name
+from prefopt.utils.files import atomic_write, resolve_path, safe_name
 from prefopt.utils.fingerprint import fingerprint
 from prefopt.utils.store import format_sealed_line
 
@@ -33,6 +34,8 @@ def subjects(config: JudgedConfig) -> Sequence[Subject]:
     if config.run is not None:
         return exported_policies(config.run, config.checkpoints)
     if config.answers is not None:
+        if not config.answers.endswith(SUFFIXES) or not resolve_path(config.answers).is_file():
+            raise UserError(f"answers={config.answers} is no file of a model's answers ({READABLE})")
         rows = (row for _, row in read_rows(config.answers, None))
         names = {next((str(row[field]) for field in NAME_FIELDS if row.get(field)), "") for row in rows}
         if len(names) > 1:

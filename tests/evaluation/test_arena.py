@@ -294,6 +294,11 @@ def test_answers_of_the_release_of_2024_are_read(tmp_path):
     ]  # fmt: skip
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_answers(str(tmp_path / "old.jsonl"), read_benchmark("v0.1", str(REAL))) == new
+    # Of a model that had a system message, the later form holds it.
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+            {"role": "assistant", "content": {"answer": "a", "thought": "t"}}]  # fmt: skip
+    (tmp_path / "new.jsonl").write_text(json.dumps({"uid": UID, "model": "m", "messages": talk}) + "\n")
+    assert read_answers(str(tmp_path / "new.jsonl"), read_benchmark("v0.1", str(REAL)))[UID].text == "a"
 
 
 def test_a_judge_with_too_short_replies_is_refused():

@@ -25,6 +25,7 @@ from prefopt.evaluation.alpaca_figures import bootstrap
 from prefopt.evaluation.benchmark_files import ARENA_HARD, BenchmarkFile
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
 from prefopt.evaluation.cost import Budget
+from prefopt.evaluation.judged import subjects
 from prefopt.evaluation.mtbench import (
     TEMPERATURES,
     TURNS,
@@ -281,6 +282,13 @@ def test_answers_of_other_programs_are_read(tmp_path, caplog):
     run_pending(small_config(server, answers=str(tmp_path / "mine.v2.jsonl"), output=str(tmp_path / "out")))
     assert only_record(tmp_path / "out")["model"] == "mine"
     assert server.calls == 4
+
+
+@pytest.mark.parametrize("answers", ["nowhere.jsonl", "owner/name", "."])
+def test_what_is_no_file_of_answers_is_refused(answers, tmp_path):
+    config = small_config(TextServer(lambda messages, n: "[[5]]"), answers=answers, output=str(tmp_path))
+    with pytest.raises(UserError, match=f"answers={answers} is no file of a model's answers"):
+        subjects(config)
 
 
 @pytest.mark.shared

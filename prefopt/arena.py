@@ -21,22 +21,15 @@ from omegaconf import DictConfig
 from prefopt.cli.multirun import Point
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
-from prefopt.evaluation.arena import run_pending
-from prefopt.evaluation.benchmark_files import ARENA_HARD
-from prefopt.evaluation.config import ArenaConfig, check_arena
-from prefopt.evaluation.judged import subjects
-from prefopt.evaluation.text_judge import build_text_judge
+from prefopt.evaluation.arena import plan, run_pending
+from prefopt.evaluation.config import ArenaConfig
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import each_run
 
 
 def plan_job(point: Point, label: str, config: ArenaConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
-    check_arena(config)
-    build_text_judge(config.judge, ARENA_HARD[config.version].judge_tokens)
-    models = [subject.model for one in each_run(config) for subject in subjects(one, "model")]
-    return SweepJob(point.overrides, label, config, models[-1] or config.model, folder)
+    return SweepJob(point.overrides, label, config, plan(config)[-1].subject.model or config.model, folder)
 
 
 @program("arena", ArenaConfig, Sweep("arena", ArenaConfig, plan_job, log_lines=0))

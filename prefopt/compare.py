@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
 from prefopt.errors import UserError
-from prefopt.evaluation.alpaca import answers_of, answers_of_baseline, check_comparison, evaluate_checkpoint
+from prefopt.evaluation.alpaca import AlpacaResult, answers_of, answers_of_baseline, check_comparison
 from prefopt.evaluation.answers import Answers, baseline_of
+from prefopt.evaluation.cost import Budget
 from prefopt.evaluation.judges import Judge
 from prefopt.evaluation.questions import Questions, heldout_questions, read_questions
 from prefopt.reporting.compare import Answer, Compared, format_answers, page, summarize
@@ -113,9 +114,8 @@ def compared(
             for i, question in enumerate(questions.items)
         ]
     else:
-        folder = evaluate_checkpoint(
-            config, judge, checkpoint, questions, lambda: answers_of_baseline(config, questions), {}
-        )
+        comparison = AlpacaResult(config, judge, checkpoint, questions, lambda: answers_of_baseline(config, questions))
+        folder = comparison.make(Budget(config.max_cost), {})
         rows, _ = read_sealed_lines(folder / "annotations.json")
         rows.sort(key=lambda row: row["index"])
         record = read_result(folder / "record.json")

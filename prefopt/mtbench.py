@@ -21,21 +21,15 @@ from omegaconf import DictConfig
 from prefopt.cli.multirun import Point
 from prefopt.cli.program import program, refuse_launcher_without_multirun
 from prefopt.config.parse import parse
-from prefopt.evaluation.config import MtbenchConfig, check_mtbench
-from prefopt.evaluation.judged import subjects
-from prefopt.evaluation.mtbench import run_pending
-from prefopt.evaluation.text_judge import build_text_judge
+from prefopt.evaluation.config import MtbenchConfig
+from prefopt.evaluation.mtbench import plan, run_pending
 from prefopt.launch.base import Launcher, SweepJob
 from prefopt.launch.sweep import Sweep
-from prefopt.tracking.policies import each_run
 
 
 def plan_job(point: Point, label: str, config: MtbenchConfig, _: Launcher, folder: Path) -> SweepJob:
     """A sweep's job for one point. Raises UserError for a point that cannot be evaluated."""
-    check_mtbench(config)
-    build_text_judge(config.judge)
-    models = [subject.model for one in each_run(config) for subject in subjects(one, "model_id")]
-    return SweepJob(point.overrides, label, config, models[-1] or config.model, folder)
+    return SweepJob(point.overrides, label, config, plan(config)[-1].subject.model or config.model, folder)
 
 
 @program("mtbench", MtbenchConfig, Sweep("mtbench", MtbenchConfig, plan_job, log_lines=0))

@@ -7,7 +7,8 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ from prefopt.evaluation.answers import (
     answer_questions,
     as_outputs,
     baseline_of,
+    check_source,
+    format_unfinished,
     load_answers,
     read_outputs_file,
 )
 from prefopt.evaluation.config import AlpacaConfig, check_alpaca
+from prefopt.evaluation.cost import Budget, Estimate
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge
 from prefopt.evaluation.questions import GAMED, NUM_QUESTIONS, QUESTIONS, Question, Questions, hub_file, read_questions
-from prefopt.evaluation.result_folder import has_rows, make_once
+from prefopt.evaluation.result_folder import has_rows, make_all, make_once
 from prefopt.evaluation.results import two_judges
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.archive import results_of
@@ -65,7 +69,8 @@ def format_results(record: dict[str, Any]) -> Table:
     for name, weight in figures.get("glm", {}).items():
         table.add_row(f"  weight of {name}", f"{weight:.4f}")
 
-    lengths, unfinished = figures["mean_length"], record["unfinished"]
+    lengths = figures["mean_length"]
+    unfinished = {side: format_unfinished(n) for side, n in record["unfinished"].items()}
     table.add_row("mean length, characters", f"{lengths['model']:.0f} against {lengths['baseline']:.0f}")
     table.add_row("answers cut off", f"{unfinished['model']} against {unfinished['baseline']}")
     table.add_row("questions", f"{figures['n']}, of which {figures['equal_outputs']} with equal answers")
@@ -74,82 +79,108 @@ def format_results(record: dict[str, Any]) -> Table:
     return table
 
 
-def evaluate_checkpoint(
-    config: AlpacaConfig,
-    judge: Judge,
-    checkpoint: Checkpoint | OutputsFile,
-    questions: Questions,
-    reference: Callable[[], Answers],
-    extra: dict[str, str],
-) -> Path:
-    """Compare a checkpoint's answers with the baseline's, and return the folder with record.json, annotations.json, and
-    alpaca-eval's model_outputs.json and reference_outputs.json. Nothing is computed where the record exists. Other
-    processes wait while one makes a comparison.
+@dataclass(frozen=True)
+class AlpacaResult:
+    """A comparison of a checkpoint's answers with the baseline's, which `reference` returns. A `JudgedResult`."""
 
-    `reference` returns the baseline's answers. It is called only when they are needed. `extra` goes into the record.
-    Raises UserError where the judge does.
-    """
-    name, baseline = baseline_of(config.baseline, config.run)
-    settings = comparison_settings(config, judge, questions)
-    # Their files, too, which another training may have written anew.
-    models: list[Any] = [local_files(model) for model in (checkpoint.model, baseline) if model]
-    if checkpoint.model is None:
-        models.append(digest(checkpoint.path))
-    elif config.output is not None:  # several models of one name may have their records in this folder
-        models.append([checkpoint.path, checkpoint.model.revision, checkpoint.model.tokenizer])
-    key = fingerprint([settings, models])[:8]
-    title = safe_name(f"{checkpoint.name}-{name}-{judge.title}-{key}")
-    folder = results_folder(config) / title
+    config: AlpacaConfig
+    judge: Judge
+    checkpoint: Checkpoint | OutputsFile
+    questions: Questions
+    reference: Callable[[], Answers]
 
-    make = functools.partial(compare, config, judge, checkpoint, questions, reference, settings)
-    complete = has_rows("annotations.json", "n")
-    return make_once(folder, f"the comparison of {checkpoint.path}", complete, make, extra)
+    def check(self) -> None:
+        config = self.config
+        _, baseline = baseline_of(config.baseline, config.run)
+        if baseline:
+            check_source(baseline, "baseline")
+        if self.checkpoint.model:
+            check_source(self.checkpoint.model, "model" if config.run is None else f"policy of {config.run}")
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return comparison_settings(self.config, self.judge, self.questions)
 
-def compare(
-    config: AlpacaConfig,
-    judge: Judge,
-    checkpoint: Checkpoint | OutputsFile,
-    questions: Questions,
-    reference: Callable[[], Answers],
-    settings: dict[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
-    """Make the comparison that `evaluate_checkpoint` describes, write its files into `folder`, and return the
-    record."""
-    name, _ = baseline_of(config.baseline, config.run)
-    ours = answers_of(checkpoint, questions, config)
-    theirs = reference()
-    names = GeneratorNames(name, f"{Path(config.run).name}-{checkpoint.name}" if config.run else checkpoint.name)
-    if names.model == names.reference and ours.texts != theirs.texts:
-        raise UserError(
-            f"both sides are called {name}, and alpaca-eval tells models by their names: name the model (model.name=), "
-            "or rename the file or its `generator`"
+    @cached_property
+    def folder(self) -> Path:
+        checkpoint, config = self.checkpoint, self.config
+        name, baseline = baseline_of(config.baseline, config.run)
+        # Their files, too, which another training may have written anew.
+        models: list[Any] = [local_files(model) for model in (checkpoint.model, baseline) if model]
+        if checkpoint.model is None:
+            models.append(digest(checkpoint.path))
+        elif config.output is not None:  # several models of one name may have their records in this folder
+            models.append([checkpoint.path, checkpoint.model.revision, checkpoint.model.tokenizer])
+        key = fingerprint([self.settings, models])[:8]
+        return results_folder(config) / safe_name(f"{checkpoint.name}-{name}-{self.judge.title}-{key}")
+
+    def is_complete(self) -> bool:
+        return has_rows("annotations.json", "n")(self.folder)
+
+    @property
+    def names(self) -> GeneratorNames:
+        name, _ = baseline_of(self.config.baseline, self.config.run)
+        run, checkpoint = self.config.run, self.checkpoint.name
+        return GeneratorNames(name, f"{Path(run).name}-{checkpoint}" if run else checkpoint)
+
+    @cached_property
+    def sides(self) -> tuple[Answers, Answers]:
+        """The checkpoint's answers and the baseline's. Raises UserError where they differ and have one name."""
+        ours, theirs = answers_of(self.checkpoint, self.questions, self.config), self.reference()
+        if self.names.model == self.names.reference and ours.texts != theirs.texts:
+            raise UserError(
+                f"both sides are called {self.names.model}, and alpaca-eval tells models by their names: name the "
+                "model (model.name=), or rename the file or its `generator`"
+            )
+        return ours, theirs
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        ours, theirs = self.sides
+        return _pair_answers(self.questions.items, theirs, ours)
+
+    @property
+    def preferences(self) -> Path:
+        # Beside the comparisons, not inside: another checkpoint may give some of the same answers.
+        return self.folder.parent / "preferences"
+
+    def estimate(self) -> Estimate:
+        return self.judge.estimate(self.comparisons, self.preferences)
+
+    def make(self, budget: Budget, extra: dict[str, str]) -> Path:
+        """The folder with record.json, annotations.json, and alpaca-eval's model_outputs.json and
+        reference_outputs.json. Nothing is computed where the record exists. Other processes wait while one makes it."""
+        what = f"the comparison of {self.checkpoint.path}"
+        return make_once(
+            self.folder, what, lambda _: self.is_complete(), functools.partial(self.compare, budget), extra
         )
-    for file, answers, generator in (("model", ours, names.model), ("reference", theirs, name)):
-        write_json(folder / f"{file}_outputs.json", as_outputs(questions.items, answers, generator))
-    comparisons = _pair_answers(questions.items, theirs, ours)
-    # Preferences are kept beside the comparisons, not inside: another checkpoint may give some of the same answers.
-    kept = folder.parent / "preferences"
-    annotations = judge.annotate(comparisons, names, kept, config.max_cost, config.device, config.precision)
-    figures = summarize(annotations, questions.is_alpaca_eval)
 
-    finished = {c.index: dict(zip(("finished_1", "finished_2"), c.finished, strict=True)) for c in comparisons}
-    rows = [to_jsonable(row) | finished[row["index"]] for row in annotations]
-    write_annotations(folder / "annotations.json", rows)
-    return {
-        "checkpoint": checkpoint.name,
-        "step": checkpoint.step,
-        "model": names.model,
-        "path": checkpoint.path,
-        "weights": ours.weights,
-        "baseline": {"name": name, "path": config.baseline, "weights": theirs.weights},
-        "judge": judge.describe(),
-        "figures": figures,
-        "why_not_length_controlled": _why_not_length_controlled(questions, figures),
-        "unfinished": {"model": ours.finished.count(False), "baseline": theirs.finished.count(False)},
-        "settings": settings,
-    }
+    def compare(self, budget: Budget, folder: Path) -> dict[str, Any]:
+        """Write the comparison's files into `folder`, and return the record."""
+        config, questions, names = self.config, self.questions, self.names
+        ours, theirs = self.sides
+        for file, answers, generator in (("model", ours, names.model), ("reference", theirs, names.reference)):
+            write_json(folder / f"{file}_outputs.json", as_outputs(questions.items, answers, generator))
+        comparisons = self.comparisons
+        annotations = self.judge.annotate(comparisons, names, self.preferences, budget, config.device, config.precision)
+        figures = summarize(annotations, questions.is_alpaca_eval)
+
+        finished = {c.index: dict(zip(("finished_1", "finished_2"), c.finished, strict=True)) for c in comparisons}
+        rows = [to_jsonable(row) | finished[row["index"]] for row in annotations]
+        write_annotations(folder / "annotations.json", rows)
+        return {
+            "checkpoint": self.checkpoint.name,
+            "step": self.checkpoint.step,
+            "model": names.model,
+            "path": self.checkpoint.path,
+            "weights": ours.weights,
+            "baseline": {"name": names.reference, "path": config.baseline, "weights": theirs.weights},
+            "judge": self.judge.describe(),
+            "figures": figures,
+            "why_not_length_controlled": _why_not_length_controlled(questions, figures),
+            "unfinished": {"model": ours.unfinished, "baseline": theirs.unfinished},
+            "settings": self.settings,
+        }
 
 
 def comparison_settings(config: AlpacaConfig, judge: Judge, questions: Questions) -> dict[str, Any]:
@@ -274,23 +305,23 @@ def check_comparison(config: AlpacaConfig, read: Callable[[], Questions]) -> tup
     return judge, questions
 
 
+def plan(config: AlpacaConfig) -> list[AlpacaResult]:
+    """The comparisons of one run, model or file. Raises UserError for what is missing."""
+    judge, questions = prepare_comparison(config)
+    reference = functools.cache(lambda: answers_of_baseline(config, questions))  # loads the model at most once
+    return [AlpacaResult(config, judge, checkpoint, questions, reference) for checkpoint in subjects(config)]
+
+
 def run_pending(config: AlpacaConfig, **extra: str) -> None:
     """Make every comparison that has no record yet, and print the table of all. `extra` goes into the records."""
     check_alpaca(config)
-    for one in each_run(config):
-        evaluate_pending(one, extra)
-
-
-def evaluate_pending(config: AlpacaConfig, extra: dict[str, str]) -> None:
-    """The same for one run, model or file."""
-    judge, questions = prepare_comparison(config)
-    reference = functools.cache(lambda: answers_of_baseline(config, questions))  # loads the model at most once
-    for checkpoint in subjects(config):
-        folder = evaluate_checkpoint(config, judge, checkpoint, questions, reference, extra)
+    comparisons = [comparison for one in each_run(config) for comparison in plan(one)]
+    for comparison, folder in make_all(comparisons, config.max_cost, extra):
         record = read_result(folder / "record.json")
         console().print(format_results(record))
 
-        same = [r for r in results_of(results_folder(config), "alpaca") if _without_judge(r) == _without_judge(record)]
+        results = results_of(results_folder(comparison.config), "alpaca")
+        same = [r for r in results if _without_judge(r) == _without_judge(record)]
         for key, value in two_judges(same).items():
             print(f"mean of the MMPO paper's two judges, {key.replace('_', ' ')}: {value:.2f} %")
         print(folder)

@@ -17,11 +17,17 @@ def write_annotations(file: Path, rows: list[dict[str, Any]]) -> None:
     atomic_write(file, format_sealed_array(redact_values(rows)))
 
 
-def prune_annotations(file: Path) -> set[tuple[str, str, str]]:
-    """Remove the rows without a preference, and damaged ones, from the file. Returns (question, answer, answer) of the
-    others. alpaca-eval takes every row in the file for answered, and would not ask about it again."""
+def known_preferences(file: Path) -> set[tuple[str, str, str]]:
+    """(question, answer, answer) of the rows of the file that have a preference. Leaves the file as it is."""
+    rows, _ = read_sealed_lines(file)
+    return {(row["instruction"], row["output_1"], row["output_2"]) for row in rows if is_preference(row["preference"])}
+
+
+def prune_annotations(file: Path) -> None:
+    """Remove the rows without a preference, and damaged ones, from the file. alpaca-eval takes every row in it for
+    answered, and would not ask about it again."""
     if not file.is_file():
-        return set()
+        return
     rows, whole = read_sealed_lines(file)
     kept = [row for row in rows if is_preference(row["preference"])]
     if not whole:
@@ -30,7 +36,6 @@ def prune_annotations(file: Path) -> set[tuple[str, str, str]]:
         file.unlink()
     elif not whole or len(kept) < len(rows):
         write_annotations(file, kept)
-    return {(row["instruction"], row["output_1"], row["output_2"]) for row in kept}
 
 
 def is_preference(value: Any) -> bool:

@@ -28,6 +28,15 @@ class Answers:
     finished: list[bool]  # False where the token limit cut the answer off
     weights: str | None  # the digest of the model's weights; None: the answers come from a file
 
+    @property
+    def unfinished(self) -> int | None:
+        """How many the token limit cut off; None where a file does not tell."""
+        return None if self.weights is None else self.finished.count(False)
+
+
+def format_unfinished(n: int | None) -> str:
+    return "not known" if n is None else str(n)
+
 
 def answer_questions(model: ModelConfig, name: str, questions: Sequence[Question], config: AlpacaConfig) -> Answers:
     """Sample one answer per question. Answers of the same weights and settings come from the user's cache."""
@@ -76,8 +85,8 @@ def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None
     if baseline == "initial":
         if run is None:
             raise UserError(
-                "baseline=initial is the model that a run began from. Name another: gpt4_turbo, a run's folder, a "
-                "model, or a FILE of outputs"
+                "baseline=initial is the model that a run began from. Name another: a run's folder, a model, or a FILE "
+                "of answers"
             )
         model = initial_model(run)
         return f"{model.name}-initial", model
@@ -85,6 +94,15 @@ def baseline_of(baseline: str, run: str | None) -> tuple[str, ModelConfig | None
         (policy,) = exported_policies(baseline, "final")
         return Path(baseline).name, policy.model
     return Path(baseline).name, ModelConfig(baseline, baseline, None)
+
+
+def check_source(model: ModelConfig, key: str) -> None:
+    """Raise UserError for a model that cannot be found, or has no tokenizer with a chat template. Reads no weights.
+    `key`: what the user calls it."""
+    from prefopt.models.load import check_model, load_tokenizer
+
+    check_model(model, key)
+    load_tokenizer(model)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,15 @@ from rich.table import Table
 from prefopt.config.hardware import resolve_hardware
 from prefopt.config.schema import ModelConfig
 from prefopt.data.items import Message
-from prefopt.data.sources import digest, read_rows, write_rows
+from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
-from prefopt.evaluation.answers import baseline_of, draw
+from prefopt.evaluation.answers import baseline_of, check_source, draw, format_unfinished
 from prefopt.evaluation.arena_figures import GAMES, read_verdict, summarize
 from prefopt.evaluation.benchmark_files import ARENA_HARD, ArenaHard
 from prefopt.evaluation.config import ArenaConfig, check_arena
-from prefopt.evaluation.judged import Subject, counted, result, results_folder, sampling_of, settings_of, subjects
-from prefopt.evaluation.text_judge import TextJudge, build_text_judge
+from prefopt.evaluation.judged import TextJudgedResult, counted, sampling_of, settings_of, subjects
+from prefopt.evaluation.result_folder import make_all
+from prefopt.evaluation.text_judge import ReplyFormat, Verdict, build_text_judge
 from prefopt.models.fingerprint import local_files
 from prefopt.tracking.policies import each_run
 from prefopt.tracking.record import read_result
@@ -38,7 +39,7 @@ from prefopt.utils.files import check_folder
 log = logging.getLogger(__name__)
 
 FINISH = "continue your judgment and finish by outputting a final verdict label"
-REPLY_TOKENS = {"v0.1": 600, "v2.0": 800}  # about as many has a judgment
+FORMS = {"v0.1": ReplyFormat(read_verdict, FINISH, tokens=600), "v2.0": ReplyFormat(read_verdict, FINISH, tokens=800)}
 CODE = re.compile("```([^`]*)```")
 MARKDOWN = {  # what the benchmark counts outside of code blocks
     "headers": re.compile(r"^#{1,6}\s", re.MULTILINE),
@@ -87,32 +88,45 @@ def judge_prompt(benchmark: Benchmark, uid: str, baseline: str, model: str, game
 
 
 def read_answers(path: str, benchmark: Benchmark) -> dict[str, Answer]:
-    """The answers in a file of Arena-Hard's `model_answer`, by uid. Raises UserError for a row that is none."""
+    """The answers in a file of Arena-Hard's `model_answer`, in the form of today or of the release of 2024, by uid.
+    Raises UserError for a row that is none."""
     answers: dict[str, Answer] = {}
     for where, row in read_rows(path, None):
-        uid: Any = row.get("uid")
+        uid = str(row.get("uid", row.get("question_id")))
         if uid not in benchmark.questions:
-            raise UserError(f"{where}: uid {uid!r} is none of this version's questions.")
+            others = ", ".join(version for version in ARENA_HARD if ARENA_HARD[version] != benchmark.version)
+            raise UserError(
+                f"{where}: uid {uid!r} is none of {benchmark.version.name}'s questions. If the file answers another "
+                f"version's, name it: version={others}"
+            )
         if uid in answers:
             raise UserError(f"{where} answers question {uid} once more. Leave one of the answers out.")
-        answer = _answer(row)
-        if answer is None:
+        text = _answer_text(row)
+        if text is None:
             raise UserError(
                 f"{where} must hold the user's message and the answer: "
                 '{"uid": ID, "model": NAME, "messages": [{"role": "user", "content": TEXT}, '
-                '{"role": "assistant", "content": {"answer": TEXT}}]}.'
+                '{"role": "assistant", "content": {"answer": TEXT}}]}; or, as until 2024, '
+                '{"question_id": ID, "model_id": NAME, "choices": [{"index": 0, "turns": [{"content": TEXT}]}]}.'
             )
-        answers[uid] = answer
+        answers[uid] = Answer(str(row.get("model", row.get("model_id"))), text)
     return answers
 
 
-def _answer(row: dict[str, Any]) -> Answer | None:
+def _answer_text(row: dict[str, Any]) -> str | None:
+    """None where there is no answer to one turn."""
     try:
-        content: Any = row["messages"][-1]["content"]
-        text = content["answer"] if isinstance(content, dict) else content
-    except (TypeError, KeyError, IndexError):
+        if "messages" in row:
+            roles = [message["role"] for message in row["messages"]]  # a system message may lead
+            content = row["messages"][-1]["content"]
+            text = content["answer"] if isinstance(content, dict) else content
+            is_answer = roles[-1] == "assistant" and roles.count("assistant") == 1
+        else:
+            (turn,) = row["choices"][0]["turns"]
+            text, is_answer = turn["content"] if isinstance(turn, dict) else turn, True
+    except (TypeError, KeyError, ValueError, IndexError):
         return None
-    return Answer(str(row.get("model")), text) if isinstance(text, str) else None
+    return text if is_answer and isinstance(text, str) else None
 
 
 def answer_rows(answers: dict[str, Answer], benchmark: Benchmark) -> list[dict[str, Any]]:
@@ -149,16 +163,16 @@ def style(texts: Sequence[str]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in {"length": [len(t) for t in texts], **counts}.items()}
 
 
-def metric_name(benchmark: Benchmark, category: str, judge: str, baseline: str, n: int) -> str:
+def metric_name(benchmark: Benchmark, category: str, judge: str, baseline: "Baseline", n: int) -> str:
     """Against another baseline, or on some of the questions, it is no figure of the leaderboard's kind."""
-    version, published = benchmark.version, benchmark.version.baselines[category]
+    version = benchmark.version
     name = version.name if len(version.baselines) == 1 else f"{version.name} {category}"
     total = sum(row["category"] == category for row in benchmark.questions.values())
     if n < total:
         name += f", {n} of {total} questions"
-    elif baseline != published:
+    elif baseline.config.baseline is not None:
         name += " questions"
-    return f"{name} ({judge}, against {baseline})"
+    return f"{name} ({judge}, against {baseline.name})"
 
 
 def format_results(record: dict[str, Any]) -> Table:
@@ -178,7 +192,8 @@ def format_results(record: dict[str, Any]) -> Table:
     table.add_row("mean length, characters", f"{model['length']:.0f} against {baseline['length']:.0f}")
     marks = "; ".join(f"{name} {model[name]:.1f} against {baseline[name]:.1f}" for name in MARKDOWN)
     table.add_row("markdown in an answer", marks)
-    table.add_row("answers cut off", f"{record['unfinished']['model']} against {record['unfinished']['baseline']}")
+    ours, theirs = (format_unfinished(record["unfinished"][side]) for side in ("model", "baseline"))
+    table.add_row("answers cut off", f"{ours} against {theirs}")
     if checked := record["judge_check"]:
         agreement = f"{100 * checked['agreement']:.1f} % the same winner, {checked['n']} games"
         table.add_row("the judge beside the published one", agreement)
@@ -187,11 +202,15 @@ def format_results(record: dict[str, Any]) -> Table:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a model's answers are compared with: `model`'s, or those of the file `path`."""
+    """What models' answers to the questions `uids` are compared with: the answers of `model`, or of the file `path`.
+    They are drawn or read once, when they are first asked for."""
 
     name: str
     path: str
     model: ModelConfig | None
+    uids: Sequence[str]
+    benchmark: Benchmark
+    config: ArenaConfig
 
     def identity(self) -> list[Any]:
         """What tells its answers, with the settings of sampling."""
@@ -199,134 +218,164 @@ class Baseline:
             return [digest(self.path)]
         return [local_files(self.model), self.path, self.model.revision, self.model.tokenizer]
 
-    def answers(
-        self, uids: Sequence[str], benchmark: Benchmark, config: ArenaConfig
-    ) -> tuple[dict[str, Answer], str | None]:
-        """Its answers to these questions, and the digest of its weights. Raises UserError where one lacks."""
+    def check(self) -> None:
+        """Raise UserError for a model that cannot answer, and for a file without all answers."""
         if self.model is not None:
-            return draw_answers(self.model, self.name, uids, benchmark, config)
-        answers = read_answers(self.path, benchmark)
-        if lacking := [uid for uid in uids if uid not in answers]:
+            check_source(self.model, "baseline")
+        else:
+            assert self.answers
+
+    @cached_property
+    def answers(self) -> tuple[dict[str, Answer], str | None]:
+        """By uid, and the digest of its weights. Raises UserError where one lacks."""
+        if self.model is not None:
+            return draw_answers(self.model, self.name, self.uids, self.benchmark, self.config)
+        answers = read_answers(self.path, self.benchmark)
+        if lacking := [uid for uid in self.uids if uid not in answers]:
             raise UserError(
-                f"{self.path} has no answer to {len(lacking)} of {len(uids)} questions ({', '.join(lacking[:5])}), and "
-                "must answer them all."
+                f"{self.path} has no answer to {len(lacking)} of {len(self.uids)} questions "
+                f"({', '.join(lacking[:5])}), and must answer them all."
             )
         return answers, None
 
 
-def baseline_for(category: str, benchmark: Benchmark, config: ArenaConfig) -> Baseline:
+def baseline_for(category: str, uids: Sequence[str], benchmark: Benchmark, config: ArenaConfig) -> Baseline:
     """Raises UserError where there is no such baseline."""
+    name, model = benchmark.version.baselines[category], None
     if config.baseline is None:
-        name = benchmark.version.baselines[category]
-        return Baseline(name, str(benchmark.version.answers[name].find(config.files)), None)
-    name, model = baseline_of(config.baseline, config.run)
-    return Baseline(name, model.path if model else config.baseline, model)
+        path = str(benchmark.version.answers[name].find(config.files))
+    else:
+        name, model = baseline_of(config.baseline, config.run)
+        path = model.path if model else config.baseline
+    return Baseline(name, path, model, uids, benchmark, config)
 
 
-def evaluate(
-    config: ArenaConfig,
-    judge: TextJudge,
-    subject: Subject,
-    benchmark: Benchmark,
-    category: str,
-    uids: Sequence[str],
-    baseline: Baseline,
-    extra: dict[str, str],
-) -> Path:
-    """Have a model's answers to the questions `uids` of a category compared with the baseline's, and return the folder
-    with record.json, and with model_answer.jsonl (of answers that were drawn here) and judgments.jsonl in Arena-Hard's
-    format. Raises UserError where the judge does."""
-    name = f"{Path(config.run).name}-{subject.name}" if config.run else subject.name
-    folder = results_folder(config, "arena")
-    settings = settings_of(config, judge, draws=bool(subject.model or baseline.model))
-    settings |= {
-        "version": config.version,
-        "category": category,
-        "questions": hashlib.sha256("\n".join(sorted(uids)).encode()).hexdigest(),
-        "baseline": [baseline.name, baseline.identity()],
-        "files": benchmark.version.digests(),
-    }
+@dataclass(frozen=True)
+class ArenaResult(TextJudgedResult):
+    """A model's answers to the questions of a category, in two games each with the baseline's."""
 
-    def make(place: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        weights = None
-        if subject.model is None:
-            answers = read_answers(subject.path, benchmark)
-        else:
-            answers, weights = draw_answers(subject.model, name, uids, benchmark, config)
-            write_rows(place / "model_answer.jsonl", answer_rows(answers, benchmark))
-        theirs, their_weights = baseline.answers(uids, benchmark, config)
-        asked = [(uid, game) for game in GAMES for uid in uids]
-        prompts = [judge_prompt(benchmark, uid, theirs[uid].text, answers[uid].text, game) for uid, game in asked]
-        verdicts = judge.judge(
-            prompts, read_verdict, FINISH, REPLY_TOKENS[config.version], folder / "replies", config.max_cost
-        )
-        of_game = dict(zip(asked, zip(prompts, verdicts, strict=True), strict=True))
+    config: ArenaConfig
+    benchmark: Benchmark
+    category: str
+    baseline: Baseline
+    job = "arena"
+
+    @property
+    def form(self) -> ReplyFormat[str]:
+        return FORMS[self.config.version]
+
+    @property
+    def uids(self) -> Sequence[str]:
+        return self.baseline.uids
+
+    def settings(self) -> dict[str, Any]:
+        settings = settings_of(self.config, self.judge, draws=bool(self.subject.model or self.baseline.model))
+        return settings | {
+            "version": self.config.version,
+            "category": self.category,
+            "questions": hashlib.sha256("\n".join(sorted(self.uids)).encode()).hexdigest(),
+            "baseline": [self.baseline.name, self.baseline.identity()],
+            "files": self.benchmark.version.digests(),
+        }
+
+    def check(self) -> None:
+        super().check()
+        self.baseline.check()
+
+    @cached_property
+    def answers(self) -> tuple[dict[str, Answer], str | None]:
+        """By uid, and the digest of the weights that drew them."""
+        if self.subject.model is None:
+            return read_answers(self.subject.path, self.benchmark), None
+        return draw_answers(self.subject.model, self.model_name, self.uids, self.benchmark, self.config)
+
+    @cached_property
+    def asked(self) -> dict[tuple[str, int], list[Message]]:
+        """By uid and game, what the judge is asked."""
+        (ours, _), (theirs, _) = self.answers, self.baseline.answers
+        return {
+            (uid, game): judge_prompt(self.benchmark, uid, theirs[uid].text, ours[uid].text, game)
+            for game in GAMES
+            for uid in self.uids
+        }
+
+    def prompts(self) -> list[list[Message]]:
+        return list(self.asked.values())
+
+    def drawn_rows(self) -> list[dict[str, Any]]:
+        return answer_rows(self.answers[0], self.benchmark)
+
+    def judged(self, verdicts: Sequence[Verdict[str]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        (ours, weights), (theirs, their_weights) = self.answers, self.baseline.answers
+        of_game = dict(zip(self.asked, verdicts, strict=True))
         rows = [
             {
                 "uid": uid,
-                "category": category,
-                "judge": judge.title,
-                "model": name,
-                "baseline": baseline.name,
+                "category": self.category,
+                "judge": self.judge.title,
+                "model": self.model_name,
+                "baseline": self.baseline.name,
                 "games": [
-                    {"score": verdict.value, "judgment": {"answer": verdict.judgment}, "prompt": prompt}
-                    for prompt, verdict in (of_game[uid, game] for game in GAMES)
+                    {
+                        "score": of_game[uid, game].value,
+                        "judgment": {"answer": of_game[uid, game].judgment},
+                        "prompt": self.asked[uid, game],
+                    }
+                    for game in GAMES
                 ],
             }
-            for uid in uids
+            for uid in self.uids
         ]
-        both = {uid: (of_game[uid, 1][1].value, of_game[uid, 2][1].value) for uid in uids}
-        sides = {"model": answers, "baseline": theirs}
+        both = {uid: (of_game[uid, 1].value, of_game[uid, 2].value) for uid in self.uids}
+        version, baseline = self.benchmark.version, self.baseline
+        sides = {"model": ours, "baseline": theirs}
+        drawn = {"model": weights, "baseline": their_weights}
         return rows, {
-            "model": name,
+            "model": self.model_name,
             "weights": weights,
-            "metric": metric_name(benchmark, category, judge.title, baseline.name, len(uids)),
-            "category": category,
+            "metric": metric_name(self.benchmark, self.category, self.judge.title, baseline, len(self.uids)),
+            "category": self.category,
             "baseline": {"name": baseline.name, "path": baseline.path, "weights": their_weights},
-            "figures": summarize(both, benchmark.version.quantiles, benchmark.version.drops_rows) | counted(verdicts),
-            "judge_check": judge.checked("verdicts"),
-            "style": {side: style([given[uid].text for uid in uids]) for side, given in sides.items()},
-            "unfinished": {side: sum(not given[uid].finished for uid in uids) for side, given in sides.items()},
+            "figures": summarize(both, version.quantiles, version.drops_rows) | counted(verdicts),
+            "judge_check": self.judge.checked("verdicts"),
+            "style": {side: style([given[uid].text for uid in self.uids]) for side, given in sides.items()},
+            "unfinished": {
+                side: None if drawn[side] is None else sum(not given[uid].finished for uid in self.uids)
+                for side, given in sides.items()
+            },
         }
 
-    return result(folder, subject, judge, settings, make, extra)
+
+def plan(config: ArenaConfig) -> list[ArenaResult]:
+    """The results of a configuration, of all its runs and categories. Raises UserError for what is missing or no
+    answer."""
+    check_arena(config)
+    judge = build_text_judge(config.judge, ARENA_HARD[config.version].judge_tokens)
+    if config.output is not None:
+        check_folder("output", config.output)
+    benchmark = read_benchmark(config.version, config.files)
+    results = []
+    for one in each_run(config):
+        found = subjects(one)
+        answered = read_answers(one.answers, benchmark) if one.answers else benchmark.questions
+        baselines = {
+            category: baseline_for(category, uids, benchmark, one)
+            for category in benchmark.version.baselines
+            if (uids := [uid for uid in answered if benchmark.questions[uid]["category"] == category])
+        }
+        results += [
+            ArenaResult(one, judge, subject, benchmark, category, baseline)
+            for subject in found
+            for category, baseline in baselines.items()
+        ]
+    return results
 
 
 def run_pending(config: ArenaConfig, **extra: str) -> None:
     """Make every result that has no record yet, and print the table of each. `extra` goes into the records."""
-    check_arena(config)
     signals.install_handlers()
-    for one in each_run(config):
-        evaluate_pending(one, extra)
-
-
-def evaluate_pending(config: ArenaConfig, extra: dict[str, str]) -> None:
-    """The same for one run, model or file."""
-    from prefopt.models.load import check_model
-
-    judge = build_text_judge(config.judge, ARENA_HARD[config.version].judge_tokens)
-    if config.output is not None:
-        check_folder("output", config.output)
+    check_arena(config)
     resolve_hardware(config)
-    benchmark = read_benchmark(config.version, config.files)
-    planned = []
-    for subject in subjects(config, "model"):
-        answered: Sequence[str] = list(benchmark.questions)
-        if subject.model is None:
-            answered = list(read_answers(subject.path, benchmark))
-        elif config.run is None:
-            check_model(subject.model, "model")
-        for category in benchmark.version.baselines:
-            uids = [uid for uid in answered if benchmark.questions[uid]["category"] == category]
-            if not uids:
-                continue
-            baseline = baseline_for(category, benchmark, config)
-            if baseline.model is None:
-                baseline.answers(uids, benchmark, config)
-            else:
-                check_model(baseline.model, "baseline")
-            planned.append((subject, category, uids, baseline))
-    for subject, category, uids, baseline in planned:
-        folder = evaluate(config, judge, subject, benchmark, category, uids, baseline, extra)
+    for _, folder in make_all(plan(config), config.max_cost, extra):
         console().print(format_results(read_result(folder / "record.json")))
         print(folder)

@@ -9,11 +9,13 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+
+from prefopt.evaluation.cost import Budget, LimitError, cost, tokens_in
 
 CLIENTS = {"openai": "OpenAI", "anthropic": "Anthropic"}  # a vendor's package: the class of its client
 VENDOR_URLS = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com"}
@@ -50,21 +52,34 @@ class BadAnswerError(Exception):
 
 @dataclass
 class Calls:
-    """What became of the calls to a judge's server.
+    """What became of the calls to a judge's server, and what they cost: `price` is USD per million tokens read and
+    written, paid of `budget`.
 
     `refused` holds what the server said to each question that it refused; these are not asked again. After `failure`
     nothing is asked any more. alpaca-eval gets an answer without a preference in both cases, so that it keeps the
     preferences that it has.
     """
 
+    budget: Budget
+    price: Sequence[float]
     refused: dict[str, str] = field(default_factory=dict)
     failure: Exception | None = None
     last_error: Exception | None = None  # of a call that failed, also where later ones did not
     failures_in_a_row: int = 0
     refusals_in_a_row: int = 0
 
-    def succeeded(self) -> None:
+    def may_ask(self, question: str) -> bool:
+        """Whether a call is to be made. Where the budget is spent, that is the failure."""
+        try:
+            self.budget.check()
+        except LimitError as error:
+            self.failure = self.failure or error
+        return self.failure is None and question not in self.refused
+
+    def succeeded(self, read: int, written: int) -> None:
+        """`read`, `written`: tokens."""
         self.failures_in_a_row = self.refusals_in_a_row = 0
+        self.budget.pay(cost(self.price, read, written))
 
     def failed(self, error: Exception, status: int | None) -> None:
         self.last_error = error
@@ -139,7 +154,7 @@ def _ask(
     calls: Calls,
     seconds: float,
     create: Callable[..., Any],
-    check: Callable[[Any], Any],
+    check: Callable[[Any], str],
     nothing: Callable[[], Any],
     **request: Any,
 ) -> Any:
@@ -147,12 +162,12 @@ def _ask(
     question = json.dumps(request, sort_keys=True, default=str)
     end = time.monotonic() + TIMEOUTS_PER_CALL * seconds
     for attempt in range(ATTEMPTS):
-        if calls.failure is not None or question in calls.refused:
+        if not calls.may_ask(question):
             return nothing()
         try:
             answer = create(**request)
             try:
-                check(answer)
+                text = check(answer)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                 raise BadAnswerError(f"the server's answer is not that of a judge: {str(answer)[:200]!r}") from None
         except Exception as error:  # the clients raise what their HTTP and JSON libraries do, besides their own
@@ -172,9 +187,20 @@ def _ask(
                 return nothing()
             time.sleep(pause)
         else:
-            calls.succeeded()
+            calls.succeeded(*_tokens(answer, question, text))
             return answer
     return nothing()
+
+
+def _tokens(answer: Any, question: str, text: str) -> tuple[int, int]:
+    """Read and written, as the server counts them; where it does not, about as many as the texts have."""
+    usage = getattr(answer, "usage", None)
+
+    def count(fields: Sequence[str], of_text: str) -> int:
+        said = [getattr(usage, field, None) for field in fields]
+        return next((n for n in said if isinstance(n, int) and n > 0), tokens_in(len(of_text)))
+
+    return count(("prompt_tokens", "input_tokens"), question), count(("completion_tokens", "output_tokens"), text)
 
 
 def _retry_after(error: Exception) -> float:
@@ -246,10 +272,10 @@ def _read(response: Any, request: Any, end: float) -> Any:
     return type(response)(response.status_code, headers=headers, content=content, request=request)
 
 
-# What alpaca-eval reads of an answer. The vendors' clients do not check what a server sends.
+# What alpaca-eval reads of an answer, and its text. The vendors' clients do not check what a server sends.
 
 
-def _check_chat(answer: Any) -> None:
+def _check_chat(answer: Any) -> str:
     for choice in answer.choices:
         choice.model_dump()
         if choice.message.role != "assistant" or not isinstance(choice.message.content, str | None):
@@ -257,23 +283,27 @@ def _check_chat(answer: Any) -> None:
         choice.message.content = choice.message.content or ""
         if choice.message.tool_calls or choice.message.function_call:
             raise ValueError
-    answer.choices[0]
+    text = answer.choices[0].message.content
     _fill_usage(answer)
+    return str(text)
 
 
-def _check_text(answer: Any) -> None:
+def _check_text(answer: Any) -> str:
     for choice in answer.choices:
         choice.model_dump()
         if not isinstance(choice.text, str):
             raise ValueError
-    answer.choices[0]
+    text = answer.choices[0].text
     _fill_usage(answer)
+    return str(text)
 
 
-def _check_message(answer: Any) -> None:
+def _check_message(answer: Any) -> str:
     answer.model_dump()
-    if not isinstance(answer.content[0].text, str):
+    text = answer.content[0].text
+    if not isinstance(text, str):
         raise ValueError
+    return text
 
 
 def _fill_usage(answer: Any) -> None:

@@ -5,6 +5,7 @@ It is asked what the published judge was asked, word for word, and read by the s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from prefopt.data.items import Message
 from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation import arena, mtbench
-from prefopt.evaluation.arena_figures import GAMES, VERDICTS, games_of, outcome, read_verdict, win_rate
+from prefopt.evaluation.arena_figures import GAMES, VERDICTS, games_of, outcome, win_rate
 from prefopt.evaluation.benchmark_files import ARENA_HARD, MT_BENCH_PROMPTS
 from prefopt.evaluation.config import JudgeCheckConfig, check_judge_check
+from prefopt.evaluation.cost import Budget
 from prefopt.evaluation.judged import counted
-from prefopt.evaluation.text_judge import TextJudge, build_text_judge
+from prefopt.evaluation.text_judge import ReplyFormat, TextJudge, build_text_judge
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import find_result, write_result
 from prefopt.utils import signals
@@ -34,17 +36,18 @@ def read_ratings(path: str, files: str | None) -> tuple[list[list[Message]], lis
     systems = {row["name"]: row["system_prompt"] for row in MT_BENCH_PROMPTS.rows(files)}
     prompts, ratings = [], []
     for where, row in read_rows(path, None):
-        try:
-            (_, template), text, rating = row["judge"], row["user_prompt"], float(row["score"])
-            system = systems[template]
-        except (KeyError, TypeError, ValueError):
+        judge, text, rating = row.get("judge"), row.get("user_prompt"), row.get("score", "")
+        is_judgment = isinstance(judge, list) and len(judge) == 2 and isinstance(text, str)
+        if not is_judgment or not isinstance(rating, int | float | None):
             raise UserError(
                 f"{where} must hold a judgment of FastChat's with its prompt: judge [NAME, TEMPLATE], user_prompt and "
                 "score."
-            ) from None
-        if 1 <= rating <= 10:  # -1: a missing one
-            prompts.append([{"role": "system", "content": system}, {"role": "user", "content": str(text)}])
-            ratings.append(rating)
+            )
+        if judge[1] not in list(systems):  # a list, because what stands here may not be hashable
+            raise UserError(f"{where}: the template {judge[1]!r} is none of FastChat's: {', '.join(systems)}.")
+        if rating is not None and 1 <= rating <= 10:  # -1: a missing one
+            prompts.append([{"role": "system", "content": systems[judge[1]]}, {"role": "user", "content": text}])
+            ratings.append(float(rating))
     if len(ratings) < 2:
         raise UserError(f"{path} has {len(ratings)} ratings, and at least 2 are needed.")
     return prompts, ratings
@@ -57,29 +60,34 @@ def read_verdicts(path: str, files: str | None) -> tuple[list[list[Message]], li
     prompts: list[list[Message]] = []
     verdicts: list[str] = []
     for where, row in read_rows(path, None):
-        try:
-            of_row = [_asked(game, settings["arena-hard-v0.1"]["system_prompt"]) for game in row["games"]]
-            scores = [game["score"] for game in row["games"]]
-        except (KeyError, TypeError):
-            of_row, scores = [], []
-        if len(of_row) != len(GAMES):
+        games = row.get("games")
+        if not isinstance(games, list) or len(games) != len(GAMES):
+            games = [{}]
+        asked = [_asked(game, settings["arena-hard-v0.1"]["system_prompt"]) for game in games if game is not None]
+        if None in asked:
             raise UserError(
                 f"{where} must hold a judgment of Arena-Hard's with its prompts: two games, each with score, and with "
                 "user_prompt or prompt."
             )
-        if all(score in VERDICTS for score in scores):
-            prompts += of_row
+        scores = [game["score"] for game in games if game is not None]  # null: the judge has not answered
+        if len(scores) == len(GAMES) and all(score in list(VERDICTS) for score in scores):
+            prompts += [messages for messages in asked if messages]
             verdicts += scores
     if not verdicts:
         raise UserError(f"{path} has no row with two verdicts.")
     return prompts, verdicts
 
 
-def _asked(game: dict[str, Any], system: str) -> list[Message]:
-    """The later versions write the whole conversation down, the release the user's text."""
-    if "prompt" in game:
-        return [{"role": message["role"], "content": message["content"]} for message in game["prompt"]]
-    return [{"role": "system", "content": system}, {"role": "user", "content": game["user_prompt"]}]
+def _asked(game: Any, system: str) -> list[Message] | None:
+    """The later versions write the whole conversation down, the release the user's text. None for what is no game."""
+    try:
+        messages = [{"role": message["role"], "content": message["content"]} for message in game.get("prompt", [])]
+        if not messages:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": game["user_prompt"]}]
+        is_game = "score" in game and all(isinstance(m["content"], str) for m in messages)
+    except (AttributeError, KeyError, TypeError):
+        return None
+    return messages if is_game else None
 
 
 def compare_ratings(published: Sequence[float], ours: Sequence[float | None]) -> dict[str, Any]:
@@ -119,19 +127,17 @@ def compare_verdicts(published: Sequence[str], ours: Sequence[str | None]) -> di
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of judgments, a key of the configuration: how its file is read, how a judge is asked, and what compares
-    its judgments with the published ones."""
+    """A kind of judgments, a key of the configuration: how its file is read, what a judge is to write, and what
+    compares its judgments with the published ones."""
 
     read_file: Callable[[str, str | None], tuple[list[list[Message]], Sequence[Any]]]
-    read_reply: Callable[[str], Any]
-    finish: str
-    reply_tokens: int
+    form: ReplyFormat[Any]
     compare: Callable[[Any, Any], dict[str, Any]]
 
 
 KINDS = {
-    "ratings": Kind(read_ratings, mtbench.read_rating, mtbench.FINISH, mtbench.REPLY_TOKENS, compare_ratings),
-    "verdicts": Kind(read_verdicts, read_verdict, arena.FINISH, arena.REPLY_TOKENS["v0.1"], compare_verdicts),
+    "ratings": Kind(read_ratings, mtbench.FORM, compare_ratings),
+    "verdicts": Kind(read_verdicts, arena.FORMS["v0.1"], compare_verdicts),
 }
 
 
@@ -171,8 +177,12 @@ def check(config: JudgeCheckConfig) -> dict[str, Any]:
 
     record: dict[str, Any] = dict.fromkeys(KINDS) | (find_result(judge.check_file) or {})
     record["judge"] = judge.describe()
+    budget, folder = Budget(config.max_cost), judge.check_file.parent / "replies"
+    budget.announce_all(
+        [judge.estimate(prompts, KINDS[name].form.tokens, folder) for name, (prompts, _) in parts.items()]
+    )
     for name, (prompts, published) in parts.items():
-        record[name] = _compare(judge, name, prompts, published, config.max_cost) | {"rows": digest(paths[name])}
+        record[name] = _compare(judge, KINDS[name], prompts, published, folder, budget) | {"rows": digest(paths[name])}
     write_result(judge.check_file, record | provenance())
     console().print(format_check(record))
     print(judge.check_file.parent)
@@ -180,12 +190,16 @@ def check(config: JudgeCheckConfig) -> dict[str, Any]:
 
 
 def _compare(
-    judge: TextJudge, name: str, prompts: Sequence[list[Message]], published: Sequence[Any], max_cost: float
+    judge: TextJudge,
+    kind: Kind,
+    prompts: Sequence[list[Message]],
+    published: Sequence[Any],
+    folder: Path,
+    budget: Budget,
 ) -> dict[str, Any]:
-    kind, folder = KINDS[name], judge.check_file.parent / "replies"
     # How many are missing is a result here.
-    verdicts = judge.judge(prompts, kind.read_reply, kind.finish, kind.reply_tokens, folder, max_cost, most_missing=1.0)
+    verdicts = judge.judge(prompts, kind.form, folder, budget, most_missing=1.0)
     values = [verdict.value for verdict in verdicts]
     if all(value is None for value in values):
-        raise UserError(f"{judge.title} gave no verdict that can be read to any of {len(values)} prompts of {name}.")
+        raise UserError(f"{judge.title} gave no verdict that can be read to any of {len(values)} prompts.")
     return kind.compare(published, values) | counted(verdicts)

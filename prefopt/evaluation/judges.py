@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -19,8 +18,9 @@ from typing import Any
 
 from prefopt.data.items import Message
 from prefopt.errors import UserError
-from prefopt.evaluation.annotations import is_preference, prune_annotations
+from prefopt.evaluation.annotations import is_preference, known_preferences, prune_annotations
 from prefopt.evaluation.clients import VENDOR_URLS, Calls, alpaca_eval, failure_reason, judge_client
+from prefopt.evaluation.cost import Budget, Estimate, LimitError
 from prefopt.evaluation.judge_configuration import PACKAGES, check_annotator, read_configuration, write_configuration
 from prefopt.rewards.scorers import Request, RewardScorer
 from prefopt.utils.files import safe_name
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # passes over the rows that got no preference
 CHUNK = 20  # questions that are asked before the answers are written to disk
-CHARACTERS_PER_TOKEN = 4  # for the estimate of the cost: English text, any tokenizer
 # The variables of the environment by which the vendors' clients, or alpaca-eval, would ask another host or add headers.
 ADDRESSES = {
     "openai": ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH"),
@@ -82,18 +81,22 @@ class Judge(ABC):
         comparisons: Sequence[Comparison],
         names: GeneratorNames,
         folder: Path,
-        max_cost: float,
+        budget: Budget,
         device: str,
         precision: str,
     ) -> list[dict[str, Any]]:
         """One annotation per comparison, in their order, with the fields of alpaca-eval's annotations.
 
         `preference` is 1 for the reference, 2 for the model, 1.5 for a tie; a judge that gives probabilities may give
-        any number from 1 to 2. Preferences that cost money are kept in `folder`. `max_cost` is in USD.
+        any number from 1 to 2. Preferences that cost money are kept in `folder`, and paid of `budget`.
 
-        Raises UserError where the estimated cost is above `max_cost`, where the judge fails, and where a preference is
-        missing after all attempts.
+        Raises UserError where the estimated cost is above what is left of it, where the judge fails, and where a
+        preference is missing after all attempts.
         """
+
+    @abstractmethod
+    def estimate(self, comparisons: Sequence[Comparison], folder: Path) -> Estimate:
+        """The calls that `annotate` will make, but for those that have to be repeated."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,15 @@ class RewardJudge(Judge):
     def check(self) -> None:
         pass  # the scorer has checked its packages when it was built
 
+    def estimate(self, comparisons: Sequence[Comparison], folder: Path) -> Estimate:
+        return Estimate((0.0, 0.0), {})
+
     def annotate(
         self,
         comparisons: Sequence[Comparison],
         names: GeneratorNames,
         folder: Path,
-        max_cost: float,
+        budget: Budget,
         device: str,
         precision: str,
     ) -> list[dict[str, Any]]:
@@ -234,8 +240,8 @@ class LanguageModelJudge(Judge):
             raise UserError(f"judge {self.name} needs the package {package}: pip install -e '.[evaluation]'")
         if self.key and not os.environ.get(self.key):
             raise UserError(
-                f"judge {self.name} needs a key in the environment variable {self.key}. Set it, or take a judge that "
-                "needs none: judge=reward_model, or judge=local judge.base_url=URL"
+                f"judge {self.model_name} needs a key in the environment variable {self.key}. Set it, or take a judge "
+                "that needs none, such as judge=local judge.base_url=URL"
             )
         self._check_environment()
 
@@ -259,24 +265,23 @@ class LanguageModelJudge(Judge):
         comparisons: Sequence[Comparison],
         names: GeneratorNames,
         folder: Path,
-        max_cost: float,
+        budget: Budget,
         device: str,
         precision: str,
     ) -> list[dict[str, Any]]:
-        digest = _sha256(json.dumps(self.describe(), sort_keys=True))[:8]
-        judge_folder = folder / f"{safe_name(self.name)}-{digest}"
+        judge_folder = self._folder(folder)
         annotations = judge_folder / "annotations.json"
 
         # The lock keeps a second job with the same judge from paying for the same questions.
         with locked(judge_folder / "lock", f"preferences of {self.name}"):
             configuration = judge_folder / "judge" / "configuration"
             write_configuration(self.name, *self._configuration, configuration)
-            calls = Calls()
+            calls = Calls(budget, self.price)
             for _ in range(ATTEMPTS):
-                known = prune_annotations(annotations)
-                # alpaca-eval does not ask about equal answers: it calls them a tie.
-                to_ask = [c for c in comparisons if c.reference != c.model and _key(c) not in known]
-                max_cost -= self._announce_cost(to_ask, len(comparisons), max_cost)
+                prune_annotations(annotations)
+                estimate = self.estimate(comparisons, folder)
+                what = f"{self.name}: {len(estimate.calls)} calls for {len(comparisons)} questions"
+                budget.announce(f"{what} (the others are known or equal)", estimate)
                 rows = self._ask(comparisons, names, configuration, annotations, calls)
                 given = {row["index"]: row for row in rows if is_preference(row["preference"])}
                 missing = [c.index for c in comparisons if c.index not in given]
@@ -297,15 +302,26 @@ class LanguageModelJudge(Judge):
     def _configuration(self) -> tuple[dict[str, Any], str]:
         return read_configuration(self.name, self.annotator, self.model)
 
-    def _announce_cost(self, to_ask: Sequence[Comparison], n: int, max_cost: float) -> float:
-        """Print the estimated cost of asking for the preferences of `to_ask`, of `n` questions, and return it in USD.
-        Raises UserError above `max_cost` USD."""
+    def _folder(self, folder: Path) -> Path:
+        """Where in `folder` this judge's preferences are kept."""
+        digest = _sha256(json.dumps(self.describe(), sort_keys=True))[:8]
+        return folder / f"{safe_name(self.name)}-{digest}"
+
+    def estimate(self, comparisons: Sequence[Comparison], folder: Path) -> Estimate:
         config, prompt = self._configuration
         kwargs = config.get("completions_kwargs", {})
-        written = len(to_ask) * (kwargs.get("max_tokens") or kwargs.get("max_tokens_to_sample") or 0)
-        characters = sum(len(prompt) + len(c.instruction) + len(c.reference) + len(c.model) for c in to_ask)
-        what = f"{self.name}: {len(to_ask)} calls for {n} questions (the others are known or equal)"
-        return announce_cost(what, characters, written, self.price, max_cost)
+        written = kwargs.get("max_tokens") or kwargs.get("max_tokens_to_sample") or 0
+        annotations = self._folder(folder) / "annotations.json"
+        known = known_preferences(annotations)
+        return Estimate(
+            self.price,
+            {
+                (annotations, _key(c)): (len(prompt) + len(c.instruction) + len(c.reference) + len(c.model), written)
+                for c in comparisons
+                # alpaca-eval does not ask about equal answers: it calls them a tie.
+                if c.reference != c.model and _key(c) not in known
+            },
+        )
 
     def _ask(
         self,
@@ -334,24 +350,12 @@ class LanguageModelJudge(Judge):
         return sorted(rows, key=lambda row: order[row["instruction"]])
 
 
-def announce_cost(what: str, characters: int, written: int, price: Sequence[float], max_cost: float) -> float:
-    """Print the estimated cost of calls, and return it in USD. `what` says which calls these are, `characters` is what
-    they read, `written` the tokens that they write. Raises UserError above `max_cost` USD."""
-    read = math.ceil(characters / CHARACTERS_PER_TOKEN)
-    cost = (read * price[0] + written * price[1]) / 1e6
-    log.info(f"{what}, about {read:,} tokens to read and {written:,} to write, about {cost:.2f} USD")
-    if cost > max_cost:
-        raise UserError(
-            f"the estimate of {cost:.2f} USD is above what is left of max_cost, {max_cost:.2f} USD. Nothing was "
-            "asked for."
-        )
-    return cost
-
-
 def check_server(name: str, calls: Calls, kept: Path) -> None:
     """Raise UserError where nothing more is asked of the judge `name`. What it has said is in the file `kept`."""
     if (error := calls.failure) is None:
         return
+    if isinstance(error, LimitError):
+        raise UserError(f"{error} What was judged is kept in {kept}; with a higher max_cost the command goes on there.")
     why = ""
     if 300 <= getattr(error, "status_code", 0) < 400:
         why = " (a redirect, which is not followed: set judge.base_url to where the server is)"

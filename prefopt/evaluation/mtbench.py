@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ from rich.table import Table
 from prefopt.config.hardware import resolve_hardware
 from prefopt.config.schema import ModelConfig
 from prefopt.data.items import Message
-from prefopt.data.sources import read_rows, write_rows
+from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap
-from prefopt.evaluation.answers import draw
+from prefopt.evaluation.answers import draw, format_unfinished
 from prefopt.evaluation.benchmark_files import MT_BENCH_PROMPTS, MT_BENCH_QUESTIONS, MT_BENCH_REFERENCES
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
-from prefopt.evaluation.judged import Subject, counted, result, results_folder, sampling_of, settings_of, subjects
-from prefopt.evaluation.text_judge import TextJudge, build_text_judge
+from prefopt.evaluation.judged import TextJudgedResult, counted, sampling_of, settings_of, subjects
+from prefopt.evaluation.result_folder import make_all
+from prefopt.evaluation.text_judge import ReplyFormat, Verdict, build_text_judge
 from prefopt.generation.responses import open_sampler
 from prefopt.tracking.policies import each_run
 from prefopt.tracking.record import read_result
@@ -45,8 +46,6 @@ TEMPERATURES = {  # of the answers, by category
 }  # fmt: skip
 WITH_REFERENCE = ("math", "reasoning", "coding")  # the categories whose answers are laid beside a reference
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
-FINISH = "Please finish with the rating, strictly in the format [[rating]]."
-REPLY_TOKENS = 200  # about as many has a judgment of GPT-4
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,10 @@ def read_rating(reply: str) -> float | None:
     return rating if rating is not None and 1 <= rating <= 10 else None
 
 
+# About as many tokens has a judgment of GPT-4.
+FORM = ReplyFormat(read_rating, "Please finish with the rating, strictly in the format [[rating]].", tokens=200)
+
+
 def judge_prompt(benchmark: Benchmark, question: int, answers: Sequence[str], turn: int) -> tuple[str, list[Message]]:
     """The name of the template by which an answer is judged, and what the judge is asked."""
     row = benchmark.questions[question]
@@ -102,29 +105,43 @@ def judge_prompt(benchmark: Benchmark, question: int, answers: Sequence[str], tu
 
 
 def read_answers(path: str, benchmark: Benchmark) -> dict[int, Conversation]:
-    """The answers in a file of FastChat's `model_answer`, by question id. Raises UserError for a row that is none."""
+    """The answers in a file of FastChat's `model_answer`, by question id. Of several choices the first counts, as in
+    FastChat, which the log says. Raises UserError for a row that is no answer to two turns."""
     answers: dict[int, Conversation] = {}
+    several = 0
     for where, row in read_rows(path, None):
-        question: Any = row.get("question_id")
+        question = _question_id(row.get("question_id"))
         if question not in benchmark.questions:
-            raise UserError(f"{where}: question_id {question!r} is none of MT-Bench's, {_ids(benchmark)}.")
+            ids = f"{min(benchmark.questions)} to {max(benchmark.questions)}"
+            raise UserError(f"{where}: question_id {row.get('question_id')!r} is none of MT-Bench's, {ids}.")
         if question in answers:
             raise UserError(f"{where} answers question {question} once more. Leave one of the answers out.")
-        try:
-            ((first, second),) = [choice["turns"] for choice in row["choices"]]
-        except (TypeError, KeyError, ValueError):
+        choices, turns = row.get("choices"), None
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            turns = choices[0].get("turns")
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise UserError(
-                f"{where} must have one choice with the answers to two turns: "
+                f"{where} must hold the answers to two turns as texts: "
                 '{"question_id": 81, "model_id": NAME, "choices": [{"index": 0, "turns": [TEXT, TEXT]}]}.'
-            ) from None
-        if not isinstance(first, str) or not isinstance(second, str):
-            raise UserError(f"{where}: the two turns must be texts.")
-        answers[question] = Conversation((first, second))
+            )
+        if len(turns) != len(TURNS):
+            raise UserError(
+                f"{where} has {len(turns)} answers to question {question}, which has {len(TURNS)} turns. Where the "
+                'model gave none, write an empty text, "", which is judged as it is.'
+            )
+        several += len(choices) > 1
+        answers[question] = Conversation((turns[0], turns[1]))
+    if several:
+        log.info(f"{path}: {several} rows have several choices. The first is judged, as FastChat does it.")
     return dict(sorted(answers.items()))
 
 
-def _ids(benchmark: Benchmark) -> str:
-    return f"{min(benchmark.questions)} to {max(benchmark.questions)}"
+def _question_id(value: Any) -> int | None:
+    """Some programs write 81 as "81" or 81.0."""
+    try:
+        return int(value) if isinstance(value, str) or value == int(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def draw_answers(
@@ -220,90 +237,93 @@ def format_results(record: dict[str, Any]) -> Table:
         table.add_row(f"  {name}", "–" if value is None else f"{value:.2f}")
     table.add_row("ratings", f"{figures['judgments']}, of which {figures['missing']} are missing")
     table.add_row("judge asked again", str(figures["asked_again"]))
-    table.add_row("answers cut off", str(record["unfinished"]))
+    table.add_row("answers cut off", format_unfinished(record["unfinished"]))
     if checked := record["judge_check"]:
         table.add_row("the judge beside the published one", f"{checked['difference']:+.2f}, {checked['n']} ratings")
     return table
 
 
-def evaluate(
-    config: MtbenchConfig, judge: TextJudge, subject: Subject, benchmark: Benchmark, extra: dict[str, str]
-) -> Path:
-    """Have a model's answers rated, and return the folder with record.json, and with model_answer.jsonl (of answers
-    that were drawn here) and judgments.jsonl in FastChat's format. Raises UserError where the judge does."""
-    name = f"{Path(config.run).name}-{subject.name}" if config.run else subject.name
-    folder = results_folder(config, "mtbench")
-    settings = settings_of(config, judge, draws=subject.model is not None)
-    settings |= {"references": config.references, "files": benchmark.digests}
+@dataclass(frozen=True)
+class MtbenchResult(TextJudgedResult):
+    """A model's conversations, rated."""
 
-    def make(place: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        weights = None
-        if subject.model is None:
-            answers = read_answers(subject.path, benchmark)
-        else:
-            answers, weights = draw_answers(subject.model, benchmark, config)
-            write_rows(place / "model_answer.jsonl", answer_rows(answers, name))
-        asked = [(question, turn) for turn in TURNS for question in answers]
-        prompts = [judge_prompt(benchmark, question, answers[question].turns, turn) for question, turn in asked]
-        verdicts = judge.judge(
-            [messages for _, messages in prompts],
-            read_rating,
-            FINISH,
-            REPLY_TOKENS,
-            folder / "replies",
-            config.max_cost,
-        )
+    config: MtbenchConfig
+    benchmark: Benchmark
+    job = "mtbench"
+    form = FORM
+
+    def settings(self) -> dict[str, Any]:
+        settings = settings_of(self.config, self.judge, draws=self.subject.model is not None)
+        return settings | {"references": self.config.references, "files": self.benchmark.digests}
+
+    @cached_property
+    def answers(self) -> tuple[dict[int, Conversation], str | None]:
+        """By question id, and the digest of the weights that drew them."""
+        if self.subject.model is None:
+            return read_answers(self.subject.path, self.benchmark), None
+        return draw_answers(self.subject.model, self.benchmark, self.config)
+
+    @cached_property
+    def asked(self) -> dict[tuple[int, int], tuple[str, list[Message]]]:
+        """By question and turn, the name of the template and what the judge is asked."""
+        answers, _ = self.answers
+        return {(q, turn): judge_prompt(self.benchmark, q, answers[q].turns, turn) for turn in TURNS for q in answers}
+
+    def prompts(self) -> list[list[Message]]:
+        return [messages for _, messages in self.asked.values()]
+
+    def drawn_rows(self) -> list[dict[str, Any]]:
+        return answer_rows(self.answers[0], self.model_name)
+
+    def judged(self, verdicts: Sequence[Verdict[float]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        answers, weights = self.answers
+        of_turn = dict(zip(self.asked, verdicts, strict=True))
         rows = [
             {
                 "question_id": question,
-                "model": name,
-                "judge": [judge.title, template],
+                "model": self.model_name,
+                "judge": [self.judge.title, template],
                 "user_prompt": messages[-1]["content"],
                 "judgment": verdict.judgment,
                 "score": -1 if verdict.value is None else verdict.value,  # as FastChat marks a missing one
                 "turn": turn,
                 "tstamp": verdict.replies[-1].tstamp if verdict.replies else None,
             }
-            for (question, turn), (template, messages), verdict in zip(asked, prompts, verdicts, strict=True)
+            for ((question, turn), verdict), (template, messages) in zip(
+                of_turn.items(), self.asked.values(), strict=True
+            )
         ]
-        ratings = dict(zip(asked, (verdict.value for verdict in verdicts), strict=True))
-        categories = {question: row["category"] for question, row in benchmark.questions.items()}
+        ratings = {key: verdict.value for key, verdict in of_turn.items()}
+        categories = {question: row["category"] for question, row in self.benchmark.questions.items()}
         return rows, {
-            "model": name,
+            "model": self.model_name,
             "weights": weights,
-            "metric": metric_name(judge.title, config.references),
+            "metric": metric_name(self.judge.title, self.config.references),
             "figures": summarize(ratings, categories) | counted(verdicts),
-            "judge_check": judge.checked("ratings"),
-            "unfinished": sum(answer.finished.count(False) for answer in answers.values()),
+            "judge_check": self.judge.checked("ratings"),
+            "unfinished": None if weights is None else sum(a.finished.count(False) for a in answers.values()),
         }
 
-    return result(folder, subject, judge, settings, make, extra)
+
+def plan(config: MtbenchConfig) -> list[MtbenchResult]:
+    """The results of a configuration, of all its runs. Raises UserError for what is missing or no answer."""
+    check_mtbench(config)
+    judge = build_text_judge(config.judge)
+    if config.output is not None:
+        check_folder("output", config.output)
+    benchmark = read_benchmark(config.files, config.references)
+    results = [MtbenchResult(one, judge, subject, benchmark) for one in each_run(config) for subject in subjects(one)]
+    for result in results:
+        if result.subject.model is None:
+            read_answers(result.subject.path, benchmark)
+    return results
 
 
 def run_pending(config: MtbenchConfig, **extra: str) -> None:
     """Make every result that has no record yet, and print the table of each. `extra` goes into the records."""
-    check_mtbench(config)
     signals.install_handlers()
-    for one in each_run(config):
-        evaluate_pending(one, extra)
-
-
-def evaluate_pending(config: MtbenchConfig, extra: dict[str, str]) -> None:
-    """The same for one run, model or file."""
-    from prefopt.models.load import check_model
-
-    judge = build_text_judge(config.judge)
-    if config.output is not None:
-        check_folder("output", config.output)
+    check_mtbench(config)
     resolve_hardware(config)
-    benchmark = read_benchmark(config.files, config.references)
-    chosen = subjects(config, "model_id")
-    for subject in chosen:
-        if subject.model is None:
-            read_answers(subject.path, benchmark)
-        elif config.run is None:
-            check_model(subject.model, "model")
-    for subject in chosen:
-        folder = evaluate(config, judge, subject, benchmark, extra)
+    for _, folder in make_all(plan(config), config.max_cost, extra):
         console().print(format_results(read_result(folder / "record.json")))
         print(folder)

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from prefopt.evaluation.cost import Budget, Estimate
 from prefopt.tracking.provenance import provenance
 from prefopt.tracking.record import find_result, write_result
 from prefopt.utils.locks import locked
@@ -56,3 +57,37 @@ def has_rows(name: str, key: str) -> Callable[[Path], bool]:
         return True
 
     return is_complete
+
+
+class JudgedResult(Protocol):
+    """A result of answers and of what a judge says of them. The answers are drawn or read once, when they are first
+    asked for."""
+
+    def is_complete(self) -> bool: ...
+
+    def check(self) -> None:
+        """Raise UserError for a model that cannot answer. Reads no weights."""
+
+    def estimate(self) -> Estimate:
+        """The judge's calls that it needs. Draws the answers."""
+
+    def make(self, budget: Budget, extra: dict[str, str]) -> Path:
+        """The result's folder. `extra` goes into the record. Raises UserError where the judge does."""
+
+
+R = TypeVar("R", bound=JudgedResult)
+
+
+def make_all(results: Sequence[R], max_cost: float, extra: dict[str, str]) -> Iterator[tuple[R, Path]]:
+    """Make every result that is not complete, and yield each with its folder. `extra` goes into the records.
+
+    The judge is not asked before everything else is there: all answers, and an estimate of all calls. Raises UserError
+    for what is missing, and where the estimate is above `max_cost` USD.
+    """
+    pending = [result for result in results if not result.is_complete()]
+    for result in pending:
+        result.check()
+    budget = Budget(max_cost)
+    budget.announce_all([result.estimate() for result in pending])
+    for result in results:
+        yield result, result.make(budget, extra)

@@ -11,17 +11,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from prefopt.config.parse import build
+from omegaconf import MISSING, OmegaConf
+
+from prefopt.config.parse import build, keys_without_field, parse
 from prefopt.data.items import Message
 from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.clients import Calls, vendor_client
-from prefopt.evaluation.judges import Judge, LanguageModelJudge, announce_cost, check_server, what_failed
+from prefopt.evaluation.cost import Budget, Estimate
+from prefopt.evaluation.judges import Judge, LanguageModelJudge, check_server, what_failed
 from prefopt.tracking.record import find_result
 from prefopt.utils.console import Bar
 from prefopt.utils.files import atomic_write, cache_dir, safe_name, with_filename
@@ -38,7 +41,6 @@ T = TypeVar("T")
 PASSES = 3  # over the conversations without a verdict
 MOST_MISSING = 0.01  # of the verdicts; with more of them missing there is no result
 LEAST_TOKENS = 2048  # of a reply: shorter ones end before their verdict
-HOW = ("temperature", "max_tokens", "parallel")  # the keys of `judge` that say how it is asked
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ class Verdict(Generic[T]):
     @property
     def judgment(self) -> str:
         return "\n".join(reply.text for reply in self.replies)
+
+
+@dataclass(frozen=True)
+class ReplyFormat(Generic[T]):
+    """What a judge is to write. `read`: the verdict in a reply; None where there is none that can be read. `finish`:
+    what the judge is told then, after its reply. `tokens`: about as many a reply has, for the estimate of the cost."""
+
+    read: Callable[[str], T | None]
+    finish: str
+    tokens: int
 
 
 class ReplyFile:
@@ -142,48 +154,44 @@ class TextJudge:
     def judge(
         self,
         prompts: Sequence[list[Message]],
-        read: Callable[[str], T | None],
-        finish: str,
-        reply_tokens: int,
+        form: ReplyFormat[T],
         folder: Path,
-        max_cost: float,
+        budget: Budget,
         most_missing: float = MOST_MISSING,
     ) -> list[Verdict[T]]:
         """A verdict on each prompt, in their order.
 
         Args:
             prompts: Conversations that end with the user's turn.
-            read: The verdict in a reply; None where there is none that can be read.
-            finish: What the judge is told then, after its reply; in each of PASSES passes but the first.
-            reply_tokens: About as many tokens a reply has, for the estimate of the cost.
+            form: What the replies are read as. Without a verdict the judge is told to finish, in each of PASSES passes
+                but the first.
             folder: Replies are kept in it, in a file for each judge.
-            max_cost: USD.
+            budget: What the command may pay.
             most_missing: The share of verdicts that may be missing.
 
         Raises:
-            UserError: the estimated cost is above `max_cost`, the judge's server fails, or more than
-                `most_missing` of the verdicts are missing.
+            UserError: the estimated cost is above what is left of `budget`, the judge's server fails, or more
+                than `most_missing` of the verdicts are missing.
             Interrupted: after SIGTERM or SIGUSR2, when the calls under way have ended.
         """
-        name = f"{safe_name(self.title)}-{fingerprint(self.describe())[:8]}.jsonl"
+        path = self._reply_file(folder)
         # The lock keeps a second job with the same judge from paying for the same replies.
-        with locked((folder / name).with_suffix(".lock"), f"replies of {self.title}"):
-            file = ReplyFile(folder / name)
+        with locked(path.with_suffix(".lock"), f"replies of {self.title}"):
+            file = ReplyFile(path)
             talks = [_Talk[T](list(prompt)) for prompt in prompts]
-            calls = Calls()
+            calls = Calls(budget, self.server.price)
             for _ in range(PASSES):
                 pending = [talk for talk in talks if talk.value is None]
-                to_ask = {self.key(talk.messages): talk.messages for talk in pending}  # of equal ones, one
-                to_ask = {key: messages for key, messages in to_ask.items() if key not in file.replies}
+                to_ask = self._unknown([talk.messages for talk in pending], file.replies)
                 if to_ask:
-                    characters = sum(len(str(m["content"])) for messages in to_ask.values() for m in messages)
-                    what = f"{self.title}: {len(to_ask)} calls for {len(prompts)} prompts (the others are known)"
-                    written = len(to_ask) * reply_tokens
-                    max_cost -= announce_cost(what, characters, written, self.server.price, max_cost)
+                    what = (
+                        f"{self.title}: {len(to_ask)} calls for {len(prompts)} prompts (the others are known or equal)"
+                    )
+                    budget.announce(what, self._estimate(to_ask, form.tokens, path))
                     self._ask(list(to_ask.values()), file, calls)
                 for talk in pending:
                     if reply := file.replies.get(self.key(talk.messages)):
-                        talk.take(reply, read, finish)
+                        talk.take(reply, form)
 
         missing = [i for i, talk in enumerate(talks) if talk.value is None]
         unanswered = [i for i in missing if talks[i].awaits_reply(file, self)]
@@ -196,6 +204,24 @@ class TextJudge:
                 f"replies are kept in {file.path}; {then}. With a higher judge.max_tokens all are asked for anew."
             )
         return [Verdict(talk.value, talk.replies) for talk in talks]
+
+    def estimate(self, prompts: Sequence[list[Message]], reply_tokens: int, folder: Path) -> Estimate:
+        """The calls that `judge` will make, but for requests to finish."""
+        path = self._reply_file(folder)
+        rows, _ = read_sealed_lines(path)  # as it is: another job may be writing it
+        return self._estimate(self._unknown(prompts, {row["key"] for row in rows}), reply_tokens, path)
+
+    def _reply_file(self, folder: Path) -> Path:
+        return folder / f"{safe_name(self.title)}-{fingerprint(self.describe())[:8]}.jsonl"
+
+    def _unknown(self, conversations: Sequence[list[Message]], known: Container[str]) -> dict[str, list[Message]]:
+        """By their keys, those without a reply. Of equal ones, one."""
+        keys = {self.key(messages): messages for messages in conversations}
+        return {key: messages for key, messages in keys.items() if key not in known}
+
+    def _estimate(self, to_ask: dict[str, list[Message]], reply_tokens: int, path: Path) -> Estimate:
+        characters = {key: sum(len(str(m["content"])) for m in messages) for key, messages in to_ask.items()}
+        return Estimate(self.server.price, {(path, key): (n, reply_tokens) for key, n in characters.items()})
 
     def _ask(self, conversations: Sequence[list[Message]], file: ReplyFile, calls: Calls) -> None:
         """Ask for the replies to all these, and add them to `file`. Those that fail or are refused are in `calls`.
@@ -250,29 +276,41 @@ class _Talk(Generic[T]):
         self.value: T | None = None
         self.replies: list[Reply] = []
 
-    def take(self, reply: Reply, read: Callable[[str], T | None], finish: str) -> None:
+    def take(self, reply: Reply, form: ReplyFormat[T]) -> None:
         self.replies.append(reply)
-        self.value = read(reply.text)
+        self.value = form.read(reply.text)
         if self.value is None:  # an empty text is refused by some servers
             self.messages.append({"role": "assistant", "content": reply.text if reply.text.strip() else "…"})
-            self.messages.append({"role": "user", "content": finish})
+            self.messages.append({"role": "user", "content": form.finish})
 
     def awaits_reply(self, file: ReplyFile, judge: TextJudge) -> bool:
         """Whether a call for it has failed or was refused."""
         return len(self.replies) < PASSES and judge.key(self.messages) not in file.replies
 
 
+@dataclass
+class How:
+    """The keys of `judge` that say how it is asked."""
+
+    temperature: float = MISSING
+    max_tokens: int = MISSING
+    parallel: int = MISSING
+
+
 def build_text_judge(node: Any, max_tokens: int | None = None) -> TextJudge:
-    """The judge that a program's `judge` describes: a choice of conf/judge, and the keys HOW. `max_tokens` stands for a
-    null there. Raises UserError for one that writes no text, and what `LanguageModelJudge.check` does."""
+    """The judge that a program's `judge` describes: a choice of conf/judge, and the keys of `How`. `max_tokens` stands
+    for a null there. Raises UserError for one that writes no text, and what `LanguageModelJudge.check` does."""
     values = dict(node or {})
-    how = {key: values.pop(key) for key in HOW if key in values}
-    if how.get("max_tokens") is None:
-        how["max_tokens"] = max_tokens
     if "_target_" not in values:
         raise UserError("judge is null: give a judge of conf/judge that writes texts, such as judge=gpt4")
+    given = {f.name: values.pop(f.name) for f in fields(How) if f.name in values}
+    if "timeout" in keys_without_field(values):  # the programs set it for every judge
+        del values["timeout"]
     server = build(values, Judge, "judge")
     if not isinstance(server, LanguageModelJudge):
         raise UserError(f"judge: {server.title} writes no text. Give a language model, such as judge=gpt4")
+    if given.get("max_tokens") is None:
+        given["max_tokens"] = max_tokens
+    how = parse(OmegaConf.create(given), How, "judge.")
     server.check()
-    return TextJudge(server, **how)
+    return TextJudge(server, **vars(how))

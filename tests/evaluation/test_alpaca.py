@@ -30,6 +30,7 @@ from prefopt.config.schema import ModelConfig, SamplingConfig
 from prefopt.errors import UserError
 from prefopt.evaluation.alpaca_figures import bootstrap, summarize
 from prefopt.evaluation.config import AlpacaConfig
+from prefopt.evaluation.cost import Budget
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge, RewardJudge
 from prefopt.evaluation.questions import GAMED, QUESTIONS, hub_file, read_questions
 from prefopt.evaluation.results import PAPER_JUDGES, two_judges
@@ -460,7 +461,7 @@ def test_a_judge_is_where_its_record_says(tmp_path, monkeypatch):
     judge = small_judge(server)
     judge.check()
     assert judge.describe()["base_url"] == f"{server.url}/v1"
-    judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32")
     assert (server.calls, other.calls) == (len(DUELS), 0)
     vendors = LanguageModelJudge("weighted_alpaca_eval_gpt4_turbo", [10, 30], key="OPENAI_API_KEY")
     assert vendors.describe()["base_url"] == "https://api.openai.com/v1"
@@ -556,7 +557,7 @@ def test_a_server_that_is_no_judge_ends_in_one_message(fault, words, tmp_path, n
     start = time.monotonic()
     with pytest.raises(UserError, match=f"judge mine failed: (?s:.*)({words})"):
         small_judge(server, timeout=0.3 if "seconds" in words else 5).annotate(
-            DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+            DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32"
         )
     assert time.monotonic() - start < 20
     assert max(server.asked.values()) <= 8
@@ -567,7 +568,13 @@ def test_what_was_judged_beside_faults_is_kept_and_paid_once(fault, tmp_path, no
     bad = {"good": False}
     server = Server(lambda text, n: None if bad["good"] or "question 3?" not in text else fault)
     ask = functools.partial(
-        small_judge(server, timeout=0.5).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+        small_judge(server, timeout=0.5).annotate,
+        DUELS,
+        GeneratorNames("r", "m"),
+        tmp_path,
+        Budget(0),
+        "cpu",
+        "float32",
     )
     with pytest.raises(UserError, match=r"incomplete: mine gave no preference for 1 of 8 .*The last call that failed"):
         ask()
@@ -581,7 +588,7 @@ def test_what_was_judged_beside_faults_is_kept_and_paid_once(fault, tmp_path, no
 def test_paid_preferences_that_are_whole_outlive_damage(harm, tmp_path, caplog):
     server = Server()
     ask = functools.partial(
-        small_judge(server).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+        small_judge(server).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32"
     )
     expected = ask()
     (file,) = tmp_path.rglob("annotations.json")
@@ -603,7 +610,7 @@ def test_the_official_alpaca_eval_reads_a_judges_file(tmp_path):
     from alpaca_eval.annotators import PairwiseAnnotator
 
     server = Server()
-    expected = small_judge(server).annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    expected = small_judge(server).annotate(DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32")
     (file,) = tmp_path.rglob("annotations.json")
     official = PairwiseAnnotator(annotators_config=str(file.parent / "judge" / "configuration"), caching_path=file)
     sides = [
@@ -621,7 +628,7 @@ def test_a_server_that_fails_in_the_middle_leaves_what_it_judged(tmp_path, no_pa
     server = Server(lambda text, n: 401 if server.calls > 4 else None)
     judge = small_judge(server)
     with pytest.raises(UserError, match="judge mine failed: Error code: 401"):
-        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32")
     (file,) = tmp_path.rglob("annotations.json")
     known = [row for row in json.loads(file.read_text()) if 1 <= row["preference"] <= 2]
     assert len(known) == 4
@@ -631,7 +638,7 @@ def test_a_question_that_the_vendor_refuses_is_counted_and_does_not_stop_the_oth
     refuses = {"now": True}
     server = Server(lambda text, n: 400 if refuses["now"] and "question 3?" in text else None)
     ask = functools.partial(
-        small_judge(server).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32"
+        small_judge(server).annotate, DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32"
     )
     for times in (1, 2):
         with pytest.raises(UserError, match=r"for 1 of 8 .* \(rows 3\).*refused 1 of them.*fault 400"):
@@ -658,7 +665,7 @@ def test_the_other_vendors_client_has_the_same_limits(fault, words, tmp_path, no
     del values["_target_"]
     judge = LanguageModelJudge(**values | {"base_url": server.url, "timeout": 0.5})
     with pytest.raises(UserError, match=words):
-        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 1, "cpu", "float32")
+        judge.annotate(DUELS, GeneratorNames("r", "m"), tmp_path, Budget(1), "cpu", "float32")
     assert server.keys == {SECRET}
     (file,) = tmp_path.rglob("annotations.json")
     assert 0 < sum(1 <= (row["preference"] or 0) <= 2 for row in json.loads(file.read_text())) <= 7
@@ -668,7 +675,7 @@ def test_a_server_that_refuses_everything_is_not_asked_to_the_end(tmp_path):
     server = Server(lambda text, n: 400)
     many = [Comparison(i, [], f"question {i}?", "a" * (i + 1), "b" * (2 * i + 3)) for i in range(100)]
     with pytest.raises(UserError, match="judge mine failed: Error code: 400"):
-        small_judge(server).annotate(many, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+        small_judge(server).annotate(many, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32")
     assert server.calls < 40
 
 
@@ -678,7 +685,9 @@ def test_an_answer_without_usage_is_an_answer(tmp_path):
         del answer["usage"]
         return answer
 
-    rows = small_judge(Server(without_usage)).annotate(DUELS, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    rows = small_judge(Server(without_usage)).annotate(
+        DUELS, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32"
+    )
     assert all(1 < row["preference"] < 2 for row in rows)
 
 
@@ -761,7 +770,10 @@ def test_a_damaged_comparison_is_named_and_made_anew(harm, name, run, tmp_path, 
     )  # fmt: skip
     (policy,) = exported_policies(str(folder), "final")
     judge = RewardJudge(Vader())
-    evaluate = functools.partial(alpaca.evaluate_checkpoint, config, judge, policy, questions, lambda: answers, {})
+
+    def evaluate() -> Path:
+        return alpaca.AlpacaResult(config, judge, policy, questions, lambda: answers).make(Budget(0), {})
+
     found = evaluate()
     whole = {file.name: file.read_text() for file in found.iterdir()}
     record = read_result(found / "record.json")
@@ -800,7 +812,7 @@ def test_a_result_is_that_of_one_training_of_each_model(run, tmp_path, monkeypat
 
     def results() -> int:
         (policy,) = exported_policies(str(folder), "final")
-        alpaca.evaluate_checkpoint(config, judge, policy, questions, lambda: answers, {})
+        alpaca.AlpacaResult(config, judge, policy, questions, lambda: answers).make(Budget(0), {})
         return len(list((folder / "alpaca").glob("*/record.json")))
 
     assert [results(), results()] == [1, 1]
@@ -875,7 +887,7 @@ def test_many_questions_go_through_the_client_in_the_order_of_their_rows(tmp_pat
         model="m",
         annotator=CLASSIFIER,
     )
-    rows = judge.annotate(duels, GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+    rows = judge.annotate(duels, GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32")
     assert [row["index"] for row in rows] == list(range(60))
     for duel, row in zip(duels, rows, strict=True):
         p = 1 / (1 + math.exp(-(len(duel.model) - len(duel.reference)) / 20))

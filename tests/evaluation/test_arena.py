@@ -30,6 +30,7 @@ from tests.helpers.tiny import ROOT, SHARED
 pytest.importorskip("alpaca_eval")
 REAL = SHARED / "judged"
 OLD = REAL / "arena_hard_v0.1"
+UID = "328c149ed45a41c0b9d6f14659e63599"
 QUANTILES = (0.025, 0.975)
 
 
@@ -227,7 +228,8 @@ def test_the_second_version_has_two_figures_and_baselines_of_ones_own(tmp_path, 
              for m in ("o3-mini-2025-01-31", "gemini-2.0-flash-001")]  # fmt: skip
     rows = [row for file in files for row in lines(file)]
     (tmp_path / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    worse = [row | {"model": "mine", "messages": [row["messages"][0], {"content": {"answer": "no"}}]} for row in rows]
+    answer = {"role": "assistant", "content": {"answer": "no"}}
+    worse = [row | {"model": "mine", "messages": [row["messages"][0], answer]} for row in rows]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worse))
 
     # The judge likes the longer answer, and A a little more.
@@ -267,14 +269,36 @@ def test_questions_are_read_by_line_feeds_alone():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"uid": "x"}, "row 1: uid 'x' is none of this version's questions"),
-        ({"uid": "328c149ed45a41c0b9d6f14659e63599"}, "row 1 must hold the user's message and the answer"),
+        ({"uid": "x"}, r"row 1: uid 'x' is none of arena-hard-v0\.1's questions.*version=v2\.0"),
+        ({"uid": ["x"]}, "is none of arena-hard-v0.1's questions"),
+        ({"uid": UID}, "row 1 must hold the user's message and the answer"),
+        ({"uid": UID, "messages": [{"role": "user", "content": "q"}]}, "must hold the user's message and the answer"),
+        ({"uid": UID, "messages": [{"role": "assistant", "content": {"answer": None}}]}, "must hold the user's"),
+        ({"question_id": UID, "choices": [{"turns": ["a", "b"]}]}, "must hold the user's message and the answer"),
     ],
 )
 def test_a_row_that_is_no_answer_is_refused(row, words, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=words):
         read_answers(str(tmp_path / "a.jsonl"), read_benchmark("v0.1", str(REAL)))
+
+
+@pytest.mark.shared
+def test_answers_of_the_release_of_2024_are_read(tmp_path):
+    """The same answers, in both forms."""
+    new = read_answers(model_answers(tmp_path), read_benchmark("v0.1", str(REAL)))
+    rows = [
+        {"question_id": uid, "answer_id": "x", "model_id": answer.model, "tstamp": 1.0,
+         "choices": [{"index": 0, "turns": [{"content": answer.text, "token_len": 7}]}]}
+        for uid, answer in new.items()
+    ]  # fmt: skip
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_answers(str(tmp_path / "old.jsonl"), read_benchmark("v0.1", str(REAL))) == new
+    # Of a model that had a system message, the later form holds it.
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+            {"role": "assistant", "content": {"answer": "a", "thought": "t"}}]  # fmt: skip
+    (tmp_path / "new.jsonl").write_text(json.dumps({"uid": UID, "model": "m", "messages": talk}) + "\n")
+    assert read_answers(str(tmp_path / "new.jsonl"), read_benchmark("v0.1", str(REAL)))[UID].text == "a"
 
 
 def test_a_judge_with_too_short_replies_is_refused():

@@ -105,3 +105,35 @@ def test_what_holds_no_published_judgments_is_refused(tmp_path):
     prompts, _ = read_ratings(str(RATINGS), str(REAL))
     assert len(prompts) == 480
     assert {len(prompt) for prompt in prompts} == {2}
+
+
+@pytest.mark.shared
+def test_judgments_of_other_versions_are_read(tmp_path):
+    """Those of version 2.0 hold the conversation, and null for a game that has no reply."""
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    game = {"score": "A>B", "judgment": {"answer": "[[A>B]]"}, "prompt": asked}
+    rows = [
+        {"uid": "a", "category": "hard_prompt", "games": [game, game | {"score": "B>>A"}]},
+        {"uid": "b", "category": "hard_prompt", "games": [game, None]},
+        {"uid": "c", "category": "hard_prompt", "games": [game, game | {"score": ["A>B"]}]},
+    ]
+    file = tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_verdicts(str(file), str(REAL)) == ([asked, asked], ["A>B", "B>>A"])
+    for games in (None, [game], [game, "A>B"], [game, {"score": "A>B"}], [game, game | {"prompt": [{"role": "user"}]}]):
+        file.write_text(json.dumps({"games": games}) + "\n")
+        with pytest.raises(UserError, match="row 1 must hold a judgment of Arena-Hard's"):
+            read_verdicts(str(file), str(REAL))
+
+    row = {"judge": ["gpt-4", "single-v1"], "user_prompt": "q", "score": 7, "turn": 1}
+    scores = [row, row | {"score": 8.5}, row | {"score": -1}, row | {"score": None}, row | {"score": float("nan")}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in scores))
+    assert read_ratings(str(file), str(REAL))[1] == [7, 8.5]
+    for change, words in (
+        ({"score": "7"}, "must hold a judgment of FastChat's"),
+        ({"judge": "gpt-4"}, "must hold a judgment of FastChat's"),
+        ({"judge": ["gpt-4", "mine"]}, "the template 'mine' is none of FastChat's: pair-v2, "),
+    ):
+        file.write_text(json.dumps(row | change) + "\n")
+        with pytest.raises(UserError, match=words):
+            read_ratings(str(file), str(REAL))

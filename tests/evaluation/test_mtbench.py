@@ -24,6 +24,8 @@ from prefopt.errors import Interrupted, UserError
 from prefopt.evaluation.alpaca_figures import bootstrap
 from prefopt.evaluation.benchmark_files import ARENA_HARD, BenchmarkFile
 from prefopt.evaluation.config import MtbenchConfig, check_mtbench
+from prefopt.evaluation.cost import Budget
+from prefopt.evaluation.judged import subjects
 from prefopt.evaluation.mtbench import (
     TEMPERATURES,
     TURNS,
@@ -33,7 +35,7 @@ from prefopt.evaluation.mtbench import (
     run_pending,
     summarize,
 )
-from prefopt.evaluation.text_judge import TextJudge, build_text_judge
+from prefopt.evaluation.text_judge import ReplyFormat, TextJudge, build_text_judge
 from prefopt.prefetch import PrefetchConfig, evaluations
 from prefopt.utils.signals import stop_flag
 from tests.helpers.harm import HARMS, cut, empty, flip, zero
@@ -94,6 +96,7 @@ def test_published_judgments_give_the_published_score(model, tmp_path, capsys, m
         assert figures[key] == pytest.approx(np.mean([row["score"] for row in rows if row["turn"] == turn]))
     assert figures["interval"][0] < figures["score"] < figures["interval"][1]
     assert record["metric"] == "mt_bench (gpt-4-0613, gpt-4 references)"
+    assert record["unfinished"] is None  # a file does not tell
     assert (figures["n"], figures["judgments"], figures["missing"], figures["asked_again"]) == (80, 160, 0, 0)
     assert (server.calls, len(server.asked)) == (160, 160)
     (judgments,) = (tmp_path / "out").glob("*/judgments.jsonl")
@@ -244,15 +247,48 @@ def test_what_prefetch_finds_is_what_the_programs_read(tmp_path, monkeypatch):
     ("row", "words"),
     [
         ({"question_id": 80}, "row 1: question_id 80 is none of MT-Bench's, 81 to 160"),
-        ({"question_id": 81}, "row 1 must have one choice with the answers to two turns"),
-        ({"question_id": 81, "choices": [{"turns": ["a"]}]}, "row 1 must have one choice"),
-        ({"question_id": 81, "choices": [{"turns": ["a", 2]}]}, "row 1: the two turns must be texts"),
+        ({"question_id": [81]}, r"row 1: question_id \[81\] is none"),
+        ({"question_id": 81.5}, "question_id 81.5 is none"),
+        ({}, "question_id None is none"),
+        ({"question_id": 81}, "row 1 must hold the answers to two turns as texts"),
+        ({"question_id": 81, "choices": []}, "row 1 must hold the answers to two turns as texts"),
+        ({"question_id": 81, "choices": [{"turns": ["a", None]}]}, "row 1 must hold the answers to two turns as texts"),
+        ({"question_id": 81, "choices": [{"turns": ["a"]}]}, "row 1 has 1 answers to question 81, which has 2 turns"),
     ],
 )
 def test_a_row_that_is_no_answer_is_refused(row, words, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=words):
         read_answers(str(tmp_path / "a.jsonl"), read_benchmark(str(REAL), "gpt-4"))
+
+
+@pytest.mark.shared
+def test_answers_of_other_programs_are_read(tmp_path, caplog):
+    """Ids of other types, other fields and orders, and several choices, of which FastChat judges the first."""
+    rows = [
+        {"choices": [{"turns": ["a", ""], "index": 0}, {"turns": ["c", "d"], "index": 1}], "question_id": "82"},
+        {
+            "question_id": 81.0,
+            "choices": [{"index": 0, "turns": ["e", "f\u2028g"]}],
+            "metadata": {"x": 1},
+            "split": "t",
+        },
+    ]
+    (tmp_path / "mine.v2.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    answers = read_answers(str(tmp_path / "mine.v2.jsonl"), read_benchmark(str(REAL), "gpt-4"))
+    assert {question: answer.turns for question, answer in answers.items()} == {81: ("e", "f\u2028g"), 82: ("a", "")}
+    assert "1 rows have several choices. The first is judged" in caplog.text
+    server = TextServer(lambda messages, n: "[[5]]")
+    run_pending(small_config(server, answers=str(tmp_path / "mine.v2.jsonl"), output=str(tmp_path / "out")))
+    assert only_record(tmp_path / "out")["model"] == "mine"
+    assert server.calls == 4
+
+
+@pytest.mark.parametrize("answers", ["nowhere.jsonl", "owner/name", "."])
+def test_what_is_no_file_of_answers_is_refused(answers, tmp_path):
+    config = small_config(TextServer(lambda messages, n: "[[5]]"), answers=answers, output=str(tmp_path))
+    with pytest.raises(UserError, match=f"answers={answers} is no file of a model's answers"):
+        subjects(config)
 
 
 @pytest.mark.shared
@@ -315,7 +351,7 @@ FINISH = "finish"
 
 
 def judged(judge, folder, prompts=PROMPTS, max_cost=0.0):
-    return judge.judge(prompts, read_rating, FINISH, 10, folder, max_cost)
+    return judge.judge(prompts, ReplyFormat(read_rating, FINISH, 10), folder, Budget(max_cost))
 
 
 @pytest.fixture
@@ -460,7 +496,7 @@ def test_claude_is_asked_in_its_own_way(tmp_path, monkeypatch):
     [
         (None, "judge is null"),
         ({"_target_": "prefopt.evaluation.judges.RewardJudge",
-          "scorer": {"_target_": "prefopt.rewards.scorers.Vader"}}, "writes no text"),
+          "scorer": {"_target_": "prefopt.rewards.scorers.Vader"}, "timeout": 5}, "writes no text"),
     ],
 )  # fmt: skip
 def test_a_judge_that_writes_no_text_is_refused(judge, words):
@@ -481,6 +517,15 @@ def test_settings_that_lose_verdicts_are_refused(how, words):
     server = TextServer(lambda messages, n: "[[5]]")
     with pytest.raises(UserError, match=words):
         judge_at(server, **how)
+
+
+def test_settings_of_another_type_are_refused():
+    config = small_config(TextServer(lambda messages, n: "[[5]]"))
+    for key, value in (("temperature", "hot"), ("max_tokens", "many"), ("parallel", 1.5)):
+        with pytest.raises(UserError, match=f"judge\\.{key}.*{value}"):
+            build_text_judge(config.judge | {key: value})
+    with pytest.raises(UserError, match=r"judge\.max_tokens.* null|judge\.max_tokens.*None"):
+        build_text_judge(config.judge | {"max_tokens": None})
 
 
 def test_a_bad_configuration_is_refused_with_all_that_is_wrong():

@@ -40,6 +40,7 @@ from prefopt.data.formats import Format, Pairs
 from prefopt.data.sources import digest, read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.config import HarnessConfig, check_harness
+from prefopt.evaluation.cost import Budget
 from prefopt.evaluation.harness import load
 from prefopt.evaluation.judges import Comparison, GeneratorNames, Judge, LanguageModelJudge
 from prefopt.launch.base import Launcher
@@ -773,7 +774,9 @@ def test_a_judge_is_asked_at_its_host_and_keeps_its_key(status, key, tmp_path):
     }
     judge = LanguageModelJudge("mine", [0, 0], "THE_API_KEY", f"{host.url}/v1", "model", annotator)
     with pytest.raises(UserError, match="judge mine failed") as error:
-        judge.annotate([Comparison(0, [], "q", "a", "b")], GeneratorNames("r", "m"), tmp_path, 0, "cpu", "float32")
+        judge.annotate(
+            [Comparison(0, [], "q", "a", "b")], GeneratorNames("r", "m"), tmp_path, Budget(0), "cpu", "float32"
+        )
     assert host.came
     assert not other.came
     assert ("which is not followed" in str(error.value)) == (status != 401)

@@ -17,7 +17,8 @@ from prefopt.data.items import Message, Row
 from prefopt.data.sources import read_rows
 from prefopt.errors import UserError
 from prefopt.evaluation.config import RankConfig, check_rank
-from prefopt.evaluation.text_judge import TextJudge, Verdict, build_text_judge
+from prefopt.evaluation.cost import Budget
+from prefopt.evaluation.text_judge import ReplyFormat, TextJudge, Verdict, build_text_judge
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ SYSTEM = (
     "harmless they are. Neither their order nor their length must count. Explain briefly, and end with the better "
     "answer as [[A]] or [[B]]. There is no tie."
 )
-FINISH = "Finish with your verdict: [[A]] or [[B]]."
-REPLY_TOKENS = 200  # about as many has a judgment
 
 
 @dataclass
@@ -81,6 +80,9 @@ def read_choice(reply: str) -> str | None:
     return found[-1] if found else None
 
 
+FORM = ReplyFormat(read_choice, "Finish with your verdict: [[A]] or [[B]].", 200)
+
+
 def read_candidates(path: str, split: str | None) -> tuple[list[Row], list[Candidates]]:
     """The rows, and what is to be ranked. Raises UserError for a row without a prompt and two responses."""
     rows, candidates = [], []
@@ -101,19 +103,22 @@ def read_candidates(path: str, split: str | None) -> tuple[list[Row], list[Candi
     return rows, candidates
 
 
-def rank_candidates(candidates: Sequence[Candidates], judge: TextJudge, folder: Path, max_cost: float) -> None:
+def rank_candidates(candidates: Sequence[Candidates], judge: TextJudge, folder: Path, budget: Budget) -> None:
     """Find the winners, round by round. The judge's replies are kept in `folder`, and no comparison is paid for twice.
 
-    Each round may cost its share of `max_cost` (USD). Raises UserError and Interrupted as `TextJudge.judge` does.
+    Raises UserError and Interrupted as `TextJudge.judge` does, and UserError before the first call where all rounds are
+    estimated to cost more than `budget`. Their winners are not known then; the first responses stand for them.
     """
     rounds = max(len(of_prompt.texts) for of_prompt in candidates) - 1
+    first = [[c.question(i) for c in candidates if c.challenged_by(i)] for i in range(1, rounds + 1)]
+    budget.announce_all(judge.estimate(questions, FORM.tokens, folder) for questions in first)
     for i in range(1, rounds + 1):
         challenged = [of_prompt for of_prompt in candidates if of_prompt.challenged_by(i)]
         if not challenged:
             continue
         log.info(f"round {i} of {rounds}: {len(challenged)} comparisons")
         questions = [of_prompt.question(i) for of_prompt in challenged]
-        verdicts = judge.judge(questions, read_choice, FINISH, REPLY_TOKENS, folder, max_cost / rounds)
+        verdicts = judge.judge(questions, FORM, folder, budget)
         for of_prompt, verdict in zip(challenged, verdicts, strict=True):
             of_prompt.take(i, verdict)
 
@@ -123,7 +128,7 @@ def rank(config: RankConfig, replies: Path) -> list[Row]:
     check_rank(config)
     judge = build_text_judge(config.judge)
     rows, candidates = read_candidates(config.input, config.split)
-    rank_candidates(candidates, judge, replies, config.max_cost)
+    rank_candidates(candidates, judge, replies, Budget(config.max_cost))
     named: dict[str, Any] = {"judge": judge.title}
     # Rewards that a row has on other scales are of another scorer.
     kept = [{k: v for k, v in row.items() if not k.startswith("rewards")} for row in rows]

@@ -264,6 +264,7 @@ class Shapes:
 
     policy: PreTrainedModel
     device = torch.device("cpu")
+    sharded = False
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -274,7 +275,8 @@ class Cached(Reference):
 
     def logps(self, pairs: Sequence[TokenizedPair], batch: Any, prefixes: bool = False) -> Logps:
         zeros = torch.zeros_like(batch.lengths)
-        return Logps(zeros, batch.lengths, prefixes=zeros if prefixes else None)
+        tokens = torch.zeros(len(batch.lengths), batch.longest)
+        return Logps(zeros, batch.lengths, tokens, prefixes=zeros if prefixes else None)
 
     def model(self) -> Any:
         raise NotImplementedError

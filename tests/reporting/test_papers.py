@@ -634,6 +634,7 @@ def test_the_program_writes_every_form_and_prints_the_paths(grid, tmp_path):
     [
         ("mmpo", "lab/mmpo/methods"),
         ("mappo", "mini/mappo"),
+        ("mappo", "lab/objectives"),
         ("madpo", "lab/madpo/methods"),
         ("madpo", "lab/madpo/variants"),
     ],

@@ -121,7 +121,6 @@ def test_groups_of_which_nothing_is_chosen_are_listed(monkeypatch, capsys):
     _, said, _ = called(monkeypatch, capsys, "score", "--help")
     assert "scorer columns, custom_reward_model, function, hub_reward_model, lab," in " ".join(said.split())
     assert "input=???" in said
-    assert "launcher" not in said
     assert "\n  objective.base.beta=0.1 " in called(monkeypatch, capsys, "train", "objective=mappo", "--help")[1]
     assert "launcher" not in called(monkeypatch, capsys, "compare", "--help")[1]
 

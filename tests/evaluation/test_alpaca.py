@@ -303,6 +303,7 @@ def longer(row: dict) -> bool:
     return len(row["output_2"]) > len(row["output_1"])
 
 
+@pytest.mark.slow
 def test_a_server_with_faults_gives_every_preference_and_is_paid_once(run, tmp_path):
     def faults(text, n):
         number = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10

@@ -84,6 +84,7 @@ def told(run: Path) -> dict[tuple[str, str], dict]:
     return {(r["checkpoint"], r["task"]): r for r in found}
 
 
+@pytest.mark.slow
 def test_every_checkpoint_gives_what_lm_eval_gives_and_is_computed_once(run, hub, tmp_path):
     process = harness(run, hub, "checkpoints=all")
     assert process.returncode == 0, process.stderr
@@ -199,6 +200,7 @@ def test_a_real_task_of_a_real_model_gives_what_lm_eval_gives(tmp_path):
         assert ours["metrics"][metric] == {"value": theirs[f"{metric},none"], "stderr": theirs[f"{metric}_stderr,none"]}
 
 
+@pytest.mark.slow
 def test_a_sweep_over_runs_is_a_job_for_each(run, hub, tmp_path):
     copy = shutil.copytree(run, tmp_path / "second", ignore=shutil.ignore_patterns("harness"))
     sweep = ["-m", f"run={run},{copy}", "tasks=arc_easy", "limit=3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
@@ -218,6 +220,7 @@ def test_a_sweep_over_runs_is_a_job_for_each(run, hub, tmp_path):
     assert not (tmp_path / "none" / "job_0").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_so(run, hub, tmp_path):
     broken = shutil.copytree(run, tmp_path / "broken", ignore=shutil.ignore_patterns("harness"))
     (broken / "policy" / "model.safetensors").write_bytes(b"no weights")

@@ -259,6 +259,7 @@ def test_rewards_are_those_of_the_runs_own_evaluations(runs, evaluated):
         assert record["texts"] == {"n": 12, "cut_from_the_left": 0, "max_length": 512}  # the model's own limit
 
 
+@pytest.mark.slow
 def test_what_has_a_record_is_not_computed_again(runs, evaluated, tiny_folder, tmp_path):
     process, _ = evaluated
     files = {f: f.stat().st_mtime_ns for f in runs.glob("*/reward_bench/*/re*")}

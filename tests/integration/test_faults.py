@@ -540,6 +540,7 @@ def test_who_gets_on_is_not_taken_for_one_that_hangs(tmp_path):
     assert "Timeout (0:00:01)!" in process.stderr
 
 
+@pytest.mark.slow
 def test_zero2_refuses_the_same_steps(overrides, tmp_path, env):
     pytest.importorskip("deepspeed")
     found = []
@@ -569,7 +570,7 @@ def test_sampling_that_is_killed_goes_on_and_ends_with_the_same_file(tiny_folder
     for moment in (
         At("prefopt.generation.sampler:sample", 3),
         At("prefopt.generation.sampler:sample", 2),
-        At("prefopt.sample:write_rows"),
+        At("prefopt.generation.sampled:write_rows"),
     ):
         code, said = run(tmp_path / "log", *arguments, f"output={killed}", program="sample", env=env, at=moment)
         assert code == -signal.SIGKILL, said

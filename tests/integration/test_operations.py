@@ -260,6 +260,7 @@ def changed(record: dict, path: tuple, value) -> dict:
 LOST = object()
 
 
+@pytest.mark.slow
 def test_whatever_a_record_lacks_or_holds_ends_no_listing_and_no_report_in_a_traceback(grid, tmp_path, monkeypatch):
     from prefopt.report import main as report  # noqa: F401  # imported before the loop, which is long
     from prefopt.reporting.config import ReportConfig
@@ -406,6 +407,7 @@ def test_ranks_with_different_weights_or_tokenizers_say_so(overrides, tmp_path, 
 # Two sweeps.
 
 
+@pytest.mark.slow
 def test_a_second_equal_sweep_changes_nothing_of_the_first(overrides, tmp_path, env):  # noqa: F811
     """It has planned its jobs before the first one began, and is told to stop while the first is at work."""
     go = tmp_path / "go"

@@ -109,6 +109,7 @@ def test_a_dry_run_lists_the_jobs_and_writes_nothing(overrides, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_was_submitted_is_what_runs(overrides, tmp_path):
     """A YAML is edited and the code is broken while the second job waits for the first."""
     copy, go = tmp_path / "copy", tmp_path / "go"
@@ -435,6 +436,7 @@ def test_a_snapshot_is_the_package_by_content(tmp_path, capsys):
     assert "prefopt/train.py has the checksum" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_frozen_code_that_was_edited_is_refused_and_said(overrides, tmp_path):
     """Refused where a job begins, made anew by the next sweep, and said of a finished run, whose result stays."""
     from prefopt.job import run

@@ -54,6 +54,7 @@ def jobs(name: str) -> list[Run]:
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS)
 def test_jobs_compose_and_differ(name):
     names = [run.name for run in jobs(name)]

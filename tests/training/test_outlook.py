@@ -78,7 +78,10 @@ def test_the_memory_is_weights_gradients_and_moments():
     policy = nn.ModuleList([nn.Linear(5, 4, bias=False), nn.Linear(5, 2, bias=False)])
     policy[1].requires_grad_(False).to(torch.bfloat16)
     engine = SimpleNamespace(sharded=False, policy=policy, parameters=dict(policy[0].named_parameters()))
-    settings = SimpleNamespace(optimizer=SimpleNamespace(eight_bit=False), reference="cached", patience=None)
+    sync = SimpleNamespace(every=None)
+    settings = SimpleNamespace(
+        optimizer=SimpleNamespace(eight_bit=False), reference="cached", patience=None, reference_sync=sync
+    )
     assert state_bytes(settings, engine) == 20 * 4 + 10 * 2 + 20 * 4 + 20 * 8
     assert checkpoint_bytes(settings, engine) == 20 * 12
     settings.reference = "resident"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.tiny import ROOT
 
 
+@pytest.mark.slow
 def test_what_two_processes_share(tmp_path):
     cases = Path(__file__).with_name("ranks_cases.py")
     command = [

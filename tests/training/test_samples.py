@@ -122,6 +122,8 @@ def test_the_first_different_prompts_that_leave_room_are_taken(caplog):
 )
 def test_the_reference_of_samples_is_the_policy_without_its_adapter_where_it_has_one(layers, other, expected):
     config = SimpleNamespace(
+        reference_sync=SimpleNamespace(every=None),
+        multi_reference=SimpleNamespace(models=[]),
         precision="float32", logits="tiled", reference="cached", reference_model=None, device="cpu",
         peft=SimpleNamespace(target_modules=layers),
     )  # fmt: skip

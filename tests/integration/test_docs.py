@@ -133,6 +133,7 @@ def written(page: str, folder: Path) -> list[str]:
     return [path for path, _ in blocks]
 
 
+@pytest.mark.slow
 def test_an_objective_is_one_file_and_one_yaml(tiny_folder, overrides, tmp_path):
     """README's own example, written into a copy of the checkout: it trains, and the tests of objectives find it."""
     copy = tmp_path / "copy"
@@ -152,6 +153,7 @@ def test_an_objective_is_one_file_and_one_yaml(tiny_folder, overrides, tmp_path)
     assert int(re.search(r"(\d+) passed", tests.stdout.splitlines()[-1]).group(1)) > 20, tests.stdout  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_modules_outside_the_checkout_are_used_as_the_page_says(tiny_folder, overrides, tmp_path):
     page = (ROOT / "docs/extend.md").read_text()
     assert len(written(page, tmp_path)) == 9

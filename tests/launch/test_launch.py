@@ -60,6 +60,7 @@ def slurm(**changes) -> Slurm:
     return build(OmegaConf.merge(node, changes), Launcher, "launcher")  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_however_a_job_ends_it_is_reported_and_tried_again(overrides, tmp_path):
     arguments = [*overrides(tmp_path), *FAULTY]
     process = run_program("-m", *arguments, "+objective.fault=none,raise,exit,kill")
@@ -621,6 +622,7 @@ def test_the_runs_of_a_sweep_are_a_group_in_wandb(overrides, tmp_path, monkeypat
     assert groups(["seed=1"], ["seed=2"]) == ["mine"] * 2
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_sweep_is_that_of_its_runs(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "run", lambda *_: None)  # nothing runs: as if every job had been lost
     monkeypatch.setattr(prefopt.launch.sweep, "POLL_S", 0.01)

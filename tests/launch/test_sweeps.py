@@ -237,6 +237,7 @@ def test_the_demo_is_three_objectives_at_one_learning_rate():
     assert {config["optimizer"]["lr"] for config in configs} == {5e-5}
 
 
+@pytest.mark.slow
 def test_a_sweep_file_runs_from_another_folder(overrides, tmp_path):
     """The command line wins over the file, and the file is found wherever the program is called."""
     arguments = ["-m", "+sweep=demo", *overrides("here"), "steps=1", "objective=dpo", "objective.beta=0.1,0.2"]

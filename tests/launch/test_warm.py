@@ -184,6 +184,7 @@ def test_a_thread_is_seen_before_anything_is_forked():
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_is_the_run_that_its_config_makes_alone(grid, overrides, tmp_path):
     """By a fresh Python, bit for bit."""
     runs, sweep = grid

@@ -37,6 +37,7 @@ def online() -> LoggerConfig:
     return LoggerConfig(progress=False, wandb=WandbConfig(project="prefopt", mode="online"))
 
 
+@pytest.mark.slow
 def test_online_without_a_key_is_refused_first(overrides, tmp_path):
     process = run_program(
         *overrides(tmp_path / "runs"), "logger=wandb", "logger.wandb.mode=online", env=dict(os.environ)
@@ -116,6 +117,7 @@ def test_without_network_the_rows_are_kept_offline_and_a_line_says_how_to_upload
     assert f"wandb sync {run.folder}/wandb/offline-run-1" in said
 
 
+@pytest.mark.slow
 def test_the_real_wandb_without_network_goes_on_offline(run, monkeypatch, capsys):
     monkeypatch.setattr(wandb_logger, "INIT_SECONDS", 2)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)

@@ -36,7 +36,8 @@ def read_ratings(path: str, files: str | None) -> tuple[list[list[Message]], lis
     systems = {row["name"]: row["system_prompt"] for row in MT_BENCH_PROMPTS.rows(files)}
     prompts, ratings = [], []
     for where, row in read_rows(path, None):
-        judge, text, rating = row.get("judge"), row.get("user_prompt"), row.get("score", "")
+        judge: Any = row.get("judge")
+        text, rating = row.get("user_prompt"), row.get("score", "")
         is_judgment = isinstance(judge, list) and len(judge) == 2 and isinstance(text, str)
         if not is_judgment or not isinstance(rating, int | float | None):
             raise UserError(

@@ -116,7 +116,8 @@ def read_answers(path: str, benchmark: Benchmark) -> dict[int, Conversation]:
             raise UserError(f"{where}: question_id {row.get('question_id')!r} is none of MT-Bench's, {ids}.")
         if question in answers:
             raise UserError(f"{where} answers question {question} once more. Leave one of the answers out.")
-        choices, turns = row.get("choices"), None
+        choices: Any = row.get("choices")
+        turns = None
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
             turns = choices[0].get("turns")
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):

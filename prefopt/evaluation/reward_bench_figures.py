@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
 from prefopt.evaluation.reward_bench_rows import Item
-from prefopt.utils.console import folding_table
+from prefopt.utils.console import folding_table, without_common
 
 Figure = dict[str, Any]
 
@@ -36,6 +37,8 @@ SECTIONS = {
     },
 }  # fmt: skip
 ROWS = {"math-prm": 447}  # where a subset's weight is not the number of its rows: math counts as much as code
+SIDE_BY_SIDE = 3  # checkpoints in a table: so many fit into 80 characters
+LONGEST_NAME = 30  # of a figure, if none of them is to be folded
 SUBSETS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
@@ -123,7 +126,7 @@ def section_figures(subsets: dict[str, Figure]) -> dict[str, Figure]:
         if len(there) < len(weights):
             title += f" ({len(there)} of {len(weights)} subsets)"
         if short:
-            title += f" (not all rows of {', '.join(short)})"
+            title += f" (not all rows of {short[0] if len(short) == 1 else f'{len(short)} subsets'})"
         total = sum(there.values())
         errors = [there[name] / total * subsets[name]["standard_error"] for name in there]
         figures[title] = {
@@ -154,14 +157,20 @@ def pooled_figure(figures: Sequence[Figure]) -> Figure | None:
     return {"value": value, "standard_error": math.sqrt(max(0.0, squares - value**2) / n), "n": n}
 
 
-def format_results(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """A row per checkpoint: the figure over all, sections, subsets. `rows` are records with the checkpoints' names."""
-    columns = list(dict.fromkeys(name for _, record in rows for name in named_figures(record)))
-    table = folding_table("checkpoint", *columns)
-    for label, record in rows:
-        figures = named_figures(record)
-        table.add_row(label, *(format_figure(figures[name]) if name in figures else "–" for name in columns))
-    return table
+def format_results(rows: Sequence[tuple[str, dict[str, Any]]]) -> Group:
+    """A row per figure: over all, sections, subsets. A column per checkpoint, SIDE_BY_SIDE of them in a table. `rows`
+    are records with the checkpoints' names."""
+    names = list(dict.fromkeys(name for _, record in rows for name in named_figures(record)))
+    labels, common = without_common([label for label, _ in rows])
+    tables = []
+    for start in range(0, len(rows), SIDE_BY_SIDE):
+        table = folding_table("%, ± standard error over rows", *labels[start : start + SIDE_BY_SIDE])
+        table.columns[0].no_wrap = max(map(len, names)) <= LONGEST_NAME
+        of_columns = [named_figures(record) for _, record in rows[start : start + SIDE_BY_SIDE]]
+        for name in names:
+            table.add_row(name, *(format_figure(figures[name]) if name in figures else "–" for figures in of_columns))
+        tables.append(table)
+    return Group(*tables, *([Text(f"… is {common}")] if common else []))
 
 
 def named_figures(record: dict[str, Any]) -> dict[str, Figure]:

@@ -132,7 +132,6 @@ def estimate_in(error) -> float:
     return float(re.search(r"estimate of ([\d.]+) USD", str(error.value)).group(1))
 
 
-@pytest.mark.slow
 @pytest.mark.shared
 def test_nothing_is_asked_before_all_runs_are_whole_and_paid_for(overrides, tmp_path, monkeypatch):
     """Each of two runs would be below the limit; and one of which the tokenizer or the weights are broken."""

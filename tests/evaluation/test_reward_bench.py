@@ -1,5 +1,6 @@
 """RewardBench: its arithmetic by hand, LLMBar's real rows, and the same numbers as a run's own held-out evaluation."""
 
+import io
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from prefopt.config.parse import parse, register
 from prefopt.config.schema import ModelConfig
@@ -20,6 +22,7 @@ from prefopt.evaluation.reward_bench_figures import (
     ROWS,
     SECTIONS,
     SUBSETS_2,
+    format_results,
     mean_figure,
     row_score,
     summarize,
@@ -119,6 +122,23 @@ def test_a_section_that_is_not_whole_says_so_in_its_name():
     assert (list(figures["sections"]), figures["overall"]) == (["Chat Hard (5 of 6 subsets)"], None)
     figures = summarize([item("pair", subset="mt-bench-easy")], [[1.0, 0.0]])
     assert list(figures["sections"]) == ["Chat (1 of 5 subsets) (not all rows of mt-bench-easy)"]
+    two = [item("pair", subset=name) for name in ("mt-bench-easy", "mt-bench-med")]
+    figures = summarize(two, [[1.0, 0.0]] * 2)
+    assert list(figures["sections"]) == ["Chat (2 of 5 subsets) (not all rows of 2 subsets)"]
+
+
+def test_a_table_of_all_subsets_fits_into_80_characters():
+    figures = synthetic({name: 0.5 for section in SECTIONS.values() for name in section})
+    labels = [f"dpo-smollm2-135m-train.jsonl-{i:08x}/final" for i in range(4)]
+    screen = Console(width=80, record=True, file=io.StringIO())
+    screen.print(format_results([(label, {"figures": figures}) for label in labels]))
+    lines = screen.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [[cell.strip() for cell in line.split("│")] for line in lines]
+    for name in ("RewardBench", *SECTIONS, *figures["subsets"]):
+        # Two tables, of three checkpoints and of one, and no name is folded.
+        assert [len(row) for row in rows if row[1:2] == [name]] == [6, 4]
+    assert lines[-1] == "… is dpo-smollm2-135m-train.jsonl"
 
 
 @pytest.mark.shared

@@ -28,6 +28,7 @@ class ARPO(PlugIn):
     slope: float = 0.4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.strength > 0, f"strength must be positive, got {self.strength}")
         require(self.slope > 0, f"slope must be positive, got {self.slope}")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prefopt.objectives.__main__ import objectives
+from prefopt.objectives.arpo import ARPO
 from prefopt.objectives.base import GroupInputs, Groupwise, Objective, PairInputs
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.grpo import GRPO
@@ -228,5 +229,6 @@ def test_what_does_not_go_together_is_refused():
             MMPO(0.3, candidates="group", **wrong)
     with pytest.raises(ValueError, match="normalization=group needs candidates=group"):
         MMPO(0.3, normalization="group")
-    with pytest.raises(ValueError, match="base must compare two completions; rrhf reads a group"):
-        MaPPO(RRHF(candidates="group"))
+    for plug_in in (MaPPO, ARPO):
+        with pytest.raises(ValueError, match="base must compare two completions; rrhf reads a group"):
+            plug_in(RRHF(candidates="group"))

@@ -13,15 +13,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from prefopt.data.collate import Batch, Layout, completions_of, groups_of
+from prefopt.data.collate import Batch, Layout, completions_of
 from prefopt.data.tokenize import TokenizedPair
-from prefopt.errors import UserError
 from prefopt.models.logprobs import LogprobComputer, Logps
-from prefopt.models.reference import AdapterOff, Cached, LoadedOnce, cache_folder, rounding
+from prefopt.models.reference import (
+    AdapterOff,
+    Cached,
+    LoadedOnce,
+    add_missing,
+    cache_folder,
+    rounding,
+    unconfirmed,
+)
 from prefopt.objectives import GROUP
-from prefopt.utils import tensor_store
-from prefopt.utils.console import Bar
-from prefopt.utils.distributed import map_shared
 from prefopt.utils.tensor_store import TensorCache, hash_tokens
 
 log = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ class CachedGroups(Cached):
 
     def _rows(self, pairs: Sequence[TokenizedPair]) -> Tensor:
         """(C, width), in the order of a batch's completions."""
-        return self.known.get(_in_order([_keys(pair) for pair in pairs]))
+        return self.known.get(_keys_in_order(pairs))
 
 
 def cached_groups(
@@ -80,17 +84,7 @@ def cached_groups(
         present = [i for i in wanted.values() if i not in lacking]
         for i in present[:1]:
             _spot_check(known, pairs[i], compute([pairs[i]]), score.precision)
-        with Bar("reference", len(missing), show and bool(missing)) as bar:
-            for start in range(0, len(missing), tensor_store.SHARD_ROWS):
-                shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD_ROWS]]
-                parts = layout.micro_batches(shard, micro_batch_tokens, None, GROUP)
-                values = map_shared(compute, parts, lambda part: layout.tokens(groups_of(part, GROUP)))
-                keys = [key for part in parts for key in _in_order([_keys(pair) for pair in part])]
-                # The same response to the same prompt may be drawn twice, and may be known from another group.
-                rows = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
-                if rows:
-                    known.add(list(rows), torch.cat(values)[list(rows.values())])
-                bar.advance(by=len(shard))
+        add_missing(known, pairs, missing, layout, micro_batch_tokens, GROUP, compute, _keys_in_order, show)
     log.info(f"  reference: {len(present)} of {len(wanted)} groups from the cache, {len(missing)} computed")
     return CachedGroups(samples, known, tokens)
 
@@ -100,8 +94,9 @@ def _keys(pair: TokenizedPair) -> list[bytes]:
     return [hash_tokens(pair.prompt, completion) for completion in completions_of(pair, GROUP)]
 
 
-def _in_order(groups: Sequence[Sequence[bytes]]) -> list[bytes]:
+def _keys_in_order(pairs: Sequence[TokenizedPair]) -> list[bytes]:
     """The keys of the groups' responses in the order in which a batch holds them: all first ones, all second ones..."""
+    groups = [_keys(pair) for pair in pairs]
     return [keys[k] for k in range(max(map(len, groups))) for keys in groups if k < len(keys)]
 
 
@@ -115,8 +110,4 @@ def _spot_check(known: TensorCache, pair: TokenizedPair, computed: Tensor, preci
     wrong = (_sums(known.get(_keys(pair))) - _sums(computed)).abs()
     lengths = torch.tensor([float(len(completion)) for completion in completions_of(pair, GROUP)])
     if not (wrong <= rounding(precision, lengths)).all():
-        raise UserError(
-            f"the reference log-probs of group {pair.id} in {known.folder} are off by {wrong.max():.3g} nats from what "
-            "the model says. They were damaged, or come from a machine that computes differently. Remove the folder; "
-            "they will be made again."
-        )
+        raise unconfirmed(f"group {pair.id}", known, wrong)

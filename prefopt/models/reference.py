@@ -211,21 +211,50 @@ def cached(
         _spot_check(known, [pairs[i] for i in present[:SPOT_CHECKS]], policy, layout, score, prefixes)
 
         missing = [i for key, i in wanted.items() if key not in known]
-        with Bar("reference", len(missing), show and bool(missing)) as bar:
 
-            def compute(part: list[TokenizedPair]) -> Tensor:
-                values = _compute(policy, layout, score, part, prefixes)
-                bar.advance(by=len(part))
-                return values
+        def compute(part: Sequence[TokenizedPair]) -> Tensor:
+            return _compute(policy, layout, score, part, prefixes)
 
-            for start in range(0, len(missing), tensor_store.SHARD_ROWS):
-                shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD_ROWS]]
-                parts = layout.micro_batches(shard, micro_batch_tokens, None, SIDES)
-                values = map_shared(compute, parts, lambda part: layout.tokens(groups_of(part, SIDES)))
-                known.add([pair_key(p) for part in parts for p in part], torch.cat(values))
-                bar.advance(by=start + len(shard) - bar.done)  # what the other processes have computed
+        def keys(part: Sequence[TokenizedPair]) -> list[bytes]:
+            return [pair_key(pair) for pair in part]
+
+        add_missing(known, pairs, missing, layout, micro_batch_tokens, SIDES, compute, keys, show)
     log.info(f"  reference: {len(present)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
     return Cached(samples, known)
+
+
+def add_missing(
+    known: TensorCache,
+    pairs: Sequence[TokenizedPair],
+    missing: Sequence[int],
+    layout: Layout,
+    micro_batch_tokens: int,
+    completions: Sequence[str],
+    compute: Callable[[Sequence[TokenizedPair]], Tensor],
+    keys: Callable[[Sequence[TokenizedPair]], list[bytes]],
+    show: bool,
+) -> None:
+    """Add to `known` the rows of the pairs or groups whose indices are `missing`, shard by shard. All processes of the
+    run `compute` micro-batches with these `completions`: (rows, width), in the order of their `keys`. A row that is
+    known, as that of a response which two groups have, is not added again."""
+    with Bar("reference", len(missing), show and bool(missing)) as bar:
+
+        def counted(part: list[TokenizedPair]) -> Tensor:
+            values = compute(part)
+            bar.advance(by=len(part))
+            return values
+
+        for start in range(0, len(missing), tensor_store.SHARD_ROWS):
+            shard = [pairs[i] for i in missing[start : start + tensor_store.SHARD_ROWS]]
+            parts = layout.micro_batches(shard, micro_batch_tokens, None, completions)
+            values = map_shared(counted, parts, lambda part: layout.tokens(groups_of(part, completions)))
+            rows: dict[bytes, int] = {}
+            for i, key in enumerate(key for part in parts for key in keys(part)):
+                if key not in known:
+                    rows.setdefault(key, i)
+            if rows:
+                known.add(list(rows), torch.cat(values)[list(rows.values())])
+            bar.advance(by=start + len(shard) - bar.done)  # what the other processes have computed
 
 
 def cache_folder(
@@ -267,8 +296,13 @@ def _spot_check(
         (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair], prefixes)
         wrong, lengths = (computed - written).abs(), computed[2:4]
         if not (wrong[:2] <= rounding(score.precision, lengths)).all() or wrong[2:4].any():
-            raise UserError(
-                f"the reference log-probs of pair {pair.id} in {known.folder} are off by {wrong[:2].max():.3g} nats "
-                "from what the model says. They were damaged, or come from a machine that computes differently. Remove "
-                "the folder; they will be made again."
-            )
+            raise unconfirmed(f"pair {pair.id}", known, wrong[:2])
+
+
+def unconfirmed(what: str, known: TensorCache, wrong: Tensor) -> UserError:
+    """The error where `known` differs by `wrong` from what the model says of `what`."""
+    return UserError(
+        f"the reference log-probs of {what} in {known.folder} are off by {wrong.max():.3g} nats from what the model "
+        "says. They were damaged, or come from a machine that computes differently. Remove the folder; they will be "
+        "made again."
+    )

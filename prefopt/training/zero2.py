@@ -125,13 +125,11 @@ class Zero2(Engine):
         if self._shell is None:
             yield self.policy
             return
-        weights = dict(self.policy.named_parameters()) | self.state()["weights"]
-        yield with_weights(self._shell, weights)
+        yield with_weights(self._shell, dict(self.policy.named_parameters()) | self._masters())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        weights = {name: in_main(safe_get_full_fp32_param(p)) for name, p in self.parameters.items()}
         moments: dict[str, Tensor | None] = {}
         if self.zero.optimizer.state:  # empty before the first step
             self._link()
@@ -140,7 +138,7 @@ class Zero2(Engine):
                 moments[f"{name}/step"] = in_main(step.clone())
                 for key in ("exp_avg", "exp_avg_sq"):
                     moments[f"{name}/{key}"] = in_main(safe_get_full_optimizer_state(p, key))
-        return {"weights": present(weights), "moments": present(moments)}
+        return {"weights": self._masters(), "moments": present(moments)}
 
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -164,6 +162,12 @@ class Zero2(Engine):
         for name, p in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 safe_set_full_optimizer_state(p, self._from_main(moments.get(f"{name}/{key}"), p.shape), key)
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The trained weights in float32, on the CPU of the main process."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return present({name: in_main(safe_get_full_fp32_param(p)) for name, p in self.parameters.items()})
 
     def _from_main(self, value: Tensor | None, shape: torch.Size) -> Tensor:
         """The main process's `value`, which has this shape, on the device of each process."""

@@ -290,21 +290,12 @@ def further_references(config: TrainConfig) -> list[ModelConfig]:
     return [ModelConfig(path, path, None) for path in config.multi_reference.models]
 
 
-def build_initial(
-    config: TrainConfig,
-    objective: Objective,
-    policy: PreTrainedModel,
-    digest: str,
-    layout: Layout,
-    train_pairs: Sequence[TokenizedPair],
-    heldout_pairs: Sequence[TokenizedPair],
-) -> Reference | None:
-    """The policy as it is, beside a reference that is another model or moves, where the objective needs both. `policy`
-    has not been trained yet, and `digest` is that of its weights."""
+def initial_config(config: TrainConfig, objective: Objective) -> TrainConfig | None:
+    """`config` with the policy as it is for a reference, where the objective needs that beside a reference that is
+    another model or moves; else None."""
     if "initial" not in objective.needs or not (config.reference_model or config.reference_sync.every):
         return None
-    own = replace(config, reference_model=None, reference_sync=ReferenceSyncConfig())
-    return build_reference(own, objective, policy, digest, layout, train_pairs, heldout_pairs)
+    return replace(config, reference_model=None, reference_sync=ReferenceSyncConfig())
 
 
 def reference_model(config: TrainConfig) -> ModelConfig | None:

@@ -238,11 +238,11 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     from prefopt.training.build import (
         build_data,
         build_engine,
-        build_initial,
         build_layout,
         build_policy,
         build_reference,
         build_router_loss,
+        initial_config,
         sample_prompts,
     )
     from prefopt.training.checkpoint import check_space, is_one_adapter, run_bytes, tidy_checkpoints
@@ -292,7 +292,9 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
 
     with memory_for("computing the reference", half, "reference=cached", smaller):
         models = policy, digest, layout, train_pairs, heldout_pairs
-        reference, initial = build_reference(config, objective, *models), build_initial(config, objective, *models)
+        reference = build_reference(config, objective, *models)
+        beside = initial_config(config, objective)
+        initial = build_reference(beside, objective, *models) if beside else None
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=fsdp on more GPUs"):

@@ -309,11 +309,11 @@ def _columns(groups: Sequence[Group]) -> list[list[tuple[int, list[int]]]]:
 
 def _grid(columns: Sequence[Sequence[tuple[int, list[int]]]], num_groups: int) -> Tensor:
     """`Batch.grid`."""
-    grid, number = torch.full((num_groups, len(columns)), -1), itertools.count()
+    grid, number = [[-1] * len(columns) for _ in range(num_groups)], itertools.count()
     for k, column in enumerate(columns):
         for i, _ in column:
-            grid[i, k] = next(number)
-    return grid
+            grid[i][k] = next(number)
+    return torch.tensor(grid)
 
 
 def _positions(group: Group) -> Tensor:

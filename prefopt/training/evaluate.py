@@ -24,10 +24,11 @@ from prefopt.objectives.base import apply_objective
 from prefopt.rewards.scorers import Request, RewardScorer, rewards_shared
 from prefopt.tracking.metrics import item_file
 from prefopt.tracking.record import heldout_accuracy
+from prefopt.training.forward import count_step, forward_pairs
 from prefopt.training.guards import explain_oom
 from prefopt.training.metrics import by_reward_gap, calibration, pair_metrics, step_metrics
 from prefopt.training.state import TrainState
-from prefopt.training.step import count_step, forward_pairs, step_inputs
+from prefopt.training.step import step_inputs
 from prefopt.training.step0 import check_step0
 from prefopt.utils.console import progress
 from prefopt.utils.distributed import broadcast, is_main_process, map_shared

@@ -7,26 +7,30 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefopt.data.collate import Batch, completions_of
-from prefopt.data.tokenize import TokenizedPair
-from prefopt.models.dropout import seed_pairs, without_dropout
-from prefopt.models.logprobs import Logps, as_forward, autocast, autocast_weight_cache, completion_rewards
+from prefopt.data.collate import completions_of
+from prefopt.models.dropout import seed_pairs
+from prefopt.models.logprobs import autocast_weight_cache
 from prefopt.models.lora import train_mode
-from prefopt.models.reference import AdapterOff
-from prefopt.objectives import GROUP, SIDES
 from prefopt.objectives.base import (
     DIFFERENTIABLE,
-    GroupInputs,
-    Objective,
     ObjectiveOutput,
     PairInputs,
     apply_objective,
     concatenate,
+)
+from prefopt.training.forward import (
+    StepCounts,
+    count_step,
+    forward_pairs,
+    forward_policy,
+    lacking_mismatched,
+    reference_stand_in,
+    stand_in,
 )
 from prefopt.training.guards import explain_oom, handle_nonfinite_step
 from prefopt.training.metrics import peak_memory_gib, step_metrics
@@ -129,25 +133,6 @@ def accumulate_gradients(train_state: TrainState, step: int, micro_batches: Sequ
     return single_pass(train_state, step, micro_batches, total)
 
 
-class StepCounts(NamedTuple):
-    """What a step's means are taken over, in all micro-batches of all processes."""
-
-    pairs: int
-    chosen_tokens: int
-    group_tokens: int  # of all responses of groups
-
-    def denominator(self, objective: Objective) -> int:
-        """What the sum of the losses is divided by."""
-        return self.chosen_tokens if objective.normalize_by == "chosen_token" else self.pairs
-
-
-def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
-    """The counts of these micro-batches."""
-    pairs = [pair for micro_batch in micro_batches for pair in micro_batch.pairs]
-    group_tokens = sum(len(completion) for pair in pairs for completion in completions_of(pair, GROUP))
-    return StepCounts(len(pairs), sum(pair.num_loss_tokens for pair in pairs), group_tokens)
-
-
 def single_pass(train_state: TrainState, step: int, micro_batches: Sequence[MicroBatch], total: StepCounts) -> Scored:
     """Forward, objective, backward of one micro-batch after the other: the step's loss is the sum of their losses."""
     scored: Scored = []
@@ -235,41 +220,6 @@ def zero_backward(train_state: TrainState, micro_batch: MicroBatch) -> None:
     train_state.engine.backward(loss)
 
 
-def stand_in(train_state: TrainState, micro_batch: MicroBatch, passes: int) -> None:
-    """Forward passes of policy and reference whose results do not count, without gradient."""
-    batch = micro_batch.batch.to(train_state.engine.device)
-    for _ in range(passes):
-        with torch.no_grad(), without_dropout(train_state.engine.policy):
-            forward_policy(train_state, batch)
-        reference_stand_in(train_state, micro_batch)
-
-
-def lacking_mismatched(train_state: TrainState, micro_batch: MicroBatch) -> int:
-    """How many fewer micro-batches of mismatched completions this process has than another, where the processes gather
-    weights for each. A collective then."""
-    if not train_state.engine.sharded or "mismatched" not in train_state.objective.needs:
-        return 0
-    n = len(micro_batch.mismatched) if micro_batch.pairs else 0  # of a stand-in they are not scored
-    return max(all_gather_object(n)) - n
-
-
-def reference_stand_in(train_state: TrainState, micro_batch: MicroBatch) -> None:
-    """The references' passes over a micro-batch without pairs, where they are passes of all processes."""
-    if not train_state.engine.sharded:
-        return
-    asked = [train_state.reference] if reads_reference(train_state) else []
-    for reference in [*asked, train_state.initial]:
-        if isinstance(reference, AdapterOff):
-            reference.logps([], micro_batch.batch.to(train_state.engine.device))
-
-
-def reads_reference(train_state: TrainState) -> bool:
-    """Whether the objective asks for `train_state.reference`, which is also the initial policy unless that is kept
-    beside it."""
-    needs = train_state.objective.needs
-    return "reference" in needs or ("initial" in needs and train_state.initial is None)
-
-
 def all_gather_pairs(train_state: TrainState, parts: Sequence[PairInputs]) -> Sequence[PairInputs]:
     """The scored pairs of all processes, in the order of a single process: `TrainState.step_micro_batches` deals pair i
     to process i modulo n."""
@@ -291,124 +241,3 @@ def step_inputs(train_state: TrainState, step: int, parts: Sequence[PairInputs])
     generator = torch.Generator().manual_seed(mix_seed(train_state.config.seed, step))
     noise = torch.rand(len(inputs.chosen_lengths), generator=generator).to(inputs.chosen_lengths.device)
     return replace(inputs, noise=noise, state=train_state.objective_state)
-
-
-def forward_pairs(
-    train_state: TrainState, micro_batch: MicroBatch, total: StepCounts, reference: bool = False
-) -> PairInputs:
-    """Score B pairs with the policy, and with the reference where the objective needs it or `reference` asks for it.
-    `total` counts the pairs that are averaged, these among them."""
-    needs = train_state.objective.needs
-    batch = micro_batch.batch.to(train_state.engine.device)
-    inputs, logps = forward_policy(train_state, batch)
-    found = None
-    if reference or reads_reference(train_state):
-        assert train_state.reference is not None
-        found = train_state.reference.logps(micro_batch.pairs, batch, "prefixes" in needs)
-        inputs |= split_completions(train_state, "reference_{}_logps", found.sums, batch)
-        inputs |= split_completions(train_state, "reference_{}_prefix_logps", found.prefixes, batch)
-    inputs |= split_completions(train_state, "{}_lengths", batch.lengths, batch)
-    weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
-    inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
-    inputs["mean_chosen_length"] = torch.full_like(inputs["chosen_lengths"], total.chosen_tokens / total.pairs)
-    if "rewards" in needs:
-        for side in SIDES:
-            rewards = torch.tensor([getattr(p, f"{side}_reward") for p in micro_batch.pairs], dtype=torch.float32)
-            inputs[f"{side}_rewards"] = rewards.to(batch.lengths.device, non_blocking=True)
-    if "mismatched" in needs:
-        logratios = mismatched_logratios(train_state, micro_batch)
-        inputs |= split_completions(train_state, "mismatched_{}_logratios", logratios, batch)
-    if "others" in train_state.objective.completions:
-        assert logps is not None
-        inputs["group"] = group_inputs(train_state, micro_batch.pairs, batch, logps, found, total)
-    return PairInputs(**inputs)
-
-
-def group_inputs(
-    train_state: TrainState,
-    pairs: Sequence[TokenizedPair],
-    batch: Batch,
-    logps: Logps,
-    reference: Logps | None,
-    total: StepCounts,
-) -> GroupInputs:
-    """What an objective reads of B groups whose responses `batch` holds. `logps` are the policy's, `reference` the
-    reference's where they were asked for."""
-    needs, mask = train_state.objective.needs, batch.grid >= 0
-
-    def by_group(values: Tensor) -> Tensor:
-        """(C, ...) -> (B, n, ...)."""
-        found = values[batch.grid.clamp(min=0)]
-        return found.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 1)), 0)
-
-    rewards = torch.zeros(mask.shape)
-    for row, pair in zip(rewards, pairs, strict=True):
-        values = [pair.chosen_reward, pair.rejected_reward, *(pair.other_rewards or [])]
-        row[: len(values)] = torch.tensor(values, dtype=torch.float32)
-    found: dict[str, Any] = {
-        "mask": mask,
-        "lengths": by_group(batch.lengths),
-        "rewards": rewards.to(batch.lengths.device, non_blocking=True),
-        "policy_logps": by_group(logps.sums),
-        "mean_tokens": batch.lengths.new_tensor(total.group_tokens / total.pairs),
-    }
-    initial = train_state.initial.logps(pairs, batch) if train_state.initial else reference
-    for name, scored in (("reference", reference), ("initial", initial)):
-        if name in needs:
-            assert scored is not None
-            found[f"{name}_logps"] = by_group(scored.sums)
-            if "tokens" in needs:
-                assert scored.tokens is not None
-                found[f"{name}_tokens"] = by_group(scored.tokens)
-    if "tokens" in needs:
-        assert logps.tokens is not None
-        found["policy_tokens"] = by_group(logps.tokens)
-    return GroupInputs(**found)
-
-
-@torch.no_grad()
-def mismatched_logratios(train_state: TrainState, micro_batch: MicroBatch) -> Tensor:
-    """log pi - log pi_ref of the mismatched completions of B pairs, `(2B,)`: first the chosen ones. They measure how
-    far the policy is from the reference, so an adapter's dropout is off."""
-    assert train_state.reference is not None
-    lacking = lacking_mismatched(train_state, micro_batch)
-    parts: list[Tensor] = []
-    order: dict[int, int] = {}
-    for pairs, batch, _ in micro_batch.mismatched:
-        batch = batch.to(train_state.engine.device)
-        with without_dropout(train_state.engine.policy):
-            policy = train_state.score(train_state.engine.policy, batch).sums
-        parts.append((policy - train_state.reference.logps(pairs, batch).sums).view(2, -1))
-        order |= {id(pair): len(order) + i for i, pair in enumerate(pairs)}
-    stand_in(train_state, micro_batch, lacking)
-    places = torch.tensor([order[id(pair.mismatched)] for pair in micro_batch.pairs])
-    return torch.cat(parts, 1)[:, places.to(parts[0].device, non_blocking=True)].flatten()
-
-
-def forward_policy(train_state: TrainState, batch: Batch) -> tuple[dict[str, Any], Logps | None]:
-    """What the policy computes, `(B,)`, by the names in `PairInputs`: log-probs and what else the objective needs of
-    them, or the reward model's rewards. All that carries gradient is among it, for all objectives but those on groups,
-    which read the log-probs themselves, of all completions."""
-    if train_state.objective.model_kind == "reward_model":
-        with autocast(train_state.engine.device, train_state.config.precision):
-            rewards = as_forward(train_state.engine.policy, lambda policy: completion_rewards(policy, batch))
-            return split_completions(train_state, "policy_{}_rewards", rewards, batch), None
-    needs = train_state.objective.needs
-    further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs
-    logps = train_state.score(train_state.engine.policy, batch, *further)
-    tensors = (
-        split_completions(train_state, "policy_{}_logps", logps.sums, batch)
-        | split_completions(train_state, "{}_entropies", logps.entropies, batch)
-        | split_completions(train_state, "{}_on_policy", logps.on_policy, batch)
-        | split_completions(train_state, "policy_{}_prefix_logps", logps.prefixes, batch)
-    )
-    return tensors, logps
-
-
-def split_completions(train_state: TrainState, name: str, values: Tensor | None, batch: Batch) -> dict[str, Any]:
-    """Split `(C,)` values of a batch's completions into `(B,)` ones: first all chosen, then all rejected. What a group
-    has besides is left out. None gives none."""
-    if values is None:
-        return {}
-    sides = [side for side in train_state.objective.completions if side in SIDES]
-    return {name.format(side): part for side, part in zip(sides, values.split(len(batch.grid)), strict=False)}

@@ -26,11 +26,12 @@ from prefopt.objectives.dpo import DPO
 from prefopt.objectives.kto import KTO
 from prefopt.objectives.reward import Reward
 from prefopt.tracking.policies import exported_policies
-from prefopt.training import step
+from prefopt.training import forward, step
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate_pairs
 from prefopt.training.export import portable_name
-from prefopt.training.step import accumulate_gradients, forward_policy, train_step
+from prefopt.training.forward import forward_policy
+from prefopt.training.step import accumulate_gradients, train_step
 from tests.helpers.tiny import ROOT, records, run_program, save_tiny, tiny_model
 from tests.training.test_loop import make_train_state
 
@@ -103,7 +104,8 @@ def test_dropout_is_drawn_in_training_alone_and_is_the_same_in_both_passes(tmp_p
     )
     seen = []
     original = forward_policy
-    monkeypatch.setattr(step, "forward_policy", lambda *a: (seen.append(found := original(*a)), found)[1])
+    for module in (forward, step):
+        monkeypatch.setattr(module, "forward_policy", lambda *a: (seen.append(found := original(*a)), found)[1])
     micro_batches = train_state.step_micro_batches(2)
     n = len(micro_batches)
     assert n > 1

@@ -35,11 +35,12 @@ from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.training.evaluate import evaluate, evaluate_pairs
+from prefopt.training.forward import count_step, forward_pairs
 from prefopt.training.loop import EarlyStopping, resume, save
 from prefopt.training.metrics import Means, step_metrics
 from prefopt.training.optim import Cosine
 from prefopt.training.state import TrainState
-from prefopt.training.step import accumulate_gradients, count_step, forward_pairs, train_step
+from prefopt.training.step import accumulate_gradients, train_step
 from prefopt.training.step0 import check_step0
 from prefopt.utils.stats import mean_and_error
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pairs

@@ -4,7 +4,7 @@ To write an objective, subclass one of these, in this order of preference:
 
 * `ImplicitReward`: it compares beta * (log pi - log pi_ref) of two completions. Write `losses`. Example: dpo.py.
 * `Pairwise`: it compares some term of two completions. Write `scores` and `losses`. Example: simpo.py.
-* `Groupwise`: it reads all n scored responses to a prompt. Write `losses`. Example: rloo.py.
+* `Groupwise`: it reads all n scored responses to a prompt. Write `losses`. In groupwise.py. Example: rloo.py.
 * `Objective`: anything else. Write `__call__`. Example: sft.py.
 
 An objective never sees a model, a batch or a config, so a test can call it in float64. It declares what it needs and
@@ -14,14 +14,17 @@ over which pairs it takes statistics, so the loop never asks for its name.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
 from prefopt.errors import UserError
-from prefopt.objectives import GROUP, SIDES
+from prefopt.objectives import SIDES
+
+if TYPE_CHECKING:
+    from prefopt.objectives.groupwise import GroupInputs
 
 Need = Literal["reference", "rewards", "entropies", "on_policy", "prefixes", "noise", "mismatched", "initial", "tokens"]
 Scope = Literal["pair", "micro_batch", "step"]
@@ -40,56 +43,6 @@ DIFFERENTIABLE = (
     "policy_chosen_rewards",
     "policy_rejected_rewards",
 )
-
-
-@dataclass(frozen=True)
-class GroupInputs:
-    """All scored responses to each of `B` prompts, of which there are up to `n`: `(B, n)` tensors, float32 in training,
-    from the highest reward to the lowest but for the first two columns. These are the group's pair: 0 is the best
-    response, 1 the worst. Where a group has fewer, `mask` is False and every other tensor is 0.
-
-    Always filled:
-    * `mask`: bool. `lengths`, `rewards` and `policy_logps`: as in `PairInputs`.
-    * `mean_tokens`: 0-dim, the mean over all groups that are averaged of the tokens of all their responses.
-
-    Filled if `needs` names them:
-    * `reference_logps` (`reference`): of the reference model.
-    * `initial_logps` (`initial`): of the policy that the run began with. Of a stage of prefopt.online it is the one
-      that has drawn the responses.
-    * `policy_tokens`, `reference_tokens`, `initial_tokens` (`tokens`): `(B, n, T)`, the log-probs of the tokens whose
-      sums these are; 0 behind a response's end. `token_mask`: bool, where a token is.
-    """
-
-    mask: Tensor
-    lengths: Tensor
-    rewards: Tensor
-    policy_logps: Tensor
-    mean_tokens: Tensor
-    reference_logps: Tensor = _ABSENT
-    initial_logps: Tensor = _ABSENT
-    policy_tokens: Tensor = _ABSENT
-    reference_tokens: Tensor = _ABSENT
-    initial_tokens: Tensor = _ABSENT
-
-    @property
-    def sizes(self) -> Tensor:
-        """(B,): how many responses each group has."""
-        return self.mask.sum(1).to(self.rewards.dtype)
-
-    @property
-    def token_mask(self) -> Tensor:
-        """(B, n, T), bool."""
-        places = torch.arange(self.policy_tokens.shape[-1], device=self.lengths.device)
-        return places < self.lengths[..., None]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """(B,): the mean over each group's responses of `values` `(B, n)`."""
-        return values.masked_fill(~self.mask, 0.0).sum(1) / self.sizes
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "GroupInputs":
-        """The inputs with `function` applied to every tensor."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -147,7 +100,7 @@ class PairInputs:
     policy_rejected_rewards: Tensor = _ABSENT
     weights: Tensor = _ABSENT
     noise: Tensor = _ABSENT
-    group: GroupInputs = _ABSENT
+    group: "GroupInputs" = _ABSENT
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -397,32 +350,6 @@ class ImplicitReward(Pairwise):
 
     def diagnostics(self, inputs: PairInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         return {"saturation": saturated(chosen - rejected)}
-
-
-@dataclass(frozen=True)
-class Groupwise(Objective):
-    """An objective on all scored responses to a prompt. A subclass defines `losses`.
-
-    Scores, of which accuracy compares those of the best and the worst response, are u = log pi - log pi_ref, or log pi
-    without a reference.
-    """
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
-    completions = GROUP
-
-    @abstractmethod
-    def losses(self, group: GroupInputs) -> Tensor:
-        """The losses, `(B,)`, with gradient."""
-
-    def diagnostics(self, group: GroupInputs) -> dict[str, Tensor]:
-        """`ObjectiveOutput.diagnostics`. Called without gradient."""
-        return {}
-
-    def __call__(self, inputs: PairInputs) -> ObjectiveOutput:
-        losses, group = self.losses(inputs.group), inputs.group.map(Tensor.detach)
-        scores = group.policy_logps if group.reference_logps is None else group.policy_logps - group.reference_logps
-        with torch.no_grad():
-            return ObjectiveOutput(losses, scores[:, 0], scores[:, 1], self.diagnostics(group))
 
 
 def require(condition: bool, message: str) -> None:

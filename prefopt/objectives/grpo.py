@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prefopt.objectives.base import GroupInputs, Groupwise, Need, clamped_exp, require
+from prefopt.objectives.base import Need, clamped_exp, require
+from prefopt.objectives.groupwise import GroupInputs, Groupwise
 from prefopt.objectives.rloo import clipped, is_clipped
 
 

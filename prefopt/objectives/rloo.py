@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefopt.objectives.base import GroupInputs, Groupwise, Need, clamped_exp, require
+from prefopt.objectives.base import Need, clamped_exp, require
+from prefopt.objectives.groupwise import GroupInputs, Groupwise
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import torch
 
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.arpo import ARPO
-from prefopt.objectives.base import GroupInputs, Groupwise, Objective, PairInputs
+from prefopt.objectives.base import Objective, PairInputs
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.groupwise import GroupInputs, Groupwise
 from prefopt.objectives.grpo import GRPO
 from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.mmpo import MMPO

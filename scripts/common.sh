@@ -42,15 +42,25 @@ train_best() {
     for lr in "${!methods[@]}"; do train "${methods[$lr]}" "${@:3}" "optimizer.lr=$lr"; done
 }
 
-# The rows of $1/noisy.jsonl.gz with the scores of the three data qualities' reward models, whose runs' names begin with $2:
-# $1/scored.jsonl.gz. The rest are further arguments.
+# The folder of the run of seed $3 among those in $1 whose names begin with $2.
+run_of_seed() {
+    local record
+    record=$(grep -lE "\"seed\": $3\b" "$1/$2"*/record.json)
+    [[ $record != *$'\n'* ]] || { echo "several runs of seed $3 in $1: $record" >&2; return 1; }
+    dirname "$record"
+}
+
+# The rows of $1 with the scores of the three data qualities' reward models, into $2. The models are the runs in $3 of seed $5
+# whose names begin with $4 and the quality. The rest are further arguments.
 score_noisy() {
-    [[ ! -f $1/scored.jsonl.gz ]] || return 0
-    local rows=$1/noisy.jsonl.gz quality
+    [[ ! -f $2 ]] || return 0
+    local rows=$1 quality next run
     for quality in high medium low; do
-        prefopt score "input=$rows" "output=$1/noisy_$quality.jsonl.gz" "name=rewards_$quality" \
-            scorer=reward_model "scorer.path=$(runs_in "$1/rewards" "$2-$quality")/policy" "${@:3}"
-        rows=$1/noisy_$quality.jsonl.gz
+        run=$(run_of_seed "$3" "$4-$quality" "$5")
+        next=${2%.jsonl.gz}_$quality.jsonl.gz
+        prefopt score "input=$rows" "output=$next" "name=rewards_$quality" scorer=reward_model \
+            "scorer.path=$run/policy" "${@:6}"
+        rows=$next
     done
-    mv "$rows" "$1/scored.jsonl.gz"
+    mv "$rows" "$2"
 }

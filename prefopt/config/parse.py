@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from prefopt.errors import UserError
 from prefopt.utils.files import ROOT
@@ -253,5 +253,7 @@ def _describe(error: OmegaConfBaseException) -> str:
         missing = str(error.msg).partition("Missing mandatory value: ")[2].split()[0]
         return f"no value for {missing}. Give it on the command line: {missing}=VALUE"
     key = error.full_key or ""
+    if isinstance(error, InterpolationKeyError):
+        return f"{key}: {str(error.msg).splitlines()[0]}. Give it in full: {key}=VALUE"
     message = (error.msg or str(error)).splitlines()[0]
     return f"{key}: {message}" if key and key not in message else message

@@ -87,18 +87,21 @@ def group_by_config(records: Sequence[Record]) -> dict[tuple[str, float | None],
 
 
 def sft_accuracy(policies: Sequence[Evaluated], models: dict[str, str]) -> dict[str, Value]:
-    """LM accuracy of the policies that preference runs began from, by the model of these: the last ones of SFT runs,
-    and those evaluated as `checkpoints=initial`."""
+    """LM accuracy of the policies that preference runs began from, by the model of these, the mean where there are
+    several: the last ones of SFT runs, and those evaluated as `checkpoints=initial`."""
     of_preferences = [p for p in policies if p.run["objective"] != "sft"]
     initial = {p.run["initial_weights"]: models[p.run["name"]] for p in of_preferences}
-    accuracies = {}
+    accuracies: dict[str, dict[str, Value | None]] = {}  # by model and weights: a model's runs may begin with several
     for policy in policies:
         if policy.run["objective"] == "sft" and policy.run["final_weights"] in initial:
-            accuracies[initial[policy.run["final_weights"]]] = accuracy_of(policy)
+            weights = policy.run["final_weights"]
+            accuracies.setdefault(initial[weights], {})[weights] = accuracy_of(policy)
     for policy in of_preferences:
         if policy.step == 0:
-            accuracies[models[policy.run["name"]]] = accuracy_of(policy)
-    return {model: value for model, value in accuracies.items() if value is not None}
+            of_model = accuracies.setdefault(models[policy.run["name"]], {})
+            of_model[policy.run["initial_weights"]] = accuracy_of(policy)
+    means = {model: aggregate_seeds(list(values.values())) for model, values in accuracies.items()}
+    return {model: value for model, value in means.items() if value is not None}
 
 
 def paths(points: Iterable[Point]) -> dict[tuple[str, str, float | None], list[Point]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prefopt.reporting.labels import flat_config, shortest_texts
+from prefopt.reporting.labels import flat_config, flat_configs, shortest_texts
 from prefopt.reporting.tables import MISSING, Tabular, text_columns
 from prefopt.tracking.archive import Record
 from prefopt.tracking.run import VOLATILE
@@ -27,8 +27,8 @@ def settings_note(records: Sequence[Record]) -> str:
     base counts as the objective itself.
     """
     methods: dict[str, list[dict[str, object]]] = {}
-    for record in records:
-        config = {_key(key): value for key, value in flat_config(record).items()}
+    for record, flat in zip(records, flat_configs(records), strict=True):
+        config = {_key(key): value for key, value in flat.items()}
         methods.setdefault(record["objective"], []).append(config)
     if len(methods) < 2:
         return ""
@@ -91,7 +91,8 @@ def config_differences(a: Record, b: Record) -> Tabular:
 
 def sides_differ(a: Sequence[Record], b: Sequence[Record]) -> str:
     """A sentence on the settings in which the runs A differ from the runs B, or among themselves, but for the seed."""
-    sides = {"A": [flat_config(record) for record in a], "B": [flat_config(record) for record in b]}
+    flat = flat_configs([*a, *b])
+    sides = {"A": flat[: len(a)], "B": flat[len(a) :]}
     keys = {key for configs in sides.values() for config in configs for key in config}
     parts = []
     for key in sorted(keys - {"seed", "runs_dir"}):

@@ -87,12 +87,14 @@ def _check_choices(records: Sequence[Record], config: PapersConfig, tasks: set[s
 
 def check_comparable(policies: Sequence[Evaluated], models: dict[str, str], tasks: set[str] | None = None) -> None:
     """Raise UserError unless all policies have the same tasks (and all of `tasks`), limits, judges, questions and
-    sampling, and those of a model the same baseline, each once."""
+    sampling, and those of a model the same baseline, each once. Where each seed has an initial policy of its own, it
+    has its own baseline."""
     problems: list[str] = []
     missing: dict[str, list[str]] = {}
     conditions: dict[str, dict[str, list[str]]] = {}  # by name and value, the files of the records that have it
+    several = _with_a_policy_of_each_seed(policies, models)
     for policy in policies:
-        for name, value, file in _conditions(policy, models):
+        for name, value, file in _conditions(policy, models, several):
             conditions.setdefault(name, {}).setdefault(value, []).append(file)
 
         measured = [result["task"] for result in policy.harness]
@@ -117,8 +119,21 @@ def check_comparable(policies: Sequence[Evaluated], models: dict[str, str], task
         )
 
 
-def _conditions(policy: Evaluated, models: dict[str, str]) -> Iterable[tuple[str, str, str]]:
-    """What must be the same for all policies: its name, its value as text, and the file of the record that has it."""
+def _with_a_policy_of_each_seed(policies: Sequence[Evaluated], models: dict[str, str]) -> set[str]:
+    """The models whose runs begin with another policy at each seed."""
+    weights: dict[str, dict[int, set[str]]] = {}
+    for policy in policies:
+        seeds = weights.setdefault(models[policy.run["name"]], {})
+        seeds.setdefault(policy.run["config"]["seed"], set()).add(policy.run["initial_weights"])
+    return {
+        model for model, seeds in weights.items()
+        if len(seeds) > 1 and sum(map(len, seeds.values())) == len(seeds) == len(set().union(*seeds.values()))
+    }  # fmt: skip
+
+
+def _conditions(policy: Evaluated, models: dict[str, str], several: set[str]) -> Iterable[tuple[str, str, str]]:
+    """What must be the same for all policies: its name, its value as text, and the file of the record that has it.
+    `several`: the models whose runs begin with another policy at each seed."""
     for result in policy.harness:
         for key in FIGURE_SETTINGS:
             yield key, str(result["settings"].get(key)), result["file"]
@@ -139,7 +154,9 @@ def _conditions(policy: Evaluated, models: dict[str, str]) -> Iterable[tuple[str
         yield "sampling", ", ".join(sampling), file
         name = f"{baseline['name']} {settings['revision']}"  # of a baseline whose answers come from a file
         weights = f"weights {baseline['weights'][:12]}" if baseline["weights"] else name
-        yield f"baseline of {models[policy.run['name']]}", weights, file
+        model = models[policy.run["name"]]
+        of_seed = f" at seed {policy.run['config']['seed']}" if model in several else ""
+        yield f"baseline of {model}{of_seed}", weights, file
 
 
 def model_names(records: Sequence[Record]) -> dict[str, str]:

@@ -8,6 +8,8 @@ from prefopt.tracking.archive import Record, beta
 from prefopt.tracking.run import VOLATILE, flatten
 from prefopt.utils.fingerprint import class_names
 
+OF_SEED = ("model.path", "dataset.train", "dataset.heldout")  # where what a run begins with lies
+
 
 def flat_config(record: Record) -> dict[str, Any]:
     """The run's config with dotted keys."""
@@ -18,12 +20,29 @@ def flat_config(record: Record) -> dict[str, Any]:
     }
 
 
+def flat_configs(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Their `flat_config`s, in which a path of `OF_SEED` that names the run's seed has `${seed}` in its place, if those
+    of all runs of this model do: each seed has a policy and data of its own, and a table shows them as one method."""
+    flat = [flat_config(record) for record in records]
+    for key in OF_SEED:
+        by_model: dict[Any, list[dict[str, Any]]] = {}
+        for config in flat:
+            if isinstance(config.get(key), str):
+                by_model.setdefault(config.get("model.name"), []).append(config)
+        for configs in by_model.values():
+            parts = [config[key].split("/") for config in configs]
+            if all(str(config["seed"]) in of_path for config, of_path in zip(configs, parts, strict=True)):
+                for config, of_path in zip(configs, parts, strict=True):
+                    config[key] = "/".join("${seed}" if part == str(config["seed"]) else part for part in of_path)
+    return flat
+
+
 def labels(records: list[Record], without: Sequence[str] = ()) -> list[str]:
     """What tells a run from the others: objective, beta, and every other key in which runs of one objective differ, but
     for the keys `without`, and those of the data that follow from its name. The objective's own keys come without their
     `objective.`; a key that is null, or that the run lacks, is left out. Runs of one objective have the same label if
     and only if they agree in all these."""
-    flat = [flat_config(r) for r in records]
+    flat = flat_configs(records)
     # Of each objective, by key: the values in its runs, by their repr.
     values: dict[str, dict[str, dict[str, Any]]] = {r["objective"]: {} for r in records}
     for record, config in zip(records, flat, strict=True):

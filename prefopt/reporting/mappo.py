@@ -235,14 +235,18 @@ def gaps_table(records: Sequence[Record], notes: list[str], origin: list[str]) -
 
 
 def _results_by_method(records: Sequence[Record]) -> dict[tuple[str, str], list[list[Record]]]:
-    """By model and method, for each seed the harness records of its final policy; those of the policies that a model's
-    runs began from, taken together, are its method `it`."""
+    """By model and method, for each seed the harness records of its final policy; those of each policy that a model's
+    runs began from are its method `it`."""
     models = model_names(records)
     groups: dict[tuple[str, str], list[list[Record]]] = {}
     for model in dict.fromkeys(models.values()):
         members = [r for r in records if models[r["name"]] == model]
-        if initial := [t for r in members for t in r["harness"] if t["step"] == 0]:
-            groups[model, "it"] = [initial]
+        initial: dict[str, list[Record]] = {}
+        for run in members:
+            if results := [t for t in run["harness"] if t["step"] == 0]:
+                initial.setdefault(run["initial_weights"], []).extend(results)
+        if initial:
+            groups[model, "it"] = list(initial.values())
         for (method, beta), seeds in group_by_config(members).items():
             name = f"{method} β={beta:g}" if beta else method
             groups[model, name] = [[t for t in r["harness"] if t["checkpoint"] == "final"] for r in seeds]

@@ -15,7 +15,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.results import FIGURE_SETTINGS, accuracy_percent
 from prefopt.reporting.config import ReportConfig
 from prefopt.reporting.differences import comparison_notes
-from prefopt.reporting.evaluated import Value, counts, flatten_value, main_measure, mean_over_seeds
+from prefopt.reporting.evaluated import Value, aggregate_seeds, counts, flatten_value, main_measure, mean_over_seeds
 from prefopt.reporting.labels import flat_config, labels
 from prefopt.reporting.tables import MISSING, Column, Tabular, format_rows, format_value
 from prefopt.tracking.archive import RESULTS, Record, beta
@@ -238,6 +238,7 @@ def by_column_table(records: list[Record], key: str, command: str) -> Tabular:
     texts = [[method, *(cells.get((method, value), MISSING) for value in values)] for method in methods]
     columns = [Column("method", "method", text=True), *(Column(value, value) for value in values)]
 
+    starts = {record["initial_weights"]: record["evaluations"][0] for record in records}
     first, (measure, name) = records[0]["evaluations"][0], main_measure(records)
     items = f"{first['samples']} held-out prompts" if measure == "oracle_reward" else f"{first['n']} held-out pairs"
     over_items = statistics.median(row["over_prompts"] for row in rows)
@@ -246,7 +247,10 @@ def by_column_table(records: list[Record], key: str, command: str) -> Tabular:
         f"the same for all, is {over_items:.3f} (median)."
     )
     if measure == "oracle_reward":
-        note += f" The initial policy has {format_value(first[measure], first[f'{measure}_se'], 3)}."
+        own = [(start[measure], start[f"{measure}_se"]) for start in starts.values()]
+        policies = "The initial policy has" if len(own) == 1 else f"The {len(own)} initial policies have"
+        mean, error = aggregate_seeds(own) or (None, None)
+        note += f" {policies} {format_value(mean, error, 3)}."
     notes = [note, *comparison_notes(records)]
     title = f"Final {name} by {key}"
     return Tabular("by_column", columns, texts, rows, notes, title, provenance(records, command))

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# MADPO's comparison: a reward model for each data quality, and each method with its own learning rate in each.
+# MADPO's comparison: a reward model for each data quality and seed, and each method with its own learning rate in each.
 . "$(dirname "$0")/_begin.sh"
 
-sweep train +sweep=lab/rewards
-unless_dry score_noisy $lab/madpo reward-lab-lab precision=float32
+sweep train +sweep=lab/rewards "seed=$all_seeds"
+for seed in ${all_seeds//,/ }; do
+    of_seed=$lab/seeds/$seed
+    unless_dry score_noisy $of_seed/noisy.jsonl.gz $of_seed/noisy_scored.jsonl.gz $lab/madpo/rewards reward-lab-lab "$seed" \
+        precision=float32
+done
 for quality in high medium low; do
     madpo=(+sweep=lab/madpo "dataset.format.quality=$quality")
     of_quality=$lab/madpo/tuning/$quality

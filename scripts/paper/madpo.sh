@@ -22,7 +22,7 @@ if [[ -z $dry && ! -f $runs/noisy.jsonl.gz ]]; then
         scorer.function=madpo_task.positive
 fi
 sweep train +sweep=madpo/rewards
-unless_dry score_noisy $runs "reward-gemma-3-270m-noisy"
+unless_dry score_noisy $runs/noisy.jsonl.gz $runs/scored.jsonl.gz $runs/rewards reward-gemma-3-270m-noisy 0
 for name in methods methods_beta_dpo sensitivity ablation; do
     sweep train +sweep=madpo/$name "model.path=$policy"
 done

@@ -183,7 +183,7 @@ TABLE = [
     config("another program's config", "--config-name=nonsense", "Cannot find primary config 'nonsense'"),
     config("a deleted key that is none", "~sead", "'sead' does not exist"),
     config("no objective", "~objective", "no value for objective", "objective=VALUE"),
-    config("a reference to nothing", "model.name='${nope}'", "model.name", "Interpolation key 'nope' not found"),
+    config("a reference to nothing", "model.name='${nope}'", "model.name: Interpolation key 'nope'", "name=VALUE"),
     config("a reference to itself", "model.name='${model.name}'", "model.name", "Recursive interpolation"),
     config("an unset variable", "objective.beta='${oc.env:NOPE}'", "objective.beta", "'NOPE' not found"),
     # Types and values

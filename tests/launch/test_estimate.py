@@ -1,5 +1,6 @@
 """What a dry run says that a sweep would take."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -161,6 +162,17 @@ def test_the_scripts_get_to_their_end(script, tmp_path):
     scale, paper = script.split("/")
     (tmp_path / "runs" / scale / paper / "final" / "a").mkdir(parents=True)
     (tmp_path / "runs" / scale / paper / "final" / "a" / "record.json").touch()
+    for kind, seeds in {
+        "lab/sft/sft-lab": (0, 1, 2, 3, 4, 100),
+        **{
+            f"lab/madpo/rewards/reward-lab-lab-{quality}": (0, 1, 2, 3, 4, 100) for quality in ("high", "medium", "low")
+        },
+        **{f"paper/madpo/rewards/reward-gemma-3-270m-noisy-{q}": (0,) for q in ("high", "medium", "low")},
+    }.items():
+        for seed in seeds:
+            record = tmp_path / "runs" / f"{kind}-{seed}" / "record.json"
+            record.parent.mkdir(parents=True)
+            record.write_text(json.dumps({"config": {"seed": seed}}))
     make = 'mkdir -p "$(dirname "${a#*=}")"; : > "${a#*=}"'
     also = f"for a; do case $a in best=*) echo 1e-4;; output=*.gz) {make};; esac; done"
     asked, environment = writes_down(tmp_path, also)

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from prefopt.reporting.curves import (
     sft_accuracy,
     spreads,
 )
+from prefopt.reporting.differences import settings_note
 from prefopt.reporting.evaluated import aggregate_seeds, metric_of, model_names, read_evaluated
 from prefopt.reporting.figures import draw_drift
 from prefopt.reporting.html import page
+from prefopt.reporting.labels import labels
 from prefopt.reporting.mappo import academic_table, gaps_table, mappo
 from prefopt.reporting.mmpo import as_published, mmpo, peak_tables
 from prefopt.reporting.paired import paired_table
@@ -230,6 +233,44 @@ def test_seeds_are_pooled(tmp_path):
     assert aggregate_seeds([(50, None), (54, None)]) == pytest.approx((52, 2))
     assert aggregate_seeds([(50, 1.5)]) == (50, 1.5)
     assert aggregate_seeds([(50, 1.5), None]) is None
+
+
+def test_a_policy_for_each_seed_is_a_part_of_the_seed(tmp_path):
+    """Seeds that begin with a policy and data of their own are one method's, judged against their own policies."""
+    for method, rates in {"dpo": (50, 54), "ipo": (60, 66)}.items():
+        for seed, rate in enumerate(rates):
+            of_seed = {"initial_weights": f"{seed}0" * 32}
+            folder = train(tmp_path, method, seed=seed, name=f"{method}-{seed}", **of_seed)
+            record = json.loads((folder / "record.json").read_text())
+            record["config"]["model"]["path"] = f"runs/seeds/{seed}/policy"
+            record["config"]["dataset"]["train"] = f"runs/seeds/{seed}/scored.jsonl"
+            write(folder / "record.json", record)
+            alpaca(folder, 20, rate, weights=of_seed["initial_weights"])
+            harness(folder, 0, 0.3 + seed / 10, stderr=None)
+    assert [(p.method, p.seeds, p.win_rate[0]) for p in points(tmp_path) if p.epoch == 5] == [
+        ("dpo", 2, 52),
+        ("ipo", 2, 63),
+    ]
+    records = read_records(tmp_path)
+    assert labels(records) == [f"{method} β=0.1 seed={seed}" for method in ("dpo", "ipo") for seed in (0, 1)]
+    assert settings_note(records[:3]) == ""  # a method with fewer seeds does not differ in its paths
+    found = sft_accuracy(read_evaluated(records, config(tmp_path, tmp_path)), model_names(records))
+    assert found == {"policy": (pytest.approx(35), pytest.approx(5))}  # of 30 and 40
+
+    folder = tmp_path / "ipo-1"  # but not where one of the seed's methods was judged against another policy
+    shutil.rmtree(folder / "alpaca")
+    alpaca(folder, 20, 66, weights="ee" * 32)
+    with pytest.raises(UserError, match="baseline of policy at seed 1"):
+        points(tmp_path)
+
+
+def test_a_path_that_names_no_seed_tells_runs_apart(tmp_path):
+    for seed, path in enumerate(("runs/a/policy", "runs/b/policy")):
+        record = json.loads((train(tmp_path, "dpo", seed=seed) / "record.json").read_text())
+        record["config"]["model"]["path"] = path
+        write(tmp_path / record["name"] / "record.json", record)
+    found = labels(read_records(tmp_path), without=("seed",))
+    assert found == ["dpo β=0.1 model.path=runs/a/policy", "dpo β=0.1 model.path=runs/b/policy"]
 
 
 def test_two_judges_of_the_paper_have_a_mean(tmp_path):

@@ -13,7 +13,7 @@ LAUNCHER ?= local
 ARGS ?=
 KILLS ?= 60
 
-.PHONY: help setup docs demo lab test test-shared test-slow test-kills test-gpu slurm-test lint bench bench-gpu bench-fidelity clean-demo figures \
+.PHONY: help setup docs demo lab test test-shared test-slow test-long test-kills test-gpu slurm-test lint bench bench-gpu bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -66,10 +66,13 @@ test-shared: setup ## those of the tests that need real data beside the checkout
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "shared and not slow and not slurm"
 
 test-slow: setup ## those that take longer: SmolLM2-135M, several processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not long"
+
+test-long: setup ## those of them that take longest: every relative on SmolLM2-135M, every engine again
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 test-kills: setup ## KILLS kills of each configuration at random moments
-	KILLS=$(KILLS) $(BIN)/python -m pytest -m kills -s
+	KILLS=$(KILLS) $(BIN)/python -m pytest -m kills -s -o timeout=0
 
 test-gpu: setup ## on a GPU: layouts, log-probs, references, engines, memory (never run yet)
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tests.helpers import tiny
 
 configure_logging()  # what is called in this process talks as in a program
 torch.set_num_threads(1)  # as in tests/helpers/tiny.py
+# What starts in the background inherits that SIGINT is ignored, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # No timed assertions: a busy machine must not fail a property.
 settings.register_profile("prefopt", deadline=None)
 settings.load_profile("prefopt")

@@ -34,12 +34,20 @@ class At:
     n: int = 1
     action: Callable[[], Any] = kill
 
-    def arm(self) -> None:
+    def __post_init__(self) -> None:
+        self._place()  # a name that is none fails in the test, and not in a process for which the test then waits
+
+    def _place(self) -> tuple[Any, str]:
         module, _, name = self.function.partition(":")
         place: Any = import_module(module)
         *owners, name = name.split(".")
         for owner in owners:
             place = getattr(place, owner)
+        getattr(place, name)
+        return place, name
+
+    def arm(self) -> None:
+        place, name = self._place()
         original, calls = getattr(place, name), []
 
         def called(*args: Any, **kwargs: Any) -> Any:

@@ -494,7 +494,7 @@ def test_ranks_killed_one_by_one(overrides, tmp_path, env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["hang", "freeze"])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("freeze", marks=pytest.mark.long)])
 def test_a_rank_that_hangs_ends_the_job_with_its_traceback(fault, overrides, tmp_path, env):
     """hang: it sleeps in the objective; freeze: it cannot even say so, and the other one does."""
     pytest.importorskip("deepspeed")
@@ -595,7 +595,7 @@ def test_one_process_works_on_an_output(tiny_folder, tmp_path, env):
     wait = partial(await_file, go_on)
     for program, arguments, output, moment in (
         ("sample", sampling, drawn, At("prefopt.generation.sampler:sample", 3, wait)),
-        ("score", scoring, scored, At("prefopt.score:write_rows", 1, wait)),
+        ("score", scoring, scored, At("prefopt.rewards.scored:write_rows", 1, wait)),
     ):
         arguments = [*arguments, f"output={output}"]
         first = start(tmp_path / "first", *arguments, program=program, env=env, at=moment)
@@ -650,7 +650,7 @@ def test_a_disk_that_fills_up_under_sampling_and_scoring_costs_no_more_than_what
         assert code == 0, said
         assert "going on after 12 of 12 prompts" in said
         scoring = [f"input={drawn}", f"output={scored}", "scorer=vader"]
-        full = At("prefopt.score:score_rows", 1, partial(fill, disk))
+        full = At("prefopt.rewards.scored:score_rows", 1, partial(fill, disk))
         code, said = run(log, *scoring, program="score", env=env, at=full)
         assert code == 2, said
         assert "Traceback" not in said

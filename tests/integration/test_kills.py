@@ -170,6 +170,7 @@ def test_online_stages(tiny, tmp_path):  # noqa: F811
     )
 
 
+@pytest.mark.long
 def test_two_ranks(overrides, tmp_path):
     pytest.importorskip("deepspeed")
     env = {"PREFOPT_CACHE": str(tmp_path / "cache")}

@@ -48,6 +48,7 @@ def smollm2():
     return load_model(CONFIG, "cpu"), load_tokenizer(CONFIG)
 
 
+@pytest.mark.long
 def test_the_converted_checkpoint_is_what_transformers_reads_from_the_gguf(smollm2):
     from prefopt.utils.files import resolve_path
 
@@ -78,6 +79,7 @@ def test_log_probs_are_those_of_the_models_own_logits(smollm2):
             assert sums[row].item() == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.long
 def test_the_embedded_responses_can_be_drawn_again(smollm2):
     """Their recorded tokens come out of the same seeds. Rounding can part a response where two tokens are nearly equal,
     so most of them must agree, not all."""
@@ -149,21 +151,22 @@ def test_compiled_layers_give_the_same_gradients():
 
 
 def relatives() -> dict[str, Objective]:
-    """The objectives of pairs that sweep=objectives does not run, by name, and SPPO on soft labels. They take minutes,
-    so without RELATIVES=all one for each way to compute: of a single pair, sorted over a step, with a state, around a
-    base, and without a reference."""
+    """The objectives of pairs that sweep=objectives does not run, by name, and SPPO on soft labels."""
     sweep = yaml.safe_load((ROOT / "sweeps/sweep/objectives.yaml").read_text())
     swept = sweep["hydra"]["sweeper"]["params"]["objective"].split(",")
     others = {
         n: o for n, o, _ in objectives() if n not in swept and o.model_kind == "policy" and o.completions == SIDES
     }
-    others |= {"sppo-soft": SPPO(0.001, labels="soft")}
-    if os.environ.get("RELATIVES") == "all":
-        return others
-    return {name: others[name] for name in ("exo", "aot", "bco", "arpo", "simper")}
+    return others | {"sppo-soft": SPPO(0.001, labels="soft")}
 
 
-@pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in relatives().items()])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(objective, id=name, marks=() if name == "arpo" else pytest.mark.long)  # a minute or two each
+        for name, objective in relatives().items()
+    ],
+)
 def test_each_relative_trains_the_real_model(objective, smollm2):
     """Eight steps of two short pairs: from its loss at the reference on, the chosen sides gain on the rejected ones."""
     model, tokenizer = smollm2

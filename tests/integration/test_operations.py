@@ -559,7 +559,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("action", [no_memory, torch_has_none])
+@pytest.mark.parametrize("action", [no_memory, pytest.param(torch_has_none, marks=pytest.mark.long)])
 @pytest.mark.slow
 def test_too_little_memory_is_one_message_whatever_was_being_done(action, overrides, tmp_path, env):  # noqa: F811
     for number, (place, doing) in enumerate(MOMENTS.items()):

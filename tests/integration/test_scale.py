@@ -384,6 +384,7 @@ def test_the_bench_shows_small_and_large_beside_each_other():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_bench_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "FEW", {"pairs": 200, "jobs": 1, "lines": 10})
     monkeypatch.setattr(scale, "STEPS", 4)

@@ -13,12 +13,11 @@ from tests.launch.test_estimate import config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
-def test_what_goes_with_an_engine(engine, tmp_path):
-    if engine == "zero2":
-        pytest.importorskip("deepspeed")
+@pytest.mark.parametrize("chosen", ["as_one and fsdp", "as_one and zero2", "another_engine", "loss_curve"])
+def test_what_goes_with_an_engine(chosen, tmp_path):
+    pytest.importorskip("deepspeed")
     cases = Path(__file__).with_name("engine_cases.py")
-    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'cases'}", "-k", f"{engine}-"]
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'cases'}", "-k", chosen, "-o", "timeout=300"]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(cases)], cwd=ROOT, capture_output=True, text=True
     )

@@ -64,8 +64,11 @@ LORA = ["peft=lora_attention_mlp", "peft.r=4", "peft.dropout=0", "reference=adap
             ["objective=beta_dpo", "objective.nll_weight=0.1", "objective.nll_per=chosen_token", *LORA],
             marks=pytest.mark.long,
         ),
-        ["objective=kto"],
-        ["objective=mmpo", "objective.auxiliary_weight=0.5", "objective.micro_batch_size=2", "batch_size=6"],
+        pytest.param(["objective=kto"], marks=pytest.mark.long),
+        pytest.param(
+            ["objective=mmpo", "objective.auxiliary_weight=0.5", "objective.micro_batch_size=2", "batch_size=6"],
+            marks=pytest.mark.long,
+        ),
         ["objective=sft", "gradient_checkpointing=true", "engine.offload_optimizer=true"],
     ],
     ids=["full", "step-lora", "mismatched", "micro_batch", "token-offload"],

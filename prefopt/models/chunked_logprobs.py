@@ -7,10 +7,10 @@ unless all logits together are so small (KEPT) that this would save nothing.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 TILE = 4096  # columns of the vocabulary at a time
@@ -35,11 +35,24 @@ class LogitTransform:
         return slope if self.scale == 1 else self.scale * slope
 
 
+class Distributions(NamedTuple):
+    """A model's next-token distributions at N places, as what they are computed from, so that the (N, V) logits need
+    not exist together."""
+
+    hidden: Tensor  # (N, H)
+    head: nn.Module
+    cap: LogitTransform
+
+    def logits(self) -> Tensor:
+        """(N, V) float32."""
+        return self.cap(self.head(self.hidden).float())
+
+
 class TiledLogps(torch.autograd.Function):
     """(hidden (N, H), weight (V, H), bias (V) or None, labels (N)) -> (log-probs (N) of the labels, entropies (N) of
-    the distributions or, without `with_entropies`, None, and with `with_squares` the logs (N) of the sums of squared
-    probabilities, without gradient, or None), float32. Products are computed in `hidden`'s dtype, log-sum-exp and sums
-    in float32."""
+    the distributions or, without `with_entropies`, None, with a `reference` KL(reference || these) (N) or None, and
+    with `with_squares` the logs (N) of the sums of squared probabilities, without gradient, or None), float32. Products
+    are computed in `hidden`'s dtype, log-sum-exp and sums in float32. No gradient reaches the reference."""
 
     @staticmethod
     def forward(
@@ -51,13 +64,16 @@ class TiledLogps(torch.autograd.Function):
         with_entropies: bool = True,
         cap: LogitTransform = LogitTransform(),  # frozen, so it is safe as a default
         with_squares: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        reference: Distributions | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         # One pass over the tiles, as in online softmax: running maximum, and sums relative to it, which are rescaled
         # when a tile raises the maximum.
         n = len(labels)
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
         # With d = logit - top: the sums of exp(d), of exp(d) d, which gives the entropy, and of exp(2d).
         total, weighted, squares, chosen = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
+        # Of the reference, the same; with e its d, the sum of exp(e) (e - d) gives the KL.
+        reference_top, reference_total, apart = top, torch.zeros_like(total), torch.zeros_like(total)
         keep = n * len(weight) * hidden.element_size() <= KEPT and any(ctx.needs_input_grad)
         products: list[Tensor] = []
         for start, product in _products(hidden, weight, bias):
@@ -72,6 +88,17 @@ class TiledLogps(torch.autograd.Function):
                 weighted = (weighted + total * lower) * lower.exp() + (powers * above).sum(-1)
             if with_squares:
                 squares = squares * (2 * lower).exp() + powers.square().sum(-1)
+            if reference is not None:
+                reference_logits = _reference_logits(reference, start)
+                reference_higher = torch.maximum(reference_top, reference_logits.amax(-1))
+                reference_lower = torch.where(reference_total > 0, reference_top - reference_higher, 0.0)
+                reference_above = reference_logits - reference_higher[:, None]
+                reference_powers = reference_above.exp()
+                shrink = reference_lower.exp()
+                apart = (apart + reference_total * (reference_lower - lower)) * shrink
+                apart = apart + (reference_powers * (reference_above - above)).sum(-1)
+                reference_total = reference_total * shrink + reference_powers.sum(-1)
+                reference_top = reference_higher
             total = total * lower.exp() + powers.sum(-1)
             top = higher
             # The label's logit, of the labels that lie in this tile. No shape depends on values, so no GPU has to wait.
@@ -80,16 +107,19 @@ class TiledLogps(torch.autograd.Function):
             chosen = torch.where(inside, label_logits, chosen)
 
         entropies = total.log() - weighted / total if with_entropies else None
-        ctx.cap = cap
+        kl = None if reference is None else apart / reference_total - reference_total.log() + total.log()
+        ctx.cap, ctx.reference, ctx.reference_normalizer = cap, reference, (reference_top, reference_total.log())
         ctx.save_for_backward(hidden, weight, bias, labels, top, total.log(), entropies, *products)
         # `top` is subtracted first: a sum top + log(total) would round away digits of the logarithm.
         log_squares = squares.log() - 2 * total.log() if with_squares else None
         if log_squares is not None:
             ctx.mark_non_differentiable(log_squares)
-        return chosen - top - total.log(), entropies, log_squares
+        return chosen - top - total.log(), entropies, kl, log_squares
 
     @staticmethod
-    def backward(ctx: Any, of_logps: Tensor, of_entropies: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, of_logps: Tensor, of_entropies: Tensor | None, of_kl: Tensor | None, _: Any
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, top, log_total, entropies, *products = ctx.saved_tensors
         # Sums over tiles stay in float32, whatever the products are computed in.
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
@@ -102,11 +132,16 @@ class TiledLogps(torch.autograd.Function):
             end = start + logits.shape[1]
             logps = logits - top[:, None] - log_total[:, None]
             # With p = exp(logps), logit j of a label y and of entropy H has the gradients 1[j = y] - p_j (of the
-            # log-prob) and -p_j (log p_j + H) (of the entropy).
+            # log-prob), -p_j (log p_j + H) (of the entropy) and p_j - q_j (of the KL from a reference q).
             pull = of_logps[:, None]
             if entropies is not None and of_entropies is not None:  # both are, or neither
                 pull = pull + of_entropies[:, None] * (logps + entropies[:, None])
             slope = -logps.exp() * pull
+            if ctx.reference is not None and of_kl is not None:  # as above
+                reference_top, reference_log_total = ctx.reference_normalizer
+                reference_logps = _reference_logits(ctx.reference, start) - reference_top[:, None]
+                reference_logps = reference_logps - reference_log_total[:, None]
+                slope += of_kl[:, None] * (logps.exp() - reference_logps.exp())
             inside = (labels >= start) & (labels < end)
             place = (labels - start).clamp(0, end - start - 1)[:, None]
             slope.scatter_add_(1, place, torch.where(inside, of_logps, 0.0)[:, None])
@@ -117,31 +152,44 @@ class TiledLogps(torch.autograd.Function):
                 weight_gradient[start:end] = low.T @ hidden
             if bias_gradient is not None:
                 bias_gradient[start:end] = slope.sum(0)
-        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None, None, None, None
+        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, *[None] * 5
 
 
 def chunked_logps(
     hidden: Tensor,
-    head: torch.nn.Linear,
+    head: nn.Linear,
     labels: Tensor,
     with_entropies: bool = True,
     cap: LogitTransform = LogitTransform(),
     with_squares: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of softmax(cap(head(hidden))), float32: log-probs (N) of `labels` (N), entropies (N) with `with_entropies`, and
-    log sum_v p_v^2 (N) with `with_squares`, which carries no gradient.
+    reference: Distributions | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Of p = softmax(cap(head(hidden))), float32: log-probs (N) of `labels` (N), entropies (N) with `with_entropies`,
+    KL(reference || p) (N) with a `reference`, whose head is a linear layer, and log sum_v p_v^2 (N) with
+    `with_squares`, which carries no gradient.
 
     `hidden` is (N, H). Under autocast the products are computed in its dtype, as the head itself would do.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    reference = reference and reference._replace(hidden=reference.hidden.to(hidden.dtype))
     with torch.autocast(device, enabled=False):
-        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies, cap, with_squares)
+        return TiledLogps.apply(hidden, head.weight, head.bias, labels, with_entropies, cap, with_squares, reference)
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """For every tile: (its first column, the head's outputs (N, up to TILE) in `hidden`'s dtype)."""
     for start in range(0, len(weight), TILE):
-        part = weight[start : start + TILE].to(hidden.dtype)
-        yield start, linear(hidden, part, None if bias is None else bias[start : start + TILE].to(hidden.dtype))
+        yield start, _product(hidden, weight, bias, start)
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int) -> Tensor:
+    part = weight[start : start + TILE].to(hidden.dtype)
+    return linear(hidden, part, None if bias is None else bias[start : start + TILE].to(hidden.dtype))
+
+
+def _reference_logits(reference: Distributions, start: int) -> Tensor:
+    """(N, up to TILE) float32: those of the tile that begins at `start`."""
+    head = cast(nn.Linear, reference.head)
+    return reference.cap(_product(reference.hidden, head.weight, head.bias, start).float())

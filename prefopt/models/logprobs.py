@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefopt.data.collate import Batch
-from prefopt.models.chunked_logprobs import LogitTransform, chunked_logps
+from prefopt.models.chunked_logprobs import Distributions, LogitTransform, chunked_logps
 from prefopt.models.packed_attention import NAME as SEGMENTS
 
 T = TypeVar("T")
@@ -35,6 +35,11 @@ class Logps(NamedTuple):
 
     `prefixes`, if requested, are the log-probs of the first m tokens alone, where m is the length of the shorter
     completion of the pair (LD-DPO's public length, arXiv 2409.06411).
+
+    `sequential_kl`, if a reference's distributions are given, is sum_t KL(reference(. | x, y_<t) || pi(. | x, y_<t)) in
+    nats, with gradient into pi (TDPO, arXiv 2404.11999).
+
+    `distributions`: at the place before each of all N tokens, without gradient, to be given as a reference's.
     """
 
     sums: Tensor
@@ -43,6 +48,8 @@ class Logps(NamedTuple):
     entropies: Tensor | None = None
     on_policy: Tensor | None = None
     prefixes: Tensor | None = None
+    sequential_kl: Tensor | None = None
+    distributions: Distributions | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,12 @@ class LogprobComputer:
         entropies: bool = False,
         on_policy: bool = False,
         prefixes: bool = False,
+        reference: Distributions | None = None,
     ) -> Logps:
         with autocast(model.device, self.precision):
             return as_forward(
-                model, lambda model: completion_logps(model, batch, entropies, self.tiled, on_policy, prefixes)
+                model,
+                lambda model: completion_logps(model, batch, entropies, self.tiled, on_policy, prefixes, reference),
             )
 
 
@@ -96,9 +105,11 @@ def completion_logps(
     tiled: bool = True,
     on_policy: bool = False,
     prefixes: bool = False,
+    reference: Distributions | None = None,
 ) -> Logps:
     """Log-probs, and entropies, `on_policy` and `prefixes` if requested, of every completion of the batch. For
-    `prefixes` it holds pairs: the chosen completions, then the rejected ones.
+    `prefixes` it holds pairs: the chosen completions, then the rejected ones. With the distributions that a
+    `reference` of the same vocabulary has for the same batch, also `sequential_kl`.
 
     `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.models.chunked_logprobs`). A head that is not a
     plain linear layer (one with an adapter, for example) is computed as a whole nevertheless.
@@ -107,14 +118,23 @@ def completion_logps(
     hidden = _hidden(model, batch)[batch.predictor_index]
     label_logps: Tensor  # (N,)
     step_entropies: Tensor | None  # (N,)
+    step_kl: Tensor | None  # (N,)
     log_squares: Tensor | None  # (N,)
-    if tiled and type(head) is torch.nn.Linear:
-        label_logps, step_entropies, log_squares = chunked_logps(hidden, head, batch.labels, entropies, cap, on_policy)
+    heads = [head, *([] if reference is None else [reference.head])]
+    if tiled and all(type(h) is torch.nn.Linear for h in heads):
+        label_logps, step_entropies, step_kl, log_squares = chunked_logps(
+            hidden, cast(torch.nn.Linear, head), batch.labels, entropies, cap, on_policy, reference
+        )
     else:
-        logps = vocabulary_logps(cap(head(hidden).float()))
+        logps = vocabulary_logps(Distributions(hidden, head, cap).logits())
         label_logps = logps.gather(-1, batch.labels[:, None])[:, 0]
         step_entropies = -(logps.exp() * logps).sum(-1) if entropies else None
         log_squares = (2 * logps.detach()).logsumexp(-1) if on_policy else None
+        step_kl = None
+        if reference is not None:
+            with torch.no_grad():
+                reference_logps = vocabulary_logps(reference.logits())
+            step_kl = (reference_logps.exp() * (reference_logps - logps)).sum(-1)
 
     token_logps = _by_completion(label_logps, batch)
     surrogate = None
@@ -126,7 +146,9 @@ def completion_logps(
     if log_squares is not None:
         alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
     prefix_logps = _prefix_sums(token_logps, batch) if prefixes else None
-    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment, prefix_logps)
+    kl = None if step_kl is None else _sum(_by_completion(step_kl, batch))
+    distributions = Distributions(hidden.detach(), head, cap)
+    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment, prefix_logps, kl, distributions)
 
 
 def vocabulary_logps(logits: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Reference(ABC):
         """Log-probs, and `prefixes` if requested, of the B `pairs`, on the batch's device: `(2B,)`, first the chosen
         completions, then the rejected ones. `batch` holds the same pairs. Of groups `(C,)`, as `batch` holds their
         responses. `tokens` is there where the model computes them now, and in the cache of an objective that needs
-        them."""
+        them. `distributions` is there where the model computes them now."""
 
     def follow(self, policy: PreTrainedModel, done: int) -> bool:
         """Move towards `policy` after `done` optimizer steps, and say whether it has moved. Only `Following` does."""

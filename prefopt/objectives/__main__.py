@@ -122,7 +122,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def _needs(objective: Objective) -> str:
     # The loop makes the others, no user provides them.
-    made = {"noise", "mismatched", "on_policy", "prefixes", "initial", "tokens"}
+    made = {"noise", "mismatched", "on_policy", "prefixes", "sequential_kl", "initial", "tokens"}
     return ", ".join(sorted(objective.needs - made)) or "–"
 
 

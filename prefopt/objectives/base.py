@@ -26,7 +26,10 @@ from prefopt.objectives import SIDES
 if TYPE_CHECKING:
     from prefopt.objectives.groupwise import GroupInputs
 
-Need = Literal["reference", "rewards", "entropies", "on_policy", "prefixes", "noise", "mismatched", "initial", "tokens"]
+Need = Literal[
+    "reference", "rewards", "entropies", "on_policy", "prefixes", "sequential_kl", "noise", "mismatched", "initial",
+    "tokens",
+]  # fmt: skip
 Scope = Literal["pair", "micro_batch", "step"]
 Purpose = Literal["noisy_labels", "online"]
 # The default of tensors that only some objectives need. It is None, but not typed as optional: an objective that
@@ -40,6 +43,8 @@ DIFFERENTIABLE = (
     "policy_rejected_prefix_logps",
     "chosen_entropies",
     "rejected_entropies",
+    "chosen_kl",
+    "rejected_kl",
     "policy_chosen_rewards",
     "policy_rejected_rewards",
 )
@@ -66,6 +71,8 @@ class PairInputs:
       much it looks like a sample of the policy. It carries no gradient.
     * `policy_*_prefix_logps`, and with `reference` also `reference_*_prefix_logps` (`prefixes`): as the log-probs, but
       over the completion's first m tokens, where m is the length of the pair's shorter completion.
+    * `*_kl` (`sequential_kl`): sum over the completion's tokens of KL(pi_ref || pi) between the distributions of the
+      token, in nats. The reference must be a model that scores every batch, and no cache.
     * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
       pair of the step. They carry no gradient, and cost a forward pass of both models.
 
@@ -94,6 +101,8 @@ class PairInputs:
     rejected_entropies: Tensor = _ABSENT
     chosen_on_policy: Tensor = _ABSENT
     rejected_on_policy: Tensor = _ABSENT
+    chosen_kl: Tensor = _ABSENT
+    rejected_kl: Tensor = _ABSENT
     mismatched_chosen_logratios: Tensor = _ABSENT
     mismatched_rejected_logratios: Tensor = _ABSENT
     policy_chosen_rewards: Tensor = _ABSENT

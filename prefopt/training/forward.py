@@ -44,11 +44,12 @@ def forward_pairs(
     `total` counts the pairs that are averaged, these among them."""
     needs = train_state.objective.needs
     batch = micro_batch.batch.to(train_state.engine.device)
-    inputs, logps = forward_policy(train_state, batch)
     found = None
     if reference or reads_reference(train_state):
         assert train_state.reference is not None
         found = train_state.reference.logps(micro_batch.pairs, batch, "prefixes" in needs)
+    inputs, logps = forward_policy(train_state, batch, found)
+    if found is not None:
         inputs |= split_completions(train_state, "reference_{}_logps", found.sums, batch)
         inputs |= split_completions(train_state, "reference_{}_prefix_logps", found.prefixes, batch)
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths, batch)
@@ -75,22 +76,27 @@ def reads_reference(train_state: TrainState) -> bool:
     return "reference" in needs or ("initial" in needs and train_state.initial is None)
 
 
-def forward_policy(train_state: TrainState, batch: Batch) -> tuple[dict[str, Any], Logps | None]:
+def forward_policy(
+    train_state: TrainState, batch: Batch, reference: Logps | None = None
+) -> tuple[dict[str, Any], Logps | None]:
     """What the policy computes, `(B,)`, by the names in `PairInputs`: log-probs and what else the objective needs of
-    them, or the reward model's rewards. All that carries gradient is among it, for all objectives but those on groups,
-    which read the log-probs themselves, of all completions."""
+    them, or the reward model's rewards. The KL to a reference is among it only with what the `reference` has computed
+    of the batch. All that carries gradient is among it, for all objectives but those on groups, which read the
+    log-probs themselves, of all completions."""
     if train_state.objective.model_kind == "reward_model":
         with autocast(train_state.engine.device, train_state.config.precision):
             rewards = as_forward(train_state.engine.policy, lambda policy: completion_rewards(policy, batch))
             return split_completions(train_state, "policy_{}_rewards", rewards, batch), None
     needs = train_state.objective.needs
     further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs
-    logps = train_state.score(train_state.engine.policy, batch, *further)
+    distributions = reference.distributions if reference and "sequential_kl" in needs else None
+    logps = train_state.score(train_state.engine.policy, batch, *further, distributions)
     tensors = (
         split_completions(train_state, "policy_{}_logps", logps.sums, batch)
         | split_completions(train_state, "{}_entropies", logps.entropies, batch)
         | split_completions(train_state, "{}_on_policy", logps.on_policy, batch)
         | split_completions(train_state, "policy_{}_prefix_logps", logps.prefixes, batch)
+        | split_completions(train_state, "{}_kl", logps.sequential_kl, batch)
     )
     return tensors, logps
 

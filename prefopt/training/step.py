@@ -184,13 +184,20 @@ def two_passes(train_state: TrainState, step: int, micro_batches: Sequence[Micro
     gradients = {name: g[share] for name, g in zip(leaves, by_logps, strict=True) if g is not None}
 
     start = 0
+    reads_kl = "sequential_kl" in objective.needs
     tokens = step_tokens(micro_batches) if train_state.router_loss else 0
     for micro_batch in micro_batches:
         seed_dropout(train_state, step, micro_batch)
         if not micro_batch.pairs:
+            if reads_kl:
+                reference_stand_in(train_state, micro_batch)
             zero_backward(train_state, micro_batch)
             continue
-        tensors, _ = forward_policy(train_state, micro_batch.batch.to(engine.device))
+        batch, reference = micro_batch.batch.to(engine.device), None
+        if reads_kl:
+            assert train_state.reference is not None
+            reference = train_state.reference.logps(micro_batch.pairs, batch)
+        tensors, _ = forward_policy(train_state, batch, reference)
         part = slice(start, start + len(micro_batch.pairs))
         loss = torch.stack([(gradients[name][part] * tensors[name]).sum() for name in gradients]).sum()
         if train_state.router_loss:

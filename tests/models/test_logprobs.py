@@ -1,5 +1,6 @@
 """Log-probs against hand-made examples, enumeration and plain formulas."""
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 import prefopt.models.chunked_logprobs
 from prefopt.data.collate import Group, padded
+from prefopt.models.chunked_logprobs import Distributions, LogitTransform, TiledLogps
 from prefopt.models.logprobs import completion_logps
 from tests.helpers.tiny import ROOT, SMALL, tiny_model
 
@@ -75,6 +77,22 @@ def test_equals_the_models_own_logits():
     assert completion_logps(model, padded([Group(prompt, [completion])])).sums.item() == pytest.approx(
         expected, abs=1e-5
     )
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_sequential_kl_by_hand(tiled, monkeypatch):
+    """Sums of KL(reference || model) at three places and at one; of the model from itself it is 0, bit for bit."""
+    monkeypatch.setattr(prefopt.models.chunked_logprobs, "TILE", 7)
+    batch = padded([Group([3, 1], [[4, 0, 2]]), Group([3], [[2]])])
+    model, other = tiny_model(50), tiny_model(50, seed=1)
+    with torch.no_grad():
+        reference, own = (completion_logps(m, batch).distributions for m in (other, model))
+    found = completion_logps(model, batch, tiled=tiled, reference=reference).sequential_kl
+    for row, ids, places in ((0, [3, 1, 4, 0, 2], [1, 2, 3]), (1, [3, 2], [0])):
+        q, p = (m.double()(torch.tensor([ids])).logits[0, places].log_softmax(-1) for m in (other, model))
+        assert found[row].item() == pytest.approx((q.exp() * (q - p)).sum().item(), rel=1e-4)
+    assert completion_logps(model.float(), batch, tiled=tiled, reference=own).sequential_kl.tolist() == [0.0, 0.0]
+    assert completion_logps(model, batch).sequential_kl is None
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -155,24 +173,30 @@ def test_log_softmax_is_called_in_one_place():
 @pytest.mark.parametrize("kept", [0, 2**26])
 @pytest.mark.parametrize("tile", [1, 7, 50, 4096])
 def test_tiled_equals_dense_in_values_and_gradients(monkeypatch, tie, tile, kept):
-    """Log-probs, entropies, and the gradients of every weight and of a tied one; tiles that divide the vocabulary and
-    tiles that do not."""
+    """Log-probs, entropies, the KL from a reference, and the gradients of every weight and of a tied one; tiles that
+    divide the vocabulary and tiles that do not."""
     monkeypatch.setattr(prefopt.models.chunked_logprobs, "TILE", tile)
     monkeypatch.setattr(prefopt.models.chunked_logprobs, "KEPT", kept)
     rows = [Group([3, 4], [[5, 6, 49]]), Group([7], [[0]]), Group([1, 2, 3], [[49, 0, 48, 7]])]
+    other = tiny_model(50, seed=1).double()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(50)  # so that another token leads
+        reference = completion_logps(other, padded(rows)).distributions
     results = []
     for tiled in (True, False):
         model = tiny_model(50, tie_word_embeddings=tie).double()
-        result = completion_logps(model, padded(rows), entropies=True, tiled=tiled)
+        result = completion_logps(model, padded(rows), entropies=True, tiled=tiled, reference=reference)
         weights = torch.tensor([1.0, -2.0, 0.5])
-        ((result.sums + 0.3 * result.entropies) * weights).sum().backward()
-        results.append([result.sums, result.entropies, *(p.grad for p in model.parameters())])
+        ((result.sums + 0.3 * result.entropies + 0.7 * result.sequential_kl) * weights).sum().backward()
+        values = [result.sums, result.entropies, result.sequential_kl]
+        results.append([*values, *(p.grad for p in model.parameters())])
+    assert results[0][2].min() > 0.1
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_tiled_gradient_in_float64():
-    """Finite differences of log-probs and entropies by hidden states, weight and bias."""
+    """Finite differences of log-probs, entropies and KL by hidden states, weight and bias."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -180,9 +204,10 @@ def test_tiled_gradient_in_float64():
 
     labels = torch.tensor([0, 8, 3])
     tensors = draw(3, 4), draw(9, 4), draw(9)
+    reference = Distributions(draw(3, 4).detach(), torch.nn.Linear(4, 9).double(), LogitTransform())
     # The sums are float32 by design, so the steps must be large and the tolerance is theirs.
     assert torch.autograd.gradcheck(
-        lambda *t: prefopt.models.chunked_logprobs.TiledLogps.apply(*t, labels)[:2],
+        lambda *t: TiledLogps.apply(*t, labels, True, LogitTransform(), False, reference)[:3],
         tensors,
         eps=1e-2,
         atol=2e-3,
@@ -195,13 +220,17 @@ def test_tiled_at_extreme_logits_and_in_bfloat16():
     with torch.no_grad():
         head.weight.mul_(0)
         head.bias.copy_(torch.linspace(-1e4, 1e4, len(head.bias)))
-    logps, entropies, squares = prefopt.models.chunked_logprobs.chunked_logps(
-        torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1]), with_squares=True
-    )
+        reversed_head = copy.deepcopy(head)
+        reversed_head.bias.copy_(head.bias.flip(0))
+    logps, entropies, kl, squares = prefopt.models.chunked_logprobs.chunked_logps(
+        torch.ones(2, 2), head, torch.tensor([0, len(head.bias) - 1]), with_squares=True,
+        reference=Distributions(torch.ones(2, 2), reversed_head, LogitTransform()),
+    )  # fmt: skip
     exact = head.bias.double().log_softmax(-1)
     assert logps.tolist() == pytest.approx([exact[0].item(), exact[-1].item()], rel=1e-6)
     assert entropies.tolist() == pytest.approx([-(exact.exp() * exact).sum().item()] * 2, rel=1e-4)
     assert squares.tolist() == pytest.approx([(2 * exact).logsumexp(-1).item()] * 2, rel=1e-5)
+    assert kl.tolist() == pytest.approx([(exact.flip(0).exp() * (exact.flip(0) - exact)).sum().item()] * 2, rel=1e-5)
     head, hidden = torch.nn.Linear(64, 9000), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4095, 4096, 8999, 77])
     with torch.autocast("cpu", torch.bfloat16):

@@ -67,7 +67,7 @@ def scores_of(objective: "Objective") -> Any:
     from prefopt.objectives.plug_in import PlugIn
 
     base = objective.base if isinstance(objective, PlugIn) else objective
-    alone = isinstance(base, Pairwise) and base.scope == "pair" and "prefixes" not in base.needs
+    alone = isinstance(base, Pairwise) and base.scope == "pair" and not base.needs & {"prefixes", "sequential_kl"}
     return base if alone else None
 
 

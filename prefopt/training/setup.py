@@ -92,6 +92,13 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
             f"objective {objective.name} takes the completions of another pair of the step, and batch_size=1 has none: "
             "take more pairs, or reference_point=own below the objective."
         )
+    if config.multi_reference.models:
+        check_multi_reference(objective, "multi_reference.models")
+    if "sequential_kl" in objective.needs and config.reference == "cached":
+        raise UserError(
+            f"objective {objective.name} reads the reference's distribution at each token, and reference=cached holds "
+            "log-probs of completions alone: set reference=resident, or with an adapter reference=adapter_off."
+        )
     check_optimizer(config.optimizer)
     check_engine(config.engine)
     check_logger(config.logger)
@@ -112,8 +119,6 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
         raise UserError(
             f"objective {objective.name} reads no reference, which reference_sync would move: leave it out."
         )
-    if config.multi_reference.models:
-        check_multi_reference(objective, "multi_reference.models")
     if lacking := missing(config.model, config.dataset, oracle.model if oracle else None):
         raise MissingAssetError("\n".join(lacking))
     return objective, schedule, oracle
@@ -121,10 +126,13 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
 
 def check_multi_reference(objective: "Objective", key: str) -> None:
     """Raise UserError where the objective cannot be given several references, which `key` asks for."""
-    if "reference" not in objective.needs or "prefixes" in objective.needs:
-        reads = "the parts of completions" if "reference" in objective.needs else "no reference"
+    parts = {"prefixes": "the parts of completions", "sequential_kl": "distributions at each token"}
+    reads = [text for need, text in parts.items() if need in objective.needs]
+    if "reference" not in objective.needs:
+        reads = ["no reference"]
+    if reads:
         raise UserError(
-            f"objective {objective.name} reads {reads}, and {key} makes a virtual reference of whole completions: "
+            f"objective {objective.name} reads {reads[0]}, and {key} makes a virtual reference of whole completions: "
             "leave it out, or take an objective such as dpo."
         )
     if "others" in objective.completions:

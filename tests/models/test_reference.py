@@ -248,3 +248,20 @@ def test_the_cache_holds_ktos_mismatched_completions(overrides, tmp_path):
     assert a["final_weights"] == b["final_weights"]
     assert a["evaluations"] == b["evaluations"]
     assert a["evaluations"][-1]["kto/reference_point"] >= 0
+
+
+def test_tdpo_trains_with_a_reference_that_computes_and_refuses_a_cached_one(overrides, tmp_path):
+    common = [*overrides(tmp_path / "runs"), "objective=tdpo", "steps=2"]
+    refused = run_program(*common)
+    assert refused.returncode == 2
+    assert "reference=cached holds log-probs of completions alone: set reference=resident" in " ".join(
+        refused.stderr.split()
+    )
+    assert not list(tmp_path.glob("runs/*"))
+    for changes in (["reference=resident"], ["reference=adapter_off", "peft=lora_attention"]):
+        process = run_program(*common, *changes)
+        assert process.returncode == 0, process.stderr
+    for record in records(tmp_path / "runs"):
+        assert record["status"] == "finished"
+        assert record["evaluations"][0]["tdpo/rejected_kl"] == 0 < record["evaluations"][-1]["tdpo/rejected_kl"]
+        assert list((tmp_path / "runs" / record["name"] / "policy").glob("*.safetensors"))

@@ -39,6 +39,7 @@ from prefopt.objectives.simper import SimPER
 from prefopt.objectives.simpo import SimPO
 from prefopt.objectives.slic import SLiC
 from prefopt.objectives.sppo import SPPO
+from prefopt.objectives.tdpo import TDPO
 from tests.objectives.test_objectives import by_hand, dpo, inputs, means, moved, pairs, ratios, sigmoid, swapped
 
 
@@ -95,6 +96,11 @@ def ld_dpo(p, beta, alpha):
     return -math.log(sigmoid(beta * (u("chosen") - u("rejected"))))
 
 
+def tdpo(p, beta, alpha):
+    u_w, u_l = ratios(p)
+    return -math.log(sigmoid(beta * (u_w - u_l - alpha * (p["rejected_kl"] - p["chosen_kl"]))))
+
+
 FORMULAS = {
     "apo_zero": (APOZero(0.3), lambda p: 1 - sigmoid(0.3 * ratios(p)[0]) + sigmoid(0.3 * ratios(p)[1])),
     "apo_down": (
@@ -117,6 +123,8 @@ FORMULAS = {
         ),
     ),
     "ld_dpo": (LDDPO(0.3, alpha=0.3), lambda p: ld_dpo(p, 0.3, 0.3)),
+    "tdpo-1": (TDPO(0.3, alpha=1.0, stop_gradient=False), lambda p: tdpo(p, 0.3, 1.0)),
+    "tdpo-2": (TDPO(0.3), lambda p: tdpo(p, 0.3, 0.5)),
     "dpop": (DPOP(0.05, penalty=3.0), lambda p: dpop(p, 0.05, 3.0)),
     "r_dpo": (
         RDPO(0.3, alpha=0.2),
@@ -153,6 +161,7 @@ LIMITS = {
     "budget without penalty is DPO": (Budget(0.3, penalty=0.0), DPO(0.3), 0.0),
     "budget with a large one is DPO": (Budget(0.3, budget=1e3), DPO(0.3), 0.0),
     "ld_dpo at alpha 1 is DPO": (LDDPO(0.3, alpha=1.0), DPO(0.3), 0.0),
+    "tdpo without alpha is DPO": (TDPO(0.3, alpha=0.0), DPO(0.3), 0.0),
     "alpha_po tends to SimPO": (AlphaPO(2.5, 0.5, alpha=1e-7), SimPO(2.5, 0.5), 1e-4),
     "alpha_dpo without alpha is SimPO": (AlphaDPO(2.5, 0.5, alpha=0.0), SimPO(2.5, 0.5), 0.0),
     "arpo at a factor of 1 is its base": (ARPO(DPO(0.3), strength=2.0, slope=1e-9), DPO(0.3), 1e-6),
@@ -165,6 +174,16 @@ def test_limits(name):
     limit, other, tolerance = LIMITS[name]
     x = inputs(n=8)
     assert torch.allclose(limit(x).losses, other(x).losses, rtol=1e-12, atol=max(tolerance, 1e-12))
+
+
+def test_tdpos_two_forms_differ_in_the_gradient_through_the_chosen_kl():
+    x = inputs(n=5)
+    for stop_gradient in (False, True):
+        losses = TDPO(0.3, alpha=0.7, stop_gradient=stop_gradient)(x).losses.sum()
+        names = (x.policy_rejected_logps, x.rejected_kl, x.chosen_kl)
+        by_logps, by_rejected, by_chosen = torch.autograd.grad(losses, names, allow_unused=True)
+        assert torch.allclose(by_rejected, 0.7 * by_logps)
+        assert by_chosen is None if stop_gradient else torch.allclose(by_chosen, -by_rejected)
 
 
 def test_dpo_norm_of_equal_lengths_is_dpo():

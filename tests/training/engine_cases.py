@@ -88,6 +88,8 @@ FEATURES = {
     "mismatched": ["objective=kto"],
     "mismatched-off": ["objective=kto", "reference=adapter_off", *LORA],
     "resident": ["reference=resident"],
+    "kl": ["objective=tdpo", "reference=resident"],
+    "kl-off": ["objective=tdpo", "reference=adapter_off", *LORA],
     "checkpointing": ["gradient_checkpointing=true"],
     "padded": ["layout=padded", "logits=dense"],
     "prefix_shared": ["layout=prefix_shared"],

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from math import log
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,7 @@ from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.rloo import RLOO
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
+from prefopt.objectives.tdpo import TDPO
 from prefopt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -171,6 +173,20 @@ def test_gradients_do_not_depend_on_the_micro_batches(objective, tmp_path):
         for name, expected in results[0].items():
             scale = max(1.0, expected.abs().max().item())
             assert torch.allclose(expected, other[name], atol=2e-6 * scale, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tdpo_falls_from_log_2_on(precision, tmp_path):
+    train_state = make_train_state(TDPO(0.5), tmp_path, precision=precision)
+    train_state.reference.score = train_state.score
+    first = evaluate_pairs(train_state, 0, train_state.heldout_pairs)
+    assert (first["tdpo/chosen_kl"], first["tdpo/rejected_kl"]) == (0.0, 0.0)
+    assert first["loss"] == pytest.approx(log(2), rel=1e-6)
+    for n in range(4):
+        step(train_state, n)
+    last = evaluate_pairs(train_state, 4, train_state.heldout_pairs)
+    assert last["loss"] < 0.9 * first["loss"]
+    assert min(last["tdpo/chosen_kl"], last["tdpo/rejected_kl"]) > 0
 
 
 @pytest.mark.parametrize("objective", [DPO(0.1), MMPO(0.1, micro_batch_size=2)], ids=["pair", "micro_batch"])

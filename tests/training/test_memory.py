@@ -11,11 +11,13 @@ from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.launch import fit as fit_module
 from prefopt.launch.fit import USABLE, fit, same_memory, shape
+from prefopt.models.chunked_logprobs import TILE
 from prefopt.models.load import load_model, read_config
 from prefopt.models.lora import train_mode
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.tdpo import TDPO
 from prefopt.training import memory
 from prefopt.training.memory import BUCKET, PeakBytes, TracedStep
 from prefopt.training.step import accumulate_gradients
@@ -111,10 +113,22 @@ def test_the_same_bytes_are_counted_on_real_tensors(layout, base):
 
 def test_every_kind_of_objective_can_be_traced(base):
     kinds = {(o.scope, tuple(sorted(o.needs)), o.completions, o.model_kind): o for _, o, _ in objectives()}
-    found = {kind: TracedStep(base, o, values()).activations(PAIRS) for kind, o in kinds.items()}
+    resident = dataclasses.replace(base, reference="resident")
+    found = {
+        kind: TracedStep(resident if "sequential_kl" in o.needs else base, o, values()).activations(PAIRS)
+        for kind, o in kinds.items()
+    }
     assert min(found.values()) > 0
     assert {scope for scope, *_ in found} == {"pair", "micro_batch", "step"}
     assert {kind for *_, kind in found} == {"policy", "reward_model"}
+
+
+@pytest.mark.parametrize("vocabulary", [2**15, 2**18])
+def test_tdpos_kl_takes_tiles_of_the_vocabulary_and_no_matrix(base, vocabulary):
+    config = dataclasses.replace(base, reference="resident")
+    dpo, tdpo = (TracedStep(config, o, values(vocab_size=vocabulary)).activations(PAIRS) for o in (DPO(0.1), TDPO(0.1)))
+    tile = 4 * TILE * sum(len(pair.chosen) + len(pair.rejected) for pair in PAIRS)
+    assert 0 < tdpo - dpo <= 3 * tile
 
 
 def test_a_step_grows_with_its_pairs_and_shrinks_with_what_makes_it_small(base):

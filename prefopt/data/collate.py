@@ -11,6 +11,7 @@ In the first two, the positions of every completion continue those of its prompt
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -31,16 +32,32 @@ class PackedSegments:
     # Masks and indices are the same in all layers: the first layer of a forward pass makes them, the others read them.
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
-    def query_lengths(self) -> list[int]:
-        """The lengths that the row's queries are split into: a prompt together with its first completion, then the
-        other completions one by one. So the prompt's queries are computed once."""
-        return [n for prompt, (first, *others) in self.groups for n in (prompt + first, *others)]
+    def positions(self) -> list[tuple[Tensor, Tensor]]:
+        """The positions in the row of the queries and of the keys of every segment, int64. A segment is a completion
+        with its prompt before it; the prompt's queries are those of its first completion alone."""
+        found, start = [], 0
+        for prompt, completions in self.groups:
+            prompt_keys, end = torch.arange(start, start + prompt), start + prompt
+            for n in completions:
+                own = torch.arange(end, end + n)
+                keys = torch.cat([prompt_keys, own])
+                found.append((keys if end == start + prompt else own, keys))
+                end += n
+            start = end
+        return found
 
-    @property
-    def key_lengths(self) -> list[int]:
-        """The lengths that the row's keys are split into: a prompt, then its completions one by one."""
-        return [n for prompt, completions in self.groups for n in (prompt, *completions)]
+    def by_shape(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]:
+        """The segments in the order of their shapes: the positions in the row of their queries and of their keys, and
+        where among the former those of the row are, in its order, int64 on `device`; and for each shape the number of
+        its segments, of the queries and of the keys of one."""
+        cache_key = "by_shape", device
+        if cache_key not in self._cache:
+            positions = sorted(self.positions(), key=lambda segment: (len(segment[0]), len(segment[1])))
+            shapes = Counter((len(queries), len(keys)) for queries, keys in positions)
+            queries, keys = (torch.cat(parts) for parts in zip(*positions, strict=True))
+            tensors = (t.to(device, non_blocking=True) for t in (queries, keys, queries.argsort()))
+            self._cache[cache_key] = (*tensors, [(n, *shape) for shape, n in shapes.items()])
+        return self._cache[cache_key]
 
     def mask(self, like: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
         """The causal mask of one segment, (queries, keys), to be added to the scores: 0 or -inf. The queries are the
@@ -59,21 +76,13 @@ class PackedSegments:
         segment behind the other, int64; cumulative lengths of queries and of keys, (S + 1,) int32 each; the longest
         query length and the longest key length. The tensors are on `device`."""
         if device not in self._cache:
-            positions, key_counts, start = [], [], 0
-            for prompt, completions in self.groups:
-                # The keys of a segment: those of the prompt, which all its segments share, and of one completion.
-                completion_start = start + prompt
-                for n in completions:
-                    positions.append(torch.arange(start, start + prompt))
-                    positions.append(torch.arange(completion_start, completion_start + n))
-                    key_counts.append(prompt + n)
-                    completion_start += n
-                start = completion_start
-
-            lengths = [torch.tensor([0, *n]) for n in (self.query_lengths, key_counts)]
-            cumulative = [n.cumsum(0).to(torch.int32).to(device, non_blocking=True) for n in lengths]
-            key_positions = torch.cat(positions).to(device, non_blocking=True)
-            self._cache[device] = (key_positions, *cumulative, max(self.query_lengths), max(key_counts))
+            queries, keys = zip(*self.positions(), strict=True)
+            lengths = [[len(positions) for positions in of_segments] for of_segments in (queries, keys)]
+            cumulative = [
+                torch.tensor([0, *n]).cumsum(0).to(torch.int32).to(device, non_blocking=True) for n in lengths
+            ]
+            key_positions = torch.cat(keys).to(device, non_blocking=True)
+            self._cache[device] = (key_positions, *cumulative, *map(max, lengths))
         return self._cache[device]
 
 

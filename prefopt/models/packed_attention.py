@@ -94,26 +94,24 @@ def _by_segment(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """(1, heads, T, d) of a packed row: one causal attention for each completion, over its prompt and itself."""
-    # Split, not slices: the backward pass of a slice fills a gradient of the row's size with zeros.
-    queries = iter(query.split(segments.query_lengths, 2))
-    keys, values = iter(key.split(segments.key_lengths, 2)), iter(value.split(segments.key_lengths, 2))
+    """(1, heads, T, d) of a packed row: a causal attention for each completion over its prompt and itself. Completions
+    of the same lengths are computed together."""
+    # One selection each, whose backward pass fills one gradient of the row's size.
+    query_positions, key_positions, places, shapes = segments.by_shape(query.device)
+    queries = query[0].index_select(1, query_positions).split([n * q for n, q, _ in shapes], 1)
+    keys, values = (t[0].index_select(1, key_positions).split([n * k for n, _, k in shapes], 1) for t in (key, value))
 
     outputs = []
-    for _, completions in segments.groups:
-        prompt_key, prompt_value = next(keys), next(values)
-        for _ in completions:
-            q = next(queries)
-            k, v = torch.cat([prompt_key, next(keys)], 2), torch.cat([prompt_value, next(values)], 2)
-            num_queries, num_keys = q.shape[2], k.shape[2]
-            if softcap is not None or (num_queries * num_keys <= DENSE and not q.is_cuda):
-                mask = segments.mask(q, num_queries, num_keys, window)
-                outputs.append(_dense(q, k, v, mask, scaling, softcap))
-            elif num_queries == num_keys and (window is None or num_keys <= window):
-                outputs.append(_fused(q, k, v, None, scaling))  # plainly causal: the kernel needs no mask
-            else:
-                outputs.append(_fused(q, k, v, segments.mask(q, num_queries, num_keys, window), scaling))
-    return torch.cat(outputs, 2)
+    for (n, num_queries, num_keys), *of_shape in zip(shapes, queries, keys, values, strict=True):
+        q, k, v = (t.unflatten(1, (n, -1)).transpose(0, 1) for t in of_shape)  # (n, heads, tokens, d)
+        if softcap is not None or (num_queries * num_keys <= DENSE and not q.is_cuda):
+            output = _dense(q, k, v, segments.mask(q, num_queries, num_keys, window), scaling, softcap)
+        elif num_queries == num_keys and (window is None or num_keys <= window):
+            output = _fused(q, k, v, None, scaling)  # plainly causal: the kernel needs no mask
+        else:
+            output = _fused(q, k, v, segments.mask(q, num_queries, num_keys, window), scaling)
+        outputs.append(output.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, 1).index_select(1, places)[None]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run on two nodes of a real Slurm: the same weights as on one, also when it was asked to leave.
+"""A run on two nodes of a real Slurm: the same weights, a node that is lost, a process that dies or hangs.
 
 `make slurm-test`. Each node is a slurmd of its own on this machine. So they have one file system and no network between
 them, and gloo connects the processes.
@@ -33,6 +33,7 @@ LOST_S = 15  # after which Slurm takes a silent node for lost
 # A step is one call of the objective in each process.
 STEPS = ["steps=6", "eval_every=3", "save_every=1", "micro_batch_tokens=1000"]
 FAULTY = "objective._target_=tests.helpers.faulty.Faulty"
+IN_STEP_5 = {"FAULT_AT": "1 5"}  # of the process on the second node
 
 
 class Nodes:
@@ -178,11 +179,12 @@ def test_what_each_process_is_told(tmp_path):
     ]
 
 
-def test_two_nodes_train_as_one(arguments, whole, tmp_path):
-    program = run_program(*sweep([*arguments(tmp_path), "engine=zero2"]))
+@pytest.mark.parametrize("engine", ["zero2", "fsdp"])
+def test_two_nodes_train_as_one(engine, arguments, whole, tmp_path):
+    program = run_program(*sweep([*arguments(tmp_path), f"engine={engine}"]), env=IN_STEP_5)
     print(program.stdout)
     assert program.returncode == 0, program.stderr
-    assert outcome(tmp_path, *records(tmp_path)) == whole("zero2")
+    assert outcome(tmp_path, *records(tmp_path)) == whole(engine)
 
 
 def test_a_run_that_is_asked_to_leave_goes_on_on_two_nodes(arguments, whole, tmp_path):
@@ -198,3 +200,54 @@ def test_a_run_that_is_asked_to_leave_goes_on_on_two_nodes(arguments, whole, tmp
     assert record["attempt"] == 2
     assert "saved after step 1" in (runs / record["name"] / "log.txt").read_text()
     assert outcome(runs, record) == whole("zero2")
+
+
+def test_a_run_that_loses_a_node_waits_for_another_and_goes_on(nodes, arguments, whole, tmp_path):
+    """The node stops in the middle of a step, as one without power: nothing on it answers, and no connection ends."""
+    driver = started(*sweep([*arguments(tmp_path), "engine=zero2", "+objective.fault=freeze"]), **IN_STEP_5)
+
+    def stopped() -> list[int]:
+        return [pid for pid in nodes.processes("SLURMD_NODENAME", SECOND) if stat(pid)[0] == "T"]
+
+    (rank,) = until(stopped, driver)
+    shell = int(stat(rank)[1])
+    lost = [nodes.slurmd[SECOND].pid, int(stat(shell)[1]), shell, rank]  # the second is Slurm's slurmstepd
+    for pid in lost:
+        os.kill(pid, signal.SIGSTOP)
+    until(lambda: process.resolve_status(records(tmp_path)[0], process.slurm_queue()) == "requeued", driver)
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    nodes.slurmd[SECOND].wait()
+    nodes.slurmd[SECOND] = nodes.start("slurmd", "-N", SECOND)
+    print(driver.communicate(timeout=SOON_S)[0])
+    assert driver.returncode == 0
+    (record,) = records(tmp_path)
+    assert record["attempt"] == 2
+    assert "going on from step 4 of 6" in (tmp_path / record["name"] / "log.txt").read_text()
+    assert outcome(tmp_path, record) == whole("zero2")
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and so on of a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def test_a_process_that_dies_or_hangs_ends_the_job_and_the_same_command_goes_on(arguments, whole, tmp_path):
+    """One that hangs writes where."""
+    expected = whole("zero2")  # first: DeepSpeed may compile something for longer than hang_s
+    words = sweep([*arguments(tmp_path), "engine=zero2", "engine.hang_s=60", "+objective.fault=die,hang"])
+    program = run_program(*words, env=IN_STEP_5)
+    print(program.stdout)
+    assert program.returncode == 1
+    assert program.stderr.count("(Slurm: FAILED)") == 2, program.stderr
+    logs = {r["config"]["objective"]["fault"]: tmp_path / r["name"] / "log.txt" for r in records(tmp_path)}
+    assert "Timeout (0:01:00)!" not in logs["die"].read_text()
+    assert "Timeout (0:01:00)!" in logs["hang"].read_text()
+    assert "in in_training" in logs["hang"].read_text()
+
+    program = run_program(*words, env=IN_STEP_5 | {"MENDED": "1"})
+    print(program.stdout)
+    assert program.returncode == 0, program.stderr
+    for record in records(tmp_path):
+        assert record["attempt"] == 2
+        assert outcome(tmp_path, record) == expected

@@ -77,7 +77,7 @@ test-kills: setup ## KILLS kills of each configuration at random moments
 test-gpu: setup ## on a GPU: layouts, log-probs, references, engines, memory (never run yet)
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-slurm-test: setup ## a sweep of the tiny model through a Slurm of one node
+slurm-test: setup ## sweeps of the tiny model through a Slurm of one node, and of two
 	$(BIN)/python -m pytest -m slurm -s
 
 bench: setup ## measure, on this machine; results/bench

@@ -185,7 +185,7 @@ class Slurm(Launcher):
 
         `limits` are minutes and GiB per node; `code` is the folder whose package the jobs run. A process gets what
         torchrun would give it (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). srun starts the processes, so
-        that each gets Slurm's signals itself. More than one node has never been tried.
+        that each gets Slurm's signals itself. They meet at the first node.
         """
         minutes, memory_gib = limits
         environment = python_environment(code)

@@ -17,14 +17,20 @@ trap : TERM USR2  # they are for the processes below; this shell stays to requeu
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export PREFOPT_SLURM_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# The first bad exit ends the other processes. To have saved and left is none: they may still be about it.
 srun --cpus-per-task=$SLURM_CPUS_PER_TASK --kill-on-bad-exit=1 bash -c \
     'trap "" TERM USR2  # until Python takes them
-    RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"' - \
+    RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "$@"
+    code=$?
+    exit $((code == %%{interrupted} ? 0 : code))' - \
     %%{python} -m prefopt.job "$folder"
 code=$?
-# A job that is being cancelled saves and leaves in the same way, and is no longer RUNNING.
-if [ $code -eq %%{interrupted} ] && [ ${SLURM_RESTART_COUNT:-0} -lt %%{requeues} ] &&
-    [ "$(squeue --noheader --array --jobs=$PREFOPT_SLURM_JOB --format=%T)" = RUNNING ]; then
-    scontrol requeue $PREFOPT_SLURM_JOB
+if [ $code -eq 0 ] && grep -qs '^  "status": "interrupted"' "$folder/record.json"; then
+    code=%%{interrupted}
+    # A job that is being cancelled saves and leaves in the same way, and is no longer RUNNING.
+    if [ ${SLURM_RESTART_COUNT:-0} -lt %%{requeues} ] &&
+        [ "$(squeue --noheader --array --jobs=$PREFOPT_SLURM_JOB --format=%T)" = RUNNING ]; then
+        scontrol requeue $PREFOPT_SLURM_JOB
+    fi
 fi
 exit $code

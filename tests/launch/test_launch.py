@@ -35,6 +35,7 @@ from prefopt.tracking.status import RunsConfig, inspect_runs, select, status_tab
 from prefopt.train import SWEEP
 from prefopt.training.config import TrainConfig
 from prefopt.utils import signals
+from prefopt.utils.files import write_json
 from tests.helpers.tiny import ENVIRONMENT, ROOT, SAMPLED, command, records, run_program
 
 FAULTY = ["objective._target_=tests.helpers.faulty.Faulty", "launcher.at_once=2", "steps=2"]
@@ -275,7 +276,7 @@ def test_a_signal_before_python_has_started_kills_no_rank(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/bash\nkill -USR2 $$; kill -TERM $$; echo $RANK $WORLD_SIZE $LOCAL_RANK $3\n")
     python.chmod(0o755)
-    call = script(tmp_path, python=str(python)).partition("srun ")[2].partition("\ncode=")[0]
+    call = script(tmp_path, python=str(python)).partition("\nsrun ")[2].partition("\ncode=")[0]
     text = f'srun() {{ shift 2; "$@"; }}\nfolder=/run\nsrun {call}'
     environment = os.environ | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
     done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True)
@@ -295,10 +296,12 @@ def test_a_signal_before_python_has_started_kills_no_rank(tmp_path):
 def test_the_job_script_requeues_what_saved_and_left_and_tells_slurm_of_failures(
     code, state, restarts, requeued, tmp_path
 ):
-    (tmp_path / "run").mkdir()
+    """srun is not told of a process that saved and left: it would end the others in the middle of it."""
+    write_json(tmp_path / "run" / "record.json", {"status": "interrupted" if code == 75 else "finished"})
     (tmp_path / "jobs_0.txt").write_text(f"-\t-\n{tmp_path / 'run'}\tdpo-tiny\n")
     for name, body in {
-        "srun": f'echo "$@" > {tmp_path}/called; exit {code}',
+        "srun": f'echo "$@" > {tmp_path}/called; shift 2; "$@"; code=$?; echo $code > {tmp_path}/ended; exit $code',
+        "python": f"exit {code}",
         "squeue": f"echo {state}",
         "scontrol": f"echo $@ >> {tmp_path}/scontrol",
     }.items():
@@ -312,8 +315,10 @@ def test_the_job_script_requeues_what_saved_and_left_and_tells_slurm_of_failures
         "SLURM_JOB_NODELIST": "n",
         "SLURM_RESTART_COUNT": restarts,
     }
-    done = subprocess.run(["bash"], input=script(tmp_path), env=environment, text=True)
+    text = script(tmp_path, python=str(tmp_path / "python"))
+    done = subprocess.run(["bash"], input=text, env=environment, text=True)
     assert done.returncode == code
+    assert (tmp_path / "ended").read_text() == f"{code % 75}\n"
     assert (tmp_path / "called").read_text().endswith(f"-m prefopt.job {tmp_path / 'run'}\n")
     said = (tmp_path / "scontrol").read_text()
     assert "\nupdate JobId=8 JobName=dpo-tiny\n" in said

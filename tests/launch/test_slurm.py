@@ -32,7 +32,7 @@ SOON_S = 240  # long enough for a busy machine; only a test that fails waits for
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """Four CPUs (that are claimed, not there) and two stand-ins for GPUs; SLURM_CONF in the environment."""
+    """Its folder. Four CPUs (that are claimed, not there) and two stand-ins for GPUs; SLURM_CONF in the environment."""
     if not SCRIPT.is_file():
         pytest.skip(f"no script to bring up a one-node Slurm: {SCRIPT} is not there ($SLURM_ONE_NODE names another)")
     folder = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")  # a short path: there are sockets in it
@@ -45,7 +45,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", f"{folder}/etc/slurm.conf")
         patch.setitem(ENVIRONMENT, "SLURM_CONF", f"{folder}/etc/slurm.conf")
-        yield
+        yield Path(folder)
     subprocess.run([SCRIPT, "down"], env=environment, check=True, capture_output=True)
 
 

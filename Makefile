@@ -38,7 +38,7 @@ clean-demo: ## forget the demo's runs, so that `make demo` trains again
 	rm -rf runs/demo
 
 lab: setup ## methods compared where every quantity is exact; SEEDS=5, docs/laboratory.md
-	for paper in mappo mmpo madpo; do scripts/lab/$$paper.sh launcher=$(LAUNCHER) $(ARGS) || exit 1; done
+	scripts/lab/all.sh launcher=$(LAUNCHER) $(ARGS)
 
 reproduce-mmpo: setup ## MMPO in the laboratory, or SCALE=mini, or SCALE=paper LAUNCHER=slurm
 reproduce-mappo: setup ## MaPPO, offline and online, likewise

@@ -22,15 +22,23 @@ fi
 scored() {
     sweep sample model=lab "seed=$all_seeds" "prompts=$lab/world/$1.jsonl.gz" "output=$lab/seeds/\${seed}/$3_samples.jsonl.gz" \
         samples_per_prompt="$2" "${sampling[@]}" "${@:4}"
+    local seed rows
     for seed in ${all_seeds//,/ }; do
-        local rows=$lab/seeds/$seed/$3
+        rows=$lab/seeds/$seed/$3
         [[ -f $rows.jsonl.gz ]] || prefopt score "input=${rows}_samples.jsonl.gz" "output=$rows.jsonl.gz" scorer=lab
     done
 }
 
-[[ -n $dry ]] || prefopt lab output=$lab/world
-sweep train +sweep=lab/sft "seed=$all_seeds"
-if [[ -z $dry ]]; then
+# Whether all that the experiments begin with is there; and to make it.
+begun() {
+    local seed
+    for seed in ${all_seeds//,/ }; do [[ -f $lab/seeds/$seed/noisy.jsonl.gz ]] || return 1; done
+}
+begin() {
+    local seed run
+    unless_dry prefopt lab output=$lab/world
+    sweep train +sweep=lab/sft "seed=$all_seeds"
+    [[ -z $dry ]] || return 0
     for seed in ${all_seeds//,/ }; do
         run=$(run_of_seed $lab/sft sft-lab "$seed")
         mkdir -p "$lab/seeds/$seed"
@@ -38,7 +46,8 @@ if [[ -z $dry ]]; then
     done
     scored prompts 8 scored
     scored negatives 2 noisy keep_responses=true
-fi
+}
+begun || begin
 
 # LM accuracy of the runs in the folder $1; the rest are further arguments.
 capability() {

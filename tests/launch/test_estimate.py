@@ -154,7 +154,7 @@ def test_the_scripts_submit_every_sweep_of_their_paper(script, tmp_path):
         assert named == {f for f in files if not f.split("/")[1].startswith(("_", "tuning_", "online_"))}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "lab/all"])
 def test_the_scripts_get_to_their_end(script, tmp_path):
     """Their own lines, that is, and twice, as after a stop: the interpreter makes no more than the files that the next
     lines move."""

@@ -68,7 +68,7 @@ test-shared: setup ## those of the tests that need real data beside the checkout
 test-slow: setup ## those that take longer: SmolLM2-135M, several processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not long"
 
-test-long: setup ## those of them that take longest: every relative on SmolLM2-135M, every engine again
+test-long: setup ## the longest of all: every relative on SmolLM2-135M, FSDP on two nodes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 test-kills: setup ## KILLS kills of each configuration at random moments
@@ -78,7 +78,7 @@ test-gpu: setup ## on a GPU: layouts, log-probs, references, engines, memory (ne
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
 slurm-test: setup ## sweeps of the tiny model through a Slurm of one node, and of two
-	$(BIN)/python -m pytest -m slurm -s
+	$(BIN)/python -m pytest -m "slurm and not long" -s
 
 bench: setup ## measure, on this machine; results/bench
 	$(BIN)/python -m benchmarks.data

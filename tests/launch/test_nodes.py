@@ -179,7 +179,7 @@ def test_what_each_process_is_told(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("engine", ["zero2", "fsdp"])
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_nodes_train_as_one(engine, arguments, whole, tmp_path):
     program = run_program(*sweep([*arguments(tmp_path), f"engine={engine}"]), env=IN_STEP_5)
     print(program.stdout)

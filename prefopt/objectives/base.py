@@ -217,6 +217,8 @@ class Objective(ABC):
       (`micro_batch`), or all pairs of the optimizer step (`step`).
     * `micro_batch_size`: with scope `micro_batch`, the number of pairs in a micro-batch; otherwise None, for any
     number.
+    * `linked`: whether it compares two pairs with exchanged completions (`prefopt.data.linked`). They are then 2k and
+      2k + 1 of every micro-batch; the scope is `micro_batch`, and its size even.
     * `step0_loss`: the loss per pair when policy and reference are equal, whatever the data (log 2 for DPO), or None if
       that is no constant. The run compares it with the loss before its first step.
     * `completions`: the completions that the objective reads: of each pair both (`SIDES`), the chosen one, or all
@@ -234,6 +236,7 @@ class Objective(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     scope: ClassVar[Scope] = "pair"
     micro_batch_size: ClassVar[int | None] = None
+    linked: ClassVar[bool] = False
     step0_loss: ClassVar[float | None] = None
     completions: ClassVar[tuple[str, ...]] = SIDES
     model_kind: ClassVar[Literal["policy", "reward_model"]] = "policy"

@@ -16,6 +16,7 @@ from prefopt.data import cache
 from prefopt.data.collate import Layout
 from prefopt.data.fields import content_id
 from prefopt.data.items import Message
+from prefopt.data.linked import link
 from prefopt.data.mismatch import MismatchedOfRun, with_mismatched
 from prefopt.data.sampler import run_indices
 from prefopt.data.tokenize import TokenizedPair, encode_prompt
@@ -82,6 +83,8 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
             f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
     check_kind(config, objective, data["train"].counts["kind"])
+    if objective.linked:
+        data = {name: link(split, f"{name} split of {config.dataset.name}") for name, split in data.items()}
     return tokenizer, data
 
 
@@ -271,7 +274,7 @@ def reference_pairs(
     indices: Sequence[int] = []
     # Otherwise for evaluations only.
     if "reference" in objective.needs or ("initial" in objective.needs and not config.reference_model):
-        indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size)
+        indices = run_indices(len(train_pairs), config.seed, config.total_steps, config.batch_size, objective.linked)
     parts: list[Any] = [heldout_pairs, Subset(train_pairs, indices)]  # type: ignore[arg-type]  # any sequence will do
     if "mismatched" in objective.needs:
         parts.append([pair.mismatched for pair in with_mismatched(heldout_pairs)])

@@ -87,6 +87,8 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
     size = objective.micro_batch_size
     if objective.scope == "micro_batch" and size and config.batch_size % size:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of objective.micro_batch_size={size}.")
+    if objective.linked and (config.heldout_pairs or 0) % 2:
+        raise UserError(f"objective {objective.name} reads linked pairs: heldout_pairs must be even, or null for all.")
     if "mismatched" in objective.needs and config.batch_size < 2:
         raise UserError(
             f"objective {objective.name} takes the completions of another pair of the step, and batch_size=1 has none: "
@@ -104,6 +106,12 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
     check_logger(config.logger)
     check_dataset(config.dataset)
     config.dataset.heldout_share = made_share(config.dataset)  # 0 where the data name held-out rows
+    if objective.linked and config.dataset.heldout_share:
+        raise UserError(
+            f"objective {objective.name} reads linked pairs, two prompts each, and dataset.heldout_share="
+            f"{config.dataset.heldout_share:g} would hold out one prompt without the other: give dataset.heldout=FILE, "
+            "or dataset.heldout_share=0 for none."
+        )
     check_folder("runs_dir", config.runs_dir)
     check_push(config.push_to_hub)
     if config.model.adapter:

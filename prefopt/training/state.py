@@ -63,7 +63,8 @@ class TrainState:
         All processes get equally many micro-batches, since a backward pass is one of all processes; a process with
         too few pairs gets micro-batches without pairs.
         """
-        indices = step_indices(len(self.train_pairs), self.config.seed, step, self.config.batch_size)
+        config, linked = self.config, self.objective.linked
+        indices = step_indices(len(self.train_pairs), config.seed, step, config.batch_size, linked)
         parts = self.split_micro_batches(self.complete([self.train_pairs[i] for i in indices]))
         n = world_size()
         if n == 1:

@@ -21,7 +21,7 @@ METHODS = (
     "robust_dpo", "margin_matching", "lmpo", "sft", "reward", "alpha_dpo", "alpha_po",
     "aot", "aot_unpaired", "apo_down", "apo_zero", "arpo", "bco", "budget",
     "discopop", "dpo_norm", "dpop", "exo", "nca", "r_dpo", "simper",
-    "slic", "wpo", "grpo", "rloo", "ld_dpo", "tdpo",
+    "slic", "wpo", "grpo", "rloo", "ld_dpo", "tdpo", "symmpo",
 )  # fmt: skip
 
 

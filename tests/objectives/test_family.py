@@ -39,6 +39,7 @@ from prefopt.objectives.simper import SimPER
 from prefopt.objectives.simpo import SimPO
 from prefopt.objectives.slic import SLiC
 from prefopt.objectives.sppo import SPPO
+from prefopt.objectives.symmpo import SymMPO
 from prefopt.objectives.tdpo import TDPO
 from tests.objectives.test_objectives import by_hand, dpo, inputs, means, moved, pairs, ratios, sigmoid, swapped
 
@@ -214,6 +215,49 @@ def test_nca_in_the_chosen_reward_is_lowest_at_log_2_where_dpo_has_no_bound():
     )
     (gradient,) = torch.autograd.grad(NCA(0.3)(at).losses.sum(), at.policy_chosen_logps)
     assert gradient.item() == pytest.approx(0, abs=1e-12)
+
+
+def symmpo_as_published(u: dict[str, float], beta: float, lam: float) -> float:
+    """The authors' loss of two prompts, with y_2 for y_l: `u[a + b]` is that of completion a to prompt b."""
+    z_1, z_2 = u["11"] - u["21"], u["22"] - u["12"]
+    loss = -math.log(sigmoid(beta * (u["11"] - u["21"])))
+    loss -= lam * (math.log(sigmoid(beta * z_1)) + math.log(sigmoid(beta * z_2)))
+    loss -= math.log(sigmoid(beta * u["11"])) + math.log(sigmoid(beta * u["22"]))
+    return loss + 1e-4 * (z_1 - z_2) ** 2
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.2])
+def test_symmpo_is_the_mean_of_the_published_loss_over_both_orders(lam):
+    """Loss and gradient, of the two linked pairs together; another lambda up to a factor on the whole."""
+    factor = 0.5 + lam
+    objective = SymMPO(0.1, anchor_weight=1 / factor, consistency_weight=1e-4 / factor)
+    x = inputs(objective, n=4, scale=20.0)
+    losses = objective(x).losses.view(2, 2).sum(1)
+    rows = pairs(x)
+    for k in range(2):
+        (w_1, l_1), (w_2, l_2) = map(ratios, rows[2 * k : 2 * k + 2])
+        orders = {"11": w_1, "21": l_1, "22": w_2, "12": l_2}, {"11": w_2, "21": l_2, "22": w_1, "12": l_1}
+        mean = sum(symmpo_as_published(u, 0.1, lam) for u in orders) / 2
+        assert factor * losses[k].item() == pytest.approx(mean, rel=1e-12)
+
+    (gradient,) = torch.autograd.grad(losses.sum(), x.policy_chosen_logps)
+    u_w, u_l = x.chosen_logratios.detach(), x.rejected_logratios.detach()
+    z = u_w - u_l
+    gaps = z - z.view(2, 2).flip(1).flatten()
+    c = objective.consistency_weight
+    expected = -0.1 * torch.sigmoid(-0.1 * z) - 0.1 * objective.anchor_weight * torch.sigmoid(-0.1 * u_w) + 2 * c * gaps
+    assert torch.allclose(gradient, expected, rtol=1e-12)
+
+
+def test_symmpo_alone_is_dpo_with_an_anchor():
+    """Without its third term, which a pair without a partner has not either."""
+    x = inputs(n=5)
+    parts = SymMPO(0.3, anchor_weight=0.0, consistency_weight=0.0)(x).losses
+    assert torch.allclose(parts, DPO(0.3)(x).losses, rtol=1e-12)
+    with_third = SymMPO(0.3, anchor_weight=0.0, consistency_weight=1.0)(x).losses
+    assert with_third[4] == parts[4]
+    assert (with_third[:4] > parts[:4]).all()
+    assert SymMPO(0.3, anchor_weight=0.5).step0_loss == pytest.approx(1.5 * math.log(2))
 
 
 def test_bco_bounds_dpo_from_above():

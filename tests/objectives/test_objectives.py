@@ -41,6 +41,7 @@ from prefopt.objectives.rrhf import RRHF
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
 from prefopt.objectives.sppo import SPPO
+from prefopt.objectives.symmpo import SymMPO
 from prefopt.objectives.tdpo import TDPO
 from prefopt.objectives.wpo import WPO
 from tests.helpers.tiny import ROOT
@@ -966,6 +967,9 @@ def test_derived_quantities():
         lambda: KTO(0.1, reference_point="batch"),
         lambda: RobustDPO(0.1, 0.5),
         lambda: TDPO(0.1, alpha=-0.1),
+        lambda: SymMPO(0.0),
+        lambda: SymMPO(0.1, anchor_weight=-1.0),
+        lambda: SymMPO(0.1, consistency_weight=-1.0),
         lambda: Reward("soft"),
         lambda: Reward("soft", 0.0),
         lambda: Reward("hard", 2.2),

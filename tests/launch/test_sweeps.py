@@ -114,6 +114,7 @@ def test_mmpos_grid_has_no_other_blocks():
     assert sum(len(jobs(name)) for name in blocks) == 45  # three models at four betas and one at three, three methods
 
 
+@pytest.mark.slow
 def test_mmpos_ablations_are_those_of_its_section_5():
     """One switch each of the tuned run of SmolLM2-360M at beta 0.05; and the fork's margin on SmolLM2-135M."""
     switches = {
@@ -132,6 +133,7 @@ def test_mmpos_ablations_are_those_of_its_section_5():
     assert [r.record["config"]["objective"]["margin"] for r in jobs("mmpo/margin")] == [0.8] * 4
 
 
+@pytest.mark.slow
 def test_mmpos_tuning_is_the_forks():
     counts = {"dpo": 7, "simpo": 35, "mmpo": 14}
     for name, n in counts.items():
@@ -180,6 +182,7 @@ def test_mappos_online_runs(name):
     assert build(config.objective, Objective, "objective").name == name.partition("_")[2].replace("mappo", "mappo_dpo")
 
 
+@pytest.mark.slow
 def test_madpos_runs_are_its_settings():
     methods = {row["method"].replace("-", "_") for row in table("madpo_table_1")}
     beta_dpo = [run.record for run in jobs("madpo/methods_beta_dpo")]

@@ -45,8 +45,9 @@ train_best() {
 # The folder of the run of seed $3 among those in $1 whose names begin with $2.
 run_of_seed() {
     local record
-    record=$(grep -lE "\"seed\": $3\b" "$1/$2"*/record.json)
-    [[ $record != *$'\n'* ]] || { echo "several runs of seed $3 in $1: $record" >&2; return 1; }
+    record=$(grep -lE "\"seed\": $3\b" "$1/$2"*/record.json) || true # said below: a substitution knows no set -e
+    [[ $record == */record.json && $record != *$'\n'* ]] ||
+        { echo "not one run of seed $3 in $1: ${record:-none}" >&2; return 1; }
     dirname "$record"
 }
 

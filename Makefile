@@ -13,7 +13,7 @@ LAUNCHER ?= local
 ARGS ?=
 KILLS ?= 60
 
-.PHONY: help setup docs demo lab test test-shared test-slow test-long test-kills test-gpu slurm-test lint bench bench-gpu bench-fidelity clean-demo figures \
+.PHONY: help setup docs demo lab lab-family test test-shared test-slow test-long test-kills test-gpu slurm-test lint bench bench-gpu bench-fidelity clean-demo figures \
 	reproduce-mmpo reproduce-mappo reproduce-madpo
 
 help: ## list the targets
@@ -39,6 +39,9 @@ clean-demo: ## forget the demo's runs, so that `make demo` trains again
 
 lab: setup ## methods compared where every quantity is exact; SEEDS=5, docs/laboratory.md
 	scripts/lab/all.sh launcher=$(LAUNCHER) $(ARGS)
+
+lab-family: setup ## after make lab: the other objectives there, and GRPO, RLOO, RAFT online
+	scripts/lab/family.sh launcher=$(LAUNCHER) $(ARGS)
 
 reproduce-mmpo: setup ## MMPO in the laboratory, or SCALE=mini, or SCALE=paper LAUNCHER=slurm
 reproduce-mappo: setup ## MaPPO, offline and online, likewise

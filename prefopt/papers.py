@@ -26,7 +26,7 @@ from prefopt.reporting.madpo import madpo
 from prefopt.reporting.mappo import mappo
 from prefopt.reporting.mmpo import mmpo
 from prefopt.reporting.paper_common import Made, provenance_notes
-from prefopt.tracking.archive import Record, read_records, write_archive_once
+from prefopt.tracking.archive import Record, expand_glob, read_records, write_archive_once
 from prefopt.utils.files import atomic_write, check_folder
 
 PAPERS: dict[str, tuple[str, Callable[[Sequence[Record], PapersConfig], Made]]] = {
@@ -34,12 +34,6 @@ PAPERS: dict[str, tuple[str, Callable[[Sequence[Record], PapersConfig], Made]]] 
     "mappo": ("MaPPO, arXiv 2507.21183", mappo),
     "madpo": ("MADPO, arXiv 2510.05342", madpo),
 }
-
-
-def expand_glob(pattern: str) -> list[Path]:
-    """The paths that match; where none does, the pattern itself, so that a message can name it."""
-    path = Path(pattern)
-    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [path]
 
 
 @program("papers", PapersConfig)

@@ -25,7 +25,7 @@ from prefopt.reporting.labels import sort_by_label
 from prefopt.reporting.paired import paired_table
 from prefopt.reporting.run_curves import draw_run_curves
 from prefopt.reporting.summary import by_column_table, command, main_table, over_seeds_table, table_rows
-from prefopt.tracking.archive import read_records, write_archive_once
+from prefopt.tracking.archive import expand_glob, read_records, write_archive_once
 from prefopt.utils.files import check_folder
 
 
@@ -33,7 +33,7 @@ from prefopt.utils.files import check_folder
 def main(cfg: DictConfig) -> None:
     config = parse(cfg, ReportConfig)
     check_folder("output", config.output)
-    records = sort_by_label(read_records(Path(config.runs_dir)))
+    records = sort_by_label(read_records(*expand_glob(config.runs_dir)))
     runs = main_table(table_rows(records), records, config)
     over_seeds = over_seeds_table(records, config)
     by_column = by_column_table(records, config.columns, command(config)) if config.columns else None

@@ -12,6 +12,29 @@ prefopt() { $python -m "prefopt.$1" "${@:2}"; }           # one program, here
 sweep() { prefopt "$1" -m "${@:2}" "${arguments[@]}"; }   # its jobs, where the launcher says
 unless_dry() { [[ -n $dry ]] || "$@"; }
 
+# Commands that need nothing of each other: `beside COMMAND` starts one, `joined` waits for all of them, and fails if one
+# has. Each is in a process group of its own, which Ctrl-C here reaches: its sweep lets the jobs save.
+declare -A started=()
+beside() { set -m; "$@" & started[$!]="$*"; set +m; }
+joined() {
+    local pid failed=
+    for pid in "${!started[@]}"; do
+        wait "$pid" || { failed=yes; echo "has failed: ${started[$pid]}" >&2; }
+    done
+    started=()
+    [[ -z $failed ]]
+}
+trap 'for pid in "${!started[@]}"; do kill -INT -- "-$pid" 2> /dev/null; done; wait; exit 130' INT TERM
+
+# A sweep that needs nothing of those before it: beside them where Slurm has the machines, after them on this one.
+block() {
+    if [[ -z $dry && " ${arguments[*]} " =~ \ launcher=([^ ]+) && ${BASH_REMATCH[1]} != local ]]; then
+        beside sweep "$@"
+    else
+        sweep "$@"
+    fi
+}
+
 # The value of key $3 in the best of the runs of method $2 in $1; best_by: what is highest there.
 best() {
     if [[ -n $dry ]]; then echo 1e-4; else prefopt runs "runs_dir=$1" "name=$2-*" "best=$3" "by=${best_by:-null}"; fi
@@ -20,15 +43,19 @@ best() {
 # The folders of the runs in $1 whose names begin with $2, for run=.
 runs_in() { (shopt -s nullglob; files=("$1/${2:-}"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
 
-# Train methods $1 (with commas); those named mappo_BASE are objective=mappo objective/base=BASE. The rest are further
-# arguments.
+# Train methods $1 (with commas); mappo_BASE and arpo_BASE are plug-ins in a base: objective=mappo objective/base=BASE. The
+# rest are further arguments.
 train() {
-    local method plain= wrapped=
+    local method plain=
+    declare -A bases=()
     for method in ${1//,/ }; do
-        if [[ $method == mappo_* ]]; then wrapped+=${wrapped:+,}${method#mappo_}; else plain+=${plain:+,}$method; fi
+        case $method in
+            mappo_* | arpo_*) bases[${method%%_*}]+=${bases[${method%%_*}]:+,}${method#*_} ;;
+            *) plain+=${plain:+,}$method ;;
+        esac
     done
     [[ -z $plain ]] || sweep train "${@:2}" "objective=$plain"
-    [[ -z $wrapped ]] || sweep train "${@:2}" objective=mappo "objective/base=$wrapped"
+    for method in "${!bases[@]}"; do sweep train "${@:2}" "objective=$method" "objective/base=${bases[$method]}"; done
 }
 
 # The same, each with the learning rate that is best in the runs of $2.
@@ -59,7 +86,7 @@ score_noisy() {
     for quality in high medium low; do
         run=$(run_of_seed "$3" "$4-$quality" "$5")
         next=${2%.jsonl.gz}_$quality.jsonl.gz
-        prefopt score "input=$rows" "output=$next" "name=rewards_$quality" scorer=reward_model \
+        sweep score "input=$rows" "output=$next" "name=rewards_$quality" scorer=reward_model \
             "scorer.path=$run/policy" "${@:6}"
         rows=$next
     done

@@ -23,6 +23,12 @@ RESULTS = {"harness": "*.json", **dict.fromkeys(("alpaca", "reward_bench", "mtbe
 MACHINE_KEYS = ("folder", "path", "code", "host", "pid", "pid_born", "slurm_job", "error")
 
 
+def expand_glob(pattern: str) -> list[Path]:
+    """The paths that match; where none does, the pattern itself, so that a message can name it."""
+    path = Path(pattern)
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [path]
+
+
 def read_records(*places: Path) -> list[Record]:
     """The finished runs in these folders and archives (`write_archive`), sorted by objective, beta and name.
 

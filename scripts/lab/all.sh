@@ -5,16 +5,7 @@
 here=$lab
 [[ -n $dry ]] && here=$(mktemp -d)
 [[ " $* " == *launcher.at_once=* || " $* " == *launcher=slurm* ]] || set -- "$@" launcher.at_once=$((($(nproc) + 2) / 3))
-set -m # each in a process group of its own: Ctrl-C here reaches its sweep, which lets the jobs save
-declare -A scripts=()
-trap 'for pid in "${scripts[@]}"; do kill -INT -- "-$pid" 2> /dev/null; done; wait; exit 130' INT TERM
-for paper in mappo mmpo madpo; do
-    scripts/lab/$paper.sh "$@" > "$here/$paper.log" 2>&1 &
-    scripts[$paper]=$!
-done
+experiments() { "scripts/lab/$1.sh" "${@:2}" > "$here/$1.log" 2>&1; }
 echo "under way; what they say is in $here/*.log"
-failed=
-for paper in mappo mmpo madpo; do
-    wait "${scripts[$paper]}" || { failed=yes; echo "$paper has failed: $here/$paper.log" >&2; }
-done
-[[ -z $failed ]]
+for paper in mappo mmpo madpo; do beside experiments $paper "$@"; done
+joined

@@ -16,16 +16,17 @@ sweep train +sweep=madpo/sft
 policy=$(runs_in $runs/sft)/policy
 [[ -z $dry ]] || policy=$runs/sft/policy # what it will be called does not matter
 if [[ -z $dry && ! -f $runs/noisy.jsonl.gz ]]; then
-    prefopt sample model=hub "model.path=$policy" $template prompts=$runs/negatives.jsonl.gz keep_responses=true \
+    sweep sample model=hub "model.path=$policy" $template prompts=$runs/negatives.jsonl.gz keep_responses=true \
         samples_per_prompt=2 sampling.max_new_tokens=176 output=$runs/samples.jsonl.gz
-    prefopt score input=$runs/samples.jsonl.gz output=$runs/noisy.jsonl.gz scorer=function \
+    sweep score input=$runs/samples.jsonl.gz output=$runs/noisy.jsonl.gz scorer=function \
         scorer.function=madpo_task.positive
 fi
 sweep train +sweep=madpo/rewards
 unless_dry score_noisy $runs/noisy.jsonl.gz $runs/scored.jsonl.gz $runs/rewards reward-gemma-3-270m-noisy 0
 for name in methods methods_beta_dpo sensitivity ablation; do
-    sweep train +sweep=madpo/$name "model.path=$policy"
+    block train +sweep=madpo/$name "model.path=$policy"
 done
+joined
 [[ -n $dry ]] && exit
 prefopt papers paper=madpo runs_dir=$runs/methods output=$results
 for name in sensitivity ablation; do

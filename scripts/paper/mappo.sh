@@ -24,22 +24,21 @@ unless_dry sweep sample model=hub "model.path=$(commas "${models[@]}")" "prompts
 samples=("${models[@]/#*\//$runs/data/}")
 unless_dry sweep score "input=$(commas "${samples[@]/%/_train_prefs.jsonl.gz}" "${samples[@]/%/_test_prefs.jsonl.gz}")" \
     "output=\${input}.scored.jsonl.gz" scorer=hub_reward_model "scorer.path=$reward_model"
-for model in "${models[@]}"; do
-    data=$runs/data/${model#*/}
-    data=("dataset.train=${data}_train_prefs.jsonl.gz.scored.jsonl.gz"
-        "dataset.heldout=${data}_test_prefs.jsonl.gz.scored.jsonl.gz")
-    methods="dpo mappo_dpo"
-    [[ $model != "$plugin" ]] || methods+=" simpo mappo_simpo ipo mappo_ipo cpo mappo_cpo"
-    for method in $methods; do
-        sweep train "+sweep=mappo/offline_$method" "model.path=$model" "${data[@]}"
-    done
-    for method in dpo mappo; do # in one process each
-        unless_dry sweep online "+sweep=mappo/online_$method" "model.path=$model" "prompts=$online_prompts"
-    done
+data=("dataset.train=$runs/data/\${model.name}_train_prefs.jsonl.gz.scored.jsonl.gz"
+    "dataset.heldout=$runs/data/\${model.name}_test_prefs.jsonl.gz.scored.jsonl.gz")
+for method in dpo mappo_dpo simpo mappo_simpo ipo mappo_ipo cpo mappo_cpo; do
+    of_method=("${models[@]}")
+    [[ $method == *dpo ]] || of_method=("$plugin")
+    block train "+sweep=mappo/offline_$method" "model.path=$(commas "${of_method[@]}")" "${data[@]}"
 done
+for method in dpo mappo; do # in one process each
+    unless_dry block online "+sweep=mappo/online_$method" "model.path=$(commas "${models[@]}")" "prompts=$online_prompts"
+done
+joined
 [[ -n $dry ]] && exit
 
-sweep harness "run=$(runs_in $runs)" checkpoints=initial,final tasks=mappo
+block harness "run=$(runs_in $runs)" checkpoints=initial,final tasks=mappo
 # The paper's judge is GPT-4 Turbo (Preview-1106): JUDGE=gpt4_turbo, where the vendor still has it.
-sweep alpaca "run=$(runs_in $runs)" baseline=gpt4_turbo "judge=${JUDGE:-gpt4o_mini}"
+block alpaca "run=$(runs_in $runs)" baseline=gpt4_turbo "judge=${JUDGE:-gpt4o_mini}"
+joined
 prefopt papers paper=mappo runs_dir=$runs output=results/paper/mappo

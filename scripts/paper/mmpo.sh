@@ -18,28 +18,29 @@ unless_dry "${online[@]}" model=hub model.path=meta-llama/Llama-3.2-1B dataset=s
 # The policy of the SFT run whose name begins with $1; before it has been trained, in a dry run, what it will be called.
 sft() { local run; run=$(runs_in $runs/sft "sft-$1"); echo "${run:-$runs/sft/$1}/policy"; }
 
-sweep train +sweep=mmpo/sft_smollm2
+block train +sweep=mmpo/sft_smollm2
 sweep train +sweep=mmpo/sft_llama3_2_1b
 sweep train +sweep=mmpo/sft_llama3_2_1b_v3 "model.path=$(sft Llama-3.2-1B-)"
+joined
 declare -A policy=([smollm2_135m]=$(sft SmolLM2-135M-) [smollm2_360m]=$(sft SmolLM2-360M-) [llama3_2_1b]=$(sft llama3.2-1b-))
-for model in "${!policy[@]}"; do
-    for objective in dpo simpo mmpo; do
-        sweep train "+sweep=mmpo/${model}_$objective" "model.path=${policy[$model]}"
-    done
-done
 for objective in dpo simpo mmpo; do
-    sweep train "+sweep=mmpo/llama3_8b_$objective"
+    for model in "${!policy[@]}"; do
+        block train "+sweep=mmpo/${model}_$objective" "model.path=${policy[$model]}"
+    done
+    block train "+sweep=mmpo/llama3_8b_$objective"
 done
 for switch in length entropy auxiliary normalization; do
-    sweep train "+sweep=mmpo/ablation_$switch" "model.path=${policy[smollm2_360m]}"
+    block train "+sweep=mmpo/ablation_$switch" "model.path=${policy[smollm2_360m]}"
 done
-sweep train +sweep=mmpo/margin "model.path=${policy[smollm2_135m]}"
+block train +sweep=mmpo/margin "model.path=${policy[smollm2_135m]}"
+joined
 [[ -n $dry ]] && exit
 
 for group in $runs/*/; do
     group=$(basename "$group")
-    sweep harness "run=$(runs_in "$runs/$group")" checkpoints=all tasks=mmpo
-    [[ $group == sft ]] || sweep alpaca "run=$(runs_in "$runs/$group")" checkpoints=all judge=gpt4o_mini,claude_haiku
+    block harness "run=$(runs_in "$runs/$group")" checkpoints=all tasks=mmpo
+    [[ $group == sft ]] || block alpaca "run=$(runs_in "$runs/$group")" checkpoints=all judge=gpt4o_mini,claude_haiku
 done
+joined
 prefopt papers paper=mmpo "runs_dir=$runs/[ls]*" output=results/paper/mmpo # the four models and SFT
 prefopt papers paper=mmpo "runs_dir=$runs/[as]*" output=results/paper/mmpo/ablations

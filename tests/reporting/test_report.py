@@ -61,6 +61,21 @@ def test_the_figure_has_its_labels(report):
     assert "<svg" in (output / "reward_kl.svg").read_text()
 
 
+def test_a_pattern_takes_the_runs_of_several_folders(grid, tmp_path):
+    runs, _ = grid
+    folders = sorted(file.parent for file in runs.glob("*/record.json"))
+    for place, taken in (("one", folders[:2]), ("only", folders[2:]), ("two", folders[:1])):
+        (tmp_path / place).mkdir()
+        for folder in taken:
+            (tmp_path / place / folder.name).symlink_to(folder)
+    output = tmp_path / "report"
+    process = run_program(f"runs_dir={tmp_path}/o*", f"output={output}", program="report")
+    assert process.returncode == 0, process.stderr
+    rows = list(csv.DictReader((output / "table.csv").open()))
+    assert {row["run"] for row in rows if row["run"]} >= {folder.name for folder in folders}
+    assert f"'runs_dir={tmp_path}/o*'" in (output / "table.md").read_text()
+
+
 def test_runs_that_differ_elsewhere_are_told_apart(grid, tmp_path):
     runs, _ = grid
     for seed, record in enumerate(records(runs)[:2]):

@@ -25,9 +25,12 @@ from prefopt.config.parse import parse
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.reporting.run_curves import write_curves
+from prefopt.tracking.best import register_best
 from prefopt.training.config import OnlineConfig, check_online
 from prefopt.training.online import prepare_online, run_pending
 from prefopt.training.publish import refuse_push_of_sweep
+
+register_best()
 
 
 def plan_job(point: Point, label: str, config: OnlineConfig, launcher: Launcher, folder: Path) -> SweepJob:

@@ -2,7 +2,6 @@
 
     python -m prefopt.runs
     python -m prefopt.runs status=[failed,died] name=dpo-* watch=true
-    python -m prefopt.runs name=dpo-* best=optimizer.lr          # of the best run
 
 A run whose process is gone, or whose Slurm job is, is never shown as running (prefopt/tracking/process.py). watch=true
 shows losses, speed and the time left until all runs have ended, or until Ctrl-C, which ends no run.
@@ -21,7 +20,7 @@ from prefopt.config.parse import parse
 from prefopt.errors import UserError
 from prefopt.tracking.live import Watch
 from prefopt.tracking.process import ACTIVE_STATES, STATES
-from prefopt.tracking.status import RunsConfig, RunStatus, best, select, status_table
+from prefopt.tracking.status import RunsConfig, RunStatus, select, status_table
 from prefopt.utils.console import console
 
 WATCH_EVERY_S = 5.0
@@ -37,11 +36,6 @@ def main(cfg: DictConfig) -> None:
             f"runs_dir={config.runs_dir}: there is no such folder. The first run makes it: python -m prefopt.train "
             f"runs_dir={config.runs_dir}"
         )
-    if config.by and not config.best:
-        raise UserError("by says what is highest in the best run: it goes with best=KEY")
-    if config.best:
-        print(best(select(config), config.best, config.by))
-        return
     if not config.watch:
         console().print(status_table(select(config)))
         return

@@ -18,9 +18,12 @@ from prefopt.data.dataset_path import replace_path
 from prefopt.launch.base import Launcher, SweepJob, configure_hardware
 from prefopt.launch.sweep import Sweep
 from prefopt.reporting.run_curves import write_curves
+from prefopt.tracking.best import register_best
 from prefopt.training.config import TrainConfig, check, resolve
 from prefopt.training.publish import refuse_push_of_sweep
 from prefopt.training.setup import prepare_run, run
+
+register_best()
 
 
 def plan_job(point: Point, label: str, config: TrainConfig, launcher: Launcher, _: Path) -> SweepJob:

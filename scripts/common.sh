@@ -35,11 +35,6 @@ block() {
     fi
 }
 
-# The value of key $3 in the best of the runs of method $2 in $1; best_by: what is highest there.
-best() {
-    if [[ -n $dry ]]; then echo 1e-4; else prefopt runs "runs_dir=$1" "name=$2-*" "best=$3" "by=${best_by:-null}"; fi
-}
-
 # The folders of the runs in $1 whose names begin with $2, for run=.
 runs_in() { (shopt -s nullglob; files=("$1/${2:-}"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
 
@@ -58,15 +53,9 @@ train() {
     for method in "${!bases[@]}"; do sweep train "${@:2}" "objective=$method" "objective/base=${bases[$method]}"; done
 }
 
-# The same, each with the learning rate that is best in the runs of $2.
-train_best() {
-    local method lr
-    declare -A methods=() # by their learning rate: one sweep for each
-    for method in ${1//,/ }; do
-        lr=$(best "$2" "$method" optimizer.lr)
-        methods[$lr]+=${methods[$lr]:+,}$method
-    done
-    for lr in "${!methods[@]}"; do train "${methods[$lr]}" "${@:3}" "optimizer.lr=$lr"; done
+# optimizer.lr=: of the runs in $1 with the job's objective, that of the best one. best_by: what is highest there.
+tuned() {
+    if [[ -n $dry ]]; then echo optimizer.lr=1e-4; else echo "optimizer.lr=\${best:$1,optimizer.lr${best_by:+,$best_by}}"; fi
 }
 
 # The folder of the run of seed $3 among those in $1 whose names begin with $2.

@@ -255,5 +255,5 @@ def _describe(error: OmegaConfBaseException) -> str:
     key = error.full_key or ""
     if isinstance(error, InterpolationKeyError):
         return f"{key}: {str(error.msg).splitlines()[0]}. Give it in full: {key}=VALUE"
-    message = (error.msg or str(error)).splitlines()[0]
+    message = (error.msg or str(error)).splitlines()[0].removeprefix("UserError raised while resolving interpolation: ")
     return f"{key}: {message}" if key and key not in message else message

@@ -264,6 +264,7 @@ class WandbConfig(Node):
 @dataclass
 class LoggerConfig:
     progress: bool = MISSING
+    curves: bool = True
     csv: bool = False
     tensorboard: bool = False
     wandb: WandbConfig | None = None

@@ -95,21 +95,22 @@ def _by_segment(
     softcap: float | None,
 ) -> Tensor:
     """(1, heads, T, d) of a packed row: a causal attention for each completion over its prompt and itself. Completions
-    of the same lengths are computed together."""
+    of one shape are computed together."""
     # One selection each, whose backward pass fills one gradient of the row's size.
     query_positions, key_positions, places, shapes = segments.by_shape(query.device)
-    queries = query[0].index_select(1, query_positions).split([n * q for n, q, _ in shapes], 1)
-    keys, values = (t[0].index_select(1, key_positions).split([n * k for n, _, k in shapes], 1) for t in (key, value))
+    queries = query[0].index_select(1, query_positions).split([s.segments * s.queries for s in shapes], 1)
+    sizes = [s.segments * s.keys for s in shapes]
+    keys, values = (t[0].index_select(1, key_positions).split(sizes, 1) for t in (key, value))
 
     outputs = []
-    for (n, num_queries, num_keys), *of_shape in zip(shapes, queries, keys, values, strict=True):
-        q, k, v = (t.unflatten(1, (n, -1)).transpose(0, 1) for t in of_shape)  # (n, heads, tokens, d)
-        if softcap is not None or (num_queries * num_keys <= DENSE and not q.is_cuda):
-            output = _dense(q, k, v, segments.mask(q, num_queries, num_keys, window), scaling, softcap)
-        elif num_queries == num_keys and (window is None or num_keys <= window):
+    for shape, *of_shape in zip(shapes, queries, keys, values, strict=True):
+        q, k, v = (t.unflatten(1, (shape.segments, -1)).transpose(0, 1) for t in of_shape)  # (n, heads, tokens, d)
+        if softcap is not None or (shape.queries * shape.keys <= DENSE and not q.is_cuda):
+            output = _dense(q, k, v, segments.mask(q, shape, window), scaling, softcap)
+        elif shape.queries == shape.keys and not shape.padding and (window is None or shape.keys <= window):
             output = _fused(q, k, v, None, scaling)  # plainly causal: the kernel needs no mask
         else:
-            output = _fused(q, k, v, segments.mask(q, num_queries, num_keys, window), scaling)
+            output = _fused(q, k, v, segments.mask(q, shape, window), scaling)
         outputs.append(output.transpose(0, 1).flatten(1, 2))
     return torch.cat(outputs, 1).index_select(1, places)[None]
 

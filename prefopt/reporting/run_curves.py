@@ -43,7 +43,7 @@ TRAIN_COLOR = "0.6"  # the held-out line has the color of the method, as in ever
 
 def write_curves(folder: Path) -> None:
     """Draw the curves of the finished run in `folder`, and of an online run those of its stages too, unless they are
-    there already. The run is what it is without them, so a failure is a warning."""
+    there already, or its logger wants none. The run is what it is without them, so a failure is a warning."""
     if not is_main_process():
         return
     try:
@@ -55,6 +55,8 @@ def write_curves(folder: Path) -> None:
             if target.exists() and target.stat().st_mtime >= max(file.stat().st_mtime for file in of_place):
                 continue
             record = read_record(place)
+            if not record["config"]["logger"]["curves"]:
+                continue
             model, data = (record["config"][part]["name"] for part in ("model", "dataset"))
             if draw(of_place, record, f"{labels([record])[0]} · {model} on {data}", target):
                 log.info(f"  its curves: {target}")

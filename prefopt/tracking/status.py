@@ -25,8 +25,6 @@ class RunsConfig:
     name: str = MISSING
     status: list[str] = field(default_factory=list)
     watch: bool = MISSING
-    best: str | None = None
-    by: str | None = None
 
 
 HELDOUT = b'"split": "heldout"'  # as json.dumps writes it: lines without it need not be parsed
@@ -141,31 +139,6 @@ def age(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def best(runs: list[RunStatus], key: str, by: str | None = None) -> Any:
-    """The value of the config's `key` (with dots) in the run that ended with the highest `by`, a figure of the
-    evaluations. None: the oracle reward; where no run has an oracle, the held-out accuracy.
-
-    Raises UserError where there is no run, one lacks the key or the figure, or one has not finished: with that one the
-    choice might be another.
-    """
-    if unfinished := [run.folder.name for run in runs if run.state != "finished"]:
-        raise UserError(f"best={key}: these runs have not finished: {', '.join(unfinished)}")
-    candidates = []
-    ends: list[dict[str, Any]] = [(run.record.get("evaluations") or [{}])[-1] for run in runs]
-    measure = by or ("oracle_reward" if any("oracle_reward" in end for end in ends) else "accuracy")
-    for run, end in zip(runs, ends, strict=True):
-        value: Any = run.record.get("config")
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None or not isinstance(end.get(measure), int | float):
-            lacking = key if value is None else measure.replace("_", " ")
-            raise UserError(f"best={key}: {run.folder} has no {lacking}. Leave it out by name=NAME.")
-        candidates.append((end[measure], value))
-    if not candidates:
-        raise UserError(f"best={key}: there are no such runs. Choose others by runs_dir, name and status.")
-    return max(candidates, key=lambda pair: pair[0])[1]
 
 
 def select(config: RunsConfig) -> list[RunStatus]:

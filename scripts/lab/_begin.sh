@@ -25,8 +25,9 @@ scored() {
     local seed rows
     for seed in ${all_seeds//,/ }; do
         rows=$lab/seeds/$seed/$3
-        [[ -f $rows.jsonl.gz ]] || prefopt score "input=${rows}_samples.jsonl.gz" "output=$rows.jsonl.gz" scorer=lab
+        [[ -f $rows.jsonl.gz ]] || beside prefopt score "input=${rows}_samples.jsonl.gz" "output=$rows.jsonl.gz" scorer=lab
     done
+    joined
 }
 
 # Whether all that the experiments begin with is there; and to make it.

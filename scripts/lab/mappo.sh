@@ -2,11 +2,14 @@
 # Objectives at tuned learning rates, MaPPO with each base among them; and MaPPO online.
 . "$(dirname "$0")/_begin.sh"
 
-methods=dpo,ipo,simpo,cpo,mappo_dpo,mappo_ipo,mappo_simpo,mappo_cpo,beta_dpo,mmpo,orpo,kto,sft
-train $methods +sweep=lab/objectives runs_dir=$lab/tuning "${tuning[@]}"
-train_best $methods $lab/tuning +sweep=lab/objectives "seed=$seeds"
-sweep online +sweep=lab/online objective=dpo "optimizer.lr=$(best $lab/tuning dpo optimizer.lr)" "seed=$seeds"
-sweep online +sweep=lab/online objective=mappo "optimizer.lr=$(best $lab/tuning mappo_dpo optimizer.lr)" "seed=$seeds"
+methods=dpo,ipo,simpo,cpo,mappo_dpo,mappo_ipo,mappo_simpo,mappo_cpo,beta_dpo,orpo,kto,sft
+compared() {
+    train $methods +sweep=lab/objectives "$@"
+    train mmpo +sweep=lab/objectives "$@" objective.normalization=step # at its auxiliary weight of 1 its default's loss, faster
+}
+compared runs_dir=$lab/tuning "${tuning[@]}"
+compared "seed=$seeds" "$(tuned $lab/tuning)"
+sweep online +sweep=lab/online objective=dpo,mappo "seed=$seeds" "$(tuned $lab/tuning)"
 [[ -n $dry ]] && exit
 
 capability objectives tasks=[lab_choice,lab_likelihood]

@@ -8,7 +8,7 @@ runs=runs/mini/mappo
 results=results/mini/mappo
 
 train $methods +sweep=mini/mappo "runs_dir=$runs/tuning" seed=100 optimizer.lr=2e-5,5e-5,1e-4
-train_best $methods $runs/tuning +sweep=mini/mappo
+train $methods +sweep=mini/mappo "$(tuned $runs/tuning)"
 [[ -n $dry ]] && exit
 prefopt report runs_dir=$runs/tuning output=$results/tuning
 prefopt report runs_dir=$runs/final output=$results

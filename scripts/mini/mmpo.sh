@@ -8,9 +8,9 @@ runs=runs/mini/mmpo
 results=results/mini/mmpo
 
 train $methods +sweep=mini/mmpo "runs_dir=$runs/tuning" seed=100 objective.beta=0.1 optimizer.lr=2e-5,5e-5,1e-4
-train_best $methods $runs/tuning +sweep=mini/mmpo
+train $methods +sweep=mini/mmpo "$(tuned $runs/tuning)"
 if [[ -n ${PAIRS:-} ]]; then
-    train_best $methods $runs/tuning +sweep=mini/mmpo "runs_dir=$runs/real" objective.beta=0.1 \
+    train $methods +sweep=mini/mmpo "$(tuned $runs/tuning)" "runs_dir=$runs/real" objective.beta=0.1 \
         dataset=jsonl dataset.name=ultrafeedback "dataset.train=$PAIRS" "dataset.heldout=$HELDOUT" heldout_pairs=null \
         max_prompt_tokens=200 max_completion_tokens=200
 fi

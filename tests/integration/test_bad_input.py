@@ -496,8 +496,6 @@ TABLE = [
     other("runs", "no folder", "runs_dir=none", "runs_dir=none: there is no such folder", "python -m prefopt.train"),
     other("runs", "another state", "status=[nope]", "there is no nope. A run is new, queued"),
     other("runs", "a path as name", "name=/a", "name=/a must be the name of a run's folder", files=run()),
-    other("runs", "the best of none", "name=b best=seed", "there are no such runs", "Choose others", files=run()),
-    other("runs", "a figure without best", "by=kl", "it goes with best=KEY", files=run()),
     # prefopt.data_report and prefopt.prefetch
     other("data_report", "no file", "dataset.train=none.jsonl", "data file none.jsonl does not exist. Give"),
     other("data_report", "no length", "dataset.train=train.jsonl max_prompt_tokens=0",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
+from prefopt.data import collate
 from prefopt.data.collate import PackedSegments
 from prefopt.models import packed_attention
 from prefopt.models.packed_attention import _by_segment, _varlen
@@ -70,3 +71,33 @@ def test_the_kernel_is_given_the_segments(monkeypatch, kernel, window):
         ):
             torch.testing.assert_close(a, b)
     packed_attention.knows_grouped_heads.cache_clear()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_padded_segments_have_the_numbers_of_exact_ones_and_none_of_their_neighbours(window, monkeypatch):
+    groups = [(9, [5, 30]), (1, [1, 2]), (12, [19, 7]), (100, [20, 29]), (40, [200, 3])]
+    tokens = sum(prompt + sum(completions) for prompt, completions in groups)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, n, tokens, 8, requires_grad=True) for n in (4, 2, 2)]
+    weights = torch.randn(1, 4, tokens, 8)
+
+    def numbers(of, tensors, weights):
+        output = _by_segment(*tensors, PackedSegments(of), 0.3, window, None)
+        return [output, *torch.autograd.grad(output, tensors, weights)]
+
+    found = numbers(groups, inputs, weights)
+    start = 0
+    for group in groups:  # each by itself: its numbers are the same to the bit, its gradients to rounding
+        part = slice(start, start + group[0] + sum(group[1]))
+        own = [t[:, :, part].detach().requires_grad_() for t in inputs]
+        alone = numbers([group], own, weights[:, :, part])
+        assert torch.equal(alone[0], found[0][:, :, part])
+        for a, b in zip(alone, found, strict=True):
+            torch.testing.assert_close(a, b[:, :, part], atol=1e-6, rtol=1e-5)
+        start = part.stop
+    shapes = PackedSegments(groups).by_shape(torch.device("cpu"))[3]
+    assert any(shape.padding for shape in shapes)
+    assert any(not shape.padding for shape in shapes)
+    monkeypatch.setattr(collate, "SMALL", 0)
+    for a, b in zip(found, numbers(groups, inputs, weights), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

@@ -33,7 +33,7 @@ def steps(n: int, **metrics: float) -> list[dict]:
 
 def a_run(folder: Path, rows: list[dict], objective: str = "dpo") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": {"name": "m"}, "dataset": {"name": "d"}, "objective": {"beta": 0.1}}
+    config = {"model": {"name": "m"}, "dataset": {"name": "d"}, "objective": {"beta": 0.1}, "logger": {"curves": True}}
     record = {"name": folder.name, "objective": objective, "status": "finished", "config": config}
     (folder / "record.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -150,7 +150,7 @@ def test_a_report_has_the_curves_of_the_runs_whose_metrics_are_there(tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_curves_gets_them_with_the_same_command(overrides, tmp_path):
-    args = [*overrides(tmp_path / "runs"), "steps=2"]
+    args = [*overrides(tmp_path / "runs"), "steps=2", "logger.curves=true"]
     code, _ = run(tmp_path / "log", *args, curves=True, at=At("prefopt.train:write_curves"))
     (record,) = records(tmp_path / "runs")
     folder = tmp_path / "runs" / record["name"]
@@ -161,3 +161,12 @@ def test_a_run_that_was_killed_before_its_curves_gets_them_with_the_same_command
     assert "finished, skipped" in said
     assert f"its curves: {folder / CURVES}" in said
     assert (folder / CURVES).exists()
+
+
+def test_a_logger_that_wants_no_curves_gets_none(tmp_path):
+    folder = a_run(tmp_path / "dpo", steps(2, **PAIR))
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["logger"]["curves"] = False
+    (folder / "record.json").write_text(json.dumps(record))
+    write_curves(folder)
+    assert not (folder / CURVES).exists()

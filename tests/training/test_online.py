@@ -150,7 +150,7 @@ def whole(tiny, tmp_path_factory) -> Path:
     """The runs folder of an undisturbed run, by the program."""
     runs = tmp_path_factory.mktemp("whole")
     cache = {"PREFOPT_CACHE": str(tiny / "cache")}
-    process = run_program(*command(tiny, runs), program="online", env=cache, curves=True)
+    process = run_program(*command(tiny, runs), "logger.curves=true", program="online", env=cache, curves=True)
     assert process.returncode == 0, process.stderr
     return runs
 

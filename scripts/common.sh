@@ -26,14 +26,12 @@ joined() {
 }
 trap 'for pid in "${!started[@]}"; do kill -INT -- "-$pid" 2> /dev/null; done; wait; exit 130' INT TERM
 
-# A sweep that needs nothing of those before it: beside them where Slurm has the machines, after them on this one.
-block() {
-    if [[ -z $dry && " ${arguments[*]} " =~ \ launcher=([^ ]+) && ${BASH_REMATCH[1]} != local ]]; then
-        beside sweep "$@"
-    else
-        sweep "$@"
-    fi
-}
+# Whether jobs go to machines that Slurm has.
+on_slurm() { [[ -z $dry && " ${arguments[*]} " =~ \ launcher=([^ ]+) && ${BASH_REMATCH[1]} != local ]]; }
+# One job: there, or in this place.
+job() { if on_slurm; then sweep "$@"; else prefopt "$@"; fi; }
+# A sweep that needs nothing of those before it: there beside them, on this machine after them.
+block() { if on_slurm; then beside sweep "$@"; else sweep "$@"; fi; }
 
 # The folders of the runs in $1 whose names begin with $2, for run=.
 runs_in() { (shopt -s nullglob; files=("$1/${2:-}"*/record.json); IFS=,; echo "${files[*]%/record.json}"); }
@@ -61,7 +59,8 @@ tuned() {
 # The folder of the run of seed $3 among those in $1 whose names begin with $2.
 run_of_seed() {
     local record
-    record=$(grep -lE "\"seed\": $3\b" "$1/$2"*/record.json) || true # said below: a substitution knows no set -e
+    # By the indentation: a data format has a seed of its own. That there is none is said below.
+    record=$(grep -lE "^    \"seed\": $3," "$1/$2"*/record.json) || true
     [[ $record == */record.json && $record != *$'\n'* ]] ||
         { echo "not one run of seed $3 in $1: ${record:-none}" >&2; return 1; }
     dirname "$record"
@@ -75,7 +74,7 @@ score_noisy() {
     for quality in high medium low; do
         run=$(run_of_seed "$3" "$4-$quality" "$5")
         next=${2%.jsonl.gz}_$quality.jsonl.gz
-        sweep score "input=$rows" "output=$next" "name=rewards_$quality" scorer=reward_model \
+        job score "input=$rows" "output=$next" "name=rewards_$quality" scorer=reward_model \
             "scorer.path=$run/policy" "${@:6}"
         rows=$next
     done

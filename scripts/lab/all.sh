@@ -4,7 +4,6 @@
 
 here=$lab
 [[ -n $dry ]] && here=$(mktemp -d)
-[[ " $* " == *launcher.at_once=* || " $* " == *launcher=slurm* ]] || set -- "$@" launcher.at_once=$((($(nproc) + 2) / 3))
 experiments() { "scripts/lab/$1.sh" "${@:2}" > "$here/$1.log" 2>&1; }
 echo "under way; what they say is in $here/*.log"
 for paper in mappo mmpo madpo; do beside experiments $paper "$@"; done

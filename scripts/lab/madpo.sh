@@ -5,9 +5,10 @@
 sweep train +sweep=lab/rewards "seed=$all_seeds"
 for seed in ${all_seeds//,/ }; do
     of_seed=$lab/seeds/$seed
-    unless_dry score_noisy $of_seed/noisy.jsonl.gz $of_seed/noisy_scored.jsonl.gz $lab/madpo/rewards reward-lab-lab "$seed" \
+    unless_dry beside score_noisy $of_seed/noisy.jsonl.gz $of_seed/noisy_scored.jsonl.gz $lab/madpo/rewards reward-lab-lab "$seed" \
         precision=float32
 done
+joined
 of_quality=$lab/madpo/tuning/\${dataset.format.quality}
 qualities=(+sweep=lab/madpo dataset.format.quality=high,medium,low)
 tune=("${qualities[@]}" "runs_dir=$of_quality" "${tuning[@]}")

@@ -16,9 +16,9 @@ sweep train +sweep=madpo/sft
 policy=$(runs_in $runs/sft)/policy
 [[ -z $dry ]] || policy=$runs/sft/policy # what it will be called does not matter
 if [[ -z $dry && ! -f $runs/noisy.jsonl.gz ]]; then
-    sweep sample model=hub "model.path=$policy" $template prompts=$runs/negatives.jsonl.gz keep_responses=true \
+    job sample model=hub "model.path=$policy" $template prompts=$runs/negatives.jsonl.gz keep_responses=true \
         samples_per_prompt=2 sampling.max_new_tokens=176 output=$runs/samples.jsonl.gz
-    sweep score input=$runs/samples.jsonl.gz output=$runs/noisy.jsonl.gz scorer=function \
+    job score input=$runs/samples.jsonl.gz output=$runs/noisy.jsonl.gz scorer=function \
         scorer.function=madpo_task.positive
 fi
 sweep train +sweep=madpo/rewards

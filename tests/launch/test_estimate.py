@@ -1,6 +1,5 @@
 """What a dry run says that a sweep would take."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from prefopt.errors import UserError
 from prefopt.launch.estimate import FLOP_PER_HOUR, KNOWN, estimate, parameters, rows
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
+from prefopt.utils.files import write_json
 from tests.helpers.tiny import ROOT, run_program
 from tests.launch.test_sweeps import composed
 
@@ -172,7 +172,8 @@ def test_the_scripts_get_to_their_end(script, tmp_path):
         for seed in seeds:
             record = tmp_path / "runs" / f"{kind}-{seed}" / "record.json"
             record.parent.mkdir(parents=True)
-            record.write_text(json.dumps({"config": {"seed": seed}}))
+            format_of_its_own = {"dataset": {"format": {"seed": 0}}}
+            write_json(record, {"config": {**format_of_its_own, "seed": seed, "steps": 8}})
     make = 'mkdir -p "$(dirname "${a#*=}")"; : > "${a#*=}"'
     also = f"for a; do case $a in output=*.gz) {make};; esac; done"
     asked, environment = writes_down(tmp_path, also)

@@ -36,6 +36,8 @@ class Logps(NamedTuple):
     `prefixes`, if requested, are the log-probs of the first m tokens alone, where m is the length of the shorter
     completion of the pair (LD-DPO's public length, arXiv 2409.06411).
 
+    `weighted`, where the batch has weights for its tokens, is sum_t w_t log pi(y_t) (TIS-DPO, arXiv 2410.04350).
+
     `sequential_kl`, if a reference's distributions are given, is sum_t KL(reference(. | x, y_<t) || pi(. | x, y_<t)) in
     nats, with gradient into pi (TDPO, arXiv 2404.11999).
 
@@ -48,6 +50,7 @@ class Logps(NamedTuple):
     entropies: Tensor | None = None
     on_policy: Tensor | None = None
     prefixes: Tensor | None = None
+    weighted: Tensor | None = None
     sequential_kl: Tensor | None = None
     distributions: Distributions | None = None
 
@@ -146,9 +149,11 @@ def completion_logps(
     if log_squares is not None:
         alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
     prefix_logps = _prefix_sums(token_logps, batch) if prefixes else None
+    weighted = None if batch.token_weights is None else _sum(_by_completion(batch.token_weights * label_logps, batch))
     kl = None if step_kl is None else _sum(_by_completion(step_kl, batch))
     distributions = Distributions(hidden.detach(), head, cap)
-    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment, prefix_logps, kl, distributions)
+    further = surrogate, alignment, prefix_logps, weighted, kl, distributions
+    return Logps(_sum(token_logps), batch.lengths, token_logps, *further)
 
 
 def vocabulary_logps(logits: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ class Cached(Reference):
     def logps(self, pairs: Sequence[TokenizedPair], batch: Any, prefixes: bool = False) -> Logps:
         zeros = torch.zeros_like(batch.lengths)
         tokens = torch.zeros(len(batch.lengths), batch.longest)
-        return Logps(zeros, batch.lengths, tokens, prefixes=zeros if prefixes else None)
+        return Logps(zeros, batch.lengths, tokens, prefixes=zeros if prefixes else None, weighted=zeros)
 
     def model(self) -> Any:
         raise NotImplementedError

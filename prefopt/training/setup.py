@@ -134,7 +134,11 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
 
 def check_multi_reference(objective: "Objective", key: str) -> None:
     """Raise UserError where the objective cannot be given several references, which `key` asks for."""
-    parts = {"prefixes": "the parts of completions", "sequential_kl": "distributions at each token"}
+    parts = {
+        "prefixes": "the parts of completions",
+        "token_weights": "the tokens of completions",
+        "sequential_kl": "distributions at each token",
+    }
     reads = [text for need, text in parts.items() if need in objective.needs]
     if "reference" not in objective.needs:
         reads = ["no reference"]

@@ -43,6 +43,7 @@ def with_adapter(train_state):
     return train_state
 
 
+FURTHER = {"prefixes": "prefixes", "token_weights": "weighted"}
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 0.25]
 
 
@@ -70,7 +71,7 @@ def one_step(
             score,
             lambda: policy,
             show=False,
-            prefixes="prefixes" in objective.needs,
+            further=[name for need, name in FURTHER.items() if need in objective.needs],
         )
     with_adapter(train_state)
     if mode == "adapter_off":

@@ -65,6 +65,11 @@ SPECIAL = (
         lambda o: "rewards" in o.needs and "others" not in o.completions,
     ),
     Group(
+        "With weights of tokens in the rows",
+        "They read a number for each token of a completion, which `prefopt token_weights` writes.",
+        lambda o: "token_weights" in o.needs,
+    ),
+    Group(
         "On all responses to a prompt",
         "They read groups: rows of scored responses, with dataset.format.pairing=group.",
         lambda o: "others" in o.completions,

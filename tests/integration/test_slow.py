@@ -36,6 +36,7 @@ from prefopt.training.state import TrainState
 from prefopt.training.step import train_step
 from tests.data.test_data import dataset
 from tests.helpers.tiny import ROOT, records, run_program, tiny_model
+from tests.training.test_loop import with_token_weights
 
 pytestmark = pytest.mark.slow
 THREADS = len(os.sched_getaffinity(0))
@@ -176,6 +177,8 @@ def test_each_relative_trains_the_real_model(objective, smollm2):
     ]
     pairs, drops, _ = tokenize(tokenizer, items, 512, 24)
     assert not drops
+    if "token_weights" in objective.needs:
+        pairs = list(map(with_token_weights, pairs))
     optimizer = OptimizerConfig(2e-5, [0.9, 0.999], 1e-8, 0.0, 1.0)
     config = TrainConfig(
         steps=8, batch_size=2, micro_batch_tokens=2048, seed=0, logits="tiled", precision="float32",

@@ -41,6 +41,7 @@ from prefopt.objectives.slic import SLiC
 from prefopt.objectives.sppo import SPPO
 from prefopt.objectives.symmpo import SymMPO
 from prefopt.objectives.tdpo import TDPO
+from prefopt.objectives.tis_dpo import TISDPO
 from tests.objectives.test_objectives import by_hand, dpo, inputs, means, moved, pairs, ratios, sigmoid, swapped
 
 
@@ -97,6 +98,13 @@ def ld_dpo(p, beta, alpha):
     return -math.log(sigmoid(beta * (u("chosen") - u("rejected"))))
 
 
+def tis_dpo(p, beta):
+    u_w, u_l = (
+        p[f"policy_{side}_weighted_logps"] - p[f"reference_{side}_weighted_logps"] for side in ("chosen", "rejected")
+    )
+    return -math.log(sigmoid(beta * (u_w - u_l)))
+
+
 def tdpo(p, beta, alpha):
     u_w, u_l = ratios(p)
     return -math.log(sigmoid(beta * (u_w - u_l - alpha * (p["rejected_kl"] - p["chosen_kl"]))))
@@ -124,6 +132,7 @@ FORMULAS = {
         ),
     ),
     "ld_dpo": (LDDPO(0.3, alpha=0.3), lambda p: ld_dpo(p, 0.3, 0.3)),
+    "tis_dpo": (TISDPO(0.3), lambda p: tis_dpo(p, 0.3)),
     "tdpo-1": (TDPO(0.3, alpha=1.0, stop_gradient=False), lambda p: tdpo(p, 0.3, 1.0)),
     "tdpo-2": (TDPO(0.3), lambda p: tdpo(p, 0.3, 0.5)),
     "dpop": (DPOP(0.05, penalty=3.0), lambda p: dpop(p, 0.05, 3.0)),

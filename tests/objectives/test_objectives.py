@@ -111,6 +111,10 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         for model in ("policy", *(["reference"] if "reference" in needs else [])):
             for side in ("chosen", "rejected"):
                 values[f"{model}_{side}_prefix_logps"] = -draw() / scale * values[f"{model}_{side}_logps"]
+    if "token_weights" in needs:
+        for model in ("policy", *(["reference"] if "reference" in needs else [])):
+            for side in ("chosen", "rejected"):
+                values[f"{model}_{side}_weighted_logps"] = 1.5 * draw()
     if "on_policy" in needs:
         values |= {"chosen_on_policy": -draw() / scale, "rejected_on_policy": draw() / scale}
     if "sequential_kl" in needs:
@@ -182,7 +186,7 @@ def test_finite_at_extreme_scores(objective, chosen, rejected):
         if objective.model_kind == "reward_model":
             x = moved(x, **{f"policy_{side}_rewards": shift})
         else:
-            names = (f"{model}_{side}_logps", f"{model}_{side}_prefix_logps")
+            names = [f"{model}_{side}_{kind}" for kind in ("logps", "prefix_logps", "weighted_logps")]
             x = moved(x, **{name: -abs(shift) for name in names if name in x.tensors()})
     leaves = [getattr(x, name).requires_grad_() for name in DIFFERENTIABLE if name in x.tensors()]
     output = objective(x)
@@ -208,6 +212,7 @@ def test_needs_are_exactly_what_is_read(objective):
         "mismatched": "mismatched_",
         "on_policy": "_on_policy",
         "prefixes": "_prefix_",
+        "token_weights": "_weighted_",
         "sequential_kl": "_kl",
     }
     x = inputs(objective)
@@ -308,6 +313,7 @@ SHIFT_INVARIANT = {
     *(
         "wpo",
         "ld_dpo",
+        "tis_dpo",
         "tdpo",
         "tdpo-1",
         "simpo-sums",
@@ -404,6 +410,7 @@ def test_the_groups_answer_what_they_ask():
     assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
     assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
     assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
+    assert members["With weights of tokens in the rows"] == {"tis_dpo"}
     assert members["On all responses to a prompt"] == {"grpo", "rloo"}
     assert members["Online"] == {"mappo", "sppo", "grpo", "rloo"}
     assert members["Not of preferences"] == {"sft", "reward"}

@@ -15,7 +15,7 @@ from prefopt.data.items import Chat
 from prefopt.data.rendering import encode
 from prefopt.data.sampler import step_indices
 from prefopt.data.sources import read_rows
-from prefopt.data.tokenize import tokenize
+from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import LogprobComputer
@@ -50,6 +50,12 @@ from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pair
 TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
+def with_token_weights(pair: TokenizedPair) -> TokenizedPair:
+    """Some weights from 0 to 2, by the tokens."""
+    chosen, rejected = ([(7 * token % 9) / 4 for token in side] for side in (pair.chosen, pair.rejected))
+    return replace(pair, chosen_token_weights=chosen, rejected_token_weights=rejected)
+
+
 def make_train_state(objective, tmp_path, **changes) -> TrainState:
     config = TrainConfig(
         **{"steps": 4, "exports": 1, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
@@ -62,6 +68,8 @@ def make_train_state(objective, tmp_path, **changes) -> TrainState:
     rows = [Pairs()(row) for _, row in read_rows(str(write_pairs(tmp_path / "pairs.jsonl", 16)))]
     pairs, drops, _ = tokenize(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
     assert not drops
+    if "token_weights" in objective.needs:
+        pairs = list(map(with_token_weights, pairs))
     reward_model = objective.model_kind == "reward_model"
     if reward_model:
         folder = save_tiny(tmp_path / "model")

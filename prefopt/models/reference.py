@@ -30,6 +30,7 @@ from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.fingerprint import loaded_model
 from prefopt.models.frozen import freeze
 from prefopt.models.logprobs import LogprobComputer, Logps
+from prefopt.models.value_head import without_value_head
 from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar
@@ -118,7 +119,7 @@ class Following(Resident):
     def follow(self, policy: PreTrainedModel, done: int) -> bool:
         if done % self.every:
             return False
-        for mine, theirs in zip(self.frozen.parameters(), policy.parameters(), strict=True):
+        for mine, theirs in zip(self.frozen.parameters(), without_value_head(policy).parameters(), strict=True):
             mine.mul_(1 - self.alpha).add_(theirs, alpha=self.alpha)
         return True
 

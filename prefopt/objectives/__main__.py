@@ -127,7 +127,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def _needs(objective: Objective) -> str:
     # The loop makes the others, no user provides them.
-    made = {"noise", "mismatched", "on_policy", "prefixes", "sequential_kl", "initial", "tokens"}
+    made = {"noise", "mismatched", "on_policy", "prefixes", "sequential_kl", "initial", "tokens", "values"}
     return ", ".join(sorted(objective.needs - made)) or "–"
 
 

@@ -36,6 +36,7 @@ from prefopt.models.multi_reference import MultiReference
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import AdapterOff, Cached, Following, Further, LoadedOnce, Reference, Resident
 from prefopt.models.router import RouterLoss, balancing_loss, has_experts
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives import SIDES
 from prefopt.objectives.base import Need, Objective
 from prefopt.training.config import TrainConfig
@@ -347,10 +348,13 @@ def build_router_loss(config: TrainConfig, policy: PreTrainedModel) -> RouterLos
     return RouterLoss(policy, coef) if coef else None
 
 
-def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
-    """Make `policy` trainable, with its new adapter and activation checkpointing, and give it an optimizer."""
+def build_engine(config: TrainConfig, objective: Objective, policy: PreTrainedModel) -> Engine:
+    """Make `policy` trainable, with its new adapter, the value head that the objective needs and activation
+    checkpointing, and give it an optimizer."""
     if config.peft.target_modules:
         add_adapter(policy, config.peft, config.seed)
+    if "values" in objective.needs:
+        add_value_head(policy)
     log.info(f"  {format_trained(config, policy)}")
     if config.gradient_checkpointing:
         checkpoint_activations(policy)

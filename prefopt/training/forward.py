@@ -91,9 +91,10 @@ def forward_policy(
     needs = train_state.objective.needs
     further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs
     distributions = reference.distributions if reference and "sequential_kl" in needs else None
-    logps = train_state.score(train_state.engine.policy, batch, *further, distributions)
+    logps = train_state.score(train_state.engine.policy, batch, *further, distributions, "values" in needs)
     tensors = (
         split_completions(train_state, "policy_{}_logps", logps.sums, batch)
+        | split_completions(train_state, "policy_{}_values", logps.values, batch)
         | split_completions(train_state, "{}_entropies", logps.entropies, batch)
         | split_completions(train_state, "{}_on_policy", logps.on_policy, batch)
         | split_completions(train_state, "policy_{}_prefix_logps", logps.prefixes, batch)

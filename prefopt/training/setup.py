@@ -318,7 +318,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=fsdp on more GPUs"):
-        engine = build_engine(config, policy)
+        engine = build_engine(config, objective, policy)
     log_wrapped(log, memory_line(config, engine))
     router_loss = build_router_loss(config, policy)
     if is_main_process():

@@ -24,6 +24,7 @@ from prefopt.models.load import checkpoint_path, compile_layers, load_model, loa
 from prefopt.models.logprobs import LogprobComputer, completion_logps
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import Resident, cached, rounding
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives import SIDES
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import Objective
@@ -186,7 +187,10 @@ def test_each_relative_trains_the_real_model(objective, smollm2):
         optimizer=optimizer, logger=LoggerConfig(progress=False),
     )  # fmt: skip
     reference = Resident(model.requires_grad_(False), LogprobComputer("float32"))
-    engine = Engine(copy.deepcopy(model).requires_grad_(True), optimizer)
+    policy = copy.deepcopy(model).requires_grad_(True)
+    if "values" in objective.needs:
+        add_value_head(policy)
+    engine = Engine(policy, optimizer)
     state = TrainState(
         config, None, objective, Constant(0.0), engine, reference, tokenizer, pairs, [], [], None, LAYOUTS["padded"]
     )

@@ -115,6 +115,8 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         for model in ("policy", *(["reference"] if "reference" in needs else [])):
             for side in ("chosen", "rejected"):
                 values[f"{model}_{side}_weighted_logps"] = 1.5 * draw()
+    if "values" in needs:
+        values |= {"policy_chosen_values": -draw() / scale, "policy_rejected_values": draw() / scale}
     if "on_policy" in needs:
         values |= {"chosen_on_policy": -draw() / scale, "rejected_on_policy": draw() / scale}
     if "sequential_kl" in needs:
@@ -213,6 +215,7 @@ def test_needs_are_exactly_what_is_read(objective):
         "on_policy": "_on_policy",
         "prefixes": "_prefix_",
         "token_weights": "_weighted_",
+        "values": "_values",
         "sequential_kl": "_kl",
     }
     x = inputs(objective)
@@ -314,6 +317,7 @@ SHIFT_INVARIANT = {
         "wpo",
         "ld_dpo",
         "tis_dpo",
+        "svpo",
         "tdpo",
         "tdpo-1",
         "simpo-sums",
@@ -408,7 +412,7 @@ def test_the_groups_answer_what_they_ask():
     members = {group.heading: {listed.name for listed in found} for group, found in groups()}
     assert set.union(*members.values()) == set(DEFAULTS)
     assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
-    assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
+    assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching", "svpo"}
     assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
     assert members["With weights of tokens in the rows"] == {"tis_dpo"}
     assert members["On all responses to a prompt"] == {"grpo", "rloo"}

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefopt.config.schema import OptimizerConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.data.mismatch import with_mismatched
+from prefopt.models.frozen import VALUE_HEAD
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.lora import checkpoint_activations, train_mode
 from prefopt.models.packed_attention import enable_packed_attention
@@ -27,6 +28,7 @@ from prefopt.objectives.kto import KTO
 from prefopt.objectives.ld_dpo import LDDPO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
+from prefopt.objectives.svpo import SVPO
 from prefopt.objectives.tdpo import TDPO
 from prefopt.objectives.tis_dpo import TISDPO
 from prefopt.objectives.wpo import WPO
@@ -36,10 +38,11 @@ from tests.training.test_loop import make_train_state
 
 def with_adapter(train_state):
     """LoRA on the policy, whose trainable weights it replaces; not zero, so that policy and reference differ."""
+    policy = train_state.engine.policy
     torch.manual_seed(1)
-    train_state.engine.policy.add_adapter(
-        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
+    policy.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    if hasattr(policy, VALUE_HEAD):
+        torch.nn.init.normal_(policy.value_head.requires_grad_(True).weight, std=0.3)
     train_state.engine.parameters = {n: p for n, p in train_state.engine.policy.named_parameters() if p.requires_grad}
     return train_state
 
@@ -114,6 +117,7 @@ OBJECTIVES = {
     "ld_dpo": LDDPO(0.5, alpha=0.3),
     "tis_dpo": TISDPO(0.5),
     "tis_dpo-step": WeightedOverTheStep(0.5),
+    "svpo": SVPO(0.5, margin=0.5),
     "tdpo": TDPO(0.5, alpha=1.0, stop_gradient=False),
     "tdpo-step": OverTheStep(0.5),
     "sft": SFT(),

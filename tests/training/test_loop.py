@@ -20,6 +20,7 @@ from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Following, Resident
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
@@ -77,6 +78,8 @@ def make_train_state(objective, tmp_path, **changes) -> TrainState:
     else:
         policy = tiny_model(len(tokenizer)).eval()
     reference = None if reward_model else Resident.copy_of(policy, LogprobComputer("float32"))
+    if "values" in objective.needs:
+        add_value_head(policy)
     engine = Engine(policy, config.optimizer)
     return TrainState(
         config, SimpleNamespace(folder=tmp_path), objective, Cosine(0.25), engine, reference,  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def measure(profile: str, overrides: list[str]) -> dict[str, int]:
     if traced.state.layout.name == "packed":
         enable_packed_attention(policy)
     state = traced.state
-    state.engine = build_engine(config, policy)
+    state.engine = build_engine(config, objective, policy)
     is_off = config.reference == "adapter_off"
     state.reference = AdapterOff(policy, LogprobComputer(config.precision)) if is_off else Cached()
     for step in range(2):

@@ -10,7 +10,7 @@ from prefopt.utils.redact import find_secret
 
 PROGRAMS = (
     *("train", "online", "chat", "sample", "score", "rank", "harness", "alpaca", "compare", "diff", "report", "papers"),
-    *("mtbench", "arena", "judge_check", "reward_bench", "claims"),
+    *("mtbench", "arena", "judge_check", "reward_bench", "claims", "token_weights"),
     *("runs", "prefetch", "data_report", "lab", "objectives"),
 )
 

@@ -16,6 +16,7 @@ from prefopt.data.fields import (
     read_prompt,
     responses_of,
     role_problem,
+    token_weights_of,
     tools_of,
     weight_of,
 )
@@ -108,7 +109,7 @@ def win_rates(rewards: list[float]) -> list[float]:
 
 
 def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message) -> Pair:
-    """The pair of two answers, with the row's id, rewards, weight and tools."""
+    """The pair of two answers, with the row's id, rewards, weights and tools."""
     tools, fields = tools_of(row), (extra_fields(chosen), extra_fields(rejected))
     texts = chosen["content"], rejected["content"]
     rewards, defects = [], {}
@@ -118,6 +119,7 @@ def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message)
         if rewards[-1] is None and not is_absent(value):
             defects["bad_reward"] = f"field {key!r} must be a finite number, is {reprlib.repr(value)}"
     more = (*fields, tools) if any(fields) or tools else ()  # so that the ids of pairs of text alone stay
+    of_chosen, of_rejected = token_weights_of(row)
     return Pair(
         id=name_of(row, prompt, *texts, *more),
         prompt=prompt,
@@ -126,6 +128,8 @@ def pair_of(row: Row, prompt: list[Message], chosen: Message, rejected: Message)
         chosen_reward=rewards[0],
         rejected_reward=rewards[1],
         weight=weight_of(row),
+        chosen_token_weights=of_chosen,
+        rejected_token_weights=of_rejected,
         chosen_fields=fields[0],
         rejected_fields=fields[1],
         tools=tools,

@@ -66,6 +66,8 @@ SCHEMA = pa.schema(
         "chosen_reward": pa.float64(),
         "rejected_reward": pa.float64(),
         "weight": pa.float64(),
+        "chosen_token_weights": pa.list_(pa.float32()),
+        "rejected_token_weights": pa.list_(pa.float32()),
         "loss_mask": pa.list_(pa.bool_()),
         "source": pa.string(),
         "others": pa.list_(pa.list_(pa.int32())),

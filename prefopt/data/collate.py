@@ -148,6 +148,7 @@ class Batch:
     * `labels`: the token's id.
     * `completions`: the number of the completion that the token belongs to.
     * `offsets`: the token's place in that completion, from 0.
+    * `token_weights`: the token's weight, (N,) float32, or None where the pairs have none.
 
     Completions:
     * `lengths`: (C,) float32, in tokens.
@@ -171,6 +172,7 @@ class Batch:
     last_token_index: Tensor
     longest: int
     grid: Tensor
+    token_weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -278,7 +280,7 @@ class Layout:
 
         Of a chat, the tokens that the assistant wrote, in all its turns, count as one completion.
         """
-        batch = self.make(groups_of(pairs, sides))
+        batch = replace(self.make(groups_of(pairs, sides)), token_weights=_token_weights(pairs, sides))
         if all(p.loss_mask is None for p in pairs):
             return batch
         # The batch holds the chats' tokens in this order, so one mask fits all fields of completion tokens.
@@ -322,6 +324,17 @@ def groups_of(pairs: Sequence[TokenizedPair], sides: Sequence[str]) -> list[Grou
 def completions_of(pair: TokenizedPair, sides: Sequence[str]) -> list[list[int]]:
     """The completions named in `sides`. A pair that is no group has no others."""
     return [c for side in sides for c in (pair.others or [] if side == "others" else [getattr(pair, side)])]
+
+
+def _token_weights(pairs: Sequence[TokenizedPair], sides: Sequence[str]) -> Tensor | None:
+    """Those of the pairs' completions in a batch's order; None unless all have some. Groups have none."""
+    weights: list[float] = []
+    for side, pair in itertools.product(sides, pairs):
+        of_completion = getattr(pair, f"{side}_token_weights", None)
+        if of_completion is None:
+            return None
+        weights += of_completion
+    return torch.tensor(weights)
 
 
 def _num_tokens(group: Group) -> int:

@@ -278,7 +278,7 @@ def _used_items(
                 if is_used(name, source.policies, {item.reason: item.detail}, where):
                     drops[item.reason] += 1  # kept, if it could be
                 continue
-            item = replace(scaled(item, source, where), source=name)
+            item = replace(scaled(item, source, where), source=name, where=where)
             # Prompts are compared by digest, so that a large data set's prompts need not stay in memory.
             prompt = content_id(prompt_of(item))
             conditions = {"duplicate_prompt": prompt in seen, "prompt_in_heldout": prompt in held_out}

@@ -312,6 +312,21 @@ def weight_of(row: Row) -> float:
     return weight
 
 
+def token_weights_of(row: Row) -> tuple[list[float] | None, list[float] | None]:
+    """The weights of the tokens of a row's chosen and rejected completion: its fields `chosen_token_weights` and
+    `rejected_token_weights`, lists of numbers, None where both are absent. Raises ValueError for anything else."""
+    keys = "chosen_token_weights", "rejected_token_weights"
+    absent = [key for key in keys if is_absent(row.get(key))]
+    if len(absent) == 2:
+        return None, None
+    if absent:
+        raise ValueError(f"field {absent[0]!r} is missing, and weights of tokens are those of both completions")
+    chosen, rejected = (
+        [finite(value, f"each of {key!r}") for value in listed(row, key, object, "numbers")] for key in keys
+    )
+    return chosen, rejected
+
+
 def finite(value: Any, what: str) -> float:
     """`value` as a float. Raises ValueError unless it is a finite number; `what` names it in the message."""
     number = None if isinstance(value, str) else as_number(value)

@@ -34,7 +34,10 @@ from prefopt.data.items import Chat, Dropped, Item, Labelled, Pair, Row
 
 # The fields that every format reads for the prompt; see `read_prompt`.
 PROMPT_FIELDS = ("id", "prompt", "instruction", "input", "history", "system", "tools")
-SIDE_FIELDS = ("chosen", "rejected", "chosen_reward", "rejected_reward", "weight")
+SIDE_FIELDS = (
+    *("chosen", "rejected", "chosen_reward", "rejected_reward"),
+    *("weight", "chosen_token_weights", "rejected_token_weights"),
+)
 
 
 class Format(ABC):
@@ -57,12 +60,13 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class Pairs(Format):
-    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools, weight and rewards.
+    """{prompt (or instruction and input), chosen, rejected}, and optionally id, system, tools, weights and rewards.
 
     `prompt` is text or messages that end with the user's turn; or it is put together from Alpaca's `instruction` and
     `input`, with a blank line between them. The rewards are `chosen_reward` and `rejected_reward`. `chosen` and
     `rejected` are text, a message, or a list of one message. `system` is text that opens the conversation. `weight`
-    multiplies the pair's loss, and is 1 where it is absent.
+    multiplies the pair's loss, and is 1 where it is absent. `chosen_token_weights` and `rejected_token_weights` hold a
+    number for each token of the completion, as the policy's tokenizer and template write it, its terminator included.
     """
 
     def __call__(self, row: Row) -> Pair | Dropped:

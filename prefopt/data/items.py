@@ -21,6 +21,7 @@ class Response:
 class Pair:
     """One preference. `*_finished` is False for a text that was cut off: no terminator is put behind it. `weight`
     multiplies the pair's loss. `opening`: the text with which both completions begin and that is a part of the prompt.
+    `*_token_weights`: a number for each token of the completion, on both sides or on none. `where`: its file and row.
 
     `*_fields` is what the assistant's message has besides role and content (tool_calls, ...), as the template gets it.
     `tools` describes the functions that the assistant may call. `defects`: those that the format noticed in the row, by
@@ -39,6 +40,8 @@ class Pair:
     chosen_reward: float | None = None
     rejected_reward: float | None = None
     weight: float = 1.0
+    chosen_token_weights: list[float] | None = None
+    rejected_token_weights: list[float] | None = None
     opening: str = ""
     source: str = ""
     chosen_fields: Message = field(default_factory=dict)
@@ -46,6 +49,7 @@ class Pair:
     tools: list[dict[str, Any]] = field(default_factory=list)
     defects: dict[str, str] = field(default_factory=dict)
     others: list[Response] | None = None
+    where: str = field(default="", compare=False)
 
     @property
     def answers(self) -> list[Message]:
@@ -57,12 +61,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation to train on: the loss counts the tokens of every assistant turn. `tools` as in `Pair`."""
+    """A conversation to train on: the loss counts the tokens of every assistant turn. `tools` and `where` as in
+    `Pair`."""
 
     id: str
     messages: list[Message]
     source: str = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from prefopt.data.items import Chat, Item, Message, Pair
 from prefopt.data.proof import Defect, check_fields, check_spelling, check_written, locate, short
 from prefopt.data.rendering import encode, render, render_answers
 from prefopt.errors import UserError
+from prefopt.objectives import SIDES
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class TokenizedPair:
     Of a chat, `chosen` is everything behind the first prompt and `rejected` is empty; `loss_mask`, as long as `chosen`,
     is True for tokens that the assistant wrote. Of a pair, `loss_mask` is None. `mismatched` is no part of the data:
     `prefopt.data.mismatch` fills it for the pairs of a step. `others` and `other_rewards` are those of a group
-    (`prefopt.data.items.Pair.others`), and None of a pair.
+    (`prefopt.data.items.Pair.others`), and None of a pair. `*_token_weights` are as long as the completions, or None.
     """
 
     id: str
@@ -45,6 +46,8 @@ class TokenizedPair:
     chosen_reward: float | None = None
     rejected_reward: float | None = None
     weight: float = 1.0
+    chosen_token_weights: list[float] | None = None
+    rejected_token_weights: list[float] | None = None
     loss_mask: list[bool] | None = None
     source: str = ""
     mismatched: "TokenizedPair | None" = None
@@ -75,6 +78,7 @@ class Tokenized(NamedTuple):
     * `inner_turns_without_terminator`: turns of a chat that are learnt without their end, because the template closes
       inner turns otherwise than the last one;
     * `weighted`: pairs with another weight than 1;
+    * `token_weights`: pairs with weights for their tokens;
     * `template_in_text`: items with special tokens or other markup of the template in their text.
     """
 
@@ -174,6 +178,7 @@ def tokenize(
         opening = item.prompt if isinstance(item, Pair) else item.messages
         changes["merged_system"] += merged and opening[0]["role"] == "system"
         changes["weighted"] += isinstance(item, Pair) and item.weight != 1
+        changes["token_weights"] += result.chosen_token_weights is not None
         changes["template_in_text"] += policy["template_in_text"] == "keep" and _search(pattern, item) is not None
         noted += changes
     return Tokenized(kept, dropped, noted)
@@ -257,9 +262,28 @@ def _pair(
         raise Defect("identical_after_truncation")
     rewards = item.chosen_reward, item.rejected_reward
     pair = TokenizedPair(item.id, shared, chosen, rejected, *rewards, weight=item.weight, source=item.source)
+    if item.chosen_token_weights is not None:
+        of_chosen, of_rejected = (
+            _token_weights(tokenizer, item, side, len(whole) - start)[:max_completion_tokens]
+            for side, whole in zip(SIDES, wholes, strict=True)
+        )
+        pair = replace(pair, chosen_token_weights=of_chosen, rejected_token_weights=of_rejected)
     if item.others is None:
         return pair
     return replace(pair, others=others, other_rewards=[other.reward for other in item.others])
+
+
+def _token_weights(tokenizer: PreTrainedTokenizerBase, item: Pair, side: str, tokens: int) -> list[float]:
+    """The weights of a side's tokens. Raises UserError unless it has one for each of its `tokens`."""
+    weights: list[float] = getattr(item, f"{side}_token_weights")
+    if len(weights) != tokens:
+        raise UserError(
+            f"{item.where or item.id}: {side}_token_weights holds {len(weights)} numbers, and the completion has "
+            f"{tokens} tokens as {tokenizer.name_or_path or 'the tokenizer'} and its chat template write it, before "
+            "any cut and with its terminator. Make the weights with the policy's own tokenizer (prefopt "
+            "token_weights), or leave out chosen_token_weights and rejected_token_weights."
+        )
+    return weights
 
 
 def _chat(

@@ -67,7 +67,8 @@ def scores_of(objective: "Objective") -> Any:
     from prefopt.objectives.plug_in import PlugIn
 
     base = objective.base if isinstance(objective, PlugIn) else objective
-    alone = isinstance(base, Pairwise) and base.scope == "pair" and not base.needs & {"prefixes", "sequential_kl"}
+    of_pairs = {"prefixes", "sequential_kl", "token_weights"}
+    alone = isinstance(base, Pairwise) and base.scope == "pair" and not base.needs & of_pairs
     return base if alone else None
 
 

@@ -239,7 +239,8 @@ def _pair(prompt: float, chosen: float, rejected: float = 0.0) -> "TokenizedPair
     from prefopt.data.tokenize import TokenizedPair
 
     texts = [[0] * max(1, round(n)) for n in (prompt, chosen, rejected)]
-    return TokenizedPair("", texts[0], texts[1], texts[2], chosen_reward=0.5, rejected_reward=0.5)
+    of_chosen, of_rejected = ([1.0] * len(text) for text in texts[1:])
+    return TokenizedPair("", texts[0], texts[1], texts[2], 0.5, 0.5, 1.0, of_chosen, of_rejected)
 
 
 def _stretched(pair: "TokenizedPair", factor: float) -> "TokenizedPair":

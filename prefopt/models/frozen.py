@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+VALUE_HEAD = "value_head"  # the policy's module of that name (`prefopt.models.value_head`)
+
 
 def freeze(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     """Freeze `model` (in place). With precision=bfloat16 the weights of its linear layers become bfloat16, and so do
@@ -37,9 +39,9 @@ def freeze(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 
 
 def is_product(name: str, module: nn.Module) -> bool:
-    """Whether autocast rounds the weight of `module`, `name` in its model, for a product. The head of a reward model is
-    applied in float32."""
-    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and name != "score"
+    """Whether autocast rounds the weight of `module`, `name` in its model, for a product. The heads of a reward model
+    and of values are applied in float32."""
+    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and name not in ("score", VALUE_HEAD)
 
 
 def products(model: nn.Module) -> set[Tensor]:

@@ -86,7 +86,7 @@ def cached_groups(
             _spot_check(known, pairs[i], compute([pairs[i]]), score.precision)
         add_missing(known, pairs, missing, layout, micro_batch_tokens, GROUP, compute, _keys_in_order, show)
     log.info(f"  reference: {len(present)} of {len(wanted)} groups from the cache, {len(missing)} computed")
-    return CachedGroups(samples, known, tokens)
+    return CachedGroups(samples, known, tokens=tokens)
 
 
 def _keys(pair: TokenizedPair) -> list[bytes]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from prefopt.data.collate import Batch
 from prefopt.models.chunked_logprobs import Distributions, LogitTransform, chunked_logps
 from prefopt.models.packed_attention import NAME as SEGMENTS
+from prefopt.models.value_head import completion_values
 
 T = TypeVar("T")
 AS_FORWARD = "prefopt_as_forward"  # the method by which an engine that has shared a model out computes with it
@@ -36,6 +37,10 @@ class Logps(NamedTuple):
     `prefixes`, if requested, are the log-probs of the first m tokens alone, where m is the length of the shorter
     completion of the pair (LD-DPO's public length, arXiv 2409.06411).
 
+    `weighted`, where the batch has weights for its tokens, is sum_t w_t log pi(y_t) (TIS-DPO, arXiv 2410.04350).
+
+    `values`, if requested, are the outputs of the value head at the last tokens, with gradient.
+
     `sequential_kl`, if a reference's distributions are given, is sum_t KL(reference(. | x, y_<t) || pi(. | x, y_<t)) in
     nats, with gradient into pi (TDPO, arXiv 2404.11999).
 
@@ -48,6 +53,8 @@ class Logps(NamedTuple):
     entropies: Tensor | None = None
     on_policy: Tensor | None = None
     prefixes: Tensor | None = None
+    weighted: Tensor | None = None
+    values: Tensor | None = None
     sequential_kl: Tensor | None = None
     distributions: Distributions | None = None
 
@@ -67,12 +74,11 @@ class LogprobComputer:
         on_policy: bool = False,
         prefixes: bool = False,
         reference: Distributions | None = None,
+        values: bool = False,
     ) -> Logps:
+        further = on_policy, prefixes, reference, values
         with autocast(model.device, self.precision):
-            return as_forward(
-                model,
-                lambda model: completion_logps(model, batch, entropies, self.tiled, on_policy, prefixes, reference),
-            )
+            return as_forward(model, lambda model: completion_logps(model, batch, entropies, self.tiled, *further))
 
 
 def as_forward(model: PreTrainedModel, compute: Callable[[PreTrainedModel], T]) -> T:
@@ -106,16 +112,19 @@ def completion_logps(
     on_policy: bool = False,
     prefixes: bool = False,
     reference: Distributions | None = None,
+    values: bool = False,
 ) -> Logps:
-    """Log-probs, and entropies, `on_policy` and `prefixes` if requested, of every completion of the batch. For
-    `prefixes` it holds pairs: the chosen completions, then the rejected ones. With the distributions that a
+    """Log-probs, and entropies, `on_policy`, `prefixes` and `values` if requested, of every completion of the batch.
+    For `prefixes` it holds pairs: the chosen completions, then the rejected ones. With the distributions that a
     `reference` of the same vocabulary has for the same batch, also `sequential_kl`.
 
     `tiled`: without the (N, vocabulary) matrix of logits (`prefopt.models.chunked_logprobs`). A head that is not a
     plain linear layer (one with an adapter, for example) is computed as a whole nevertheless.
     """
     head, cap = cast(torch.nn.Module, model.get_output_embeddings()), logit_cap(model)
-    hidden = _hidden(model, batch)[batch.predictor_index]
+    states = _hidden(model, batch)
+    hidden = states[batch.predictor_index]
+    of_head = completion_values(model, states[batch.last_token_index]) if values else None
     label_logps: Tensor  # (N,)
     step_entropies: Tensor | None  # (N,)
     step_kl: Tensor | None  # (N,)
@@ -146,9 +155,11 @@ def completion_logps(
     if log_squares is not None:
         alignment = _sum(_by_completion(label_logps.detach() - log_squares, batch)) / batch.lengths
     prefix_logps = _prefix_sums(token_logps, batch) if prefixes else None
+    weighted = None if batch.token_weights is None else _sum(_by_completion(batch.token_weights * label_logps, batch))
     kl = None if step_kl is None else _sum(_by_completion(step_kl, batch))
     distributions = Distributions(hidden.detach(), head, cap)
-    return Logps(_sum(token_logps), batch.lengths, token_logps, surrogate, alignment, prefix_logps, kl, distributions)
+    further = surrogate, alignment, prefix_logps, weighted, of_head, kl, distributions
+    return Logps(_sum(token_logps), batch.lengths, token_logps, *further)
 
 
 def vocabulary_logps(logits: Tensor) -> Tensor:

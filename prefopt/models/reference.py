@@ -12,9 +12,11 @@ import contextlib
 import copy
 import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from prefopt.models import chunked_logprobs, logprobs, packed_attention
 from prefopt.models.fingerprint import loaded_model
 from prefopt.models.frozen import freeze
 from prefopt.models.logprobs import LogprobComputer, Logps
+from prefopt.models.value_head import without_value_head
 from prefopt.objectives import SIDES
 from prefopt.utils import tensor_store
 from prefopt.utils.console import Bar
@@ -38,6 +41,7 @@ from prefopt.utils.tensor_store import TensorCache, hash_tokens
 
 log = logging.getLogger(__name__)
 
+Further = Literal["prefixes", "weighted"]  # the fields of `Logps` that a cache may hold besides the sums
 SPOT_CHECKS = 2  # cached pairs that are computed again, to notice a damaged cache
 # Nats by which the log-prob of the same completion may differ between two layouts, micro-batches or machines, for one
 # token. The tokens' errors are independent, so those of n tokens add up to the root of n. Between micro-batches in
@@ -115,7 +119,7 @@ class Following(Resident):
     def follow(self, policy: PreTrainedModel, done: int) -> bool:
         if done % self.every:
             return False
-        for mine, theirs in zip(self.frozen.parameters(), policy.parameters(), strict=True):
+        for mine, theirs in zip(self.frozen.parameters(), without_value_head(policy).parameters(), strict=True):
             mine.mul_(1 - self.alpha).add_(theirs, alpha=self.alpha)
         return True
 
@@ -150,19 +154,21 @@ class AdapterOff(Reference):
 @dataclass
 class Cached(Reference):
     """`samples` gives the model, for samples. `known` maps the key of a pair to four numbers: the log-probs of its
-    chosen and its rejected completion, and the lengths of these in tokens. Where the objective needs prefixes, their
-    log-probs are two more numbers."""
+    chosen and its rejected completion, and the lengths of these in tokens. Each of the `further` log-probs that the
+    objective needs, fields of `Logps`, is two more numbers."""
 
     samples: "AdapterOff | LoadedOnce"
     known: TensorCache = field(default_factory=TensorCache)
+    further: Sequence[Further] = ()
 
     def logps(self, pairs: Sequence[TokenizedPair], batch: Batch, prefixes: bool = False) -> Logps:
-        known = self.known.get([pair_key(p) for p in pairs])
+        known = self.known.get([pair_key(p, self.further) for p in pairs])
 
         def sides(start: int) -> Tensor:
             return known[:, start : start + 2].T.flatten().to(batch.lengths.device, non_blocking=True)
 
-        return Logps(sides(0), batch.lengths, prefixes=sides(4) if prefixes else None)
+        more = {name: sides(4 + 2 * i) for i, name in enumerate(self.further)}
+        return Logps(sides(0), batch.lengths, prefixes=more.get("prefixes"), weighted=more.get("weighted"))
 
     def model(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
         return self.samples.model()
@@ -194,33 +200,33 @@ def cached(
     score: LogprobComputer,
     samples: AdapterOff | LoadedOnce,
     show: bool = True,
-    prefixes: bool = False,
+    further: Sequence[Further] = (),
 ) -> Cached:
     """The reference with the log-probs of `pairs` by `policy`, whose weights have the digest `weights`. They are read
     from the user's cache; the missing ones are computed by all processes of the run, micro-batch by micro-batch, and
-    added. Meanwhile, other runs that need the same cache wait. With `prefixes` it is another cache, which holds these
-    too.
+    added. Meanwhile, other runs that need the same cache wait. With `further` log-probs it is another cache, which
+    holds these too.
 
     Raises UserError for a damaged file of the cache, and for a cached pair whose log-probs the policy does not confirm.
     """
-    known = TensorCache(cache_folder(policy, weights, layout, score, prefixes), 6 if prefixes else 4)
+    known = TensorCache(cache_folder(policy, weights, layout, score, further), 4 + 2 * len(further))
     # Indices into `pairs`, because all pairs at once may not fit into memory.
-    wanted = {pair_key(pairs[i]): i for i in range(len(pairs))}
+    wanted = {pair_key(pairs[i], further): i for i in range(len(pairs))}
     with known.locked("reference"):
         present = [i for key, i in wanted.items() if key in known]
-        _spot_check(known, [pairs[i] for i in present[:SPOT_CHECKS]], policy, layout, score, prefixes)
+        _spot_check(known, [pairs[i] for i in present[:SPOT_CHECKS]], policy, layout, score, further)
 
         missing = [i for key, i in wanted.items() if key not in known]
 
         def compute(part: Sequence[TokenizedPair]) -> Tensor:
-            return _compute(policy, layout, score, part, prefixes)
+            return _compute(policy, layout, score, part, further)
 
         def keys(part: Sequence[TokenizedPair]) -> list[bytes]:
-            return [pair_key(pair) for pair in part]
+            return [pair_key(pair, further) for pair in part]
 
         add_missing(known, pairs, missing, layout, micro_batch_tokens, SIDES, compute, keys, show)
     log.info(f"  reference: {len(present)} of {len(wanted)} pairs from the cache, {len(missing)} computed")
-    return Cached(samples, known)
+    return Cached(samples, known, further)
 
 
 def add_missing(
@@ -258,28 +264,36 @@ def add_missing(
 
 
 def cache_folder(
-    policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer, prefixes: bool = False
+    policy: PreTrainedModel, weights: str, layout: Layout, score: LogprobComputer, further: Sequence[Further] = ()
 ) -> Path:
     """The folder of these log-probs. Its name is a digest of everything besides the tokens that decides its rows."""
-    decides = [*loaded_model(policy, weights), layout.name, score.precision, prefixes]
+    decides = [*loaded_model(policy, weights), layout.name, score.precision, *further]
     key = fingerprint(decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate)
     return cache_dir() / "reference" / key[:24]
 
 
-def pair_key(pair: TokenizedPair) -> bytes:
-    """A digest of the pair's tokens, the same in every data set."""
-    return hash_tokens(pair.prompt, pair.chosen, pair.rejected)
+def pair_key(pair: TokenizedPair, further: Sequence[Further] = ()) -> bytes:
+    """A digest of the pair's tokens, the same in every data set, and of their weights where the log-probs have them."""
+    texts = [pair.prompt, pair.chosen, pair.rejected]
+    if "weighted" in further:
+        for weights in (pair.chosen_token_weights, pair.rejected_token_weights):
+            texts.append(list(array("f", weights or []).tobytes()))
+    return hash_tokens(*texts)
 
 
 @torch.no_grad()
 def _compute(
-    policy: PreTrainedModel, layout: Layout, score: LogprobComputer, pairs: Sequence[TokenizedPair], prefixes: bool
+    policy: PreTrainedModel,
+    layout: Layout,
+    score: LogprobComputer,
+    pairs: Sequence[TokenizedPair],
+    further: Sequence[Further],
 ) -> Tensor:
-    """(B, 4) float32 on the CPU: log-probs of chosen and rejected, lengths of chosen and rejected. With `prefixes`
-    (B, 6): the log-probs of theirs follow."""
+    """(B, 4) float32 on the CPU: log-probs of chosen and rejected, lengths of chosen and rejected. Two more numbers for
+    each of the `further` log-probs follow."""
     batch = layout.collate(pairs, SIDES).to(policy.device)
-    logps = score(policy, batch, prefixes=prefixes)
-    parts = [logps.sums, logps.lengths, *([] if logps.prefixes is None else [logps.prefixes])]
+    logps = score(policy, batch, prefixes="prefixes" in further)
+    parts = [logps.sums, logps.lengths, *(getattr(logps, name) for name in further)]
     return torch.cat([part.view(2, -1).T.cpu() for part in parts], 1)
 
 
@@ -289,11 +303,12 @@ def _spot_check(
     policy: PreTrainedModel,
     layout: Layout,
     score: LogprobComputer,
-    prefixes: bool,
+    further: Sequence[Further],
 ) -> None:
     """Raises UserError if the cached log-probs of `pairs` differ from the policy's by more than rounding."""
     for pair in pairs:
-        (written,), (computed,) = known.get([pair_key(pair)]), _compute(policy, layout, score, [pair], prefixes)
+        (written,) = known.get([pair_key(pair, further)])
+        (computed,) = _compute(policy, layout, score, [pair], further)
         wrong, lengths = (computed - written).abs(), computed[2:4]
         if not (wrong[:2] <= rounding(score.precision, lengths)).all() or wrong[2:4].any():
             raise unconfirmed(f"pair {pair.id}", known, wrong[:2])

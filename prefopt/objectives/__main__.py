@@ -65,6 +65,11 @@ SPECIAL = (
         lambda o: "rewards" in o.needs and "others" not in o.completions,
     ),
     Group(
+        "With weights of tokens in the rows",
+        "They read a number for each token of a completion, which `prefopt token_weights` writes.",
+        lambda o: "token_weights" in o.needs,
+    ),
+    Group(
         "On all responses to a prompt",
         "They read groups: rows of scored responses, with dataset.format.pairing=group.",
         lambda o: "others" in o.completions,
@@ -122,7 +127,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def _needs(objective: Objective) -> str:
     # The loop makes the others, no user provides them.
-    made = {"noise", "mismatched", "on_policy", "prefixes", "sequential_kl", "initial", "tokens"}
+    made = {"noise", "mismatched", "on_policy", "prefixes", "sequential_kl", "initial", "tokens", "values"}
     return ", ".join(sorted(objective.needs - made)) or "–"
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Need = Literal[
     "reference", "rewards", "entropies", "on_policy", "prefixes", "sequential_kl", "noise", "mismatched", "initial",
-    "tokens",
+    "tokens", "token_weights", "values",
 ]  # fmt: skip
 Scope = Literal["pair", "micro_batch", "step"]
 Purpose = Literal["noisy_labels", "online"]
@@ -41,6 +41,10 @@ DIFFERENTIABLE = (
     "policy_rejected_logps",
     "policy_chosen_prefix_logps",
     "policy_rejected_prefix_logps",
+    "policy_chosen_weighted_logps",
+    "policy_rejected_weighted_logps",
+    "policy_chosen_values",
+    "policy_rejected_values",
     "chosen_entropies",
     "rejected_entropies",
     "chosen_kl",
@@ -71,6 +75,10 @@ class PairInputs:
       much it looks like a sample of the policy. It carries no gradient.
     * `policy_*_prefix_logps`, and with `reference` also `reference_*_prefix_logps` (`prefixes`): as the log-probs, but
       over the completion's first m tokens, where m is the length of the pair's shorter completion.
+    * `policy_*_weighted_logps`, and with `reference` also `reference_*_weighted_logps` (`token_weights`): as the
+      log-probs, but each token's times its weight, from the rows.
+    * `policy_*_values` (`values`): the outputs of a value head beside the policy at the completion's last token, in
+      (-1, 1). The head is made, and trained, where an objective needs it.
     * `*_kl` (`sequential_kl`): sum over the completion's tokens of KL(pi_ref || pi) between the distributions of the
       token, in nats. The reference must be a model that scores every batch, and no cache.
     * `mismatched_*_logratios` (`mismatched`): log pi - log pi_ref of this pair's prompt with the completions of another
@@ -95,6 +103,12 @@ class PairInputs:
     policy_rejected_prefix_logps: Tensor = _ABSENT
     reference_chosen_prefix_logps: Tensor = _ABSENT
     reference_rejected_prefix_logps: Tensor = _ABSENT
+    policy_chosen_weighted_logps: Tensor = _ABSENT
+    policy_rejected_weighted_logps: Tensor = _ABSENT
+    policy_chosen_values: Tensor = _ABSENT
+    policy_rejected_values: Tensor = _ABSENT
+    reference_chosen_weighted_logps: Tensor = _ABSENT
+    reference_rejected_weighted_logps: Tensor = _ABSENT
     chosen_rewards: Tensor = _ABSENT
     rejected_rewards: Tensor = _ABSENT
     chosen_entropies: Tensor = _ABSENT

@@ -22,6 +22,7 @@ METHODS = (
     "aot", "aot_unpaired", "apo_down", "apo_zero", "arpo", "bco", "budget",
     "discopop", "dpo_norm", "dpop", "exo", "nca", "r_dpo", "simper",
     "slic", "wpo", "grpo", "rloo", "ld_dpo", "tdpo", "symmpo",
+    "tis_dpo", "svpo",
 )  # fmt: skip
 
 

@@ -34,10 +34,11 @@ from prefopt.models.lora import (
 )
 from prefopt.models.multi_reference import MultiReference
 from prefopt.models.packed_attention import enable_packed_attention
-from prefopt.models.reference import AdapterOff, Cached, Following, LoadedOnce, Reference, Resident
+from prefopt.models.reference import AdapterOff, Cached, Following, Further, LoadedOnce, Reference, Resident
 from prefopt.models.router import RouterLoss, balancing_loss, has_experts
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives import SIDES
-from prefopt.objectives.base import Objective
+from prefopt.objectives.base import Need, Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
 from prefopt.utils.distributed import main_process_first, world_size
@@ -83,6 +84,8 @@ def build_data(config: TrainConfig, objective: Objective) -> tuple[PreTrainedTok
             f"max_completion_tokens={config.max_completion_tokens}, or take another model."
         )
     check_kind(config, objective, data["train"].counts["kind"])
+    for name, split in data.items():
+        check_token_weights(objective, name, split.counts)
     if objective.linked:
         data = {name: link(split, f"{name} split of {config.dataset.name}") for name, split in data.items()}
     return tokenizer, data
@@ -104,6 +107,17 @@ def check_kind(config: TrainConfig, objective: Objective, kind: str) -> None:
         raise UserError(
             f"objective {objective.name} compares two completions, and {config.dataset.name} holds groups: give "
             "dataset.format.pairing=best_worst, best_random or all."
+        )
+
+
+def check_token_weights(objective: Objective, split: str, counts: dict[str, Any]) -> None:
+    """Raise UserError where the objective needs weights for the tokens of all pairs, and some have none."""
+    lacking = counts["items"] - counts["kept"].get("token_weights", 0)
+    if "token_weights" in objective.needs and lacking:
+        raise UserError(
+            f"objective {objective.name} needs weights for the tokens of both completions, and {lacking} of "
+            f"{counts['items']} {split} items have none. Give chosen_token_weights and rejected_token_weights in the "
+            "rows (other names: dataset.columns); prefopt token_weights writes them."
         )
 
 
@@ -245,14 +259,16 @@ def build_reference(
         return Cached(samples)  # such an objective compares no pairs: the reference scores samples only
 
     pairs = reference_pairs(config, objective, train_pairs, heldout_pairs)
-    show, prefixes = config.logger.progress, "prefixes" in objective.needs
+    show = config.logger.progress
+    names: dict[Need, Further] = {"prefixes": "prefixes", "token_weights": "weighted"}
+    further = [name for need, name in names.items() if need in objective.needs]
 
     def cached(model: PreTrainedModel, digest: str) -> Cached:
         tokens = config.micro_batch_tokens
         if "others" in objective.completions:
             each = "tokens" in objective.needs
             return cached_groups(model, digest, pairs, layout, tokens, score, samples, each, show)
-        return prefopt.models.reference.cached(model, digest, pairs, layout, tokens, score, samples, show, prefixes)
+        return prefopt.models.reference.cached(model, digest, pairs, layout, tokens, score, samples, show, further)
 
     members = [cached(model, digest)]
     for other in further_references(config):
@@ -332,10 +348,13 @@ def build_router_loss(config: TrainConfig, policy: PreTrainedModel) -> RouterLos
     return RouterLoss(policy, coef) if coef else None
 
 
-def build_engine(config: TrainConfig, policy: PreTrainedModel) -> Engine:
-    """Make `policy` trainable, with its new adapter and activation checkpointing, and give it an optimizer."""
+def build_engine(config: TrainConfig, objective: Objective, policy: PreTrainedModel) -> Engine:
+    """Make `policy` trainable, with its new adapter, the value head that the objective needs and activation
+    checkpointing, and give it an optimizer."""
     if config.peft.target_modules:
         add_adapter(policy, config.peft, config.seed)
+    if "values" in objective.needs:
+        add_value_head(policy)
     log.info(f"  {format_trained(config, policy)}")
     if config.gradient_checkpointing:
         checkpoint_activations(policy)

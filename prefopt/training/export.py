@@ -25,6 +25,7 @@ from prefopt.errors import UserError
 from prefopt.models import load, lora
 from prefopt.models.lora import add_adapter, merge, merge_adapter, save_adapter
 from prefopt.models.transformers4 import write_tokenizer
+from prefopt.models.value_head import without_value_head
 from prefopt.training import checkpoint
 from prefopt.training.config import TrainConfig
 from prefopt.utils.files import resolve_path, write_plain_json
@@ -77,7 +78,8 @@ class PolicyExporter:
         check_loads(policy, folder / "policy", {name: t for file in files.values() for name, t in file.items()})
 
     def __call__(self, policy: PreTrainedModel, target: Path, evaluations: list[dict[str, Any]]) -> None:
-        """Write `policy` as it is in training into `target`."""
+        """Write `policy` as it is in training into `target`, without a value head."""
+        policy = without_value_head(policy)
         if checkpoint.is_one_adapter(self.config, policy):
             self._write_adapter(policy, target, self.card(evaluations))
         else:
@@ -86,6 +88,7 @@ class PolicyExporter:
     def final(self, policy: PreTrainedModel, target: Path, evaluations: list[dict[str, Any]]) -> str | None:
         """Write `policy`, which is not trained any more, into `target`. Returns the digest of its whole weights; of an
         adapter, None."""
+        policy = without_value_head(policy)
         if checkpoint.is_one_adapter(self.config, policy) and not self.config.merge_adapter:
             self(policy, target, evaluations)
             return None

@@ -52,6 +52,7 @@ def forward_pairs(
     if found is not None:
         inputs |= split_completions(train_state, "reference_{}_logps", found.sums, batch)
         inputs |= split_completions(train_state, "reference_{}_prefix_logps", found.prefixes, batch)
+        inputs |= split_completions(train_state, "reference_{}_weighted_logps", weighted(train_state, found), batch)
     inputs |= split_completions(train_state, "{}_lengths", batch.lengths, batch)
     weights = torch.tensor([pair.weight for pair in micro_batch.pairs], dtype=torch.float32)
     inputs["weights"] = weights.to(batch.lengths.device, non_blocking=True)
@@ -90,15 +91,23 @@ def forward_policy(
     needs = train_state.objective.needs
     further = "entropies" in needs, "on_policy" in needs, "prefixes" in needs
     distributions = reference.distributions if reference and "sequential_kl" in needs else None
-    logps = train_state.score(train_state.engine.policy, batch, *further, distributions)
+    logps = train_state.score(train_state.engine.policy, batch, *further, distributions, "values" in needs)
     tensors = (
         split_completions(train_state, "policy_{}_logps", logps.sums, batch)
+        | split_completions(train_state, "policy_{}_values", logps.values, batch)
         | split_completions(train_state, "{}_entropies", logps.entropies, batch)
         | split_completions(train_state, "{}_on_policy", logps.on_policy, batch)
         | split_completions(train_state, "policy_{}_prefix_logps", logps.prefixes, batch)
+        | split_completions(train_state, "policy_{}_weighted_logps", weighted(train_state, logps), batch)
         | split_completions(train_state, "{}_kl", logps.sequential_kl, batch)
     )
     return tensors, logps
+
+
+def weighted(train_state: TrainState, logps: Logps) -> Tensor | None:
+    """`Logps.weighted` where the objective reads it: rows may hold weights of tokens for another one, and some rows
+    alone."""
+    return logps.weighted if "token_weights" in train_state.objective.needs else None
 
 
 def split_completions(train_state: TrainState, name: str, values: Tensor | None, batch: Batch) -> dict[str, Any]:

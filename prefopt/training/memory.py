@@ -28,6 +28,7 @@ from prefopt.models.load import finalize, fit_tokenizer
 from prefopt.models.logprobs import LogprobComputer, Logps, autocast_weight_cache
 from prefopt.models.lora import add_adapter, checkpoint_activations, freeze_unreached, train_mode
 from prefopt.models.reference import AdapterOff, Following, Reference, Resident
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives.base import Objective
 from prefopt.training.config import TrainConfig
 from prefopt.training.engine import Engine
@@ -90,6 +91,8 @@ class TracedStep:
         self.loaded = weight_bytes(policy, config.peft.quantize)
         if config.peft.target_modules:
             add_adapter(policy, config.peft, config.seed)
+        if "values" in objective.needs:
+            add_value_head(policy)
         # What an engine for several processes holds in bfloat16 while it computes, and trains in float32.
         self.rounded: Set[Tensor] = set()
         if config.precision == "bfloat16" and config.engine.name != "single" and not config.peft.target_modules:
@@ -276,7 +279,7 @@ class Cached(Reference):
     def logps(self, pairs: Sequence[TokenizedPair], batch: Any, prefixes: bool = False) -> Logps:
         zeros = torch.zeros_like(batch.lengths)
         tokens = torch.zeros(len(batch.lengths), batch.longest)
-        return Logps(zeros, batch.lengths, tokens, prefixes=zeros if prefixes else None)
+        return Logps(zeros, batch.lengths, tokens, prefixes=zeros if prefixes else None, weighted=zeros)
 
     def model(self) -> Any:
         raise NotImplementedError

@@ -279,6 +279,11 @@ def prepare_online(config: OnlineConfig) -> "tuple[Objective, RewardScorer, list
     scorer = build(config.scorer, RewardScorer, "scorer")
     if objective.model_kind == "reward_model":
         raise UserError(f"objective {objective.name} does not train a policy; take one that does, such as dpo.")
+    if "token_weights" in objective.needs:
+        raise UserError(
+            f"objective {objective.name} reads weights of tokens, which a stage's own responses do not have: take "
+            "another one, such as dpo."
+        )
     if config.stage_reference == "accelerated":
         check_multi_reference(objective, "stage_reference=accelerated")
     check_push(config.push_to_hub)

@@ -134,7 +134,11 @@ def build_components(config: TrainConfig) -> "tuple[Objective, Schedule, RewardS
 
 def check_multi_reference(objective: "Objective", key: str) -> None:
     """Raise UserError where the objective cannot be given several references, which `key` asks for."""
-    parts = {"prefixes": "the parts of completions", "sequential_kl": "distributions at each token"}
+    parts = {
+        "prefixes": "the parts of completions",
+        "token_weights": "the tokens of completions",
+        "sequential_kl": "distributions at each token",
+    }
     reads = [text for need, text in parts.items() if need in objective.needs]
     if "reference" not in objective.needs:
         reads = ["no reference"]
@@ -314,7 +318,7 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
     with memory_for("making the optimizer", "peft=lora_attention, or engine=fsdp on more GPUs"):
-        engine = build_engine(config, policy)
+        engine = build_engine(config, objective, policy)
     log_wrapped(log, memory_line(config, engine))
     router_loss = build_router_loss(config, policy)
     if is_main_process():

@@ -1,5 +1,6 @@
 """Where the prompt ends, where the completion ends, and which pairs are dropped."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefopt.config.schema import DatasetConfig
 from prefopt.data.collate import Group, padded
+from prefopt.data.dataset import load_split
 from prefopt.data.formats import Pairs, Steps
 from prefopt.data.items import Pair
 from prefopt.data.tokenize import encode_completion, encode_prompt, tokenize
@@ -179,3 +182,43 @@ def test_a_weight_comes_from_the_row_to_the_tokens():
     for bad in (-1, "heavy", float("nan"), True):
         with pytest.raises(ValueError, match="field 'weight' must be a finite number of at least 0"):
             Pairs()(row | {"weight": bad})
+
+
+def test_token_weights_come_from_the_row_to_each_token():
+    """As long as the whole completion with its terminator, and cut with it."""
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A stone."}
+    ((plain,), *_) = tokenize(tokenizer, [Pairs()(row)], 100, 100)
+    assert plain.chosen_token_weights is plain.rejected_token_weights is None
+    assert plain.chosen[-1] == tokenizer.eos_token_id
+    weights = {
+        f"{side}_token_weights": [0.5 * i for i in range(len(getattr(plain, side)))] for side in ("chosen", "rejected")
+    }
+    for limit in (100, 3):
+        ((pair,), _, noted) = tokenize(tokenizer, [Pairs()(row | weights)], 100, limit)
+        assert noted["token_weights"] == 1
+        for side in ("chosen", "rejected"):
+            assert getattr(pair, side) == getattr(plain, side)[:limit]
+            assert getattr(pair, f"{side}_token_weights") == weights[f"{side}_token_weights"][:limit]
+
+
+def test_token_weights_that_do_not_fit_are_refused(tmp_path):
+    tokenizer, file = tiny_tokenizer(), tmp_path / "pairs.jsonl"
+    row = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A stone."}
+    ((pair,), *_) = tokenize(tokenizer, [Pairs()(row)], 100, 100)
+    n, m = len(pair.chosen), len(pair.rejected)
+    fitting = row | {"chosen_token_weights": [1] * n, "rejected_token_weights": [1] * m}
+    rows = [fitting | {"prompt": "Name another."}, fitting | {"chosen_token_weights": [1] * (n - 1)}]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = DatasetConfig("t", str(file), format={"_target_": "prefopt.data.formats.Pairs"}, heldout_share=0.0)
+    expected = rf"pairs.jsonl, row 2: chosen_token_weights holds {n - 1} numbers, and the completion has {n} tokens"
+    with pytest.raises(UserError, match=expected):
+        tokenize(tokenizer, list(load_split(config, "train")), 100, 100)
+
+    for bad, message in (
+        ({"rejected_token_weights": None}, "'rejected_token_weights' is missing"),
+        ({"chosen_token_weights": "1 2"}, "'chosen_token_weights' must be a list of numbers"),
+        ({"chosen_token_weights": [1] * (n - 1) + [float("nan")]}, "each of 'chosen_token_weights' must be a finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pairs()(fitting | bad)

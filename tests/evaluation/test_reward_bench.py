@@ -34,6 +34,7 @@ from prefopt.objectives.mappo import MaPPO
 from prefopt.objectives.sft import SFT
 from prefopt.objectives.simpo import SimPO
 from prefopt.objectives.tdpo import TDPO
+from prefopt.objectives.tis_dpo import TISDPO
 from prefopt.reporting.summary import evaluation_columns
 from prefopt.rewards.reward_model import LogLikelihood, RewardModel, keep_end
 from prefopt.rewards.rows import requests_of
@@ -213,7 +214,8 @@ def test_what_is_cut_is_the_beginning():
 
 def test_the_implicit_reward_is_the_score_that_the_run_has_trained():
     dpo, simpo = DPO(beta=0.1), SimPO(beta=2.0, gamma_beta_ratio=0.5)
-    assert [scores_of(o) for o in (dpo, simpo, MaPPO(base=simpo), SFT(), TDPO(0.1))] == [dpo, simpo, simpo, None, None]
+    others = SFT(), TDPO(0.1), TISDPO(0.1)
+    assert [scores_of(o) for o in (dpo, simpo, MaPPO(base=simpo), *others)] == [dpo, simpo, simpo, None, None, None]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from prefopt.objectives.__main__ import markdown
 from prefopt.objectives.base import Objective
 from prefopt.prefetch import PrefetchConfig
 from prefopt.reporting.config import ClaimsConfig, CompareConfig, DataReportConfig, PapersConfig, ReportConfig
-from prefopt.rewards.config import ScoreConfig
+from prefopt.rewards.config import ScoreConfig, TokenWeightsConfig
 from prefopt.tracking.status import RunsConfig
 from prefopt.training.config import OnlineConfig, TrainConfig, check
 from prefopt.training.optim import Schedule
@@ -59,6 +59,7 @@ SCHEMAS: dict[str, type] = {
     "sample": SampleConfig,
     "score": ScoreConfig,
     "rank": RankConfig,
+    "token_weights": TokenWeightsConfig,
     "report": ReportConfig,
     "papers": PapersConfig,
     "runs": RunsConfig,

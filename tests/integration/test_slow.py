@@ -24,6 +24,7 @@ from prefopt.models.load import checkpoint_path, compile_layers, load_model, loa
 from prefopt.models.logprobs import LogprobComputer, completion_logps
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.models.reference import Resident, cached, rounding
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives import SIDES
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import Objective
@@ -36,6 +37,7 @@ from prefopt.training.state import TrainState
 from prefopt.training.step import train_step
 from tests.data.test_data import dataset
 from tests.helpers.tiny import ROOT, records, run_program, tiny_model
+from tests.training.test_loop import with_token_weights
 
 pytestmark = pytest.mark.slow
 THREADS = len(os.sched_getaffinity(0))
@@ -176,6 +178,8 @@ def test_each_relative_trains_the_real_model(objective, smollm2):
     ]
     pairs, drops, _ = tokenize(tokenizer, items, 512, 24)
     assert not drops
+    if "token_weights" in objective.needs:
+        pairs = list(map(with_token_weights, pairs))
     optimizer = OptimizerConfig(2e-5, [0.9, 0.999], 1e-8, 0.0, 1.0)
     config = TrainConfig(
         steps=8, batch_size=2, micro_batch_tokens=2048, seed=0, logits="tiled", precision="float32",
@@ -183,7 +187,10 @@ def test_each_relative_trains_the_real_model(objective, smollm2):
         optimizer=optimizer, logger=LoggerConfig(progress=False),
     )  # fmt: skip
     reference = Resident(model.requires_grad_(False), LogprobComputer("float32"))
-    engine = Engine(copy.deepcopy(model).requires_grad_(True), optimizer)
+    policy = copy.deepcopy(model).requires_grad_(True)
+    if "values" in objective.needs:
+        add_value_head(policy)
+    engine = Engine(policy, optimizer)
     state = TrainState(
         config, None, objective, Constant(0.0), engine, reference, tokenizer, pairs, [], [], None, LAYOUTS["padded"]
     )

@@ -102,6 +102,7 @@ def test_a_run_with_two_references(overrides, tmp_path):
         (["reference=resident"], "multi_reference.models are scored once"),
         (["objective=simpo"], "objective simpo reads no reference"),
         (["objective=ld_dpo"], "objective ld_dpo reads the parts of completions"),
+        (["objective=tis_dpo"], "objective tis_dpo reads the tokens of completions"),
         (["objective=tdpo"], "objective tdpo reads distributions at each token"),
     ],
 )

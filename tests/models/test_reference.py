@@ -1,6 +1,8 @@
 """The reference in its three forms, and the cache on disk: made once, complete, checked, shared."""
 
 import multiprocessing
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +32,19 @@ def pairs(n: int, start: int = 0) -> list[TokenizedPair]:
     ]
 
 
+def weighted(wanted: list[TokenizedPair], seed: int = 0) -> list[TokenizedPair]:
+    """With weights for the tokens."""
+    draw = random.Random(seed).uniform
+    return [
+        replace(
+            pair,
+            chosen_token_weights=[draw(0, 2) for _ in pair.chosen],
+            rejected_token_weights=[draw(0, 2) for _ in pair.rejected],
+        )
+        for pair in wanted
+    ]
+
+
 def policy(seed: int = 0):
     model = tiny_model(50, seed).eval()
     enable_packed_attention(model)
@@ -39,9 +54,9 @@ def policy(seed: int = 0):
 SAMPLES = LoadedOnce(policy, "cpu")
 
 
-def make(wanted: list[TokenizedPair], model=None, weights: str = "w", prefixes: bool = False) -> Cached:
+def make(wanted: list[TokenizedPair], model=None, weights: str = "w", further=()) -> Cached:
     model = model or policy()
-    return cached(model, weights, wanted, PACKED, 100, SCORE, SAMPLES, False, prefixes)
+    return cached(model, weights, wanted, PACKED, 100, SCORE, SAMPLES, False, further)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +85,7 @@ def test_every_form_gives_the_same_bits():
     expected = Resident.copy_of(model, SCORE).logps(wanted[3:7], batch, prefixes=True)
     for found in (
         make(wanted, model).logps(wanted[3:7], batch),
-        make(wanted, model, prefixes=True).logps(wanted[3:7], batch, prefixes=True),
+        make(wanted, model, further=["prefixes"]).logps(wanted[3:7], batch, prefixes=True),
     ):
         assert torch.equal(found.sums, expected.sums)
     assert torch.equal(found.prefixes, expected.prefixes)
@@ -145,8 +160,37 @@ def test_other_weights_precision_layout_and_contents_have_files_of_their_own(cac
     make(wanted, policy(1), "other")
     cached(policy(), "w", wanted, PACKED, 100, LogprobComputer("bfloat16"), SAMPLES, show=False)
     cached(tiny_model(50).eval(), "w", wanted, LAYOUTS["padded"], 100, SCORE, SAMPLES, show=False)
-    make(wanted, prefixes=True)
-    assert len(list(cache.iterdir())) == 5
+    make(wanted, further=["prefixes"])
+    make(weighted(wanted), further=["weighted"])
+    assert len(list(cache.iterdir())) == 6
+
+
+def test_the_cache_holds_weighted_log_probs_of_these_weights():
+    """Bit for bit those of a resident reference, in another batch; other weights of the same tokens are other rows."""
+    model, some, others = policy(), weighted(pairs(20)), weighted(pairs(20), seed=1)
+    resident = Resident.copy_of(model, SCORE)
+    known = make([*some, *others], model, further=["weighted"])
+    for wanted in (some, others):
+        batch = PACKED.collate(wanted[3:7])
+        found, expected = known.logps(wanted[3:7], batch), resident.logps(wanted[3:7], batch)
+        assert torch.equal(found.sums, expected.sums)
+        assert torch.equal(found.weighted, expected.weighted)
+        by_hand = [
+            sum(weight * value for weight, value in zip(weights, values, strict=False))
+            for weights, values in zip(
+                [getattr(p, f"{side}_token_weights") for side in ("chosen", "rejected") for p in wanted[3:7]],
+                expected.tokens.tolist(),
+                strict=True,
+            )
+        ]
+        assert found.weighted.tolist() == pytest.approx(by_hand)
+    assert pair_key(some[0]) == pair_key(others[0])
+    assert pair_key(some[0], ["weighted"]) != pair_key(others[0], ["weighted"])
+    ones = [replace(p, chosen_token_weights=[1.0] * len(p.chosen), rejected_token_weights=[1.0] * len(p.rejected))
+            for p in some]  # fmt: skip
+    plain = resident.logps(ones, PACKED.collate(ones))
+    assert torch.equal(plain.weighted, plain.sums)
+    assert resident.logps(pairs(4), PACKED.collate([*some[:3], *pairs(1)])).weighted is None
 
 
 def test_values_that_the_model_does_not_give_are_refused():

@@ -39,8 +39,10 @@ from prefopt.objectives.simper import SimPER
 from prefopt.objectives.simpo import SimPO
 from prefopt.objectives.slic import SLiC
 from prefopt.objectives.sppo import SPPO
+from prefopt.objectives.svpo import SVPO
 from prefopt.objectives.symmpo import SymMPO
 from prefopt.objectives.tdpo import TDPO
+from prefopt.objectives.tis_dpo import TISDPO
 from tests.objectives.test_objectives import by_hand, dpo, inputs, means, moved, pairs, ratios, sigmoid, swapped
 
 
@@ -97,9 +99,22 @@ def ld_dpo(p, beta, alpha):
     return -math.log(sigmoid(beta * (u("chosen") - u("rejected"))))
 
 
+def tis_dpo(p, beta):
+    u_w, u_l = (
+        p[f"policy_{side}_weighted_logps"] - p[f"reference_{side}_weighted_logps"] for side in ("chosen", "rejected")
+    )
+    return -math.log(sigmoid(beta * (u_w - u_l)))
+
+
 def tdpo(p, beta, alpha):
     u_w, u_l = ratios(p)
     return -math.log(sigmoid(beta * (u_w - u_l - alpha * (p["rejected_kl"] - p["chosen_kl"]))))
+
+
+def svpo(p, beta, weight, margin):
+    v_w, v_l = p["policy_chosen_values"], p["policy_rejected_values"]
+    of_values = (v_w - p["chosen_rewards"]) ** 2 + (v_l - p["rejected_rewards"]) ** 2 + max(0.0, margin - (v_w - v_l))
+    return dpo(p, beta) + weight * of_values
 
 
 FORMULAS = {
@@ -124,6 +139,8 @@ FORMULAS = {
         ),
     ),
     "ld_dpo": (LDDPO(0.3, alpha=0.3), lambda p: ld_dpo(p, 0.3, 0.3)),
+    "tis_dpo": (TISDPO(0.3), lambda p: tis_dpo(p, 0.3)),
+    "svpo": (SVPO(0.3, value_weight=0.7, margin=1.2), lambda p: svpo(p, 0.3, 0.7, 1.2)),
     "tdpo-1": (TDPO(0.3, alpha=1.0, stop_gradient=False), lambda p: tdpo(p, 0.3, 1.0)),
     "tdpo-2": (TDPO(0.3), lambda p: tdpo(p, 0.3, 0.5)),
     "dpop": (DPOP(0.05, penalty=3.0), lambda p: dpop(p, 0.05, 3.0)),
@@ -162,6 +179,7 @@ LIMITS = {
     "budget without penalty is DPO": (Budget(0.3, penalty=0.0), DPO(0.3), 0.0),
     "budget with a large one is DPO": (Budget(0.3, budget=1e3), DPO(0.3), 0.0),
     "ld_dpo at alpha 1 is DPO": (LDDPO(0.3, alpha=1.0), DPO(0.3), 0.0),
+    "svpo without its values is DPO": (SVPO(0.3, value_weight=0.0), DPO(0.3), 0.0),
     "tdpo without alpha is DPO": (TDPO(0.3, alpha=0.0), DPO(0.3), 0.0),
     "alpha_po tends to SimPO": (AlphaPO(2.5, 0.5, alpha=1e-7), SimPO(2.5, 0.5), 1e-4),
     "alpha_dpo without alpha is SimPO": (AlphaDPO(2.5, 0.5, alpha=0.0), SimPO(2.5, 0.5), 0.0),
@@ -458,6 +476,8 @@ def test_a_swap_of_the_sides_is_known_exactly():
         lambda: DPOP(0.0),
         lambda: RDPO(0.1, alpha=-0.1),
         lambda: LDDPO(0.1, alpha=1.5),
+        lambda: SVPO(0.1, value_weight=-1.0),
+        lambda: SVPO(0.1, margin=-0.1),
         lambda: EXO(0.1, label_smoothing=0.0),
         lambda: EXO(0.1, label_smoothing=0.5),
         lambda: BCO(0.1, shift="mean"),

@@ -111,6 +111,12 @@ def inputs(objective: Objective | None = None, n: int = 4, scale: float = 10.0, 
         for model in ("policy", *(["reference"] if "reference" in needs else [])):
             for side in ("chosen", "rejected"):
                 values[f"{model}_{side}_prefix_logps"] = -draw() / scale * values[f"{model}_{side}_logps"]
+    if "token_weights" in needs:
+        for model in ("policy", *(["reference"] if "reference" in needs else [])):
+            for side in ("chosen", "rejected"):
+                values[f"{model}_{side}_weighted_logps"] = 1.5 * draw()
+    if "values" in needs:
+        values |= {"policy_chosen_values": -draw() / scale, "policy_rejected_values": draw() / scale}
     if "on_policy" in needs:
         values |= {"chosen_on_policy": -draw() / scale, "rejected_on_policy": draw() / scale}
     if "sequential_kl" in needs:
@@ -182,7 +188,7 @@ def test_finite_at_extreme_scores(objective, chosen, rejected):
         if objective.model_kind == "reward_model":
             x = moved(x, **{f"policy_{side}_rewards": shift})
         else:
-            names = (f"{model}_{side}_logps", f"{model}_{side}_prefix_logps")
+            names = [f"{model}_{side}_{kind}" for kind in ("logps", "prefix_logps", "weighted_logps")]
             x = moved(x, **{name: -abs(shift) for name in names if name in x.tensors()})
     leaves = [getattr(x, name).requires_grad_() for name in DIFFERENTIABLE if name in x.tensors()]
     output = objective(x)
@@ -208,6 +214,8 @@ def test_needs_are_exactly_what_is_read(objective):
         "mismatched": "mismatched_",
         "on_policy": "_on_policy",
         "prefixes": "_prefix_",
+        "token_weights": "_weighted_",
+        "values": "_values",
         "sequential_kl": "_kl",
     }
     x = inputs(objective)
@@ -308,6 +316,8 @@ SHIFT_INVARIANT = {
     *(
         "wpo",
         "ld_dpo",
+        "tis_dpo",
+        "svpo",
         "tdpo",
         "tdpo-1",
         "simpo-sums",
@@ -402,8 +412,9 @@ def test_the_groups_answer_what_they_ask():
     members = {group.heading: {listed.name for listed in found} for group, found in groups()}
     assert set.union(*members.values()) == set(DEFAULTS)
     assert members["Without a reference model"] >= {"simpo", "cpo", "orpo", "rrhf", "slic", "simper", "arpo"}
-    assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching"}
+    assert members["With rewards in the rows"] == {"madpo", "mappo", "margin_matching", "svpo"}
     assert members["For noisy labels"] >= {"robust_dpo", "margin_matching"}
+    assert members["With weights of tokens in the rows"] == {"tis_dpo"}
     assert members["On all responses to a prompt"] == {"grpo", "rloo"}
     assert members["Online"] == {"mappo", "sppo", "grpo", "rloo"}
     assert members["Not of preferences"] == {"sft", "reward"}

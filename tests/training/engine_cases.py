@@ -90,6 +90,8 @@ FEATURES = {
     "resident": ["reference=resident"],
     "kl": ["objective=tdpo", "reference=resident"],
     "kl-off": ["objective=tdpo", "reference=adapter_off", *LORA],
+    "values": ["objective=svpo"],
+    "values-off": ["objective=svpo", "reference=adapter_off", *LORA],
     "checkpointing": ["gradient_checkpointing=true"],
     "padded": ["layout=padded", "logits=dense"],
     "prefix_shared": ["layout=prefix_shared"],

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefopt.config.schema import OptimizerConfig
 from prefopt.data.collate import LAYOUTS
 from prefopt.data.mismatch import with_mismatched
+from prefopt.models.frozen import VALUE_HEAD
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.lora import checkpoint_activations, train_mode
 from prefopt.models.packed_attention import enable_packed_attention
@@ -27,7 +28,9 @@ from prefopt.objectives.kto import KTO
 from prefopt.objectives.ld_dpo import LDDPO
 from prefopt.objectives.mmpo import MMPO
 from prefopt.objectives.sft import SFT
+from prefopt.objectives.svpo import SVPO
 from prefopt.objectives.tdpo import TDPO
+from prefopt.objectives.tis_dpo import TISDPO
 from prefopt.objectives.wpo import WPO
 from prefopt.training.step import accumulate_gradients, train_step
 from tests.training.test_loop import make_train_state
@@ -35,14 +38,16 @@ from tests.training.test_loop import make_train_state
 
 def with_adapter(train_state):
     """LoRA on the policy, whose trainable weights it replaces; not zero, so that policy and reference differ."""
+    policy = train_state.engine.policy
     torch.manual_seed(1)
-    train_state.engine.policy.add_adapter(
-        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
+    policy.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    if hasattr(policy, VALUE_HEAD):
+        torch.nn.init.normal_(policy.value_head.requires_grad_(True).weight, std=0.3)
     train_state.engine.parameters = {n: p for n, p in train_state.engine.policy.named_parameters() if p.requires_grad}
     return train_state
 
 
+FURTHER = {"prefixes": "prefixes", "token_weights": "weighted"}
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 0.25]
 
 
@@ -60,7 +65,9 @@ def one_step(
     if mode == "resident":
         train_state.reference = Resident.copy_of(policy, score)
     elif mode == "cached" and objective.completions == ("chosen", "rejected"):
-        pairs = [*train_state.train_pairs, *(p.mismatched for p in with_mismatched(train_state.train_pairs[:7]))]
+        pairs = list(train_state.train_pairs)
+        if "mismatched" in objective.needs:
+            pairs += [p.mismatched for p in with_mismatched(pairs[:7])]
         train_state.reference = cached(
             policy,
             layout,
@@ -70,7 +77,7 @@ def one_step(
             score,
             lambda: policy,
             show=False,
-            prefixes="prefixes" in objective.needs,
+            further=[name for need, name in FURTHER.items() if need in objective.needs],
         )
     with_adapter(train_state)
     if mode == "adapter_off":
@@ -94,6 +101,13 @@ class OverTheStep(TDPO):
     scope = "step"
 
 
+@dataclass(frozen=True)
+class WeightedOverTheStep(TISDPO):
+    """Weighted log-probs in two passes."""
+
+    scope = "step"
+
+
 OBJECTIVES = {
     "dpo": DPO(0.5),
     "beta_dpo": BetaDPO(0.5, nll_weight=0.1),
@@ -101,6 +115,9 @@ OBJECTIVES = {
     "kto": KTO(0.5),
     "wpo": WPO(0.5, max_weight=None),
     "ld_dpo": LDDPO(0.5, alpha=0.3),
+    "tis_dpo": TISDPO(0.5),
+    "tis_dpo-step": WeightedOverTheStep(0.5),
+    "svpo": SVPO(0.5, margin=0.5),
     "tdpo": TDPO(0.5, alpha=1.0, stop_gradient=False),
     "tdpo-step": OverTheStep(0.5),
     "sft": SFT(),
@@ -179,6 +196,62 @@ def test_a_weight_multiplies_the_loss_of_its_pair(name, tmp_path):
     assert gradients
     for name in gradients:
         assert torch.allclose(sum(one[name] for one in alone), weighted[name], atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_weights_of_1_are_dpo_to_the_bit(layout, tmp_path):
+    """Losses and gradients."""
+    ways = []
+    for objective in (DPO(0.5), TISDPO(0.5)):
+        train_state = with_adapter(make_train_state(objective, tmp_path))
+        train_state.layout = LAYOUTS[layout]
+        for model in (train_state.engine.policy, train_state.reference.frozen):
+            enable_packed_attention(model)
+        ones = [
+            replace(p, chosen_token_weights=[1.0] * len(p.chosen), rejected_token_weights=[1.0] * len(p.rejected))
+            for p in train_state.train_pairs[:7]
+        ]
+        scored = accumulate_gradients(train_state, 0, train_state.micro_batches(ones))
+        ways.append([output.losses for _, output in scored])
+        ways[-1] += [p.grad for p in train_state.engine.parameters.values()]
+    assert ways[0][0].std() > 0
+    for dpo, tis_dpo in zip(*ways, strict=True):
+        assert torch.equal(dpo, tis_dpo)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tis_dpo_is_its_formula_token_by_token(layout, tmp_path):
+    """Losses and gradients of all weights against float64, each completion alone in the model's own forward pass."""
+    train_state = with_adapter(make_train_state(TISDPO(0.5), tmp_path))
+    policy, frozen = train_state.engine.policy, train_state.reference.frozen
+    exact, exact_reference = copy.deepcopy(policy).double(), copy.deepcopy(frozen).double()
+
+    def ratio(prompt: list[int], completion: list[int], weights: list[float]) -> torch.Tensor:
+        logits = [
+            m(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] for m in (exact, exact_reference)
+        ]
+        p, q = (x.log_softmax(-1)[range(len(completion)), completion] for x in logits)
+        return (torch.tensor(weights).double() * (p - q)).sum()
+
+    train_state.layout = LAYOUTS[layout]
+    for model in (policy, frozen):
+        enable_packed_attention(model)
+    micro_batches = train_state.micro_batches(train_state.train_pairs[:5])
+    assert len(micro_batches) > 1
+    scored = accumulate_gradients(train_state, 0, micro_batches)
+
+    losses = []
+    for pair in (pair for micro_batch in micro_batches for pair in micro_batch.pairs):
+        u_w = ratio(list(pair.prompt), list(pair.chosen), pair.chosen_token_weights)
+        u_l = ratio(list(pair.prompt), list(pair.rejected), pair.rejected_token_weights)
+        losses.append(-logsigmoid(0.5 * (u_w - u_l)))
+    torch.stack(losses).mean().backward()
+    found = torch.cat([output.losses.detach() for _, output in scored])
+    assert found.tolist() == pytest.approx([loss.item() for loss in losses], rel=1e-4)
+    gradients = {name: p.grad for name, p in exact.named_parameters()}
+    for name, p in train_state.engine.parameters.items():
+        scale = gradients[name].abs().max().item()
+        assert torch.allclose(p.grad.double(), gradients[name], rtol=1e-3, atol=1e-4 * scale), name
 
 
 class Waits(TorchDispatchMode):

@@ -15,11 +15,12 @@ from prefopt.data.items import Chat
 from prefopt.data.rendering import encode
 from prefopt.data.sampler import step_indices
 from prefopt.data.sources import read_rows
-from prefopt.data.tokenize import tokenize
+from prefopt.data.tokenize import TokenizedPair, tokenize
 from prefopt.errors import UserError
 from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import LogprobComputer
 from prefopt.models.reference import Following, Resident
+from prefopt.models.value_head import add_value_head
 from prefopt.objectives.__main__ import objectives
 from prefopt.objectives.base import PairInputs
 from prefopt.objectives.beta_dpo import BetaDPO
@@ -50,6 +51,12 @@ from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer, write_pair
 TIMING = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
+def with_token_weights(pair: TokenizedPair) -> TokenizedPair:
+    """Some weights from 0 to 2, by the tokens."""
+    chosen, rejected = ([(7 * token % 9) / 4 for token in side] for side in (pair.chosen, pair.rejected))
+    return replace(pair, chosen_token_weights=chosen, rejected_token_weights=rejected)
+
+
 def make_train_state(objective, tmp_path, **changes) -> TrainState:
     config = TrainConfig(
         **{"steps": 4, "exports": 1, "batch_size": 8, "micro_batch_tokens": 300, "seed": 0, "squeeze_alarm": None}
@@ -62,6 +69,8 @@ def make_train_state(objective, tmp_path, **changes) -> TrainState:
     rows = [Pairs()(row) for _, row in read_rows(str(write_pairs(tmp_path / "pairs.jsonl", 16)))]
     pairs, drops, _ = tokenize(tokenizer, rows, 100, 100)  # type: ignore[arg-type]
     assert not drops
+    if "token_weights" in objective.needs:
+        pairs = list(map(with_token_weights, pairs))
     reward_model = objective.model_kind == "reward_model"
     if reward_model:
         folder = save_tiny(tmp_path / "model")
@@ -69,6 +78,8 @@ def make_train_state(objective, tmp_path, **changes) -> TrainState:
     else:
         policy = tiny_model(len(tokenizer)).eval()
     reference = None if reward_model else Resident.copy_of(policy, LogprobComputer("float32"))
+    if "values" in objective.needs:
+        add_value_head(policy)
     engine = Engine(policy, config.optimizer)
     return TrainState(
         config, SimpleNamespace(folder=tmp_path), objective, Cosine(0.25), engine, reference,  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from prefopt.training.step import accumulate_gradients
 from tests.helpers.tiny import tiny_model
 from tests.launch.test_estimate import config as composed
 
-PAIRS = [TokenizedPair(str(i), [5] * 20, [6] * 30, [7] * 25, 0.9, 0.1) for i in range(4)]
+PAIRS = [TokenizedPair(str(i), [5] * 20, [6] * 30, [7] * 25, 0.9, 0.1, 1.0, [1.0] * 30, [0.5] * 25) for i in range(4)]
 LORA = {"peft": PeftConfig(["q_proj", "down_proj"], 4, 8, 0.1, False)}
 
 

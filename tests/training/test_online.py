@@ -537,6 +537,7 @@ def test_prompts_whose_responses_are_all_equal_are_dropped_and_counted(tiny, tmp
         (["reference=adapter_off", "peft=lora_attention"], "set stage_reference=previous"),
         (["model.adapter=adapter"], r"model\.adapter: the initial policy is a reference of later stages"),
         (["model.resize_embeddings=true"], r"model\.resize_embeddings: the initial policy is a reference"),
+        (["objective=tis_dpo"], "objective tis_dpo reads weights of tokens, which a stage's own responses do not have"),
         (["objective=sft"], "objective sft reads no pairs.*dataset.format.pairing=group"),
         (["objective=grpo"], "objective grpo reads no pairs.*dataset.format.pairing=group"),
         (["dataset.format.pairing=group"], "compares two responses: set dataset.format.pairing=best_worst"),

@@ -53,7 +53,7 @@ train() {
 
 # optimizer.lr=: of the runs in $1 with the job's objective, that of the best one. best_by: what is highest there.
 tuned() {
-    if [[ -n $dry ]]; then echo optimizer.lr=1e-4; else echo "optimizer.lr=\${best:$1,optimizer.lr${best_by:+,$best_by}}"; fi
+    if [[ -n $dry ]]; then echo optimizer.lr=1e-4; else echo "optimizer.lr=\"\${best:$1,optimizer.lr${best_by:+,$best_by}}\""; fi
 }
 
 # The folder of the run of seed $3 among those in $1 whose names begin with $2.

@@ -1,5 +1,6 @@
-"""A configuration's value from the best of the runs that are there: `optimizer.lr=${best:runs/tuning,optimizer.lr}`."""
+"""A configuration's value from the runs that did best: `optimizer.lr=${best:runs/tuning,optimizer.lr}`."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ def register_best() -> None:
 
 
 def best(folder: str, key: str, measure: str | None = None, *, _root_: DictConfig) -> Any:
-    """The value of `key` (with dots) in one of the runs in `folder` with the objective (and base) of the configuration
-    `_root_`: in the one that ended with the highest `measure`, a figure of the evaluations. None: the oracle reward;
-    where no run has an oracle, the held-out accuracy.
+    """Of the values of `key` (with dots) in the runs in `folder` that have the objective (and base) of the configuration
+    `_root_`, the best: that whose runs end with the highest mean `measure`, a figure of the evaluations. None: the
+    oracle reward; where no run has an oracle, the held-out accuracy.
 
     Raises UserError where there is no such run, one has no such key or figure, or one has not finished: with that one
     the choice might be another.
@@ -34,13 +35,13 @@ def best(folder: str, key: str, measure: str | None = None, *, _root_: DictConfi
         raise UserError(f"{what}: these runs have not finished: {', '.join(unfinished)}")
     ends: list[dict[str, Any]] = [(run.record.get("evaluations") or [{}])[-1] for run in runs]
     measure = measure or ("oracle_reward" if any("oracle_reward" in end for end in ends) else "accuracy")
-    candidates = []
+    measured: dict[Any, list[float]] = {}
     for run, end in zip(runs, ends, strict=True):
         value = OmegaConf.select(OmegaConf.create(run.record["config"]), key)
         if value is None or not isinstance(end.get(measure), int | float):
             raise UserError(f"{what}: {run.folder.name} has no {key if value is None else measure}")
-        candidates.append((end[measure], value))
-    return max(candidates, key=lambda pair: pair[0])[1]
+        measured.setdefault(value, []).append(end[measure])
+    return max(measured, key=lambda value: statistics.fmean(measured[value]))
 
 
 def _method(objective: dict[str, Any]) -> list[str]:

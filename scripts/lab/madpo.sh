@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# MADPO's comparison: a reward model for each data quality and seed, and each method with its own learning rate in each.
+# MADPO's comparison: a reward model for each data quality and seed, and each method at its own learning rate, tuned
+# on the medium quality.
 . "$(dirname "$0")/_begin.sh"
 
 sweep train +sweep=lab/rewards "seed=$all_seeds"
@@ -9,15 +10,13 @@ for seed in ${all_seeds//,/ }; do
         precision=float32
 done
 joined
-of_quality=$lab/madpo/tuning/\${dataset.format.quality}
-qualities=(+sweep=lab/madpo dataset.format.quality=high,medium,low)
-tune=("${qualities[@]}" "runs_dir=$of_quality" "${tuning[@]}")
+tune=(+sweep=lab/madpo dataset.format.quality=medium runs_dir=$lab/madpo/tuning "${tuning[@]}")
 train madpo,dpo,ipo "${tune[@]}"
 train beta_dpo "${tune[@]}" objective.margin_of=reward
-final=("${qualities[@]}" "seed=$seeds" "$(tuned "$of_quality")")
+final=(+sweep=lab/madpo dataset.format.quality=high,medium,low "seed=$seeds" "$(tuned $lab/madpo/tuning)")
 train madpo,dpo,ipo "${final[@]}"
 train beta_dpo "${final[@]}" objective.margin_of=reward
-high=(+sweep=lab/madpo dataset.format.quality=high "$(tuned $lab/madpo/tuning/high)")
+high=(+sweep=lab/madpo dataset.format.quality=high "$(tuned $lab/madpo/tuning)")
 variants=("${high[@]}" runs_dir=$lab/madpo/variants seed=0,1)
 train madpo "${variants[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
 train madpo "${variants[@]}" objective.only=amplification,damping
@@ -26,7 +25,7 @@ train beta_dpo "${variants[@]}" objective.margin_of=log_ratio
 train madpo "${high[@]}" runs_dir=$lab/madpo/errors "seed=$seeds" dataset.format.reward_error=0,1,4
 [[ -n $dry ]] && exit
 
-reports madpo/{rewards,methods,variants,errors} madpo/tuning/{high,medium,low}
+reports madpo/{rewards,tuning,methods,variants,errors}
 prefopt papers paper=madpo runs_dir=$lab/madpo/methods output=$results/madpo/methods
 prefopt papers paper=madpo runs_dir=$lab/madpo/variants output=$results/madpo/variants
 prefopt claims

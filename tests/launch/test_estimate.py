@@ -163,9 +163,10 @@ def test_the_scripts_get_to_their_end(script, tmp_path):
     (tmp_path / "runs" / scale / paper / "final" / "a").mkdir(parents=True)
     (tmp_path / "runs" / scale / paper / "final" / "a" / "record.json").touch()
     for kind, seeds in {
-        "lab/sft/sft-lab": (0, 1, 2, 3, 4, 100),
+        "lab/sft/sft-lab": (0, 1, 2, 3, 4, 100, 101),
         **{
-            f"lab/madpo/rewards/reward-lab-lab-{quality}": (0, 1, 2, 3, 4, 100) for quality in ("high", "medium", "low")
+            f"lab/madpo/rewards/reward-lab-lab-{quality}": (0, 1, 2, 3, 4, 100, 101)
+            for quality in ("high", "medium", "low")
         },
         **{f"paper/madpo/rewards/reward-gemma-3-270m-noisy-{q}": (0,) for q in ("high", "medium", "low")},
     }.items():

@@ -25,6 +25,8 @@ def folder(tmp_path):
 
     run("a", DPO, 1e-4, accuracy=0.7, oracle_reward=0.5)
     run("b", DPO | {"beta": 0.5}, 3e-4, accuracy=0.6, oracle_reward=0.9)
+    run("b2", DPO, 1e-4, accuracy=0.9, oracle_reward=0.95)
+    run("b3", DPO, 3e-4, accuracy=0.5, oracle_reward=0.9)
     run("c", MAPPO | {"base": DPO}, 1e-3, accuracy=0.6, oracle_reward=0.99)
     run("d", MAPPO | {"base": IPO}, 3e-3, accuracy=0.6)
     run("e", IPO, 5e-3, status="failed", accuracy=0.6)
@@ -39,13 +41,13 @@ def resolved(text, objective):
 @pytest.mark.parametrize(
     ("measure", "objective", "lr"),
     [
-        ("", DPO, 3e-4),  # the reward, whatever the betas
+        ("", DPO, 3e-4),  # by the mean reward, whatever the betas, and not by the one highest
         (",accuracy", DPO, 1e-4),
         ("", MAPPO | {"base": DPO}, 1e-3),
         ("", MAPPO | {"base": IPO}, 3e-3),  # without a reward the accuracy
     ],
 )
-def test_of_the_same_method_the_run_with_the_highest_measure(folder, measure, objective, lr):
+def test_of_the_same_method_the_value_with_the_highest_mean(folder, measure, objective, lr):
     assert resolved(f"${{best:{folder},optimizer.lr{measure}}}", objective) == lr
 
 

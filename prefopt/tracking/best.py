@@ -16,9 +16,9 @@ def register_best() -> None:
 
 
 def best(folder: str, key: str, measure: str | None = None, *, _root_: DictConfig) -> Any:
-    """Of the values of `key` (with dots) in the runs in `folder` that have the objective (and base) of the configuration
-    `_root_`, the best: that whose runs end with the highest mean `measure`, a figure of the evaluations. None: the
-    oracle reward; where no run has an oracle, the held-out accuracy.
+    """The value of `key` (with dots) that is best in those runs in `folder` that have the objective (and base) of the
+    configuration `_root_`: its runs end with the highest mean `measure`, a figure of the evaluations. None: the oracle
+    reward; where no run has an oracle, the held-out accuracy.
 
     Raises UserError where there is no such run, one has no such key or figure, or one has not finished: with that one
     the choice might be another.

@@ -10,8 +10,8 @@ results=results/lab
 best_by=sample_grammatical_reward
 sampling=(sampling.max_new_tokens=40 sampling.batch_size=1024 precision=float32)
 tuning=(seed=$tuning_seeds optimizer.lr=1e-4,3e-4,1e-3,3e-3)
-export OMP_NUM_THREADS=1 # the model is too small for two threads; as many jobs as cores use them
 [[ " $* " == *launcher.at_once=* ]] || on_slurm || arguments+=("launcher.at_once=$(nproc)")
+export OMP_NUM_THREADS=1 # the model is too small for two threads. After nproc, which this would make 1
 
 if [[ -n $dry && ! -f $lab/seeds/${tuning_seeds%,*}/noisy_scored.jsonl.gz ]]; then
     echo "a dry run of the experiments needs what they begin with, and $lab has none yet: run it once without --dry-run"

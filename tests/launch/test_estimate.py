@@ -162,13 +162,11 @@ def test_the_scripts_get_to_their_end(script, tmp_path):
     scale, paper = script.split("/")
     (tmp_path / "runs" / scale / paper / "final" / "a").mkdir(parents=True)
     (tmp_path / "runs" / scale / paper / "final" / "a" / "record.json").touch()
+    of_lab, qualities = (0, 1, 2, 3, 4, 100, 101), ("high", "medium", "low")
     for kind, seeds in {
-        "lab/sft/sft-lab": (0, 1, 2, 3, 4, 100, 101),
-        **{
-            f"lab/madpo/rewards/reward-lab-lab-{quality}": (0, 1, 2, 3, 4, 100, 101)
-            for quality in ("high", "medium", "low")
-        },
-        **{f"paper/madpo/rewards/reward-gemma-3-270m-noisy-{q}": (0,) for q in ("high", "medium", "low")},
+        "lab/sft/sft-lab": of_lab,
+        **{f"lab/madpo/rewards/reward-lab-lab-{quality}": of_lab for quality in qualities},
+        **{f"paper/madpo/rewards/reward-gemma-3-270m-noisy-{quality}": (0,) for quality in qualities},
     }.items():
         for seed in seeds:
             record = tmp_path / "runs" / f"{kind}-{seed}" / "record.json"

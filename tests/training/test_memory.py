@@ -81,7 +81,10 @@ def test_weights_gradients_and_moments_are_arithmetic(base, tiny_folder):
     shards, table = vectors * 4 + (n - vectors), 4 * (n - vectors - low)
     assert (parts.weights, parts.optimizer) == (shards + table + 2 * low, 2 * n)
     assert parts.gradients == n + table + (2 + 4) * low // 2
-    assert parts.whole == max(4 * n, shards + table + 2 * low + 2 * n)
+    gathered = shards + table + 2 * low + 2 * n
+    assert parts.whole == max(4 * n, gathered)
+    on_gpu = found(4, engine=dataclasses.replace(base.engine, name="fsdp"), device="cuda")
+    assert on_gpu.whole == gathered  # it is loaded elsewhere
     assert found(reference="resident").weights == full.weights + 2 * n + 2 * vectors
 
 

@@ -67,9 +67,10 @@ class PackedSegments:
         if cache_key not in self._cache:
             found: dict[tuple[int, int], list[tuple[range, list[int]]]] = {}
             for segment in self.positions():
-                q, k = map(len, segment)
-                small = k <= SMALL
-                found.setdefault((_rounded_up(q), _rounded_up(k)) if small else (q, k), []).append(segment)
+                size = len(segment[0]), len(segment[1])
+                if size[1] <= SMALL:
+                    size = _rounded_up(size[0]), _rounded_up(size[1])
+                found.setdefault(size, []).append(segment)
             queries, keys, shapes = list[int](), list[int](), []
             places = [0] * sum(len(q) for q, _ in self.positions())
             for (num_queries, num_keys), segments in sorted(found.items()):

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,8 @@ def _parameters(name: str, path: str, revision: str | None) -> int:
 def rows(dataset: DatasetConfig) -> Rows | None:
     """The number of training items, and the mean number of tokens of their parts.
 
-    The parts are prompt, chosen and rejected, or the whole chat. None where the rows are not on this machine and not
-    KNOWN.
+    The parts are prompt, chosen and rejected, or the whole chat; of groups also each of the other responses, with 0
+    where a group has fewer than another. None where the rows are not on this machine and not KNOWN.
     """
     from prefopt.data.dataset import sources
 
@@ -90,7 +91,7 @@ def rows(dataset: DatasetConfig) -> Rows | None:
     if len(known) < len(counted):
         return None
     total = sum(n for n, _ in known)
-    parts = zip(*(tuple(n * mean for mean in means) for n, means in known), strict=True)
+    parts = zip_longest(*(tuple(n * mean for mean in means) for n, means in known), fillvalue=0.0)
     return total, tuple(sum(part) / total for part in parts)
 
 
@@ -113,8 +114,8 @@ def _rows(source: str) -> Rows | None:
         messages = item.prompt if isinstance(item, Pair) else item.messages
         total[0] += sum(len(message["content"]) for message in messages)
         if isinstance(item, Pair):
-            total[1] += len(item.chosen)
-            total[2] += len(item.rejected)
+            for i, answer in enumerate(item.answers, start=1):
+                total[i] += len(answer["content"])
     return len(split), tuple(total[i] / len(split) / CHARACTERS_PER_TOKEN for i in sorted(total))
 
 
@@ -132,8 +133,9 @@ def estimate(config: TrainConfig, objective: "Objective") -> Estimate | None:
     except UserError:  # a stage before this one makes it
         return None
     count, parts = counted
-    limits = [config.max_prompt_tokens, config.max_completion_tokens, config.max_completion_tokens]
-    tokens = sum(min(mean, limit) for mean, limit in zip(parts, limits, strict=False)) if len(parts) > 1 else parts[0]
+    read = parts if "others" in objective.completions else parts[:3]
+    completions = sum(min(mean, config.max_completion_tokens) for mean in read[1:])
+    tokens = min(parts[0], config.max_prompt_tokens) + completions if len(parts) > 1 else parts[0]
     steps = config.steps or math.ceil(count * (config.epochs or 1) / config.batch_size)
 
     trained = steps * config.batch_size * tokens

@@ -172,15 +172,15 @@ class _Job:
         self.traced = TracedStep(config, objective, values, processes)
         self.share = max(1, config.batch_size // processes)
         self.size = objective.micro_batch_size if objective.scope == "micro_batch" else None
-        limits = (config.max_prompt_tokens, config.max_completion_tokens, config.max_completion_tokens)
+        prompt, completion = config.max_prompt_tokens, config.max_completion_tokens
         counted = rows(config.dataset)
-        means = counted[1] if counted else limits
+        means = counted[1] if counted else (prompt, completion, completion)
         if len(means) == 1:  # a chat
             means = (1.0, means[0])
-        self.mean = _pair(*(min(mean, limit) for mean, limit in zip(means, limits, strict=False)))
-        positions = getattr(values.get_text_config(), "max_position_embeddings", None) or sum(limits)
-        prompt = min(limits[0], max(1, positions - limits[1]))
-        self.longest = _pair(prompt, *(min(limit, positions - prompt) for limit in limits[1 : len(means)]))
+        self.mean = _pair(min(means[0], prompt), *(min(mean, completion) for mean in means[1:]))
+        positions = getattr(values.get_text_config(), "max_position_embeddings", None) or prompt + completion
+        prompt = min(prompt, max(1, positions - completion))
+        self.longest = _pair(prompt, *[min(completion, positions - prompt)] * (len(means) - 1))
 
     def fit(self, memory_gib: float | None) -> Fit:
         tokens = self.config.micro_batch_tokens
@@ -235,15 +235,19 @@ class _Job:
                 yield text, other.memory(tokens).total
 
 
-def _pair(prompt: float, chosen: float, rejected: float = 0.0) -> "TokenizedPair":
+def _pair(prompt: float, chosen: float, rejected: float = 0.0, *others: float) -> "TokenizedPair":
+    """A pair, or with `others` a group, of texts of these tokens."""
     from prefopt.data.tokenize import TokenizedPair
 
-    texts = [[0] * max(1, round(n)) for n in (prompt, chosen, rejected)]
-    of_chosen, of_rejected = ([1.0] * len(text) for text in texts[1:])
-    return TokenizedPair("", texts[0], texts[1], texts[2], 0.5, 0.5, 1.0, of_chosen, of_rejected)
+    first, second, third, *more = ([0] * max(1, round(n)) for n in (prompt, chosen, rejected, *others))
+    of_chosen, of_rejected = ([1.0] * len(text) for text in (second, third))
+    rewards = [0.5] * len(more)
+    return TokenizedPair(
+        "", first, second, third, 0.5, 0.5, 1.0, of_chosen, of_rejected, others=more or None, other_rewards=rewards
+    )
 
 
 def _stretched(pair: "TokenizedPair", factor: float) -> "TokenizedPair":
     if factor <= 1:
         return pair
-    return _pair(*(factor * len(part) for part in (pair.prompt, pair.chosen, pair.rejected)))
+    return _pair(*(factor * len(part) for part in (pair.prompt, pair.chosen, pair.rejected, *(pair.others or []))))

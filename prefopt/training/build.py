@@ -1,5 +1,6 @@
 """The parts of a run, made from its config: tokenized data, policy, layout, reference, engine."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -155,12 +156,33 @@ def build_policy(
     config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, str]:
     """The policy, or the reward model, with the weights that training begins from, without its new adapter; and the
-    digest of these weights as they were loaded. What an adapter is to lie on is frozen (`models.frozen.freeze`).
+    digest of these weights as they were loaded. What an adapter is to lie on is frozen (`models.frozen.freeze`). With
+    engine=fsdp the weights are on the CPU of the main process alone, which `build_engine` shares out.
 
     Raises UserError for a model that cannot be loaded, or that tokenizer or adapter do not fit.
     """
     if config.device == "cpu":
         keep_freed_memory()
+    if config.engine.name == "fsdp":
+        from prefopt.training.fsdp import from_main
+
+        policy, digest = from_main(functools.partial(load_policy, config, objective))
+    else:
+        policy, digest = load_policy(config, objective)
+        policy = load.finalize(policy, config.device)
+    if config.compile:
+        load.compile_layers(policy)
+    load.check_vocabulary(policy, tokenizer)
+    freeze_unreached(policy)
+    if config.model.router_aux_loss_coef:
+        balancing_loss(policy)  # refuses a model that has none
+    if config.peft.target_modules:
+        adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
+    return policy, digest
+
+
+def load_policy(config: TrainConfig, objective: Objective) -> tuple[PreTrainedModel, str]:
+    """The model of `build_policy`, on the CPU unless it is quantized, and its digest."""
     if objective.model_kind == "reward_model":
         policy = load.load_reward_model(config.model, "cpu")
     elif config.peft.quantize:
@@ -170,15 +192,6 @@ def build_policy(
     digest = load.weights_digest(policy)
     if config.peft.target_modules:
         freeze(policy, config.precision)
-    policy = load.finalize(policy, config.device)
-    if config.compile:
-        load.compile_layers(policy)
-    load.check_vocabulary(policy, tokenizer)
-    freeze_unreached(policy)
-    if config.model.router_aux_loss_coef:
-        balancing_loss(policy)  # refuses a model that has none
-    if config.peft.target_modules:
-        adapter_layers(policy, config.peft)  # refuses unknown layers here, before the reference is computed
     return policy, digest
 
 
@@ -233,7 +246,8 @@ def build_reference(
     train_pairs: Sequence[TokenizedPair],
     heldout_pairs: Sequence[TokenizedPair],
 ) -> Reference | None:
-    """The configured reference. `policy` has not been trained yet, and `digest` is that of its weights.
+    """The configured reference. `policy` has not been trained yet, and `digest` is that of its weights, which a new
+    adapter on it does not change.
 
     Returns None for a reward model. Raises UserError for a reference model that cannot be loaded.
     """
@@ -248,13 +262,13 @@ def build_reference(
     if config.reference_sync.every:
         return Following.starting_at(policy, score, config.reference_sync.every, config.reference_sync.alpha)
     if config.reference == "resident":
-        return Resident.copy_of(policy, score) if model is policy else Resident(model, score)
+        return Resident(load_initial(config, layout) if model is policy else model, score)
     if config.reference == "adapter_off":
         return AdapterOff(policy, score)
 
     samples: AdapterOff | LoadedOnce = LoadedOnce(functools.partial(load_initial, config, layout), config.device)
     if config.peft.target_modules and not config.reference_model:
-        samples = AdapterOff(policy, score)  # the adapter is put on after this
+        samples = AdapterOff(policy, score)
     if "rejected" not in objective.completions:
         return Cached(samples)  # such an objective compares no pairs: the reference scores samples only
 
@@ -270,7 +284,8 @@ def build_reference(
             return cached_groups(model, digest, pairs, layout, tokens, score, samples, each, show)
         return prefopt.models.reference.cached(model, digest, pairs, layout, tokens, score, samples, show, further)
 
-    members = [cached(model, digest)]
+    with samples.model() if isinstance(samples, AdapterOff) else contextlib.nullcontext():
+        members = [cached(model, digest)]
     for other in further_references(config):
         log.info(f"  reference {other.name}")
         model = load_frozen(config, other, layout)
@@ -363,7 +378,7 @@ def build_engine(config: TrainConfig, objective: Objective, policy: PreTrainedMo
     if config.engine.name == "fsdp":
         from prefopt.training.fsdp import Fsdp
 
-        return Fsdp(policy, config.optimizer, config.precision)
+        return Fsdp(policy, config.optimizer, config.precision, config.device)
     from prefopt.training.zero2 import Zero2
 
     return Zero2(policy, config.optimizer, config.engine.offload_optimizer, config.precision)

@@ -2,15 +2,16 @@
 
     torchrun --nproc-per-node=8 -m prefopt.train engine=fsdp objective=dpo
 
-Each process holds a part of every matrix, in float32 where it is trained. A layer's matrices are gathered when the
-layer computes, and let go again. With precision=bfloat16 the weights of linear layers are gathered in bfloat16, to
-which autocast would round them; an adapter's are gathered in float32. Gradients are summed over the processes in
-float32 after each micro-batch. Vectors (norms, biases) are small, and whole in every process. An evaluation gathers all
-weights for as long as it takes.
+Each process holds a part of every matrix, in float32 where it is trained. The main process alone loads the model, on
+its CPU, and shares it out part by part. A layer's matrices are gathered when the layer computes, and let go again. With
+precision=bfloat16 the weights of linear layers are gathered in bfloat16, to which autocast would round them; an
+adapter's are gathered in float32. Gradients are summed over the processes in float32 after each micro-batch. Vectors
+(norms, biases) are small, and whole in every process. What each process computes by itself (the layout's check, the
+reference pass, an evaluation) gathers all weights for as long as it takes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt.config.schema import OptimizerConfig
 from prefopt.models.frozen import products
-from prefopt.models.logprobs import AS_FORWARD
+from prefopt.models.logprobs import AS_FORWARD, as_forward
 from prefopt.models.lora import has_adapter
 from prefopt.training.engine import Engine, in_main, present, with_weights, without_weights
 from prefopt.utils.distributed import broadcast, is_main_process, world_size
@@ -33,13 +34,19 @@ class Fsdp(Engine):
     so they must run forward and backward passes of the policy in training. Inside of `unsharded` each computes alone.
     """
 
-    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, precision: str):
+    def __init__(self, policy: PreTrainedModel, config: OptimizerConfig, precision: str, device: str):
+        """`policy`: as `from_main` gives it. It is shared out over the processes' `device`s, part by part."""
         self._shell, module = without_weights(policy), type(policy).__module__
-        mesh = init_device_mesh(policy.device.type, (world_size(),))
-        vectors = {p for p in policy.parameters() if p.ndim < 2}
-        for part, _, dtype in parts_of(policy, precision):
+        mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+        for buffer in policy.buffers():
+            buffer.data = buffer.to(device)
+        vectors = [p for p in policy.parameters() if p.ndim < 2]
+        receive(vectors, device)
+        for part, own, dtype in parts_of(policy, precision):
+            receive(own, device)
             dtypes = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-            fully_shard(part, mesh=mesh, mp_policy=dtypes, ignored_params=vectors)
+            fully_shard(part, mesh=mesh, mp_policy=dtypes, ignored_params=set(vectors))
+            own.clear()  # only the shards stay
         self._parts = [m for m in policy.modules() if isinstance(m, FSDPModule)]
         for part in self._parts:  # gradients are sums over the processes, and no means
             part.set_gradient_divide_factor(1.0)
@@ -67,6 +74,7 @@ class Fsdp(Engine):
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[None]:
         self.policy.set_reshard_after_forward(False)  # type: ignore[operator]  # it is an FSDPModule
+        as_forward(self.policy, lambda policy: None)  # the first forward pass must be the policy's, and no part's
         for part in self._parts:
             part.unshard()
         self.sharded = False
@@ -109,6 +117,24 @@ class Fsdp(Engine):
                 for key, value in of_p.items():
                     scatter(moments.get(f"{name}/{key}"), value.detach())
                 self.optimizer.state[p] = of_p
+
+
+def from_main(load: Callable[[], tuple[PreTrainedModel, str]]) -> tuple[PreTrainedModel, str]:
+    """The model that `load` makes on the CPU of the main process, and its digest. In the other processes the model's
+    parameters have shapes alone; all else, buffers too, is the main process's. A collective."""
+    loaded = load() if is_main_process() else None
+    told = broadcast((without_weights(loaded[0]), loaded[1]) if loaded else None)
+    found = loaded or told
+    assert found
+    return found
+
+
+def receive(parameters: Iterable[nn.Parameter], device: str) -> None:
+    """Give `parameters` (in place) the main process's values, in all processes, on `device`. A collective."""
+    for p in parameters:
+        value = p.detach().to(device) if is_main_process() else torch.empty(p.shape, dtype=p.dtype, device=device)
+        distributed.broadcast(value, 0)
+        torch.utils.swap_tensors(p, nn.Parameter(value, p.requires_grad))
 
 
 def parts_of(policy: PreTrainedModel, precision: str) -> list[tuple[nn.Module, list[nn.Parameter], torch.dtype | None]]:

@@ -52,7 +52,8 @@ class StepMemory:
     gradients: int
     optimizer: int  # the moments, and ZeRO-2's own copy of the weights
     activations: int  # all else: activations, logits, copies of weights in bfloat16
-    # Outside of the steps: weights and moments while all weights are whole, as the model is loaded or evaluated.
+    # Outside of the steps: weights and moments while all weights are whole, as the model is loaded (with FSDP in the
+    # main memory alone) or evaluated.
     whole: int = 0
 
     @property
@@ -131,7 +132,7 @@ class TracedStep:
                 gradients=gradients // self.processes + of_gathered,
                 optimizer=optimizer,
                 activations=self.activations(pairs),
-                whole=resident + max(self.loaded, shards + whole + optimizer),
+                whole=resident + max(self.loaded if config.device == "cpu" else 0, shards + whole + optimizer),
             )
         if config.engine.name == "zero2":
             weights -= 2 * sum(p.numel() for p in self.rounded)  # their masters are in the optimizer's state
@@ -297,7 +298,8 @@ def as_device(device: str) -> Iterator[None]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside: `now`, and at their most, `peak`."""
+    """Counts the bytes of the tensors that are made inside: `now`, and at their most, `peak`. Those on torch's meta
+    device take none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,7 +311,7 @@ class PeakBytes(TorchDispatchMode):
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 if storage._cdata not in inputs | self._live:
                     self._live.add(storage._cdata)

@@ -297,8 +297,11 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
     exporter = PolicyExporter(config, tokenizer, lambda rows: model_card(run.record, of_adapter, rows))
     if is_main_process():
         exporter.check(policy)
+    with memory_for("making the optimizer", "peft=lora_attention, or engine=fsdp on more GPUs"):
+        engine = build_engine(config, objective, policy)
+    log_wrapped(log, memory_line(config, engine))
     half = f"micro_batch_tokens={config.micro_batch_tokens // 2}"
-    with memory_for("checking the layout on a few pairs", half, smaller):
+    with memory_for("checking the layout on a few pairs", half, smaller), engine.unsharded():
         layout = build_layout(config, policy, digest, train_pairs)
 
     config.count_steps(len(train_pairs))
@@ -310,16 +313,13 @@ def run_training(plan: RunPlan, facts: dict[str, Any]) -> None:
         facts = facts | {"continued_from": plan.origin.facts if plan.origin else None}
     run.start(**facts, config=dataclasses.asdict(config), initial_weights=digest, model=model, data=counts)
 
-    with memory_for("computing the reference", half, "reference=cached", smaller):
+    with memory_for("computing the reference", half, "reference=cached", smaller), engine.unsharded():
         models = policy, digest, layout, train_pairs, heldout_pairs
         reference = build_reference(config, objective, *models)
         beside = initial_config(config, objective)
         initial = build_reference(beside, objective, *models) if beside else None
     heldout_prompts = data["heldout"].prompts if "heldout" in data else []
     prompts = sample_prompts(config, objective, policy, tokenizer, heldout_prompts)
-    with memory_for("making the optimizer", "peft=lora_attention, or engine=fsdp on more GPUs"):
-        engine = build_engine(config, objective, policy)
-    log_wrapped(log, memory_line(config, engine))
     router_loss = build_router_loss(config, policy)
     if is_main_process():
         check_space(run.folder, run_bytes(config, engine))

@@ -12,10 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt.errors import Interrupted
+from prefopt.models import load
+from prefopt.models.safe_weights import load_pretrained
+from prefopt.training.build import build_engine, build_policy
 from prefopt.training.config import check, resolve
-from prefopt.training.setup import prepare_run, run
+from prefopt.training.fsdp import parts_of
+from prefopt.training.memory import PeakBytes
+from prefopt.training.setup import build_components, prepare_run, run
 from prefopt.utils import signals
-from tests.helpers.tiny import SAMPLED, records, save_tiny, tiny_overrides, write_pairs
+from prefopt.utils.distributed import rank
+from tests.helpers.tiny import SAMPLED, records, save_tiny, tiny_model, tiny_overrides, tiny_tokenizer, write_pairs
 from tests.launch.test_estimate import config as composed
 from tests.training.ranks_cases import in_processes
 
@@ -130,6 +136,47 @@ def test_two_processes_train_as_one(engine, feature, plain, folder, tmp_path):
     train(2, folder, tmp_path / "runs", [f"engine={engine}", *FEATURES[feature]])
     found, expected = result(tmp_path / "runs"), plain(feature)
     assert_same(found, expected)
+
+
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
+
+
+def measure_load(arguments: list[str], folder: Path) -> None:
+    """Write down the bytes that this process holds at most while its engine is made, what it keeps of them, how often
+    it reads weights, and in the main process whether all shards together are the weights that it has read."""
+    torch.set_num_threads(1)
+    config = composed(*arguments)
+    check(config)
+    resolve(config)
+    objective, *_ = build_components(config)
+    read = []
+    with pytest.MonkeyPatch.context() as patch, PeakBytes() as counted:
+        patch.setattr(load, "load_pretrained", lambda *a, **k: (read.append(1), load_pretrained(*a, **k))[1])
+        policy, digest = build_policy(config, objective, load.load_tokenizer(config.model))
+        engine = build_engine(config, policy)
+    kept = sum(values.nbytes for values in engine.local().values())
+    with engine.gathered() as whole:
+        same = load.weights_digest(whole) == digest if rank() == 0 else None
+    found = {"peak": counted.peak, "kept": kept, "read": len(read), "same": same}
+    (folder / f"{rank()}.json").write_text(json.dumps(found))
+
+
+def test_the_main_process_alone_reads_the_model_and_no_other_holds_it_whole(tmp_path):
+    """A checkpoint in bfloat16 whose embeddings are tied, and fewer than the tokenizer's tokens."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer) - 9, **WIDE).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_pairs(tmp_path / "train.jsonl", 12)
+    write_pairs(tmp_path / "heldout.jsonl", 6, start=100)
+    arguments = tiny_overrides(tmp_path / "model", tmp_path, tmp_path / "runs")
+    arguments += ["engine=fsdp", "model.resize_embeddings=true"]
+    in_processes(4, functools.partial(measure_load, arguments, tmp_path), tmp_path / "meet")
+    main, *others = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(4))
+    assert (main["read"], main["same"]) == (1, True)
+    parts = [4 * sum(p.numel() for p in own) for _, own, _ in parts_of(tiny_model(len(tokenizer), **WIDE), "float32")]
+    for found in others:
+        assert found["read"] == 0
+        assert found["peak"] < 1.05 * (found["kept"] + max(parts)) < 0.5 * sum(parts)
 
 
 @pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])

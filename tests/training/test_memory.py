@@ -1,22 +1,27 @@
 """The memory of a step, traced without values: closed forms, the step on real tensors, and what fits."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
+from prefopt.config.parse import build
 from prefopt.config.schema import ModelConfig, PeftConfig
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.launch import fit as fit_module
+from prefopt.launch.estimate import rows
 from prefopt.launch.fit import USABLE, fit, same_memory, shape
 from prefopt.models.chunked_logprobs import TILE
 from prefopt.models.load import load_model, read_config
 from prefopt.models.lora import train_mode
 from prefopt.models.packed_attention import enable_packed_attention
 from prefopt.objectives.__main__ import objectives
+from prefopt.objectives.base import Objective
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.grpo import GRPO
 from prefopt.objectives.tdpo import TDPO
 from prefopt.training import memory
 from prefopt.training.memory import BUCKET, PeakBytes, TracedStep
@@ -25,6 +30,7 @@ from tests.helpers.tiny import tiny_model
 from tests.launch.test_estimate import config as composed
 
 PAIRS = [TokenizedPair(str(i), [5] * 20, [6] * 30, [7] * 25, 0.9, 0.1, 1.0, [1.0] * 30, [0.5] * 25) for i in range(4)]
+GROUPS = [dataclasses.replace(pair, others=[[8] * 40] * 3, other_rewards=[0.5] * 3) for pair in PAIRS]
 LORA = {"peft": PeftConfig(["q_proj", "down_proj"], 4, 8, 0.1, False)}
 
 
@@ -81,7 +87,10 @@ def test_weights_gradients_and_moments_are_arithmetic(base, tiny_folder):
     shards, table = vectors * 4 + (n - vectors), 4 * (n - vectors - low)
     assert (parts.weights, parts.optimizer) == (shards + table + 2 * low, 2 * n)
     assert parts.gradients == n + table + (2 + 4) * low // 2
-    assert parts.whole == max(4 * n, shards + table + 2 * low + 2 * n)
+    gathered = shards + table + 2 * low + 2 * n
+    assert parts.whole == max(4 * n, gathered)
+    on_gpu = found(4, engine=dataclasses.replace(base.engine, name="fsdp"), device="cuda")
+    assert on_gpu.whole == gathered  # it is loaded elsewhere
     assert found(reference="resident").weights == full.weights + 2 * n + 2 * vectors
 
 
@@ -93,18 +102,22 @@ def test_layers_that_are_alike_count_alike(changes, base, monkeypatch):
     assert few == pytest.approx(TracedStep(config, DPO(0.1), values(7)).activations(PAIRS), rel=0.01)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_the_same_bytes_are_counted_on_real_tensors(layout, base):
+@pytest.mark.parametrize(
+    ("layout", "objective", "pairs"),
+    [("packed", DPO(0.1), PAIRS), ("padded", DPO(0.1), PAIRS), ("packed", GRPO(), GROUPS), ("padded", GRPO(), GROUPS)],
+    ids=["packed", "padded", "packed-groups", "padded-groups"],
+)
+def test_the_same_bytes_are_counted_on_real_tensors(layout, objective, pairs, base):
     """By the step that trains, with gradients that are there already."""
-    step = TracedStep(dataclasses.replace(base, layout=layout), DPO(0.1), tiny_model(320).config)
-    expected = step.activations(PAIRS)
+    step = TracedStep(dataclasses.replace(base, layout=layout), objective, tiny_model(320).config)
+    expected = step.activations(pairs)
     policy = tiny_model(320).eval()
     if layout == "packed":
         enable_packed_attention(policy)
     for p in policy.parameters():
         p.grad = torch.zeros_like(p)
     step.state.engine = memory.Shapes(policy)
-    (micro_batch,) = step.state.collate([PAIRS])
+    (micro_batch,) = step.state.collate([pairs])
     with PeakBytes() as counted, train_mode(policy), memory.autocast_weight_cache():
         accumulate_gradients(step.state, 0, [micro_batch])
     assert counted.peak == pytest.approx(expected, rel=0.02)
@@ -169,6 +182,26 @@ def test_the_largest_micro_batch_that_fits_fits_and_twice_it_does_not(base, tiny
     assert small.largest is None
     assert set(small.remedies) == set(fit_module.REMEDIES)
     assert small.remedies["gradient_checkpointing=true"] < small.memory.total
+
+
+@pytest.mark.parametrize(("name", "read"), [("rloo", 5), ("sft", 1)])
+def test_a_group_has_all_its_responses_where_the_objective_reads_them(name, read, tmp_path, tiny_folder):
+    scores = ([0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.2, 0.3])
+    lines = [{"prompt": "x" * 200, "responses": ["y" * 400] * len(r), "rewards": r} for r in scores]
+    file = tmp_path / "scored.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = [f"objective={name}", "dataset=samples", f"dataset.train={file}", "dataset.heldout_share=0", "model=hub"]
+    options += ["dataset.format.pairing=group", f"model.path={tiny_folder / 'model'}", "device=cpu", "batch_size=8"]
+    options += ["precision=float32", "micro_batch_tokens=64", "max_prompt_tokens=64", "max_completion_tokens=80"]
+    config = composed(*options)
+    objective = build(config.objective, Objective, "objective")
+    config.fill(objective)
+    assert rows(config.dataset) == (2, (50, 100, 100, 100, 50, 50))  # of a group of three, nothing in two places
+    found = fit(config, objective, None, 1)
+    assert found is not None
+    assert found.longest_row == 64 + read * 80
+    longest = TokenizedPair("", [0] * 64, [0] * 80, [0] * 80, 0.5, 0.5, others=[[0] * 80] * 3, other_rewards=[0.5] * 3)
+    assert found.memory == TracedStep(config, objective, read_config(config.model)).memory([longest])
 
 
 def test_jobs_that_differ_in_a_rate_take_the_same(base):

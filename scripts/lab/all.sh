@@ -6,5 +6,5 @@ here=$lab
 [[ -n $dry ]] && here=$(mktemp -d)
 experiments() { "scripts/lab/$1.sh" "${@:2}" > "$here/$1.log" 2>&1; }
 echo "under way; what they say is in $here/*.log"
-for paper in mappo mmpo madpo; do beside experiments $paper "$@"; done
+for paper in mappo mmpo madpo; do beside experiments $paper "${arguments[@]}"; done
 joined

@@ -73,14 +73,15 @@ def result(runs: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return rows, load_file(place / "policy" / "model.safetensors")
 
 
-def assert_same(found, expected) -> None:
-    """With bfloat16, too: what is rounded is the same, and sums are of float32."""
+def assert_same(found, expected, tolerance: float = 2e-4) -> None:
+    """`tolerance` is that of a metric. With bfloat16, too, sums are of float32, and the weights agree as closely. But
+    one of them may lie where its last bit decides how it is rounded, which moves a log-prob by some 1e-3."""
     (rows, weights), (expected_rows, expected_weights) = found, expected
     assert len(rows) == len(expected_rows)
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert row.keys() == expected_row.keys()
         for key in row.keys() - TIMING - {"split", "reliability"}:
-            assert row[key] == pytest.approx(expected_row[key], abs=2e-4, rel=1e-4), (row["step"], key)
+            assert row[key] == pytest.approx(expected_row[key], abs=tolerance, rel=1e-4), (row["step"], key)
     assert weights.keys() == expected_weights.keys()
     for name, value in weights.items():
         assert torch.allclose(value, expected_weights[name], atol=1e-5, rtol=0), name
@@ -135,7 +136,7 @@ def plain(folder, tmp_path_factory):
 def test_two_processes_train_as_one(engine, feature, plain, folder, tmp_path):
     train(2, folder, tmp_path / "runs", [f"engine={engine}", *FEATURES[feature]])
     found, expected = result(tmp_path / "runs"), plain(feature)
-    assert_same(found, expected)
+    assert_same(found, expected, 2e-3 if feature.startswith("bf16") else 2e-4)
 
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
@@ -153,7 +154,7 @@ def measure_load(arguments: list[str], folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, PeakBytes() as counted:
         patch.setattr(load, "load_pretrained", lambda *a, **k: (read.append(1), load_pretrained(*a, **k))[1])
         policy, digest = build_policy(config, objective, load.load_tokenizer(config.model))
-        engine = build_engine(config, policy)
+        engine = build_engine(config, objective, policy)
     kept = sum(values.nbytes for values in engine.local().values())
     with engine.gathered() as whole:
         same = load.weights_digest(whole) == digest if rank() == 0 else None

@@ -597,7 +597,7 @@ def test_names_that_people_have_are_names(name, config):
 @pytest.mark.parametrize("name", ["../*", "/etc/*", "a/../../b"])
 def test_runs_are_looked_for_in_their_folder(name, tmp_path):
     with pytest.raises(UserError, match="must be the name of a run's folder"):
-        select(RunsConfig(str(tmp_path), name, [], False, None))
+        select(RunsConfig(str(tmp_path), name, [], False))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def grid(tiny_folder, overrides, tmp_path_factory) -> tuple[Path, subprocess.Com
     runs = tmp_path_factory.mktemp("grid")
     process = tiny.run_program(
         "-m", *overrides(runs), *tiny.SAMPLED, "objective=dpo,mmpo", "objective.beta=0.05,0.5",
-        "launcher.at_once=2",
+        "launcher.at_once=2", "logger.curves=true",
         env={"PREFOPT_CACHE": str(tiny_folder / "cache")},
     )  # fmt: skip
     return runs, process

@@ -473,7 +473,12 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_folder(tiny, w
 @pytest.mark.slow
 def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path):
     place = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    sweep = ["-m", *command(tiny, tmp_path / "runs", "objective=mappo,dpo"), "launcher.at_once=2", place]
+    sweep = [
+        "-m",
+        *command(tiny, tmp_path / "runs", "objective=mappo,dpo", "logger.curves=true"),
+        "launcher.at_once=2",
+        place,
+    ]
     process = run_program(*sweep, program="online", env={"PREFOPT_CACHE": str(tmp_path / "cache")})
     assert process.returncode == 0, process.stderr
     found = {f.parent.name.split("-model-")[0]: json.loads(f.read_text()) for f in tmp_path.glob("runs/*/record.json")}

@@ -494,7 +494,7 @@ def test_a_sweep_is_a_job_for_each_and_ends_as_each_alone(tiny, whole, tmp_path)
     words = shlex.split(mappo["command"])
     assert words[:3] == ["python", "-m", "prefopt.online"]
     given = [o.replace("1e-2", "0.01") for o in command(tiny, tmp_path / "runs", "objective=mappo")]
-    assert sorted(words[3:]) == sorted(given)
+    assert sorted(words[3:]) == sorted([*given, "logger.curves=True"])
     assert [(r["command"], r["code"]) for r in stages] == [(mappo["command"], mappo["code"])] * 3
     again = run_program(*sweep[:-1], f"{place}_again", program="online")
     assert again.returncode == 0, again.stderr

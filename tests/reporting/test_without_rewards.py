@@ -12,7 +12,7 @@ from prefopt.reporting.curves import sensitivity
 from prefopt.reporting.evaluated import main_measure
 from prefopt.reporting.summary import by_column, by_column_table, main_table, measured, over_seeds_table, table_rows
 from prefopt.tracking.archive import read_records
-from prefopt.tracking.status import best, inspect_runs, status_table
+from prefopt.tracking.status import inspect_runs, status_table
 from prefopt.utils.console import console
 from tests.helpers.tiny import run_program
 
@@ -101,13 +101,3 @@ def test_runs_shows_rewards_only_where_there_are_some(unrewarded, grid):
     ours, theirs = (sorted(f.parent for f in runs.glob("*/record.json")) for runs in (unrewarded, grid[0]))
     assert "reward" not in shown(*ours)
     assert "reward" in shown(*ours, *theirs)
-    assert best(inspect_runs(ours), "seed") == 0
-    assert best(inspect_runs(ours[:2]), "objective.beta") in (0.05, 0.5)
-    with pytest.raises(UserError, match="has no oracle reward"):
-        best(inspect_runs([*ours, *theirs]), "seed")
-    runs = inspect_runs(theirs)
-    for figure in ("oracle_reward", "kl", "sample_length"):
-        farthest = max(runs, key=lambda run: run.record["evaluations"][-1][figure]).record
-        assert best(runs, "objective.beta", figure) == farthest["config"]["objective"]["beta"]
-    with pytest.raises(UserError, match="has no nonesuch"):
-        best(runs, "seed", "nonesuch")

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 import prefopt.data.collate
+import prefopt.data.segments
 from prefopt.data.collate import LAYOUTS, Group, Layout
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
@@ -44,7 +45,7 @@ def known_layout(
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     kernels = [processor, model.config._attn_implementation, compiled]
     decides = [*loaded_model(model, weights), name, precision, kernels, row]
-    code = [choose_layout, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate]
+    code = [choose_layout, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate, prefopt.data.segments]
     file = cache_dir() / "layout" / f"{fingerprint(decides, *code)[:24]}.json"
     if found := find_result(file):
         layout, reason = LAYOUTS[found["layout"]], found["reason"]

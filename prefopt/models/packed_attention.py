@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from prefopt.data.collate import PackedSegments
+from prefopt.data.segments import PackedSegments
 
 NAME = "prefopt_segments"
 # Up to this many scores per head, plain products are faster on a CPU than the fused kernel, whose backward pass is slow

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import prefopt.data.collate
+import prefopt.data.segments
 from prefopt.data.collate import Batch, Layout, groups_of
 from prefopt.data.tokenize import TokenizedPair
 from prefopt.errors import UserError
@@ -268,7 +269,9 @@ def cache_folder(
 ) -> Path:
     """The folder of these log-probs. Its name is a digest of everything besides the tokens that decides its rows."""
     decides = [*loaded_model(policy, weights), layout.name, score.precision, *further]
-    key = fingerprint(decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate)
+    key = fingerprint(
+        decides, logprobs, chunked_logprobs, packed_attention, prefopt.data.collate, prefopt.data.segments
+    )
     return cache_dir() / "reference" / key[:24]
 
 

@@ -68,7 +68,7 @@ def weighted_rows(config: TokenWeightsConfig, show: bool = True) -> tuple[list[R
     rows = list(read_rows(config.input, config.split))
     pairs = tokenized_pairs(config, rows, tokenizer)
     check_lengths(models, rows, pairs)
-    positive, negative = (token_logps(model, pairs, config, show) for model in models)
+    positive, negative = (token_logps(model, tokenizer, pairs, config, show) for model in models)
 
     found = [row for _, row in rows]
     for pair, good, bad in zip(pairs, positive, negative, strict=True):
@@ -140,7 +140,11 @@ def check_lengths(
 
 
 def token_logps(
-    config: ModelConfig, pairs: "Sequence[TokenizedPair]", hardware: TokenWeightsConfig, show: bool
+    config: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: "Sequence[TokenizedPair]",
+    hardware: TokenWeightsConfig,
+    show: bool,
 ) -> "list[tuple[Tensor, Tensor]]":
     """Of each pair the log-probs of the chosen and of the rejected completion's tokens, on the CPU. A collective."""
     import torch
@@ -148,12 +152,12 @@ def token_logps(
     from prefopt.data.collate import groups_of
     from prefopt.models.frozen import freeze
     from prefopt.models.layout_check import choose_layout
-    from prefopt.models.load import check_vocabulary, finalize, load_model, load_tokenizer
+    from prefopt.models.load import check_vocabulary, finalize, load_model
     from prefopt.models.logprobs import LogprobComputer
     from prefopt.utils.console import Bar
 
     model = finalize(freeze(load_model(config, "cpu"), hardware.precision), hardware.device)
-    check_vocabulary(model, load_tokenizer(config))
+    check_vocabulary(model, tokenizer)
     layout = choose_layout("packed", model, pairs, hardware.precision)
     score = LogprobComputer(hardware.precision)
     parts = layout.micro_batches(pairs, micro_batch_tokens(model.device.type), None, SIDES)

@@ -23,7 +23,7 @@ variants=("${high[@]}" runs_dir=$lab/madpo/variants seed=0,1)
 train madpo "${variants[@]}" objective.c_max=1.5,2,4 objective.tau=2,6.906754778648554
 train madpo "${variants[@]}" objective.only=amplification,damping
 train beta_dpo "${variants[@]}" objective.margin_of=log_ratio
-# The same reward model with an error of a known size, in log-odds. Its own margins end at 4.3.
+# The same reward model with an error of a known size, in log-odds.
 train madpo "${high[@]}" runs_dir=$lab/madpo/errors "seed=$seeds" dataset.format.reward_error=0,1,4
 [[ -n $dry ]] && exit
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
-from prefopt.data import collate
-from prefopt.data.collate import PackedSegments
+from prefopt.data import segments as segments_module
+from prefopt.data.segments import PackedSegments
 from prefopt.models import packed_attention
 from prefopt.models.packed_attention import _by_segment, _varlen
 
@@ -98,6 +98,6 @@ def test_padded_segments_have_the_numbers_of_exact_ones_and_none_of_their_neighb
     shapes = PackedSegments(groups).by_shape(torch.device("cpu"))[3]
     assert any(shape.padding for shape in shapes)
     assert any(not shape.padding for shape in shapes)
-    monkeypatch.setattr(collate, "SMALL", 0)
+    monkeypatch.setattr(segments_module, "SMALL", 0)
     for a, b in zip(found, numbers(groups, inputs, weights), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

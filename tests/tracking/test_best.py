@@ -6,7 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from prefopt.errors import UserError
 from prefopt.tracking.best import register_best
+from tests.launch.test_estimate import config as composed
 
 DPO = {"_target_": "prefopt.objectives.dpo.DPO", "beta": 0.1}
 IPO = {"_target_": "prefopt.objectives.ipo.IPO", "beta": 0.1}
@@ -69,3 +71,11 @@ def test_a_damaged_record_is_no_reason_to_choose_another_run(folder):
     (folder / "b" / "record.json").write_text("{")
     with pytest.raises(InterpolationResolutionError, match="cannot be read: b"):
         resolved(f"${{best:{folder},optimizer.lr}}", DPO)
+
+
+def test_a_command_line_takes_it_and_a_folder_with_an_interpolation_in_quotes(folder):
+    register_best()
+    words = [f"dataset.name={folder.name}", f'optimizer.lr="${{best:{folder.parent}/${{dataset.name}},optimizer.lr}}"']
+    assert composed("objective=dpo", *words).optimizer.lr == 3e-4
+    with pytest.raises(UserError, match=r"^the best optimizer.lr in .*: it has no run with objective ORPO"):
+        composed("objective=orpo", f"optimizer.lr=${{best:{folder},optimizer.lr}}")

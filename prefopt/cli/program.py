@@ -30,7 +30,7 @@ from prefopt.utils.files import ROOT
 from prefopt.utils.memory import OTHERS, is_out_of_memory
 from prefopt.utils.os_errors import ADVICE, explain
 from prefopt.utils.redact import RedactingStream, find_secret
-from prefopt.utils.signals import EXIT_CODE
+from prefopt.utils.signals import EXIT_CODE, repeat_lost_interrupts
 
 LOCAL_RANK = re.compile(r"--local[_-]rank=(\d+)")
 Launch = Callable[[list[Point], Path, bool], int]
@@ -74,6 +74,7 @@ def run(
     """Run a program on the command line `arguments`; the exit code. The other parameters are those of `program`."""
     install_redaction()
     configure_logging()
+    repeat_lost_interrupts()
     arguments = take_local_rank(arguments)
     if secret := find_secret("\n".join(arguments)):  # first of all, so that nothing shows it
         return _refuse(f"the command line holds {secret}. {NO_KEYS}")

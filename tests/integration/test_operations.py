@@ -234,6 +234,13 @@ def test_ctrl_c_while_a_finished_run_tidies_up_leaves_it_finished(overrides, who
     assert result(tmp_path / "runs") == whole
 
 
+def test_ctrl_c_while_an_object_is_deleted_is_not_lost(overrides, tmp_path, env):  # noqa: F811
+    """Python prints what a `__del__` raises, and goes on."""
+    at = At("filelock:BaseFileLock.__del__", 1, interrupt)
+    code, said = run(tmp_path / "log", *overrides(tmp_path / "runs"), "steps=1000", env=env, at=at)
+    assert code == 130, said
+
+
 # Records.
 
 

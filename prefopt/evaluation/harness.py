@@ -228,7 +228,7 @@ def run_pending(config: HarnessConfig, **extra: str) -> None:
 
     if pending():
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = task_manager(own)
+        manager = task_manager(own, names)
         names = expand_tags(names, manager)
         check_used(preflight(sorted({task for _, tasks in pending() for task in tasks}), manager), config)
         for (one, checkpoint, _), _ in pending():

@@ -26,8 +26,12 @@ URL_KEY = re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature)=)[^\s&
 def redact(text: str) -> str:
     """`text` with *** for every secret in it, also where JSON has escaped it, and for fragments of SHORTEST characters
     or more."""
+    return _redact(text, _secrets())
+
+
+def _redact(text: str, secrets: dict[str, str]) -> str:
     text = URL_KEY.sub(r"\1***", URL_PASSWORD.sub(r"\1:***@", text))
-    for value in sorted(_secrets(), key=len, reverse=True):  # the longer first: it may begin with a shorter one
+    for value in sorted(secrets, key=len, reverse=True):  # the longer first: it may begin with a shorter one
         for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
             text = text.replace(form, "***")
         text = _redact_fragments(text, value)
@@ -37,11 +41,16 @@ def redact(text: str) -> str:
 def redact_values(content: Any) -> Any:
     """`content`, as JSON has it, with the secrets in its texts redacted. Its keys, and texts of words alone such as
     "finished", are left as they are."""
-    if isinstance(content, dict):
-        return {key: redact_values(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [redact_values(value) for value in content]
-    return redact(content) if isinstance(content, str) and not WORDS.fullmatch(content) else content
+    secrets = _secrets()  # once: the environment is slow to read
+
+    def redacted(content: Any) -> Any:
+        if isinstance(content, dict):
+            return {key: redacted(value) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return [redacted(value) for value in content]
+        return _redact(content, secrets) if isinstance(content, str) and not WORDS.fullmatch(content) else content
+
+    return redacted(content)
 
 
 def find_secret(text: str) -> str | None:

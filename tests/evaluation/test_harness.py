@@ -690,7 +690,18 @@ def test_tasks_of_a_folder_are_known_by_its_digest(own, tmp_path, capsys, monkey
 def test_a_folder_that_its_digest_would_not_tell_is_refused(change, message, own, tmp_path):
     change(own)
     with pytest.raises(UserError, match=message):
-        evaluated(tmp_path, ["second"], include=str(own))
+        evaluated(tmp_path, ["second", "piqa"], include=str(own))
+
+
+def test_tasks_of_a_folder_alone_do_not_wait_for_those_of_lm_eval(own, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    def index(include_path=None, include_defaults=True):
+        assert not include_defaults
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", index)
+    assert len(evaluated(tmp_path, ["first", "second"], include=str(own))) == 2
 
 
 def test_lm_eval_describes_the_environment_once_in_a_process(monkeypatch):

@@ -408,7 +408,7 @@ def test_code_of_a_folder_of_tasks_runs_where_include_names_it_alone(mark, tmp_p
         run_pending(config)
     own = read_own_tasks(str(folder))
     assert not mark.exists()
-    preflight(["own_task"], task_manager(own))
+    preflight(["own_task"], task_manager(own, ["own_task"]))
     assert mark.exists()
     mark.unlink()
 

@@ -7,7 +7,7 @@ SVG, PDF).
 
 Where runs differ in their seed alone there is also a table of their means over seeds; with `columns` one with a column
 for each value of that key, and with `compare` one of the paired differences of two methods. curves/ has a figure for
-each run whose metrics.jsonl is there.
+each run whose metrics.jsonl is there, but for those with logger.curves=false.
 
 All else comes from record.json files, nothing from names or logs.
 """

@@ -15,8 +15,9 @@ class DiscoPOP(ImplicitReward):
     """loss = -(1 - m) log sigma(z) + m exp(-z),  m = sigma(z / tau),  z = beta (u_w - u_l).
 
     A blend of the logistic and the exponential loss that a search by a language model found. It is not convex: it has a
-    dip beside a bump at small positive z. m exp(-z) is computed as one exponential, as exp(-z) alone overflows for a
-    very negative z, where m is 0. The formula and tau 0.05 follow TRL 1.16. Scores are beta * u.
+    dip beside a bump at small positive z. At the reference, z = 0, it rises with z where tau < (1 - log 2) / 3 = 0.102:
+    its gradient begins by preferring the rejected completion. m exp(-z) is computed as one exponential, as exp(-z)
+    alone overflows for a very negative z, where m is 0. The formula and tau 0.05 follow TRL 1.16. Scores are beta * u.
     Raises ValueError for beta <= 0 or tau <= 0.
     """
 

@@ -65,11 +65,12 @@ def write_curves(folder: Path) -> None:
 
 
 def draw_run_curves(records: Sequence[Record], output: Path) -> list[Path]:
-    """Draw the curves of each run whose metrics.jsonl is there, under its label, into `output`/curves/NAME.png.
-    Returns that folder; nothing where there is nothing to draw (an archive holds no metrics)."""
+    """Draw the curves of each run whose metrics.jsonl is there, under its label, into `output`/curves/NAME.png; none of
+    a run whose logger wants none. Returns that folder; nothing where there is nothing to draw (an archive holds no
+    metrics)."""
     drawn = False
     for record, label in zip(records, labels(list(records)), strict=True):
-        if "folder" in record:
+        if "folder" in record and record["config"]["logger"]["curves"]:
             files, target = metrics_files(Path(record["folder"])), output / "curves" / f"{record['name']}.png"
             drawn |= draw(files, record, label, target)
     return [output / "curves"] if drawn else []

@@ -372,6 +372,18 @@ def test_discopop_joins_two_losses():
     assert torch.allclose(losses[z > 0], GPO(0.3, "exponential")(x).losses[z > 0])
 
 
+@pytest.mark.parametrize(("tau", "towards"), [(0.05, "rejected"), (0.2, "chosen")])
+def test_at_the_reference_discopop_prefers_a_side_by_its_tau(tau, towards):
+    """Its slope in z is (1 - log 2) / (4 tau) - 3 / 4 there."""
+    x = inputs(n=3)
+    logps = x.reference_chosen_logps.detach().clone().requires_grad_()
+    at_reference = dataclasses.replace(x, policy_chosen_logps=logps, policy_rejected_logps=x.reference_rejected_logps)
+    (slope,) = torch.autograd.grad(DiscoPOP(0.05, tau=tau)(at_reference).losses.sum(), logps)
+    expected = torch.full((3,), 0.05 * ((1 - math.log(2)) / (4 * tau) - 0.75), dtype=torch.float64)
+    assert torch.allclose(slope, expected)
+    assert (slope[0] > 0) == (towards == "rejected")
+
+
 def test_alpha_dpo_by_hand():
     """The authors' update_and_sync_ref_mean_std and loss, from the state that `inputs` gives."""
     x = inputs(n=5)

@@ -170,3 +170,4 @@ def test_a_logger_that_wants_no_curves_gets_none(tmp_path):
     (folder / "record.json").write_text(json.dumps(record))
     write_curves(folder)
     assert not (folder / CURVES).exists()
+    assert draw_run_curves([record | {"folder": str(folder)}], tmp_path / "report") == []

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -702,6 +703,30 @@ def test_so_is_the_table_of_their_runs(archive, tmp_path):
     process = run_program(f"runs_dir={archive}", f"output={tmp_path}", program="report")
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "table.csv").read_text() == archive.with_name("table.csv").read_text()
+
+
+def test_the_laboratorys_page_has_the_means_of_its_records():
+    """Its table of all objectives, which no program writes."""
+    by_objective: dict[str, list] = {}
+    for line in (ROOT / "results/lab/family/records.jsonl").read_text().splitlines():
+        by_objective.setdefault((record := json.loads(line))["objective"], []).append(record)
+    text = (ROOT / "docs/laboratory.md").read_text().partition("## All objectives")[2].partition("\n## ")[0]
+    shown = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    shown = shown[2:]
+    assert {row[0] for row in shown} == set(by_objective)
+    for name, rate, *cells in shown:
+        assert {float(rate)} == {record["config"]["optimizer"]["lr"] for record in by_objective[name]}
+        ends = [record["evaluations"][-1] for record in by_objective[name]]
+        keys = ("sample_grammatical_reward", "oracle_reward", "sample_grammatical", "kl")
+        columns = [[end[key] for end in ends] for key in keys]
+        choices = [[h for h in r["harness"] if h["task"].startswith("lab_choice")] for r in by_objective[name]]
+        columns.append([100 * choice["metrics"]["acc"]["value"] for (choice,) in choices])
+        for cell, values in zip(cells, columns, strict=True):
+            digits = len(cell.split()[0].partition(".")[2])
+            error = statistics.stdev(values) / len(values) ** 0.5
+            assert cell == f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}", name
 
 
 def test_an_archive_of_records_is_their_runs(grid, tmp_path):

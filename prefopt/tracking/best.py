@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prefopt.errors import UserError
+from prefopt.tracking.run import flatten
 from prefopt.tracking.status import inspect_runs
 
 
@@ -37,9 +38,7 @@ def best(folder: str, key: str, measure: str | None = None, *, _root_: DictConfi
     measure = measure or ("oracle_reward" if any("oracle_reward" in end for end in ends) else "accuracy")
     measured: dict[Any, list[float]] = {}
     for run, end in zip(runs, ends, strict=True):
-        value: Any = run.record["config"]  # a part of it at a time: OmegaConf's own look into it takes 20 ms
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = dict(flatten(run.record["config"])).get(key)  # OmegaConf's own look into a record takes 20 ms
         if value is None or not isinstance(end.get(measure), int | float):
             raise UserError(f"{what}: {run.folder.name} has no {key if value is None else measure}")
         measured.setdefault(value, []).append(end[measure])

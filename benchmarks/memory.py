@@ -39,8 +39,9 @@ def status(field: str) -> int:
 def measure(profile: str, overrides: list[str]) -> dict[str, int]:
     """The bytes that a step takes, and what its trace says."""
     from prefopt.config.parse import build
-    from prefopt.models.load import read_config
-    from prefopt.models.logprobs import LogprobComputer
+    from prefopt.models.load import load_tokenizer, read_config
+    from prefopt.models.logprobs import LogprobComputer, autocast_weight_cache
+    from prefopt.models.lora import train_mode
     from prefopt.models.packed_attention import enable_packed_attention
     from prefopt.models.reference import AdapterOff
     from prefopt.objectives.base import Objective
@@ -53,6 +54,7 @@ def measure(profile: str, overrides: list[str]) -> dict[str, int]:
         config = resolved(Spec("memory", folder, "none.jsonl", PAIRS, overrides=["device=cpu", *overrides]))
     objective = build(config.objective, Objective, "objective")
     config.fill(objective)
+    tokenizer = load_tokenizer(config.model)
     traced = TracedStep(config, objective, read_config(config.model))
     pairs = make_pairs(PROFILES[profile], PAIRS)
     halves = [pairs[:2], pairs[2:]]
@@ -60,9 +62,7 @@ def measure(profile: str, overrides: list[str]) -> dict[str, int]:
 
     keep_freed_memory()
     before = status("VmRSS")
-    from prefopt.models.load import load_tokenizer
-
-    policy, _ = build_policy(config, objective, load_tokenizer(config.model))
+    policy, _ = build_policy(config, objective, tokenizer)
     if traced.state.layout.name == "packed":
         enable_packed_attention(policy)
     state = traced.state
@@ -71,7 +71,9 @@ def measure(profile: str, overrides: list[str]) -> dict[str, int]:
     state.reference = AdapterOff(policy, LogprobComputer(config.precision)) if is_off else Cached()
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        accumulate_gradients(state, step, state.collate([list(state.complete(half)) for half in halves]))
+        micro_batches = state.collate([list(state.complete(half)) for half in halves])
+        with train_mode(policy), autocast_weight_cache():  # as `train_step` does
+            accumulate_gradients(state, step, micro_batches)
         state.engine.step(1e-6)
     return {"measured": status("VmHWM") - before, "estimated": expected}
 

@@ -178,17 +178,20 @@ class TracedStep:
         models = [policy, *([state.reference.frozen] if isinstance(state.reference, Resident) else [])]
         layers = len(layers_of(policy))
         if layers <= TRACED_LAYERS[-1] or not are_alike(layers_of(policy)):
-            return self._peak(models, completed)
+            return max(self._peaks(models, completed))
         found = []
         for n in TRACED_LAYERS:
             with contextlib.ExitStack() as stack:
                 for model in models:
                     stack.enter_context(first_layers(model, n))
-                found.append(self._peak(models, completed))
-        (few, more), (low, high) = TRACED_LAYERS, found
-        return high + (layers - more) * (high - low) // (more - few)
+                found.append(self._peaks(models, completed))
+        few, more = TRACED_LAYERS
+        # Each part grows by its own share a layer, so the part that is fullest in few layers need not be so in many.
+        return max(high + (layers - more) * (high - low) // (more - few) for low, high in zip(*found, strict=True))
 
-    def _peak(self, models: Sequence[PreTrainedModel], pairs: Sequence[TokenizedPair]) -> int:
+    def _peaks(self, models: Sequence[PreTrainedModel], pairs: Sequence[TokenizedPair]) -> list[int]:
+        """The most bytes while layers and head are computed, and while the gradient of the embeddings is, when the
+        layers' activations are gone."""
         state, config = self.state, self.config
         (micro_batch,) = state.collate([list(pairs)])
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -206,9 +209,20 @@ class TracedStep:
             reference = AdapterOff(policy, reference.score)
         traced = copy.copy(state)
         traced.engine, traced.reference = cast(Engine, Shapes(policy)), reference
-        with as_device(config.device), mode, PeakBytes() as counted, train_mode(policy), autocast_weight_cache():
+        counted = PeakBytes()
+
+        def layers_begin(module: nn.Module, inputs: Any, embedded: Tensor) -> None:
+            counted.part = 0
+            if embedded.requires_grad:
+                embedded.register_hook(layers_end)
+
+        def layers_end(gradient: Tensor) -> None:
+            counted.part = 1
+
+        policy.get_input_embeddings().register_forward_hook(layers_begin)
+        with as_device(config.device), mode, counted, train_mode(policy), autocast_weight_cache():
             accumulate_gradients(traced, 0, [micro_batch])
-        return counted.peak
+        return counted.peaks
 
 
 def model_of_shapes(config: TrainConfig, objective: Objective, values: PreTrainedConfig) -> PreTrainedModel:
@@ -298,12 +312,13 @@ def as_device(device: str) -> Iterator[None]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside: `now`, and at their most, `peak`. Those on torch's meta
-    device take none."""
+    """Counts the bytes of the tensors that are made inside: `now`, and at their most, `peak`; in each of two parts,
+    `peaks`, of which `part` is the present one. Those on torch's meta device take none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.part = 0
+        self.peaks = [0, 0]
         self._live: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -317,8 +332,12 @@ class PeakBytes(TorchDispatchMode):
                     self._live.add(storage._cdata)
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        self.peaks[self.part] = max(self.peaks[self.part], self.now)
         return output
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks)
 
     def _free(self, key: int, size: int) -> None:
         self._live.discard(key)

@@ -94,12 +94,15 @@ def test_weights_gradients_and_moments_are_arithmetic(base, tiny_folder):
     assert found(reference="resident").weights == full.weights + 2 * n + 2 * vectors
 
 
+# With the wide embeddings, their gradient takes more than the activations of a few layers, and less than those of all.
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 256, "vocab_size": 2**15}], ids=["narrow", "wide"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("changes", [{}, LORA | {"gradient_checkpointing": True}], ids=["full", "lora"])
-def test_layers_that_are_alike_count_alike(changes, base, monkeypatch):
-    config = dataclasses.replace(base, **changes)
-    few = TracedStep(config, DPO(0.1), values(7)).activations(PAIRS)
-    monkeypatch.setattr(memory, "TRACED_LAYERS", (7, 8))
-    assert few == pytest.approx(TracedStep(config, DPO(0.1), values(7)).activations(PAIRS), rel=0.01)
+def test_layers_that_are_alike_count_alike(changes, tied, sizes, base, monkeypatch):
+    config, model = dataclasses.replace(base, **changes), values(20, tie_word_embeddings=tied, **sizes)
+    few = TracedStep(config, DPO(0.1), model).activations(PAIRS)
+    monkeypatch.setattr(memory, "TRACED_LAYERS", (20, 21))
+    assert few == pytest.approx(TracedStep(config, DPO(0.1), model).activations(PAIRS), rel=0.01)
 
 
 @pytest.mark.parametrize(
